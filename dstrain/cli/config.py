@@ -1,0 +1,38 @@
+"""``dstrain config``: look at configurations."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from dstrain.cli.options import choices, given, layers
+
+
+@click.group("config")
+def command() -> None:
+    """Look at configurations."""
+
+
+@command.command("show")
+@layers
+@choices
+@click.option("--origins", is_flag=True, help="With the origin of every key.")
+def show(
+    recipe: str | None, config_file: str | None, settings: tuple[str, ...], origins: bool, **flags: Any
+) -> None:
+    """Show the final DeepSpeed JSON of these arguments."""
+    from dstrain.cli.planning import plan_for
+    from dstrain.config.loader import load_config
+    from dstrain.plan.deepspeed_json import leaves
+
+    resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
+    plan = plan_for(resolved).plan
+    if not origins:
+        click.echo(json.dumps(plan.deepspeed, indent=2))
+        return
+    rows = [(".".join(path), json.dumps(value)) for path, value in leaves(plan.deepspeed)]
+    keys, values = max(len(key) for key, _ in rows), max(len(value) for _, value in rows)
+    for key, value in rows:
+        click.echo(f"{key:<{keys}}  {value:<{values}}  {plan.deepspeed_origins[key]}")

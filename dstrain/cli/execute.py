@@ -1,0 +1,122 @@
+"""Carry a plan out: fill the run folder, launch, watch, and tell the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from dstrain.cli.planning import Planned
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.launch.command import LaunchRequest, deepspeed_command, free_port, runs_here, write_launch_files
+from dstrain.launch.environment import default_environment
+from dstrain.launch.supervisor import Outcome, supervise
+from dstrain.plan.manifest import newest_complete, refuse_other
+from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
+from dstrain.report.live import LiveLine
+
+FAILED = 1
+
+
+def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
+    """The folder of this run, not made yet. Raises DstrainError if there is one and it is not resumed."""
+    config = resolved.config
+    name = config.name
+    if name is None:
+        model = Path(config.model).name or "model"
+        name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{model}"
+    elif not name or Path(name).name != name or name.startswith("."):
+        raise DstrainError(f"{name!r} is no name for a folder", where=str(resolved.origin("name")))
+    folder = RunFolder(Path(config.runs_dir) / name)
+    if folder.path.exists() and not resume:
+        raise DstrainError(
+            f"the run folder {folder.path} exists",
+            where=str(resolved.origin("name")),
+            hint=f"--resume to go on with it, or another --name (`dstrain resume {folder.name}` keeps its config)",
+        )
+    return folder
+
+
+def execute(planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console, *, dry_run: bool) -> None:
+    """Launch the plan in ``folder`` and stay until it has ended.
+
+    Raises:
+        DstrainError: before anything is started: a checkpoint of another layout; at the end: the
+            first failing rank, its host and its reason, with exit code 1 or the signal's.
+    """
+    plan = planned.plan
+    newest = newest_complete(folder.checkpoints)
+    if newest is not None:
+        refuse_other(newest, plan.identity)
+    request = _launch_request(planned, folder)
+    console.print(Text.assemble(("command  ", "bold"), shlex.join(deepspeed_command(request))), soft_wrap=True)
+    if dry_run:
+        return
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder.config, resolved.to_yaml())
+    write_json(folder.plan, plan.to_record())
+    write_json(folder.deepspeed_config, plan.deepspeed)
+    write_launch_files(request)
+    folder.result.unlink(missing_ok=True)
+
+    live = LiveLine(folder, console, steps=plan.run_config.steps)
+    with live:
+        outcome = supervise(
+            ["bash", str(folder.launch_script)],
+            environment={},
+            folder=folder,
+            world_size=plan.layout.world_size,
+            on_tick=live.update,
+        )
+    if not outcome.ok:
+        raise _failure(outcome, folder)
+    _tell_the_end(folder, console)
+
+
+def _launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
+    layout = planned.plan.layout
+    hosts = layout.hosts if planned.plan.config["hostfile"] else ()
+    processes = layout.hosts[0].slots
+    return LaunchRequest(
+        run_folder=folder.path,
+        hosts=hosts,
+        processes_per_host=processes,
+        accelerator=planned.plan.accelerator,
+        master_addr=layout.hosts[0].name if hosts else "127.0.0.1",
+        master_port=free_port(),
+        environment=default_environment(planned.plan.accelerator, processes, runs_here(hosts)),
+        device_ids=planned.devices.ids,
+    )
+
+
+def _failure(outcome: Outcome, folder: RunFolder) -> DstrainError:
+    """The one cause, behind the last lines of the log that it stands in."""
+    cause = outcome.cause
+    if cause is None:
+        return DstrainError("the run failed", hint=f"see {folder.logs}", exit_code=outcome.exit_code or FAILED)
+    who = f"rank {cause.rank} on {cause.host}: " if cause.rank is not None else ""
+    tail = "".join(f"  | {line}\n" for line in cause.log_tail)
+    log = folder.rank_log(cause.rank) if cause.rank is not None else folder.launcher_log
+    resumable = newest_complete(folder.checkpoints)
+    hint = f"`dstrain resume {folder.path}` goes on from {resumable.name}" if resumable else f"the logs: {folder.logs}"
+    return DstrainError(
+        f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}", hint=hint, exit_code=outcome.exit_code
+    )
+
+
+def _tell_the_end(folder: RunFolder, console: Console) -> None:
+    result = json.loads(folder.result.read_text(encoding="utf-8"))
+    newest = newest_complete(folder.checkpoints)
+    if result["held_out_loss"] is not None:
+        console.print(Text.assemble(("held-out loss  ", "bold"), f"{result['held_out_loss']:.4f}"))
+    if result["continuation"]:
+        console.print(Text.assemble(("the model continues ", "bold"), repr(result["prompt"])))
+        console.print(Text(result["continuation"], style="cyan"))
+    rows = [("run folder", folder.path), ("metrics", folder.metrics), ("checkpoint", newest), ("logs", folder.logs)]
+    for label, path in rows:
+        console.print(Text.assemble((f"{label:<11}", "bold"), str(path)), soft_wrap=True)

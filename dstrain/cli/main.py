@@ -1,0 +1,87 @@
+"""``dstrain``: the group of commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from dstrain import __version__
+from dstrain.errors import DstrainError
+
+# name -> (module, one line for --help): the line stands here so that help imports no command.
+COMMANDS = {
+    "run": ("dstrain.cli.run", "Train: plan, launch, watch, and say what came out."),
+    "plan": ("dstrain.cli.plan", "Show what `run` would do with the same arguments, and start nothing."),
+    "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
+    "config": ("dstrain.cli.config", "Look at configurations."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is called, so that ``--help`` costs what click costs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        command: click.Command = importlib.import_module(module).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """click's own, with the nearest name for a mistyped one."""
+        import difflib
+
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1) if args[0] not in COMMANDS else []
+        if near:
+            ctx.fail(f"no such command {args[0]!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", prog_name="dstrain")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def group(ctx: click.Context, debug: bool) -> None:
+    """Train Hugging Face causal language models with DeepSpeed, in any layout, as one process would.
+
+    `dstrain run --zero 2 --pipeline 4` is a whole training run.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main() -> None:
+    """Entry point: errors that are for the user become one message and an exit code."""
+    try:
+        group.main(standalone_mode=False)
+    except DstrainError as error:
+        if "--debug" in sys.argv:
+            raise
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        _say("stopped")
+        sys.exit(130)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _say(message: str) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+
+
+if __name__ == "__main__":
+    main()

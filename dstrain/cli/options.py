@@ -1,0 +1,63 @@
+"""The flags of run, plan and config: one for each run-config key, and those that pick the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# (config key, click type, help). A flag that is not given stays None and lays nothing over the file.
+_CHOICES: list[tuple[str, Any, str]] = [
+    ("zero", click.IntRange(0, 3), "ZeRO stage: what the replicas share out (1 optimizer, 2 gradients, 3 weights)."),
+    ("pipeline", click.IntRange(1), "Number of pipeline stages."),
+    ("data_parallel", click.IntRange(1), "Number of replicas. Default: what the devices allow."),
+    ("precision", click.Choice(["fp32", "bf16", "fp16"]), "Of parameters and activations."),
+    ("micro_batch", click.IntRange(1), "Samples that a replica works on at once."),
+    ("global_batch", click.IntRange(1), "Samples a step, over all replicas."),
+    ("seq_len", click.IntRange(1), "Tokens a sample."),
+    ("steps", click.IntRange(1), "Optimizer steps."),
+    ("lr", float, "Peak learning rate."),
+    ("seed", click.IntRange(0), "Decides initial weights, data order and dropout."),
+    ("data", str, "A text file, a folder, JSON lines with a `text` field, or stdlib."),
+    ("model", str, "A folder with a Hugging Face config.json, or a built-in shape."),
+    ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes."),
+    ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
+    ("name", str, "Name of the run folder."),
+    ("ds_config", str, "A DeepSpeed JSON file, laid on top of the composed one."),
+]
+
+
+def choices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All flags that set run-config keys; the command gets them as ``**flags``."""
+    function = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any key of the config; deepspeed.A.B=VALUE reaches into DeepSpeed's.",
+    )(function)
+    function = click.option(
+        "--activation-checkpointing/--no-activation-checkpointing",
+        "activation_checkpointing",
+        default=None,
+        help="Recompute each block in the backward pass.",
+    )(function)
+    for key, kind, text in reversed(_CHOICES):
+        function = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=text)(function)
+    return function
+
+
+def layers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a config starts from: a recipe, a file."""
+    function = click.option("--config", "config_file", metavar="FILE", help="A YAML file with these choices.")(function)
+    return click.option("--recipe", metavar="NAME", help="A recipe of ds_configs/recipes. Default: quickstart.")(
+        function
+    )
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {key: value for key, value in flags.items() if value is not None}

@@ -1,0 +1,113 @@
+"""From choices to a plan: look at the machine, measure the model, prepare the data, decide."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.config.files import cache_folder, model_config_file
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.launch.devices import Devices, local_devices
+from dstrain.launch.hosts import read_hostfile
+from dstrain.plan.layout import Host
+from dstrain.plan.plan import Machines, Plan, make_plan
+from dstrain.plan.refusals import refuse_layout
+from dstrain.plan.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the local devices that it was made for."""
+
+    plan: Plan
+    devices: Devices
+
+
+def plan_for(resolved: ResolvedConfig) -> Planned:
+    """Make the plan, measuring the model and preparing the data where that was not done before.
+
+    Raises:
+        DstrainError: whatever can't work; nothing of the run has been started then.
+    """
+    config = resolved.config
+    refusal = refuse_layout(zero=config.zero, pipeline=config.pipeline, precision=config.precision)
+    if refusal:  # before the model and the data are looked at: this needs neither
+        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+    devices = local_devices()
+    if config.hostfile:
+        hosts = read_hostfile(config.hostfile)
+    else:
+        hosts = (Host("localhost", devices.count),)
+    machines = Machines(hosts, devices.kind, devices.names)
+    model_file = model_config_file(config.model, where=str(resolved.origin("model"))).absolute()
+    shape = _measure_model(model_file)
+    data = _prepare_data(resolved)
+    return Planned(make_plan(resolved, machines, shape, data, str(model_file)), devices)
+
+
+def _measure_model(model_file: Path) -> ModelShape:
+    """The model's shape: measured once for a config file and a version of transformers, then kept."""
+    version = importlib.metadata.version("transformers")
+    key = hashlib.sha256(version.encode() + model_file.read_bytes()).hexdigest()[:24]
+    kept = cache_folder() / "shapes" / f"{key}.json"
+    if kept.exists():
+        try:
+            return ModelShape.read(kept)
+        except (ValueError, KeyError):  # written by another version: measured again
+            kept.unlink()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    _run_module("dstrain.model.measure", str(model_file), str(kept))
+    return ModelShape.read(kept)
+
+
+def _prepare_data(resolved: ResolvedConfig) -> dict[str, Any]:
+    """Tokenise the data into the cache, where the ranks will find them, and say what they hold."""
+    config = resolved.config
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "summary.json"
+        request.write_text(
+            json.dumps(
+                {
+                    "source": config.data,
+                    "tokenizer": config.tokenizer,
+                    "seq_len": config.seq_len,
+                    "held_out": config.held_out,
+                    "cache_dir": str(cache_folder() / "data"),
+                }
+            ),
+            encoding="utf-8",
+        )
+        _run_module("dstrain.data.prepare", str(request), str(answer))
+        summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return summary
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    """Run a module that imports the heavy libraries in a process of its own.
+
+    Its progress goes to the terminal; its error message becomes ours.
+    """
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == 2 and lines:
+        raise DstrainError("\n".join(lines))
+    raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without a word'}", exit_code=1)

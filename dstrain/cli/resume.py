@@ -1,0 +1,54 @@
+"""``dstrain resume RUN``: go on with a run from its newest complete checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dstrain.cli.options import choices, given
+from dstrain.errors import DstrainError
+
+
+@click.command("resume")
+@click.argument("run")
+@choices
+@click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
+def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+    """Go on with RUN (a run folder, or its name below runs/) from its newest complete checkpoint.
+
+    Flags that are given change its config, for example --steps to train longer.
+    """
+    from rich.console import Console
+
+    from dstrain.cli.execute import execute
+    from dstrain.cli.planning import plan_for
+    from dstrain.cli.show import show_plan
+    from dstrain.config.loader import override, read_config
+    from dstrain.plan.manifest import newest_complete
+    from dstrain.plan.run_folder import RunFolder
+
+    folder = _find(run)
+    resolved = override(read_config(folder.config), given(flags), settings)
+    newest = newest_complete(folder.checkpoints)
+    if newest is None:
+        click.echo(f"{folder.name} has no complete checkpoint yet: it starts from step 1")
+    else:
+        click.echo(f"{folder.name} goes on from {newest.name}")
+    planned = plan_for(resolved)
+    console = Console()
+    show_plan(planned.plan, console)
+    execute(planned, resolved, RunFolder(folder.path), console, dry_run=dry_run)
+
+
+def _find(run: str) -> Any:
+    """The run folder that RUN means. Raises DstrainError."""
+    from dstrain.plan.run_folder import RunFolder
+
+    for path in (Path(run), Path("runs") / run):
+        if (path / "config.yaml").is_file():
+            return RunFolder(path)
+    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+    hint = f"below runs/ there are: {', '.join(known[-8:])}" if known else "`dstrain run` makes one"
+    raise DstrainError(f"{run!r} is no run folder (it has no config.yaml)", where="RUN", hint=hint)

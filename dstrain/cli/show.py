@@ -1,0 +1,80 @@
+"""A plan for the eyes: the layout as a table, the arithmetic, and where each choice came from."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dstrain.plan.plan import Plan
+
+# Above this many ranks the table shows one replica: the others are alike.
+_RANKS_SHOWN = 32
+_SHOWN_CHOICES = (
+    "model", "tokenizer", "data", "zero", "pipeline", "data_parallel", "precision", "micro_batch",
+    "global_batch", "seq_len", "steps", "optimizer", "lr", "gradient_clipping", "activation_checkpointing", "seed",
+)  # fmt: skip
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    model, data = plan.model, plan.data
+    console.print(
+        Text.assemble(
+            ("model  ", "bold"), f"{model['type']}, {model['parameters']:,} parameters, {len(model['layers'])} layers"
+        )
+    )
+    console.print(
+        Text.assemble(
+            ("data   ", "bold"),
+            f"{data['source']}: {data['documents']:,} documents, {data['tokens']:,} tokens,"
+            f" {data['train_rows']:,} samples to train on, {data['held_out_rows']:,} held out",
+        )
+    )
+    console.print(Text.assemble(("batch  ", "bold"), plan.batch.in_words()))
+    console.print(_ranks(plan))
+    console.print(_choices(plan))
+    for warning in plan.warnings:
+        console.print(Text.assemble(("note   ", "bold yellow"), warning))
+
+
+def _ranks(plan: Plan) -> Table:
+    layout = plan.layout
+    table = Table(title=f"{layout.pipeline} stages x {layout.data_parallel} replicas on {plan.accelerator}")
+    for heading in ("rank", "host", "device", "stage", "layers", "parameters", "replica"):
+        table.add_column(heading, justify="left" if heading in ("host", "layers") else "right")
+    names = plan.model["layers"]
+    places = list(layout.places())
+    shown = places if len(places) <= _RANKS_SHOWN else places[: layout.pipeline]
+    for place in shown:
+        first, last = names[place.layers[0]], names[place.layers[-1]]
+        table.add_row(
+            str(place.rank),
+            place.host,
+            f"{plan.accelerator}:{place.local_rank}",
+            str(place.stage),
+            first if first == last else f"{first} .. {last}",
+            f"{plan.stage_parameters[place.stage]:,}",
+            str(place.replica),
+        )
+    if len(shown) < len(places):
+        table.caption = f"and {len(places) - len(shown)} more ranks: {layout.data_parallel - 1} replicas like this one"
+    elif layout.pipeline > 1:
+        table.caption = f"expected time of the slowest stage: {plan.imbalance:.2f} x the mean"
+    return table
+
+
+def _choices(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("choice", style="bold")
+    table.add_column("value")
+    table.add_column("from", style="dim")
+    for key in _SHOWN_CHOICES:
+        value = plan.config[key]
+        if key == "data_parallel" and value is None:
+            table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")
+        elif key == "micro_batch" and value is None:
+            table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
+        else:
+            table.add_row(key, str(value), plan.origins[key])
+    return table

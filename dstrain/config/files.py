@@ -1,0 +1,71 @@
+"""Where ``ds_configs/`` lies: recipes, built-in model shapes and DeepSpeed JSON fragments."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@lru_cache(maxsize=1)
+def ds_configs() -> Path:
+    """The folder: inside the package when installed from a wheel, beside it in a checkout."""
+    for folder in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs"):
+        if folder.is_dir():
+            return folder
+    raise DstrainError("the folder ds_configs is missing from this installation", hint="reinstall dstrain")
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with dstrain."""
+    return sorted(path.stem for path in (ds_configs() / "recipes").glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe. Raises DstrainError for an unknown name."""
+    if name not in recipes():
+        raise DstrainError(
+            f"there is no recipe {name!r}", where="--recipe", hint=f"known: {', '.join(recipes())}"
+        )
+    return ds_configs() / "recipes" / f"{name}.yaml"
+
+
+def model_shapes() -> list[str]:
+    """Names of the built-in model shapes."""
+    return sorted(path.stem for path in (ds_configs() / "models").glob("*.json"))
+
+
+def model_config_file(model: str, *, where: str) -> Path:
+    """The Hugging Face config file that ``model`` means: a built-in shape or a folder's config.json.
+
+    Raises:
+        DstrainError: neither a built-in shape nor a folder with a ``config.json``.
+    """
+    if model in model_shapes():
+        return ds_configs() / "models" / f"{model}.json"
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if folder.is_dir():
+        raise DstrainError(f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder")
+    raise DstrainError(
+        f"{model!r} is neither a folder nor a built-in shape",
+        where=where,
+        hint=f"a folder with a Hugging Face config.json, or one of: {', '.join(model_shapes())}",
+    )
+
+
+def cache_folder() -> Path:
+    """Where prepared data and measured model shapes are kept between runs.
+
+    ``DSTRAIN_CACHE``, else ``dstrain`` below ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    chosen = os.environ.get("DSTRAIN_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "dstrain"

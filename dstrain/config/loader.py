@@ -1,0 +1,188 @@
+"""Layers of choices become one run config: defaults < recipe < file < --set < flags."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dstrain.config.files import recipe_path
+from dstrain.config.origins import DEFAULT, Origin, flag_origin
+from dstrain.config.schema import RunConfig, field_names
+from dstrain.config.yaml_reader import Document, parse_scalar, read_yaml
+from dstrain.errors import DstrainError
+
+DEFAULT_RECIPE = "quickstart"
+# Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
+Path_ = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A run config and the origin of each of its keys (of each leaf, inside ``deepspeed``)."""
+
+    config: RunConfig
+    origins: Mapping[Path_, Origin]
+
+    def origin(self, *path: str) -> Origin:
+        """The origin of a key; of its nearest parent, where the key itself has none."""
+        while path:
+            if path in self.origins:
+                return self.origins[path]
+            path = path[:-1]
+        return DEFAULT
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML, each line with its origin in a comment."""
+        lines = []
+        for key, value in self.config.model_dump().items():
+            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip("\n")
+            first, *rest = text.split("\n")
+            lines.append(f"{first}  # {self.origin(key)}")
+            lines.extend(rest)
+        return "\n".join(lines) + "\n"
+
+
+def load_config(
+    *,
+    recipe: str | None = None,
+    config_file: str | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ResolvedConfig:
+    """Lay the layers on top of each other and check the whole.
+
+    Args:
+        recipe: name of a recipe; without one and without ``config_file`` it is the quickstart.
+        config_file: YAML file of the user's own; may name its recipe under the key ``recipe``.
+        settings: ``KEY=VALUE`` strings; a dotted KEY reaches into ``deepspeed``.
+        flags: values of flags that were given, by config key.
+
+    Raises:
+        DstrainError: an unknown key, a wrong type or an impossible value, with its place and the
+            nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[Path_, Origin] = {}
+
+    def lay(document: Document, kind: str, name: str) -> None:
+        for path, value in _leaves(document.values):
+            line = document.lines.get(path)
+            place = f"{name}:{line}" if line else name
+            _put(values, origins, path, value, Origin(kind, place))
+
+    own = read_yaml(Path(config_file), where="--config") if config_file else None
+    if own is not None:
+        named = own.values.pop("recipe", None)
+        if named is not None and not isinstance(named, str):
+            raise DstrainError("recipe must be a name", where=f"{config_file}:{own.lines[('recipe',)]}")
+        recipe = recipe or named
+    if recipe is None and own is None:
+        recipe = DEFAULT_RECIPE
+    if recipe is not None:
+        path = recipe_path(recipe)
+        lay(read_yaml(path, where="--recipe"), "recipe", path.name)
+    if own is not None:
+        lay(own, "file", str(config_file))
+    return _finish(values, origins, settings, flags or {})
+
+
+def read_config(path: Path) -> ResolvedConfig:
+    """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
+    document = read_yaml(path, where=str(path))
+    origins = {
+        keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()
+    }
+    return _finish(document.values, origins, (), {})
+
+
+def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[str] = ()) -> ResolvedConfig:
+    """The same config with some values laid on top (a resumed run's own flags)."""
+    values = json.loads(base.config.model_dump_json())
+    origins = dict(base.origins)
+    return _finish(values, origins, settings, flags)
+
+
+def _finish(
+    values: dict[str, Any], origins: dict[Path_, Origin], settings: Sequence[str], flags: Mapping[str, Any]
+) -> ResolvedConfig:
+    """Lay ``--set`` and the flags on top, refuse unknown keys, check the values."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise DstrainError(f"{setting!r} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3")
+        for path, value in _leaves({key: parse_scalar(text)}):
+            _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
+    for key, value in flags.items():
+        _put(values, origins, (key,), value, flag_origin(key))
+    for key in values:
+        if key not in field_names():
+            raise _unknown_key(key, origins)
+    return ResolvedConfig(_validate(values, origins), origins)
+
+
+def _leaves(values: Mapping[str, Any], path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """Every value that is no non-empty mapping, by its path; only ``deepspeed`` nests."""
+    for key, value in values.items():
+        here = (*path, str(key))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _put(
+    values: dict[str, Any], origins: dict[Path_, Origin], path: Path_, value: Any, origin: Origin
+) -> None:
+    """Set the value at ``path``, opening mappings on the way, and note its origin."""
+    target = values
+    for key in path[:-1]:
+        inner = target.get(key)
+        if not isinstance(inner, dict):
+            inner = target[key] = {}
+        target = inner
+    target[path[-1]] = value
+    origins[path] = origin
+
+
+def _unknown_key(key: str, origins: Mapping[Path_, Origin]) -> DstrainError:
+    origin = next((origin for path, origin in origins.items() if path[0] == key), None)
+    near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`dstrain run --help` lists the choices"
+    return DstrainError(f"unknown key {key!r}", where=str(origin) if origin else None, hint=hint)
+
+
+def _validate(values: Mapping[str, Any], origins: Mapping[Path_, Origin]) -> RunConfig:
+    """Check types and ranges; the first error becomes one message with its place."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        path = tuple(str(part) for part in error["loc"])
+        field = path[0]
+        origin = origins.get(path[:1]) or next(
+            (origin for known, origin in origins.items() if known[0] == field), DEFAULT
+        )
+        given = values[field]
+        raise DstrainError(
+            f"{field} = {given!r}: {_in_words(error)}", where=str(origin), hint=_hint(field, given)
+        ) from None
+
+
+def _in_words(error: Any) -> str:
+    """pydantic's message in the tone of the others."""
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    return message[:1].lower() + message[1:]
+
+
+def _hint(field: str, given: Any) -> str:
+    info = RunConfig.model_fields[field]
+    if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):
+        return "write the number without quotes"
+    return f"{field}: {info.description}" if info.description else f"default: {info.default!r}"

@@ -1,0 +1,32 @@
+"""Where a value came from: default, recipe, file:line, --set, or a flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The place that decided a value.
+
+    ``kind`` is one of ``default``, ``recipe``, ``file``, ``set``, ``flag``; ``place`` is what to show
+    (``quickstart.yaml:12``, ``--set``, ``--zero``).
+    """
+
+    kind: str
+    place: str
+
+    def __str__(self) -> str:
+        return self.place
+
+
+DEFAULT = Origin("default", "default")
+
+
+def flag_name(key: str) -> str:
+    """The flag that sets ``key``: ``seq_len`` -> ``--seq-len``."""
+    return "--" + key.replace("_", "-")
+
+
+def flag_origin(key: str) -> Origin:
+    return Origin("flag", flag_name(key))

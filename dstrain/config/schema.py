@@ -1,0 +1,90 @@
+"""The run config: every choice that a user has, under the same name in YAML, flags and code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class RunConfig(BaseModel):
+    """What the user asks for. A flag ``--foo-bar`` sets the key ``foo_bar``.
+
+    Unknown keys and wrong types are refused; nothing is coerced but an integer to a float.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # What is trained, on what.
+    model: str = Field("quickstart", description="a folder with config.json, or a built-in shape")
+    tokenizer: str = Field("bytes", description="a Hugging Face tokenizer folder, or bytes")
+    data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
+    seq_len: PositiveInt = Field(256, description="tokens a sample")
+    held_out: Fraction = Field(0.05, description="fraction of the documents kept for the held-out loss")
+
+    # How long, and in which steps.
+    steps: PositiveInt = Field(100, description="optimizer steps")
+    global_batch: PositiveInt = Field(32, description="samples a step, over all replicas")
+    micro_batch: PositiveInt | None = Field(
+        None, description="samples a replica works on at once; derived when left out"
+    )
+    seed: NonNegativeInt = Field(1234, description="decides initial weights, data order and dropout")
+
+    # The optimizer.
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    lr_final: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="last learning rate as a fraction of lr"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="steps over which lr rises from 0")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="AdamW's decay rates"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
+    momentum: Fraction = Field(0.0, description="SGD's momentum")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="not on norms and biases")
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="largest norm of the whole model's gradient; 0 for none"
+    )
+
+    # How it is split.
+    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
+    pipeline: PositiveInt = Field(1, description="pipeline stages")
+    data_parallel: PositiveInt | None = Field(None, description="replicas; default: what the devices allow")
+    precision: Precision = Field("fp32", description="of parameters and activations")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    hostfile: str | None = Field(None, description="hosts, a line each: NAME slots=N")
+
+    # What is kept and said.
+    name: str | None = Field(None, description="name of the run folder; made from date and model if left out")
+    runs_dir: str = Field("runs", description="folder that holds the run folders")
+    eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
+    eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
+    save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 for only the last")
+    keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    prompt: str = Field("def ", description="continued by the model at the end of the run")
+    sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
+
+    # DeepSpeed's own configuration, laid on top of what the plan composes.
+    ds_config: str | None = Field(None, description="a DeepSpeed JSON file laid on top of the composed one")
+    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed keys laid on top of the composed ones")
+
+    @field_validator("zero", mode="before")
+    @classmethod
+    def _stage_is_a_number(cls, value: Any) -> Any:
+        """Python's ``True == 1`` would let ``zero: true`` pass for stage 1."""
+        if isinstance(value, bool):
+            raise ValueError("must be 0, 1, 2 or 3")
+        return value
+
+
+def field_names() -> list[str]:
+    """Every key of the run config, in the order in which it is documented."""
+    return list(RunConfig.model_fields)

@@ -1,0 +1,144 @@
+"""The text of a corpus, one document after the other, and exact errors about what is not text."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from dstrain.data.sources import Source, SourceFile
+from dstrain.errors import DstrainError
+
+TEXT_FIELD = "text"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_GZIP_MARK = b"\x1f\x8b"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is encodable as UTF-8, and how many of the source's bytes were read to get this far."""
+
+    text: str
+    bytes_read: int
+
+
+def read_documents(source: Source) -> Iterator[Document]:
+    """The documents in the order of the source's files, and of the lines of a JSON-lines file.
+
+    Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
+    file are no documents. A text file is held in memory whole, a JSON-lines file line by line.
+
+    Raises:
+        DstrainError: with the file, or the file and the line, of what can't be read as text.
+    """
+    before = 0
+    for file in source.files:
+        try:
+            if file.kind == "text":
+                yield Document(_read_text(file), before + file.size)
+            else:
+                for document in _read_json_lines(file):
+                    yield Document(document.text, before + document.bytes_read)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DstrainError(f"this is no complete gzip file: {error}", where=file.path) from error
+        except OSError as error:
+            raise DstrainError(f"can't be read: {error.strerror or error}", where=file.path) from error
+        before += file.size
+
+
+def _read_text(file: SourceFile) -> str:
+    with open(file.path, "rb") as stream:
+        content = stream.read()
+    if content.startswith(_UTF16_MARKS):
+        raise DstrainError("this text is UTF-16, not UTF-8", hint="iconv -f UTF-16 -t UTF-8", where=file.path)
+    if content.startswith(_GZIP_MARK):
+        raise DstrainError(
+            "this file is compressed", hint="unpack it; only .jsonl.gz is read packed", where=file.path
+        )
+    if b"\0" in content:
+        raise DstrainError(
+            f"this is a binary file (byte {content.index(0):,} is 0), not text",
+            hint="take it out of the source, or turn it into UTF-8 text",
+            where=file.path,
+        )
+    return _decode(content.removeprefix(_BYTE_ORDER_MARK), file.path, first_line=1)
+
+
+def _read_json_lines(file: SourceFile) -> Iterator[Document]:
+    with open(file.path, "rb") as raw:
+        lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
+        plain_bytes = 0
+        for number, line in enumerate(lines, start=1):
+            where = f"{file.path}:{number}"
+            plain_bytes += len(line)
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if line.strip():
+                # In a packed file it is the packed bytes that add up to the file's size.
+                yield Document(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
+
+
+def _text_of(line: bytes, number: int, where: str) -> str:
+    """The text field of one JSON line."""
+    try:
+        value: Any = json.loads(_decode(line, where.removesuffix(f":{number}"), first_line=number))
+    except json.JSONDecodeError as error:
+        raise DstrainError(
+            f"this line is not JSON: {error.msg} at column {error.colno}",
+            hint='each line is one object: {"text": "..."}',
+            where=where,
+        ) from None
+    except RecursionError:
+        raise DstrainError("this line's JSON is nested too deeply to be read", where=where) from None
+    if not isinstance(value, dict):
+        raise DstrainError(
+            f"this line holds {_name(value)}, not an object",
+            hint='each line is one object: {"text": "..."}',
+            where=where,
+        )
+    if TEXT_FIELD not in value:
+        keys = ", ".join(repr(key) for key in list(value)[:12]) or "none"
+        raise DstrainError(f"this line has no field {TEXT_FIELD!r}; its fields are {keys}", where=where)
+    text = value[TEXT_FIELD]
+    if not isinstance(text, str):
+        keys = ", ".join(repr(key) for key in list(value)[:12])
+        raise DstrainError(
+            f"the field {TEXT_FIELD!r} holds {_name(text)}, not a string (fields: {keys})", where=where
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise DstrainError(
+            f"character {error.start} is half a surrogate pair ({escape}), which UTF-8 can't hold",
+            where=where,
+        ) from None
+    return text
+
+
+def _decode(content: bytes, path: str, *, first_line: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise DstrainError(
+            f"not UTF-8: byte 0x{content[error.start]:02x} ({error.reason})",
+            hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
+            where=f"{path}:{line}",
+        ) from None
+
+
+def _name(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return "null" if value is None else names[type(value)]

@@ -1,0 +1,98 @@
+"""Documents packed into rows of equal length; labels and positions keep the documents apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+
+class Batch(NamedTuple):
+    """Packed rows, each int64 [n, seq_len]. `labels` are shifted: the token that follows, or IGNORED."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents laid end to end, as pieces of a token file that need not touch each other there.
+
+    Training and held-out documents can so be drawn from one file of tokens, at any sequence length.
+
+    Attributes:
+        tokens: [file tokens], any unsigned integers, usually a memory map.
+        starts: int64 [documents], where in `tokens` each document starts.
+        lengths: int64 [documents], its tokens with its end-of-document token, at least 1.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Tokens in the stream."""
+        return int(self.lengths.sum())
+
+
+class PackedRows:
+    """Row r of a stream is its tokens ``r * seq_len`` up to ``(r + 1) * seq_len``; a last partial row is
+    dropped.
+
+    A label is the stream's next token if that belongs to the same document, else IGNORED: the last token of a
+    document's content predicts the end-of-document token, which itself predicts nothing. The last position of
+    a row looks into the next row. Positions count from 0 at each document's start and at each row's start.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int) -> None:
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, not {seq_len}")
+        if stream.lengths.size and stream.lengths.min() < 1:
+            raise ValueError("a document without tokens can't be packed")
+        self.seq_len = seq_len
+        self._tokens = stream.tokens
+        self._ends = np.cumsum(stream.lengths, dtype=np.int64)  # in the stream, of each document
+        # What to add to a place in the stream to get the place in the token file.
+        self._to_file = np.asarray(stream.starts, dtype=np.int64) - (self._ends - stream.lengths)
+        self._begins = self._ends - stream.lengths
+        self._rows = stream.size // seq_len
+
+        # Only a document's last token has no label, so a row's labels are its length less the documents
+        # ending in it.
+        edges = np.arange(self._rows + 1, dtype=np.int64) * seq_len
+        ended = np.searchsorted(self._ends, edges, side="right")
+        self._label_tokens = seq_len - np.diff(ended).astype(np.int64)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def rows(self, ids: np.ndarray) -> Batch:
+        """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
+        ids = self._checked(ids)
+        first = ids[:, None] * self.seq_len
+        place = first + np.arange(self.seq_len, dtype=np.int64)
+        document = np.searchsorted(self._ends, place, side="right")
+        at = place + self._to_file[document]
+        last = place + 1 == self._ends[document]
+        # A document's last token may be the file's last one, so there the look ahead stays where it is.
+        following = self._tokens[at + ~last].astype(np.int64)
+        return Batch(
+            input_ids=self._tokens[at].astype(np.int64),
+            position_ids=place - np.maximum(self._begins[document], first),
+            labels=np.where(last, IGNORED, following),
+        )
+
+    def label_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
+        return self._label_tokens[self._checked(ids)]
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self._rows):
+            raise IndexError(f"rows {ids.min()}..{ids.max()} are asked for, and there are {self._rows}")
+        return ids

@@ -1,0 +1,187 @@
+"""A corpus made ready for training: tokenized once, split, packed.
+
+On the command line: ``python -m dstrain.data.prepare REQUEST.json OUT.json`` reads the arguments of `prepare`
+from a JSON object and writes the summary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.data.packing import PackedRows, TokenStream
+from dstrain.data.sources import Source, find_files
+from dstrain.data.split import fraction_for, split_stream
+from dstrain.data.token_cache import Tokens, load_or_build
+from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.errors import DstrainError
+
+_REQUEST: dict[str, type | tuple[type, ...]] = {
+    "source": str,
+    "tokenizer": str,
+    "seq_len": int,
+    "held_out": (int, float),
+    "cache_dir": str,
+}
+
+
+@dataclass(frozen=True)
+class PackedData:
+    """The rows to train on, and those to evaluate on (None if nothing is held out).
+
+    `fingerprint` is a hash of the tokens, the sequence length and the split, not of file names or times:
+    hosts with equal fingerprints hold the same rows under the same numbers.
+    """
+
+    train: PackedRows
+    held_out: PackedRows | None
+    tokenizer: Tokenizer
+    fingerprint: str
+    source: Source
+    documents: int
+    held_out_documents: int
+    empty_documents: int
+    tokens: int
+
+    def summary(self) -> dict[str, Any]:
+        """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens."""
+        return {
+            "source": self.source.name,
+            "files": len(self.source.files),
+            "bytes": self.source.bytes,
+            "documents": self.documents,
+            "held_out_documents": self.held_out_documents,
+            "empty_documents": self.empty_documents,
+            "tokens": self.tokens,
+            "seq_len": self.train.seq_len,
+            "train_rows": len(self.train),
+            "held_out_rows": len(self.held_out) if self.held_out is not None else 0,
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def prepare(
+    source: str, tokenizer: str, seq_len: int, held_out: float | int, cache_dir: Path | str
+) -> PackedData:
+    """Tokenize `source` into `cache_dir` unless that was done before, split it, and pack it into rows.
+
+    Safe to call from any number of processes and hosts at once; a cache that is not whole is built anew.
+    Tokens are cached for any `seq_len` and `held_out`.
+
+    Args:
+        source: see `dstrain.data.sources`.
+        tokenizer: see `dstrain.data.tokenizers`.
+        seq_len: tokens a row, at least 1.
+        held_out: the share of the documents to keep from training, at least 0 (none) and less than 1.
+        cache_dir: made if it is not there.
+
+    Raises:
+        DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
+    """
+    if seq_len < 1:
+        raise DstrainError(f"seq_len is {seq_len}, and a row needs at least 1 token")
+    if not 0 <= held_out < 1:
+        raise DstrainError(
+            f"held_out is {held_out}, and it is a share of the documents: at least 0 (none), less than 1",
+            hint="0.01 holds out about one document in a hundred",
+        )
+    tokens_of = load_tokenizer(tokenizer)
+    files = find_files(source)
+    tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
+    train, held = split_stream(tokens.stream, held_out)
+    _check_rows(tokens, train, held, seq_len, held_out, files)
+    return PackedData(
+        train=PackedRows(train, seq_len),
+        held_out=PackedRows(held, seq_len) if held is not None else None,
+        tokenizer=tokens_of,
+        fingerprint=_fingerprint(tokens, train, seq_len),
+        source=files,
+        documents=int(tokens.stream.lengths.size),
+        held_out_documents=int(held.lengths.size) if held is not None else 0,
+        empty_documents=tokens.empty_documents,
+        tokens=tokens.stream.size,
+    )
+
+
+def _fingerprint(tokens: Tokens, train: TokenStream, seq_len: int) -> str:
+    digest = hashlib.sha256(f"{tokens.content} {seq_len}".encode())
+    digest.update(train.starts.astype("<i8").tobytes() + train.lengths.astype("<i8").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _check_rows(
+    tokens: Tokens, train: TokenStream, held: TokenStream | None, seq_len: int, held_out: float, files: Source
+) -> None:
+    if train.size < seq_len:
+        total = f"{tokens.stream.size:,} tokens"
+        found = f"{total}, {train.size:,} of them to train on," if held is not None else total
+        raise DstrainError(
+            f"this source has {found} and one row takes {seq_len:,}",
+            hint=f"set seq_len to {train.size:,} or less, or give it more text",
+            where=files.place,
+        )
+    if held is not None and held.size < seq_len:
+        fraction = fraction_for(tokens.stream, seq_len)
+        more = f"set held_out to {fraction:g}, " if fraction is not None else ""
+        raise DstrainError(
+            f"held_out {held_out:g} holds out {held.size:,} tokens ({held.lengths.size:,} documents), "
+            f"less than one row of {seq_len:,}",
+            hint=f"{more}set held_out to 0 (none), or set seq_len to {held.size:,} or less",
+            where=files.place,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(argv) != 2:
+        print("usage: python -m dstrain.data.prepare REQUEST.json OUT.json", file=sys.stderr)
+        return 2
+    # Nothing here needs the network, and a library that asks for it should fail rather than hang.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    try:
+        data = prepare(**_request(Path(argv[0])))
+        out = Path(argv[1])
+        try:
+            aside = out.with_name(f"{out.name}.{os.getpid()}.part")
+            aside.write_text(json.dumps(data.summary(), indent=1) + "\n", encoding="utf-8")
+            aside.replace(out)
+        except OSError as error:
+            raise DstrainError(
+                f"the summary can't be written: {error.strerror or error}", where=str(out)
+            ) from error
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _request(path: Path) -> dict[str, Any]:
+    """The arguments of `prepare` from a JSON file."""
+    try:
+        request = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DstrainError(
+            f"the request can't be read: {error.strerror or error}", where=str(path)
+        ) from error
+    except ValueError as error:
+        raise DstrainError(f"the request is not JSON: {error}", where=str(path)) from error
+    if not isinstance(request, dict) or set(request) != set(_REQUEST):
+        raise DstrainError(
+            f"the request is not an object with exactly {', '.join(_REQUEST)}", where=str(path)
+        )
+    for key, kinds in _REQUEST.items():
+        if not isinstance(request[key], kinds) or isinstance(request[key], bool):
+            raise DstrainError(f"{key!r} is {request[key]!r}, which is of the wrong kind", where=str(path))
+    return request
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

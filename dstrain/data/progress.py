@@ -1,0 +1,42 @@
+"""A line on stderr now and then, and only when something takes long enough that one would ask."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+_QUIET_SECONDS = 2.0
+_EVERY_SECONDS = 5.0
+
+
+class Progress:
+    """Says how far some work has come: nothing in the first 2 seconds, then a line every 5.
+
+    Args:
+        doing: what is being done, as the line begins.
+        total: how much there is to do, in `unit`.
+        unit: printed behind the numbers; ``bytes`` are shown in MB.
+    """
+
+    def __init__(self, doing: str, total: int, unit: str) -> None:
+        self._doing = doing
+        self._total = total
+        self._unit = unit
+        self._start = time.monotonic()
+        self._next = self._start + _QUIET_SECONDS
+
+    def update(self, done: int) -> None:
+        """Say it if it is time to; `done` counts from the beginning."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _EVERY_SECONDS
+        rate = done / (now - self._start)
+        left = f", about {(self._total - done) / rate:,.0f} s left" if 0 < done < self._total else ""
+        print(
+            f"dstrain: {self._doing}: {self._amount(done)} of {self._amount(self._total)}{left}",
+            file=sys.stderr,
+        )
+
+    def _amount(self, count: int) -> str:
+        return f"{count / 1e6:,.1f} MB" if self._unit == "bytes" else f"{count:,} {self._unit}"

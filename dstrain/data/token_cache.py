@@ -1,0 +1,239 @@
+"""Tokenized corpora on disk: written once, by whoever comes first, and complete or not there at all.
+
+``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``. It is written aside and named
+by one rename, under a lock that makes others wait rather than do the same work. Where a file system knows no
+locks, several may do the work, and the first rename wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dstrain.data.packing import TokenStream
+from dstrain.data.sources import Source, find_files
+from dstrain.data.token_writer import write_tokens
+from dstrain.data.tokenizers import Tokenizer
+from dstrain.errors import DstrainError
+
+FORMAT = 1
+_TOKENS, _LENGTHS, _META = "tokens.bin", "lengths.npy", "meta.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized corpus: its stream, how many documents were empty, and a hash of the stream's content."""
+
+    stream: TokenStream
+    empty_documents: int
+    content: str
+
+
+def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
+    """The tokens of `source`, from the cache if they are there and whole, else built into it.
+
+    The key covers the format, the tokenizer's content, and each file's path, size and modification time. Any
+    number of processes, on any number of hosts that share `cache_dir`, may call this at once.
+
+    Raises:
+        DstrainError: the source can't be read, changed meanwhile, or the cache can't be written.
+    """
+    folder = cache_dir / _key(source, tokenizer)
+    try:
+        # Before the lock, so that a complete cache on a read-only disk serves.
+        found = _open(folder, tokenizer)
+        if found is not None:
+            return found
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(cache_dir / f"{folder.name}.lock", source) as locked:
+            found = _open(folder, tokenizer)  # another process may have built it while this one waited
+            if found is None:
+                if locked:
+                    _clear_leftovers(folder)
+                _build(source, tokenizer, folder, locked)
+                found = _open(folder, tokenizer)
+    except OSError as error:
+        hint = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it takes up to 5 times that for a while"
+        raise DstrainError(
+            f"the token cache can't be used: {error.strerror or error}",
+            hint=hint or "name a cache folder on a disk that can be written",
+            where=str(error.filename or cache_dir),
+        ) from error
+    if found is None:
+        raise DstrainError(
+            "the token cache was written, but reads back differently: the disk is at fault",
+            hint="name a cache folder on another disk",
+            where=str(folder),
+        )
+    return found
+
+
+def _key(source: Source, tokenizer: Tokenizer) -> str:
+    # The root is part of it: two files of one name and size may share a time too (images that set all times
+    # to 0).
+    files = [(file.relative, file.kind, file.size, file.mtime_ns) for file in source.files]
+    return hashlib.sha256(
+        json.dumps([FORMAT, tokenizer.fingerprint, source.root, files]).encode()
+    ).hexdigest()[:24]
+
+
+def _build(source: Source, tokenizer: Tokenizer, folder: Path, locked: bool) -> None:
+    """Write `folder` aside, flush it to the disk, and name it; leave nothing behind on failure."""
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+    # Beside it, not inside: NFS keeps files that are still mapped, and they must not move into the cache.
+    # `datasets` locks files of its own there, so where there are no locks it has to be a folder of this
+    # machine.
+    scratch = (
+        aside.with_name(f"{aside.stem}.scratch.part") if locked else Path(tempfile.mkdtemp(prefix="dstrain-"))
+    )
+    try:
+        aside.mkdir()
+        written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS, scratch)
+        if find_files(source.name).files != source.files:
+            raise DstrainError(
+                "the source's files changed while they were being read", hint="start again", where=source.root
+            )
+        meta = {
+            "format": FORMAT,
+            "source": source.name,
+            "tokenizer": tokenizer.name,
+            "dtype": tokenizer.dtype.name,
+            **asdict(written),
+            "checks": {name: _check(aside / name) for name in (_TOKENS, _LENGTHS)},
+        }
+        (aside / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        for name in (_TOKENS, _LENGTHS, _META, "."):
+            _flush(aside / name)
+        _name(aside, folder, tokenizer)
+    finally:
+        _remove(aside)
+        _remove(scratch)
+
+
+def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    """Rename `aside` to `folder`. A damaged folder there is moved out of the way, a whole one is kept."""
+    for _ in range(10):
+        try:
+            aside.rename(folder)
+            _flush(folder.parent)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        if _open(folder, tokenizer) is not None:
+            return
+        # Processes that have mapped the old files keep them until they end.
+        damaged = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+        try:
+            folder.rename(damaged)
+        except FileNotFoundError:
+            continue  # without locks another process may have moved it just now
+        _remove(damaged)
+    raise OSError(errno.EBUSY, "other processes keep replacing this folder", str(folder))
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
+    """The tokens in `folder`; None if it is not there, not complete, or not what was written."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT or meta["dtype"] != tokenizer.dtype.name:
+            return None
+        if any(_check(folder / name) != meta["checks"][name] for name in (_TOKENS, _LENGTHS)):
+            return None
+        tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype.newbyteorder("<"), mode="r")
+        lengths = np.load(folder / _LENGTHS, allow_pickle=False).astype(np.int64)
+        if (lengths.size, int(lengths.sum()), tokens.size) != (
+            meta["documents"],
+            meta["tokens"],
+            meta["tokens"],
+        ):
+            return None
+        stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths)
+        return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check(path: Path) -> list[int | str]:
+    """A file's size and a hash of 64 blocks of 64 KiB spread over it (all of a file up to 4 MiB).
+
+    Every rank checks at every start, so a corpus of 100 GB can't be read whole; truncated, zeroed and
+    exchanged files are what happens, and these are seen.
+    """
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as stream:
+        if size <= _CHECKED_BLOCKS * _BLOCK_BYTES:
+            digest.update(stream.read())
+        else:
+            for block in range(_CHECKED_BLOCKS):
+                stream.seek((size - _BLOCK_BYTES) * block // (_CHECKED_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return [size, digest.hexdigest()]
+
+
+@contextmanager
+def _lock(path: Path, source: Source) -> Iterator[bool]:
+    """Hold an exclusive lock: True, or False where the file system has none. A lock ends with its process."""
+    with open(path, "ab") as stream:
+        locked = True
+        start = time.monotonic()
+        said = False
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                locked = False
+                break
+            if not said and time.monotonic() - start > 2:
+                said = True
+                print(
+                    f"dstrain: another process is tokenizing {source.name}; waiting for it", file=sys.stderr
+                )
+        yield locked  # closing the file lets go of the lock
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """What killed processes left behind. Only under the lock: nobody else is writing then."""
+    for path in folder.parent.glob(f"{folder.name}.*.part"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there. What can't be removed now is left to `_clear_leftovers` of the next build."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that the rename can't survive a power cut that the content did not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

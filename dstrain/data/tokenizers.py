@@ -1,0 +1,199 @@
+"""Text to token ids and back: our byte tokenizer, or a Hugging Face tokenizer from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dstrain.errors import DstrainError
+
+BYTES = "bytes"
+
+# The files that can decide what a Hugging Face tokenizer does (chat templates and weights can't).
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+)
+_VOCABULARY_FILES = tuple(
+    name for name in _TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "added_tokens.json"))
+)
+
+
+class Tokenizer(ABC):
+    """What the trainer knows of a tokenizer.
+
+    Attributes:
+        name: what the user wrote: ``bytes`` or a folder.
+        vocab_size: the largest token id + 1. A model's vocabulary may be larger, padded.
+        end_of_document: the id that ends each document.
+        fingerprint: a hash of its content; equal fingerprints tokenize alike.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+    fingerprint: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned integers that hold every id, at least 16 bits."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of `text`, without any special token around them: `dtype` [n]."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of these ids; what is no valid UTF-8 (a character cut in half) becomes U+FFFD."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it as a Hugging Face tokenizer (`AutoTokenizer.from_pretrained`) that gives the same ids."""
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are the tokens 0..255, 256 ends a document. Needs no file and round-trips every text."""
+
+    name = BYTES
+    vocab_size = 257
+    end_of_document = 256
+    fingerprint = "bytes-v1"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """End-of-document tokens are left out; ids above, of a padded vocabulary, become U+FFFD."""
+        tokens = np.asarray(ids, dtype=np.int64).ravel()
+        tokens = tokens[tokens != self.end_of_document]
+        # 0xFF occurs in no UTF-8 text, so the decoder replaces it.
+        return (
+            np.where(tokens < 256, tokens, 0xFF).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        import tokenizers as hf
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        backend = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = hf.decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(
+            str(folder)
+        )
+
+
+class FolderTokenizer(Tokenizer):
+    """A Hugging Face tokenizer. A text that spells a special token gets its id, as in transformers."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Any) -> None:
+        self.name = name
+        self.end_of_document = int(tokenizer.eos_token_id)
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.fingerprint = _fingerprint(folder, type(tokenizer).__name__, self.end_of_document)
+        self._tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        # Truncation and padding can be switched on inside a tokenizer.json; said here, they are off.
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [np.asarray(ids, dtype=self.dtype) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return str(self._tokenizer.decode(np.asarray(ids).ravel().tolist(), skip_special_tokens=True))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: ``bytes``, or a folder that holds a Hugging Face tokenizer. Never asks the
+    network.
+
+    Raises:
+        DstrainError: there is no such folder, no tokenizer in it, it can't be loaded, or it has no
+        end-of-sequence token.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    folder = Path(name).expanduser()
+    if not name.strip() or not folder.is_dir():
+        raise DstrainError(
+            f"there is no tokenizer folder {name!r}",
+            hint="name 'bytes' or a folder with a tokenizer.json; nothing is downloaded: "
+            "`hf download NAME --local-dir FOLDER` fetches one",
+            where=str(folder),
+        )
+    if not any((folder / file).is_file() for file in _VOCABULARY_FILES):
+        raise DstrainError(
+            "there is no tokenizer in this folder",
+            hint=f"looked for {', '.join(_VOCABULARY_FILES)}; `tokenizer.save_pretrained(folder)` writes one",
+            where=str(folder),
+        )
+    # transformers takes seconds to import, and the byte tokenizer does without it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a broken file raises, the user wants to know which folder it was
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DstrainError(f"transformers can't load this tokenizer: {reason}", where=str(folder)) from error
+    if tokenizer.eos_token_id is None:
+        raise DstrainError(
+            "this tokenizer has no end-of-sequence token, and it is what ends a document",
+            hint='set "eos_token" in its tokenizer_config.json',
+            where=str(folder),
+        )
+    return FolderTokenizer(folder, name, tokenizer)
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary.
+
+    Source: `bytes_to_unicode` of GPT-2, github.com/openai/gpt-2, src/encoder.py: a printable character of
+    Latin-1 stands for itself, the others take the code points from 256 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _fingerprint(folder: Path, kind: str, end_of_document: int) -> str:
+    digest = hashlib.sha256(f"{kind}\n{end_of_document}\n".encode())
+    for file in _TOKENIZER_FILES:
+        path = folder / file
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{file} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()[:32]

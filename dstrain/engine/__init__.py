@@ -1,0 +1,1 @@
+"""DeepSpeed's engines, mended and extended, behind one interface."""

@@ -1,0 +1,130 @@
+"""The two engines behind the one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from dstrain.engine.interface import Engine, MicroBatch, StepResult
+from dstrain.engine.mends import MendedEngine
+from dstrain.engine.staged_engine import StagedEngine
+
+# All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
+TAG = "state"
+
+
+class _DeepSpeedAdapter(Engine):
+    """What both adapters share."""
+
+    engine: DeepSpeedEngine
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _result(self, loss: torch.Tensor) -> StepResult:
+        applied = self.engine.was_step_applied()
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(
+            loss=float(loss),
+            grad_norm=float(norm) if norm is not None and applied else float("inf"),
+            applied=applied,
+            loss_scale=float(getattr(self.engine.optimizer, "loss_scale", 1.0)),
+        )
+
+    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"dstrain": dict(state)}, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+        return client_state["dstrain"]
+
+
+class PipelineAdapter(_DeepSpeedAdapter):
+    """Two stages or more."""
+
+    def __init__(self, engine: StagedEngine) -> None:
+        self.engine: StagedEngine = engine
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        self._set_lr(lr)
+        return self._result(self.engine.train_batch(iter([m.as_pipeline_item() for m in micro_batches])))
+
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
+        items = iter([m.as_pipeline_item() for m in micro_batches])
+        return float(self.engine.eval_batch(items, num_micro_batches=len(micro_batches)))
+
+    def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
+        engine = self.engine
+        _, logits = engine.eval_batch(
+            iter([micro_batch.as_pipeline_item()]),
+            return_logits=True,
+            compute_loss=False,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=1,
+        )
+        source = engine._loss_stage_global_rank()
+        vocabulary = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        chosen = None
+        if engine.global_rank == source:
+            chosen = logits[row, position].detach().float().contiguous()
+            vocabulary.fill_(chosen.numel())
+        group = engine.mpu.get_pipe_parallel_group()
+        dist.broadcast(vocabulary, src=source, group=group)
+        if chosen is None:
+            chosen = torch.empty(int(vocabulary), dtype=torch.float32, device=engine.device)
+        dist.broadcast(chosen, src=source, group=group)
+        return chosen.cpu()
+
+
+class OneStageAdapter(_DeepSpeedAdapter):
+    """One stage: DeepSpeed's plain engine, which overlaps communication and knows ZeRO-3."""
+
+    def __init__(self, engine: MendedEngine, loss_fn: nn.Module) -> None:
+        self.engine: MendedEngine = engine
+        self.loss_fn = loss_fn
+
+    def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
+        here = micro_batch.to(self.engine.device)
+        logits = self.engine((here.input_ids, here.position_ids))
+        return self.loss_fn(logits, (here.labels, here.weight))
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        self._set_lr(lr)
+        self.engine.train()
+        total = torch.zeros((), device=self.engine.device)
+        for micro_batch in micro_batches:
+            loss = self._loss(micro_batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        return self._result(_mean_over_replicas(total / len(micro_batches)))
+
+    @torch.no_grad()
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self.engine.eval()
+        total = torch.zeros((), device=self.engine.device)
+        for micro_batch in micro_batches:
+            total += self._loss(micro_batch)
+        return float(_mean_over_replicas(total / len(micro_batches)))
+
+    @torch.no_grad()
+    def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
+        self.engine.eval()
+        here = micro_batch.to(self.engine.device)
+        return self.engine((here.input_ids, here.position_ids))[row, position].float().cpu()
+
+
+def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()

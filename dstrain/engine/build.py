@@ -1,0 +1,65 @@
+"""From a model and a DeepSpeed JSON to this rank's engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
+
+from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
+from dstrain.engine.interface import Engine
+from dstrain.engine.mends import MendedEngine
+from dstrain.engine.parameter_groups import group_parameters
+from dstrain.engine.staged_engine import StagedEngine
+from dstrain.engine.staged_module import StagedModule
+from dstrain.engine.whole_module import WholeModule
+from dstrain.model.layers import LayeredModel
+from dstrain.model.loss import TokenLoss
+
+
+def build_engine(
+    model: LayeredModel,
+    *,
+    deepspeed: dict[str, Any],
+    cut: Sequence[int],
+    data_parallel: int,
+    device: torch.device,
+    activation_checkpointing: bool = False,
+) -> Engine:
+    """This rank's engine. ``torch.distributed`` is initialised by ``deepspeed.init_distributed``.
+
+    Args:
+        deepspeed: the whole DeepSpeed JSON, as the plan composed it.
+        cut: first layer of each stage, and the number of layers at the end.
+        activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
+    """
+    loss_fn = TokenLoss()
+    weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
+    model.to(device)
+    if len(cut) > 2:
+        staged = StagedModule(model, cut=cut, data_parallel=data_parallel, loss_fn=loss_fn)
+        groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names())
+        return PipelineAdapter(_make(StagedEngine, staged, groups, deepspeed, staged.mpu()))
+    whole = WholeModule(model, activation_checkpointing=activation_checkpointing).to(device)
+    tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
+    groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
+    return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
+
+
+def _make(
+    engine_class: type[Any], module: nn.Module, groups: list[dict[str, Any]], deepspeed: dict[str, Any], mpu: Any
+) -> Any:
+    """As ``deepspeed.initialize`` does, which knows only its own engine classes."""
+    document = copy.deepcopy(deepspeed)
+    return engine_class(
+        args=None,
+        model=module,
+        model_parameters=groups,
+        mpu=mpu,
+        config=document,
+        config_class=DeepSpeedConfig(document, mpu),
+    )

@@ -1,0 +1,75 @@
+"""What the training loop knows of an engine: the same for a pipeline and for one stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One replica's samples of one forward pass.
+
+    Attributes:
+        input_ids, position_ids: int64 [B, S].
+        labels: int64 [B, S], already shifted; -100 where there is none.
+        weight: what the sum of the token losses is multiplied with, float32 [1]. Engines average
+            over micro-batches and replicas, so with accumulation x replicas / (label tokens of the
+            global batch) the result is the mean over all of these.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    weight: torch.Tensor
+
+    def as_pipeline_item(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """DeepSpeed's form: the first stage's inputs, the last stage's labels."""
+        return (self.input_ids, self.position_ids), (self.labels, self.weight)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(
+            self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.weight.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: loss over the global batch, gradient norm before clipping, if it was taken.
+
+    ``applied`` is False for a step that fp16's dynamic loss scale skipped; its norm is inf.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    loss_scale: float
+
+
+class Engine(ABC):
+    """One rank's part of the training. Every method is collective: all ranks call it together."""
+
+    @abstractmethod
+    def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """One optimizer step over this replica's micro-batches (as many as the accumulation)."""
+
+    @abstractmethod
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Weighted loss, averaged over micro-batches and replicas; no gradients, no dropout."""
+
+    @abstractmethod
+    def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
+        """Logits [V], fp32 on CPU, after one position of one row; the same on every rank."""
+
+    @abstractmethod
+    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Write this rank's part of a checkpoint below ``folder``; ``state`` is small and JSON-like."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Read this rank's part back and return ``state``."""

@@ -1,0 +1,101 @@
+"""DeepSpeed's pipeline engine for any ZeRO stage up to 2, with tied weights that stay equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe import engine as pipe_engine
+from deepspeed.runtime.pipe import schedule
+
+from dstrain.engine.mends import MendedEngine
+
+
+@contextmanager
+def _zero_stage_2_admitted() -> Iterator[None]:
+    """Lift ``assert stage < ZeroStageEnum.gradients`` in ``PipelineEngine.__init__``.
+
+    The enumeration is used nowhere else in that file (tests/distributed/test_upstream.py watches).
+    """
+    original = pipe_engine.ZeroStageEnum
+    pipe_engine.ZeroStageEnum = SimpleNamespace(gradients=original.weights)
+    try:
+        yield
+    finally:
+        pipe_engine.ZeroStageEnum = original
+
+
+class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
+    """``PipelineEngine`` with these changes, each shown by a test that fails without it:
+
+    - ZeRO-2: gradients are reduced behind each micro-batch's backward pass, on every stage, and the
+      last one is the accumulation boundary (upstream refuses ZeRO-2, and would reduce on the last
+      stage only).
+    - Tied weights: their gradients are first reduced over the replicas, then summed over the stages
+      that hold a copy. In this order all copies get the same bits, so they never drift apart.
+      (Upstream sums ``weight.grad``, which is empty when gradients are accumulated in another dtype
+      or partitioned.)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _zero_stage_2_admitted():
+            super().__init__(*args, **kwargs)
+        self._partitions_gradients = self.zero_optimization_partition_gradients()
+        # ZeRO-2 reduces in the backward pass, not at the schedule's ReduceGrads.
+        self.enable_backward_allreduce = self._partitions_gradients
+        self._backward_passes = 0
+
+    def train_batch(self, data_iter: Any = None) -> torch.Tensor:
+        self._backward_passes = 0
+        return super().train_batch(data_iter)
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        # Upstream adds an evaluation's outputs to the total of the last training batch.
+        self.total_loss = None
+        return super().eval_batch(*args, **kwargs)
+
+    def _exec_backward_pass(self, buffer_id: int, **kwargs: Any) -> None:
+        self._backward_passes += 1
+        self._force_grad_boundary = self._backward_passes == self.micro_batches
+        super()._exec_backward_pass(buffer_id, **kwargs)
+        if self._partitions_gradients and not self.is_last_stage():
+            self._backward_epilogue()  # the last stage's engine.backward() has called it
+        self._force_grad_boundary = False
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """Nothing yet: tied gradients are summed once they are reduced over the replicas."""
+
+    def _exec_reduce_grads(self) -> None:
+        if not self._partitions_gradients:
+            super()._exec_reduce_grads()
+        for weight, group in self.module.get_tied_weights_and_groups():
+            for gradient in self._reduced_gradients(weight):
+                dist.all_reduce(gradient, group=group)
+
+    def _reduced_gradients(self, weight: torch.nn.Parameter) -> list[torch.Tensor]:
+        """What this rank holds of a tied weight's gradient after the reduction over the replicas.
+
+        The weight has a parameter group of its own, so that its partition is cut at the same places
+        on every stage that holds a copy.
+        """
+        if not self.zero_optimization():
+            return [weight.grad]
+        index = self.optimizer._get_param_group_idx(weight)
+        if self.optimizer.cpu_offload:
+            return [self.optimizer.single_partition_of_fp32_groups[index].grad]
+        return [
+            piece
+            for piece in self.optimizer.averaged_gradients[index]
+            if not getattr(piece, "_zero_padding", False)
+        ]
+
+    _INSTRUCTION_MAP = {
+        **pipe_engine.PipelineEngine._INSTRUCTION_MAP,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+    }

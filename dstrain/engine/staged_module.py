@@ -1,0 +1,98 @@
+"""A PipelineModule that is cut where the plan says, and ties weights one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from torch import nn
+
+from dstrain.engine.topology import make_topology
+from dstrain.model.layers import LayeredModel
+
+
+class _LayerOf(LayerSpec):
+    """The spec of one layer of a model: building it gives the model's own layer."""
+
+    def __init__(self, model: LayeredModel, index: int) -> None:
+        super().__init__(nn.Module)
+        self.model = model
+        self.index = index
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.model.build(self.index)
+
+
+class StagedModule(PipelineModule):
+    """The local stage of a `LayeredModel`.
+
+    What it changes in PipelineModule: the cut comes from the plan (upstream's ``parameters`` method
+    builds every layer on every rank only to count); a tied weight is one parameter of each of its
+    layers, not a whole module (a ``TiedLayerSpec`` around the head would take the head's norm out of
+    the gradient norm); nothing is printed.
+    """
+
+    def __init__(
+        self, model: LayeredModel, *, cut: Sequence[int], data_parallel: int, loss_fn: nn.Module
+    ) -> None:
+        self._cut = list(cut)
+        self._tied = model.tied
+        super().__init__(
+            layers=[_LayerOf(model, index) for index in range(model.num_layers)],
+            topology=make_topology(pipeline=len(cut) - 1, data_parallel=data_parallel),
+            loss_fn=loss_fn,
+            checkpointable_layers=["BlockLayer"],
+        )
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._cut
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def _index_tied_modules(self) -> dict:
+        """The copies of each tied weight that lie on different stages, with their process group."""
+        comms = {}
+        for tied in self._tied:
+            stages = sorted({self.stage_owner(layer) for layer, _ in tied.owners})
+            if len(stages) == 1:
+                continue
+            for replica in range(self._grid.data_parallel_size):
+                ranks = [self._grid.stage_to_global(stage_id=stage, data=replica) for stage in stages]
+                group = dist.new_group(ranks=ranks)
+                if self.global_rank not in ranks:
+                    continue
+                weight = self._local_weight(tied.owners)
+                weight.ds_pipe_replicated = self.global_rank != ranks[0]
+                comms[tied.key] = {
+                    "ranks": ranks,
+                    "group": group,
+                    "weight_attr": ["weight"],
+                    "module": _Holder(weight),
+                }
+        return comms
+
+    def _local_weight(self, owners: Sequence[tuple[int, str]]) -> nn.Parameter:
+        """This stage's copy of a tied weight."""
+        local = dict(self.named_parameters(remove_duplicate=False))
+        for layer, path in owners:
+            if f"{layer}.{path}" in local:
+                return local[f"{layer}.{path}"]
+        raise ValueError(f"none of {owners} lies on stage {self.stage_id}")
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, object]]:
+        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+    def tied_names(self) -> set[str]:
+        """Names of this stage's parameters that another layer, here or elsewhere, ties."""
+        return {f"{layer}.{path}" for tied in self._tied for layer, path in tied.owners}
+
+
+class _Holder:
+    """What DeepSpeed expects of a tied module, without registering the weight a second time."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.weight]

@@ -1,0 +1,142 @@
+"""What this machine computes on: found without torch, so that a plan needs no CUDA context and no import."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+
+_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+_QUERY_SECONDS = 10
+# A container's own limit, where there is one (cgroup v2, then v1).
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of one machine.
+
+    ``count`` is 0 on a CPU: as many processes as are asked for. ``memory_bytes`` is that of the smallest
+    visible GPU, or the machine's; None when it is not known. ``ids`` are the GPUs' numbers as the CUDA
+    driver counts them, in the order of CUDA_VISIBLE_DEVICES.
+    """
+
+    kind: str
+    count: int
+    names: tuple[str, ...]
+    memory_bytes: int | None
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    index: int
+    uuid: str
+    name: str
+    memory_bytes: int | None
+
+
+def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
+    """The visible GPUs, or the CPU where there are none or ``DS_ACCELERATOR=cpu`` asks for it.
+
+    Raises:
+        DstrainError: DS_ACCELERATOR names neither cuda nor cpu, or asks for cuda where no GPU is seen, or
+            CUDA_VISIBLE_DEVICES names something that DeepSpeed's launcher can't address.
+    """
+    wanted = environ.get("DS_ACCELERATOR", "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise DstrainError(
+            f"dstrain runs on cuda and cpu, not on {wanted!r}.", hint="unset it", where="DS_ACCELERATOR"
+        )
+    gpus = [] if wanted == "cpu" else _visible(_query(environ), environ.get("CUDA_VISIBLE_DEVICES"))
+    if gpus:
+        sizes = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None]
+        return Devices(
+            kind="cuda",
+            count=len(gpus),
+            names=tuple(gpu.name for gpu in gpus),
+            memory_bytes=min(sizes) if len(sizes) == len(gpus) else None,
+            ids=tuple(gpu.index for gpu in gpus),
+        )
+    if wanted == "cuda":
+        raise DstrainError(
+            "DS_ACCELERATOR=cuda asks for GPUs, but none is visible.",
+            hint="see `nvidia-smi` and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu",
+            where="DS_ACCELERATOR",
+        )
+    return Devices(kind="cpu", count=0, names=(_processor(),), memory_bytes=_main_memory())
+
+
+def _query(environ: Mapping[str, str]) -> list[_Gpu]:
+    """Ask the driver's own tool. Without it, or when it fails, there are no GPUs to be used."""
+    try:
+        answer = subprocess.run(
+            _QUERY, env=dict(environ), capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return []
+    gpus = []
+    for line in answer.stdout.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        # With no device nvidia-smi writes a sentence ("No devices were found") and may still exit 0.
+        if len(cells) < 4 or not cells[0].isdigit():
+            continue
+        # Machines that share memory between CPU and GPU answer "[N/A]".
+        memory = int(cells[-1]) * 2**20 if cells[-1].isdigit() else None
+        gpus.append(_Gpu(int(cells[0]), cells[1], ", ".join(cells[2:-1]), memory))
+    return gpus
+
+
+def _visible(gpus: list[_Gpu], chosen: str | None) -> list[_Gpu]:
+    """Apply CUDA_VISIBLE_DEVICES as the CUDA driver does: in its order, cut at the first invalid entry."""
+    if chosen is None:
+        return gpus
+    visible: list[_Gpu] = []
+    for entry in (part.strip() for part in chosen.split(",")):
+        if entry.startswith("MIG-"):
+            raise DstrainError(
+                "DeepSpeed's launcher names GPUs by number and can't address a MIG slice.",
+                hint="give whole GPUs: CUDA_VISIBLE_DEVICES=0,1",
+                where="CUDA_VISIBLE_DEVICES",
+            )
+        if entry.startswith("GPU-"):
+            matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry)]
+        else:
+            matches = [gpu for gpu in gpus if str(gpu.index) == entry]
+        if len(matches) != 1 or matches[0] in visible:
+            break
+        visible.append(matches[0])
+    return visible
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    except (OSError, UnicodeDecodeError):
+        pass  # not Linux: the architecture's name has to do
+    return platform.machine()
+
+
+def _main_memory() -> int | None:
+    """Bytes of main memory that this process may use: the machine's, or its container's if less."""
+    sizes = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemTotal:"):
+                sizes.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        return None
+    for path in _MEMORY_LIMITS:
+        try:
+            sizes.append(int(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # no such cgroup version, or the word "max": no limit
+    return min(sizes, default=None)

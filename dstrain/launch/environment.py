@@ -1,0 +1,122 @@
+"""The environment that the ranks need, and the file in which it travels to other hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
+_UNSAFE_REMOTELY = '"$`\\%!'
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def default_environment(
+    accelerator: str,
+    processes_per_host: int,
+    single_host: bool,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    python: str = sys.executable,
+) -> dict[str, str]:
+    """The variables that every rank needs beside the user's own; what the user has set already is kept.
+
+    Args:
+        accelerator: ``cuda`` or ``cpu``.
+        processes_per_host: ranks that share a host's cores.
+        single_host: True when all ranks run on this machine.
+    """
+    # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
+    environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
+    if accelerator == "cpu":
+        # PyTorch takes all cores for each process: 4 ranks on 8 cores would fight with 32 threads.
+        threads = max(1, _cores() // max(1, processes_per_host))
+        environment["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(threads)
+    else:
+        # So that GPU 2 is the same one here, in nvidia-smi and in the plan: CUDA's default order is by speed.
+        environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
+    if single_host:
+        # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
+        loopback = _loopback()
+        if loopback is not None or environ.get("GLOO_SOCKET_IFNAME"):
+            environment["GLOO_SOCKET_IFNAME"] = environ.get("GLOO_SOCKET_IFNAME") or str(loopback)
+    else:
+        # A pulled cable is noticed after 15 s instead of never.
+        environment["PDSH_SSH_ARGS_APPEND"] = (
+            environ.get("PDSH_SSH_ARGS_APPEND") or "-oServerAliveInterval=5 -oServerAliveCountMax=3"
+        )
+    if not _is_installed(environ):
+        paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_PACKAGE_ROOT, *paths]))
+    return environment
+
+
+def check_environment(environment: Mapping[str, str], *, remote: bool) -> None:
+    """Refuse what the way to the ranks would change or lose.
+
+    Raises:
+        DstrainError: a bad name, a value with a line end, or (``remote``) with signs that ssh alters.
+    """
+    for name, value in environment.items():
+        if not _NAME.fullmatch(name):
+            raise DstrainError(
+                f"{name!r} is not the name of an environment variable.",
+                hint="use letters, digits and _",
+                where="environment",
+            )
+        if any(sign in value for sign in "\n\r\0"):
+            raise DstrainError(
+                f"the value of {name} holds a line end, which can't travel in an environment file.",
+                hint="write it into a file on every host and pass the file's path",
+                where=f"environment: {name}",
+            )
+        altered = sorted(set(value) & set(_UNSAFE_REMOTELY))
+        if remote and (altered or value != value.strip()):
+            what = " ".join(altered) or "spaces at its ends"
+            raise DstrainError(
+                f"the value of {name} holds {what}, which DeepSpeed's way over ssh does not keep.",
+                hint="write it into a file on every host and pass the file's path",
+                where=f"environment: {name}",
+            )
+
+
+def environment_text(environment: Mapping[str, str]) -> str:
+    """``NAME=value`` lines, nothing else: DeepSpeed's parser dies of a blank line, and a comment with a ``=``
+    comments out the whole remote command."""
+    return "".join(f"{name}={value}\n" for name, value in sorted(environment.items()))
+
+
+def _path(environ: Mapping[str, str], python: str) -> str:
+    """PATH with python's own folder: DeepSpeed looks up ninja there when it compiles its CPU operators."""
+    own = os.path.dirname(os.path.abspath(python))
+    paths = environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join([own, *(path for path in paths if path != own)])
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def _loopback() -> str | None:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def _is_installed(environ: Mapping[str, str]) -> bool:
+    """Whether python finds this dstrain by itself: not through PYTHONPATH, nor from the current folder.
+
+    In doubt the answer is no: naming the path once more does no harm.
+    """
+    borrowed = {os.path.realpath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path}
+    borrowed.add(os.path.realpath(os.getcwd()))
+    own = {os.path.realpath(path) for path in sys.path[1:] if path}
+    return _PACKAGE_ROOT in own - borrowed

@@ -1,0 +1,140 @@
+"""The hostfile: which machines a run may use, and how many processes each takes.
+
+The format is DeepSpeed's own (``name slots=N``), read more strictly: what DeepSpeed accepts and then
+gets wrong (a bare host, ``slots=0``, trailing words) is refused here with its line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+from dstrain.plan.layout import Host
+
+# A name goes into the command lines of ssh and pdsh: nothing that an option parser or a shell could read
+# as anything but a name is let through.
+_NAME = re.compile(r"[A-Za-z0-9._:][A-Za-z0-9._:-]*")
+_SLOTS = re.compile(r"[0-9]{1,6}")
+
+
+def read_hostfile(path: str | os.PathLike[str]) -> tuple[Host, ...]:
+    """Read ``name slots=N`` lines, in their order; ``#`` starts a comment, blank lines are skipped.
+
+    Raises:
+        DstrainError: the file is missing, unreadable, not UTF-8 or empty, or a line is not a host; ``where``
+            is ``path:line``.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DstrainError(
+            "there is no such hostfile.",
+            hint="write one line a machine: `name slots=N`, N being its number of GPUs",
+            where=str(path),
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DstrainError(
+            "the hostfile is not UTF-8 text.", hint="save it as plain text", where=f"{path}:{line}"
+        ) from None
+    except OSError as error:
+        raise DstrainError(f"the hostfile can't be read: {error.strerror}.", where=str(path)) from None
+
+    hosts: list[Host] = []
+    seen: dict[str, int] = {}
+    # Not splitlines(): that would also break lines at form feeds and Unicode separators.
+    for number, raw in enumerate(text.split("\n"), start=1):
+        words = raw.split("#", 1)[0].split()
+        if not words:
+            continue
+        where = f"{path}:{number}"
+        host = _parse(words, where)
+        first = seen.setdefault(host.name.lower(), number)
+        if first != number:
+            raise DstrainError(
+                f"host {host.name} stands in line {first} already.",
+                hint="give each host one line, with all of its slots",
+                where=where,
+            )
+        hosts.append(host)
+    if not hosts:
+        raise DstrainError(
+            "the hostfile names no host.", hint="write one line a machine: `name slots=N`", where=f"{path}:1"
+        )
+    return tuple(hosts)
+
+
+def _parse(words: list[str], where: str) -> Host:
+    name = words[0]
+    if not _NAME.fullmatch(name):
+        hint = "use letters, digits and . _ : - only, and no - at the start"
+        if "@" in name:
+            hint = "put the user name for this host into ~/.ssh/config (`User ...`)"
+        raise DstrainError(f"{name!r} is not a host name.", hint=hint, where=where)
+    if len(words) == 1:
+        raise DstrainError(
+            f"host {name} has no slots.", hint=f"write `{name} slots=N`, N being its GPUs", where=where
+        )
+    key, equals, value = words[1].partition("=")
+    if key != "slots" or not equals:
+        raise DstrainError(
+            f"{words[1]!r} stands where slots=N belongs.", hint=f"write `{name} slots=N`", where=where
+        )
+    if not _SLOTS.fullmatch(value) or int(value) == 0:
+        raise DstrainError(
+            f"slots={value} is not a number of processes.",
+            hint=f"write a whole number from 1 on without spaces: `{name} slots=8`",
+            where=where,
+        )
+    if len(words) > 2:
+        raise DstrainError(
+            f"{' '.join(words[2:])!r} means nothing here.",
+            hint=f"write `{name} slots={int(value)}` alone; `#` starts a comment",
+            where=where,
+        )
+    return Host(name, int(value))
+
+
+def is_this_host(name: str) -> bool:
+    """Whether ``name`` (host name or address) is the machine that asks; one that can't be resolved is not."""
+    own = socket.gethostname().lower()
+    name = name.lower()
+    if name in ("localhost", own):
+        return True
+    # A short name and a full name of one machine; two different full names are left to the resolver.
+    one_is_short = "." not in name or "." not in own
+    if one_is_short and not _is_address(name) and name.split(".")[0] == own.split(".")[0]:
+        return True
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(_is_own_address(family, address[0]) for family, _, _, _, address in found)
+
+
+def _is_address(name: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _is_own_address(family: int, address: str | int) -> bool:
+    """The kernel reaches an own address from that same address; connecting a UDP socket sends nothing.
+
+    Trying to bind would be shorter, but succeeds for any address where ip_nonlocal_bind is set.
+    """
+    if family == socket.AF_INET and str(address).startswith("127."):
+        return True  # all of 127.0.0.0/8, though the kernel answers from 127.0.0.1
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            return bool(probe.getsockname()[0] == address)
+    except OSError:
+        return False

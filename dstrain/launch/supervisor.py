@@ -1,0 +1,165 @@
+"""Watches a run from its start to its end: one cause, one line, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from dstrain.launch.guard import guarded
+from dstrain.launch.outcome import Cause, Outcome, judge
+from dstrain.launch.processes import family, kill
+from dstrain.launch.watch import RankWatch
+from dstrain.plan.run_folder import RunFolder
+
+__all__ = ["Cause", "Outcome", "supervise"]
+
+# For ranks to end after a failure: shorter than for a user's stop, since there is nothing left to save.
+_FAILURE_GRACE_SECONDS = 10.0
+_KILL_SECONDS = 10.0
+
+
+def supervise(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: RunFolder,
+    world_size: int,
+    on_tick: Callable[[], None],
+    poll_seconds: float = 0.2,
+    grace_seconds: float = 30.0,
+    settle_seconds: float = 5.0,
+) -> Outcome:
+    """Run the launcher until it and all ranks have ended. Nothing that it started runs on when this returns
+    or raises, nor (through the guard) when this process is killed.
+
+    Args:
+        command: the launcher's argv, as ``["bash", str(folder.launch_script)]``.
+        environment: set on top of this process's own.
+        folder: its earlier rank statuses are removed first; the launcher's output is appended to its log.
+        world_size: how many ranks must say ``done``.
+        on_tick: called at each poll (the live display). What it raises ends the run and is passed on.
+        grace_seconds: how long ranks may take to end (to save a checkpoint) after SIGINT, SIGTERM or SIGHUP
+            to this process; a second signal cuts it short.
+        settle_seconds: how long the launcher may take to end by itself after the first failure, and how late
+            a rank's last word may arrive (over NFS) after the launcher's end.
+    """
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    folder.clear_statuses()
+    log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
+    with _stop_signals() as stops:
+        launcher = _Launcher(command, environment, folder.launcher_log)
+        watch = RankWatch(folder, world_size, lambda: launcher.pid)
+
+        def wait(seconds: float, until: Callable[[], bool]) -> bool:
+            deadline = time.monotonic() + seconds
+            while not until():
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(poll_seconds)
+                watch.update()
+                on_tick()
+            return True
+
+        def stopped() -> bool:
+            return bool(stops.numbers) or launcher.ended()
+
+        try:
+            wait(float("inf"), lambda: stopped() or watch.first_failure() is not None)
+            if not stopped():
+                wait(settle_seconds, stopped)
+            own_end = launcher.ended()
+            if not own_end:
+                watch.stop()
+                launcher.terminate()
+                if watch.first_failure() is not None:
+                    grace_seconds = min(grace_seconds, _FAILURE_GRACE_SECONDS)
+                signals_so_far = len(stops.numbers)
+                wait(grace_seconds, lambda: launcher.ended() or len(stops.numbers) > signals_so_far)
+        finally:
+            code = launcher.kill_everything(watch)
+        watch.update(force=True)
+        if own_end and code == 0:
+            wait(settle_seconds, lambda: not watch.unfinished() or watch.first_failure() is not None)
+            watch.update(force=True)
+    on_tick()
+    return judge(folder, watch, log_start, code, own_end, stops.numbers)
+
+
+class _Launcher:
+    """The launcher under its guard, which leads the session of the whole run."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        with log.open("ab") as output:
+            self._guard = subprocess.Popen(
+                guarded(list(command)),
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._guard.pid
+
+    def ended(self) -> bool:
+        """Whether the guard has ended, and with it all that it looked after. It is left unreaped, so that its
+        number can't be given to a stranger while it still serves to find our processes."""
+        if self._guard.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def terminate(self) -> None:
+        """One SIGTERM for all processes of the launcher's group."""
+        if not self.ended():
+            os.killpg(self.pid, signal.SIGTERM)
+
+    def kill_everything(self, watch: RankWatch) -> int:
+        """SIGKILL what is left here, wait until it is gone, and return the launcher's exit code."""
+        deadline = time.monotonic() + _KILL_SECONDS
+        while time.monotonic() < deadline:
+            left = family(self.pid)
+            for process in [*left, *watch.local_processes()]:
+                kill(process, signal.SIGKILL)
+            if not left and self.ended():
+                break
+            time.sleep(0.05)
+        else:
+            # Only a process inside the kernel (a dead disk or driver) outlives SIGKILL.
+            self._guard.kill()
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        return self._guard.wait()
+
+
+@dataclass
+class _Stops:
+    numbers: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stops]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them. Only the main thread may set handlers; in
+    another one they stay as they are, and the guard ends the run if they end this process."""
+    stops = _Stops()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stops.numbers.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
+    before = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

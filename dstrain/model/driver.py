@@ -1,0 +1,260 @@
+"""Drive a family's own forward in parts, so that each pipeline layer runs just its share of it.
+
+The modules of the skeleton that own weights are replaced by two kinds of stand-in, which the ``Driver`` tells
+what to do:
+
+- ``Recorder`` in the place of each decoder block. *Prologue*: stop at block 0, its hidden state is what the
+  embeddings hand on. *Arguments*: note how each block is called (rotary tables, masks, alibi). *Epilogue*:
+  the last one returns the hidden state that arrived, and the family's own norm, head, scaling and
+  soft-capping run.
+- ``Switch`` in the place of each other module with weights. It calls the real module, or, where only shapes
+  matter, runs a weightless twin on meta and returns zeros of that shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PretrainedConfig, PreTrainedModel
+
+PROLOGUE, ARGUMENTS, EPILOGUE, PROBE = "prologue", "arguments", "epilogue", "probe"
+
+BEFORE = -1
+"""``Driver.reached`` while no block has been called yet."""
+
+
+class Hidden:
+    """Marks where the hidden state stands among a block's arguments."""
+
+
+HIDDEN = Hidden()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block, with ``HIDDEN`` in the place of the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        args = [hidden if value is HIDDEN else value for value in self.args]
+        kwargs = {name: hidden if value is HIDDEN else value for name, value in self.kwargs.items()}
+        return block(*args, **kwargs)
+
+
+class Reached(Exception):  # noqa: N818 - not an error: it ends a partial forward
+    """The partial forward has what it came for."""
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Recorder(nn.Module):
+    """Stands in the model's list of blocks; attributes that the model reads come from the real block."""
+
+    def __init__(self, driver: Driver, index: int, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(_driver=driver, _index=index, _real=real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._driver.at_block(self._index, args, kwargs)
+
+
+class Switch(nn.Module):
+    """Stands for a module with weights outside the blocks."""
+
+    def __init__(self, driver: Driver, path: str, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(_driver=driver, _path=path, _real=real, _twin=meta_twin(real))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+    # The dunders that modules answer to are looked up on the class, past __getattr__.
+    def __len__(self) -> int:
+        return len(self._real)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Any:
+        return iter(self._real)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._real[index]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._driver.at_switch(self, args, kwargs)
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` in eval mode with parameters and buffers on meta."""
+    return copy.deepcopy(module).to("meta").eval()
+
+
+def to_meta(value: Any) -> Any:
+    """``value`` with every tensor in it on meta."""
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
+
+
+def hidden_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Where a block is given its hidden state: the first positional argument, else ``hidden_states``."""
+    if args:
+        return 0
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+
+
+class Driver:
+    """Runs parts of the skeleton's forward. Not thread-safe; one a process is enough.
+
+    Attributes:
+        extras: how many values a block returns beside the hidden state (None: it returns a bare tensor).
+        loose: modules that belong to no layer (parameterless, or containers of layers).
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PretrainedConfig, takes_positions: bool) -> None:
+        self.model = model
+        self.config = config
+        self.takes_positions = takes_positions
+        self.count = 0
+        self.extras: int | None = None
+        self.loose: list[nn.Module] = []
+        self.phase: str | None = None
+        self.reached = BEFORE
+        self.hidden: Tensor | None = None
+        self.calls: list[Call] = []
+        self.probe: Any = None
+        self._device: torch.device | None = None
+        self._training = False
+        self._epilogue_training = False
+
+    # What the stand-ins ask
+
+    def at_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.phase == PROBE:
+            return self.probe.at_block(index, args, kwargs)
+        slot = hidden_slot(args, kwargs)
+        hidden = args[slot] if isinstance(slot, int) else kwargs[slot]
+        last = index == self.count - 1
+        self.reached = index
+        if self.phase == PROLOGUE:
+            raise Reached(hidden)
+        if self.phase == ARGUMENTS:
+            self.calls.append(marked(args, kwargs, slot))
+            if last:
+                raise Reached
+            return self.packed(hidden)
+        if self.phase == EPILOGUE:
+            if last:
+                self._set_training(self._epilogue_training)
+                return self.packed(self.hidden)
+            return self.packed(hidden)
+        raise RuntimeError("the skeleton's forward was called outside of a layer")
+
+    def at_switch(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.phase == PROBE:
+            return self.probe.at_switch(switch, args, kwargs)
+        if self.phase in (ARGUMENTS, EPILOGUE) and self.reached == BEFORE:
+            return self._zeros_like_output(switch, args, kwargs)
+        return switch._real(*args, **kwargs)
+
+    def packed(self, hidden: Any) -> Any:
+        """``hidden`` in the shape that the family's blocks return it."""
+        return hidden if self.extras is None else (hidden, *([None] * self.extras))
+
+    # What the layers ask
+
+    def prologue(self, input_ids: Tensor, position_ids: Tensor, *, training: bool) -> Tensor:
+        """Hidden state [B, S, H] that the first block is called with."""
+        self._set_training(training)
+        try:
+            self.run(PROLOGUE, input_ids, position_ids)
+        except Reached as done:
+            return done.value
+        raise RuntimeError("the model's forward did not call its first block")
+
+    @torch.no_grad()
+    def arguments(self, hidden: Tensor, position_ids: Tensor) -> list[Call]:
+        """How the family calls each block for these positions; uses no weights and no random numbers."""
+        self._set_training(False)
+        self.hidden, self.calls = hidden, []
+        try:
+            self.run(ARGUMENTS, torch.zeros_like(position_ids), position_ids)
+        except Reached:
+            return self.calls
+        finally:
+            self.hidden, self.calls = None, []
+        raise RuntimeError("the model's forward did not call its last block")
+
+    def epilogue(self, hidden: Tensor, position_ids: Tensor, *, training: bool) -> Tensor:
+        """Logits [B, S, V] from the last block's hidden state [B, S, H]."""
+        # Until the last block is reached only shapes matter: no dropout, no random numbers drawn.
+        self._set_training(False)
+        self._epilogue_training = training
+        self.hidden = hidden
+        try:
+            return self.run(EPILOGUE, torch.zeros_like(position_ids), position_ids).logits
+        finally:
+            self.hidden = None
+
+    def run(self, phase: str, input_ids: Tensor, position_ids: Tensor) -> Any:
+        """Call the family's forward in one phase; a ``Reached`` passes through."""
+        self._follow(position_ids.device)
+        self.phase, self.reached = phase, BEFORE
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids
+        try:
+            return self.model(**inputs)
+        finally:
+            self.phase = None
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the buffers that belong to no layer; their dtype stays."""
+        for module in self.loose:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        self._device = torch.device(device)
+
+    def _follow(self, device: torch.device) -> None:
+        if device != self._device:
+            self.to(device)
+
+    def _set_training(self, training: bool) -> None:
+        if training != self._training:
+            for module in self.loose:
+                module.training = training
+            self._training = training
+
+    def _zeros_like_output(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            output = switch._twin(*to_meta(args), **to_meta(kwargs))
+        hidden = self.hidden
+        assert hidden is not None
+
+        def real(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dtype = hidden.dtype if leaf.is_floating_point() else leaf.dtype
+            return torch.zeros(leaf.shape, dtype=dtype, device=hidden.device)
+
+        return tree_map(real, output)
+
+
+def marked(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> Call:
+    """The call with its hidden state taken out (so that a cache of calls does not keep it alive)."""
+    if isinstance(slot, int):
+        return Call((*args[:slot], HIDDEN, *args[slot + 1 :]), dict(kwargs))
+    return Call(tuple(args), {**kwargs, slot: HIDDEN})

@@ -1,0 +1,118 @@
+"""The shape of a model: parameters and FLOPs of each layer, without its weights.
+
+``python -m dstrain.model.measure SOURCE OUT.json`` writes what the plan reads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from dstrain.errors import DstrainError
+from dstrain.model.anatomy import Anatomy
+from dstrain.model.architecture import load_config
+from dstrain.model.flops import block_flops_per_token, outer_flops_per_token
+from dstrain.model.probe import dissect
+
+FORMAT = 1
+
+
+def measure(config: PretrainedConfig) -> dict[str, Any]:
+    """Measure a causal language model.
+
+    Returns:
+        ``format``, ``model_type``, ``hidden_size``, ``vocab_size``, ``max_positions`` (or None), ``layers``
+        (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner,
+        ``forward_flops_per_token``: multiply and add are two, at 128 tokens), ``tied`` (``key``,
+        ``parameters``, ``layers``: its owners), ``total_parameters`` (a tied weight counts once),
+        ``pipeline_refusal`` (or None). For a model that cannot be split, the layers are the best guess.
+
+    Raises:
+        DstrainError: the model cannot be built.
+    """
+    anatomy = dissect(config)
+    layers = _layers(anatomy)
+    tied = [
+        {
+            "key": key,
+            "parameters": _at(anatomy, owners[0]).numel(),
+            "layers": [index for index, _ in owners],
+        }
+        for key, owners in anatomy.tied
+    ]
+    return {
+        "format": FORMAT,
+        "model_type": config.model_type,
+        "hidden_size": anatomy.config.hidden_size,
+        "vocab_size": anatomy.config.vocab_size,
+        "max_positions": getattr(anatomy.config, "max_position_embeddings", None),
+        "layers": layers,
+        "tied": tied,
+        "total_parameters": anatomy.total_parameters,
+        "pipeline_refusal": anatomy.refusal,
+    }
+
+
+def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
+    if not anatomy.blocks:
+        return [_entry("whole", "block", anatomy.total_parameters, 2 * anatomy.total_parameters)]
+    outer = outer_flops_per_token(anatomy)
+    known: dict[Any, int] = {}
+    entries = []
+    for index in range(anatomy.num_blocks + 2):
+        modules = anatomy.layer_modules(index)
+        count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
+        if index == 0:
+            entries.append(_entry("embed", "embed", count, outer[0]))
+        elif index == anatomy.num_blocks + 1:
+            entries.append(_entry("head", "head", count, outer[1]))
+        else:
+            block = next(iter(modules.values()))
+            signature = _signature(block)
+            if signature not in known:
+                known[signature] = block_flops_per_token(anatomy, index - 1)
+            entries.append(_entry(f"block {index - 1}", "block", count, known[signature]))
+    return entries
+
+
+def _entry(name: str, kind: str, parameters: int, flops: int) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "parameters": parameters, "forward_flops_per_token": flops}
+
+
+def _signature(block: nn.Module) -> Any:
+    shapes = tuple((name, tuple(param.shape)) for name, param in block.named_parameters())
+    return tuple(type(module) for module in block.modules()), shapes
+
+
+def _at(anatomy: Anatomy, owner: tuple[int, str]) -> torch.Tensor:
+    index, name = owner
+    modules = anatomy.layer_modules(index)
+    root = next(path for path in modules if name.startswith(path + "."))
+    return modules[root].get_parameter(name[len(root) + 1 :])
+
+
+def main(arguments: list[str]) -> int:
+    """Measure ``SOURCE`` and write ``OUT.json``; the exit code."""
+    try:
+        if len(arguments) != 2:
+            raise DstrainError("usage: python -m dstrain.model.measure SOURCE OUT.json")
+        source, out = arguments
+        text = json.dumps(measure(load_config(source)), indent=1)
+        try:
+            Path(out).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DstrainError(f"cannot write the measurement: {error.strerror}", where=out) from None
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

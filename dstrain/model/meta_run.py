@@ -1,0 +1,82 @@
+"""Run a block on the meta device: the shape of what it returns, and its FLOPs, without weights or memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers.integrations.moe  # noqa: F401 - registers grouped_mm_fallback
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dstrain.model.anatomy import Refused
+from dstrain.model.driver import Call, to_meta
+
+GROUPED = tuple(
+    getattr(place, name)
+    for place, name in ((torch.nn.functional, "grouped_mm"), (torch, "_grouped_mm"))
+    if hasattr(place, name)
+) + (
+    (torch.ops.transformers.grouped_mm_fallback,)
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback")
+    else ()
+)
+
+
+class NoData(TorchFunctionMode):
+    """Answers the questions about values that mixtures of experts ask: no token chose any expert."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.is_meta:
+            if func in (torch.nonzero, Tensor.nonzero):
+                found = torch.empty(0, first.dim(), dtype=torch.long, device="meta")
+                return tuple(found.unbind(1)) if kwargs.get("as_tuple") else found
+            if func is torch.where and len(args) == 1 and not kwargs:
+                return tuple(torch.empty(0, first.dim(), dtype=torch.long, device="meta").unbind(1))
+            if func in (Tensor.tolist, Tensor.item):
+                zeros = torch.zeros(first.shape, dtype=first.dtype)
+                return zeros.tolist() if func is Tensor.tolist else zeros.item()
+            if func in (Tensor.cpu, Tensor.numpy):
+                zeros = torch.zeros(first.shape, dtype=first.dtype)
+                return zeros if func is Tensor.cpu else zeros.numpy()
+            if func is Tensor.__bool__:
+                return False
+            if func in GROUPED:
+                # Its meta kernel takes bf16 only. Each row meets one expert: the same shape and the same
+                # FLOPs.
+                return first @ args[1][0]
+        return func(*args, **kwargs)
+
+
+def run_on_meta(block: nn.Module, call: Call, hidden_size: int, rows: int, length: int) -> Any:
+    """Call ``block`` on meta with a hidden state [rows, length, hidden_size]; its buffers move to meta for
+    good.
+
+    Raises:
+        Refused: the block does not run so.
+    """
+    block = block.to("meta").eval()
+    hidden = torch.empty(rows, length, hidden_size, device="meta")
+    meta = Call(to_meta(call.args), to_meta_kwargs(call.kwargs))
+    try:
+        with torch.no_grad(), NoData():
+            return meta.apply(block, hidden)
+    except Exception as error:  # whatever a family's code runs into without values
+        text = " ".join(str(error).split())[:200]
+        raise Refused(
+            f"its block does not run without its weights ({type(error).__name__}: {text})"
+        ) from error
+
+
+def to_meta_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments on meta; containers that are on meta already stay the same objects."""
+    return {name: value if _on_meta(value) else to_meta(value) for name, value in kwargs.items()}
+
+
+def _on_meta(value: Any) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    leaves = value.values() if isinstance(value, dict) else value
+    return all(not isinstance(leaf, Tensor) or leaf.is_meta for leaf in leaves)

@@ -1,0 +1,98 @@
+"""A Hugging Face model without weights: parameters on the meta device, buffers real.
+
+A plain ``torch.device("meta")`` would lose the rotary tables and embedding scales that no checkpoint holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from dstrain.errors import DstrainError
+from dstrain.model.architecture import canonical_config
+
+KEPT = 65_536
+"""Elements up to which a parameter's value from the constructor is kept."""
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Restore the CPU generator's state afterwards, and leave those of the accelerators alone."""
+    state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+class _MarkUninitialised(TorchFunctionMode):
+    """Fill small new tensors of undefined contents with NaN, so that they can be told from set ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        undefined = func in (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+        if undefined and result.is_floating_point() and not result.is_meta and result.numel() <= KEPT:
+            result.fill_(float("nan"))
+        return result
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send every parameter to meta as soon as a module registers it; its memory was never written to.
+
+    What a constructor set by itself (``torch.zeros``, a learned slope of an activation) stays with the
+    parameter as its attribute ``constructed``, for families whose ``_init_weights`` passes it by.
+    """
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        if param is not None and not param.is_meta:
+            empty = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+            empty.__dict__.update(param.__dict__)
+            if param.numel() <= KEPT and not param.data.isnan().any():
+                empty.constructed = param.data.clone()
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register
+    try:
+        with _MarkUninitialised():
+            yield
+    finally:
+        nn.Module.register_parameter = original
+
+
+def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """Build the causal language model of ``config`` in fp32: parameters on meta, buffers on CPU.
+
+    Args:
+        attention: "sdpa", "eager", "flash_attention_2" ...; "auto" or None: sdpa where the family has it,
+            else eager.
+
+    Raises:
+        DstrainError: the family cannot be built with this configuration or this attention.
+    """
+    config = canonical_config(config)
+    options = {} if attention in (None, "auto") else {"attn_implementation": attention}
+    try:
+        with untouched_rng(), no_init_weights(), _parameters_on_meta():
+            # Constructors that draw values shall draw the same on every rank.
+            torch.default_generator.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    except Exception as error:  # families raise what they like for values that do not fit together
+        text = " ".join(str(error).split())
+        if options and "attention" in text.lower():
+            text = text.split(". ")[0]
+            hint = "attention: auto takes sdpa where the family has it, else eager"
+        else:
+            hint = None
+        raise DstrainError(f"the {config.model_type} model cannot be built: {text}", hint=hint) from error
+    model.tie_weights()
+    return model.train()

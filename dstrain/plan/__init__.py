@@ -1,0 +1,1 @@
+"""What will run: the layout, the batch arithmetic, the DeepSpeed JSON and the launch, as pure data."""

@@ -1,0 +1,126 @@
+"""The one owner of ranks: (host, local rank) -> rank -> (stage, replica).
+
+Stages of one replica have neighbouring ranks, so that a pipeline stays inside one machine as long as
+it fits there, and the replicas, which meet once a step, lie on different machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dstrain.errors import DstrainError
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and the number of ranks (GPUs) that it may hold."""
+
+    name: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank sits, and what it holds."""
+
+    rank: int
+    host: str
+    local_rank: int
+    stage: int
+    replica: int
+    layers: range
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``data_parallel`` replicas of a pipeline of ``pipeline`` stages, on ``hosts``.
+
+    Attributes:
+        hosts: the machines that are used, with the slots that are used.
+        cut: first layer of each stage, and the number of layers at the end; length pipeline + 1.
+    """
+
+    hosts: tuple[Host, ...]
+    pipeline: int
+    data_parallel: int
+    cut: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.cut) != self.pipeline + 1 or any(a >= b for a, b in zip(self.cut, self.cut[1:], strict=False)):
+            raise ValueError(f"cut {self.cut} does not cut {self.pipeline} non-empty stages")
+        if sum(host.slots for host in self.hosts) != self.world_size:
+            raise ValueError(f"{self.world_size} ranks on {self.hosts}")
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data_parallel
+
+    def rank(self, stage: int, replica: int) -> int:
+        return replica * self.pipeline + stage
+
+    def stage(self, rank: int) -> int:
+        return rank % self.pipeline
+
+    def replica(self, rank: int) -> int:
+        return rank // self.pipeline
+
+    def layers(self, stage: int) -> range:
+        """The layers of a stage, as positions in [embed, block 0, ..., head]."""
+        return range(self.cut[stage], self.cut[stage + 1])
+
+    def places(self) -> Iterator[Place]:
+        """Every rank, in order. Hosts are filled one after the other, as DeepSpeed's launcher does."""
+        seats = [(host.name, local) for host in self.hosts for local in range(host.slots)]
+        for rank, (host, local_rank) in enumerate(seats):
+            stage = self.stage(rank)
+            yield Place(rank, host, local_rank, stage, self.replica(rank), self.layers(stage))
+
+
+def fill_hosts(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
+    """The first ``ranks`` slots of ``hosts``; hosts that stay empty are left out."""
+    filled = []
+    for host in hosts:
+        taken = min(host.slots, ranks)
+        if taken:
+            filled.append(Host(host.name, taken))
+        ranks -= taken
+    return tuple(filled)
+
+
+def choose_data_parallel(
+    pipeline: int, data_parallel: int | None, devices: int | None, *, where: str
+) -> int:
+    """The number of replicas: as asked for, or what the devices allow.
+
+    Args:
+        devices: how many there are; None where processes can be had at will (CPU).
+        where: origin of the number of stages, for messages.
+
+    Raises:
+        DstrainError: the devices don't hold the layout, or can't be shared out evenly.
+    """
+    if devices is None:
+        return data_parallel or 1
+    if data_parallel is not None:
+        needed = pipeline * data_parallel
+        if needed > devices:
+            raise DstrainError(
+                f"{pipeline} stages x {data_parallel} replicas need {needed} devices, and there are {devices}",
+                where=where,
+                hint=_layouts_that_fit(devices),
+            )
+        return data_parallel
+    if devices % pipeline:
+        hint = _layouts_that_fit(devices)
+        if pipeline < devices:
+            hint += f"; or --data-parallel {devices // pipeline} to leave {devices % pipeline} idle"
+        raise DstrainError(
+            f"{pipeline} stages can't share {devices} devices evenly", where=where, hint=hint
+        )
+    return devices // pipeline
+
+
+def _layouts_that_fit(devices: int) -> str:
+    stages = [str(n) for n in range(1, devices + 1) if devices % n == 0]
+    return f"--pipeline {' or '.join(stages)} uses all {devices}"

@@ -1,0 +1,279 @@
+"""The plan: everything that will run, decided before a process starts, as pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dstrain import __version__
+from dstrain.config.loader import ResolvedConfig
+from dstrain.config.schema import RunConfig
+from dstrain.errors import DstrainError
+from dstrain.plan.batch import Batch, make_batch
+from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
+from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
+from dstrain.plan.partition import cut_by_cost, imbalance
+from dstrain.plan.refusals import check_model, refuse_layout
+from dstrain.plan.shape import ModelShape
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What there is to run on.
+
+    Attributes:
+        hosts: names and slots; one local host without a hostfile. Slots are 0 where processes can
+            be had at will (CPU).
+        accelerator: ``cuda`` or ``cpu``.
+        device_names: of one host's devices, for the display.
+    """
+
+    hosts: tuple[Host, ...]
+    accelerator: str
+    device_names: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> int | None:
+        """All devices together; None where processes can be had at will."""
+        total = sum(host.slots for host in self.hosts)
+        return total or None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen, complete, JSON-serialisable. Nothing later decides what this could have decided.
+
+    Attributes:
+        config: the run config, every key.
+        origins: origin of each run-config key, for the display.
+        layout, batch: ranks and samples.
+        accelerator: ``cuda`` or ``cpu``.
+        deepspeed: the DeepSpeed JSON; ``deepspeed_origins`` has the origin of each leaf, dotted.
+        model: the shape's totals, and the file of its Hugging Face config.
+        data: what the prepared data hold: rows, tokens, vocabulary, fingerprint.
+        stage_parameters: parameters that each stage holds.
+        imbalance: estimated time of the slowest stage over the mean.
+        warnings: what is accepted but worth knowing.
+    """
+
+    config: dict[str, Any]
+    origins: dict[str, str]
+    layout: Layout
+    batch: Batch
+    accelerator: str
+    deepspeed: dict[str, Any]
+    deepspeed_origins: dict[str, str]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    stage_parameters: tuple[int, ...]
+    imbalance: float
+    warnings: tuple[str, ...] = ()
+    dstrain: str = __version__
+    format: int = field(default=FORMAT)
+
+    @property
+    def run_config(self) -> RunConfig:
+        return RunConfig.model_validate(self.config)
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON-serialisable data, with the rank table spelled out for a reader."""
+        record = asdict(self)
+        record["layout"]["ranks"] = [
+            asdict(place) | {"layers": [place.layers.start, place.layers.stop]} for place in self.layout.places()
+        ]
+        return record
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint shares with every run that may go on from it."""
+        return {
+            "zero": self.config["zero"],
+            "pipeline": self.layout.pipeline,
+            "data_parallel": self.layout.data_parallel,
+            "cut": list(self.layout.cut),
+            "precision": self.config["precision"],
+            "optimizer": self.config["optimizer"],
+            "seed": self.config["seed"],
+            "global_batch": self.batch.global_batch,
+            "seq_len": self.batch.seq_len,
+            "data": self.data["fingerprint"],
+            "parameters": self.model["parameters"],
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Plan:
+        """The plan that `to_record` wrote. Raises DstrainError for another version's format."""
+        if record.get("format") != FORMAT:
+            raise DstrainError(f"the plan is of format {record.get('format')}, this dstrain reads {FORMAT}")
+        layout = record["layout"]
+        hosts = tuple(Host(host["name"], host["slots"]) for host in layout["hosts"])
+        return cls(
+            **{
+                **record,
+                "layout": Layout(hosts, layout["pipeline"], layout["data_parallel"], tuple(layout["cut"])),
+                "batch": Batch(**record["batch"]),
+                "stage_parameters": tuple(record["stage_parameters"]),
+                "warnings": tuple(record["warnings"]),
+            }
+        )
+
+
+def make_plan(
+    resolved: ResolvedConfig,
+    machines: Machines,
+    shape: ModelShape,
+    data: Mapping[str, Any],
+    model_file: str,
+) -> Plan:
+    """Decide everything. A pure function of its arguments.
+
+    Args:
+        resolved: what is wanted.
+        machines: what there is to run on.
+        shape: the model's measured shape.
+        data: summary of the prepared data (``train_rows``, ``held_out_rows``, ``vocab_size``, ...).
+        model_file: the Hugging Face config file that ``shape`` was measured from.
+
+    Raises:
+        DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
+    """
+    config = resolved.config
+    refusal = refuse_layout(zero=config.zero, pipeline=config.pipeline, precision=config.precision)
+    if refusal:
+        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+    check_model(shape, resolved, data["vocab_size"])
+
+    replicas = choose_data_parallel(
+        config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
+    )
+    layout = _make_layout(config.pipeline, replicas, machines, shape)
+    batch = make_batch(
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        data_parallel=replicas,
+        pipeline=config.pipeline,
+        seq_len=config.seq_len,
+        where=str(resolved.origin("micro_batch" if config.micro_batch else "global_batch")),
+    )
+    stage_parameters = tuple(shape.stage_parameters(layout.layers(stage)) for stage in range(config.pipeline))
+    deepspeed = _deepspeed(resolved, layout, batch, machines.accelerator, max(stage_parameters))
+    return Plan(
+        config=config.model_dump(),
+        origins={key: str(resolved.origin(key)) for key in config.model_dump()},
+        layout=layout,
+        batch=batch,
+        accelerator=machines.accelerator,
+        deepspeed=deepspeed.values,
+        deepspeed_origins={".".join(path): origin for path, origin in deepspeed.origins.items()},
+        model={
+            "file": model_file,
+            "type": shape.model_type,
+            "parameters": shape.total_parameters,
+            "layers": [layer.name for layer in shape.layers],
+            "tied": [tied.key for tied in shape.tied],
+            "pipelines": shape.pipeline_refusal is None,
+        },
+        data=dict(data),
+        stage_parameters=stage_parameters,
+        imbalance=imbalance([layer.forward_flops_per_token for layer in shape.layers], layout.cut),
+        warnings=tuple(_warnings(config, layout, batch, data)),
+    )
+
+
+def _make_layout(pipeline: int, replicas: int, machines: Machines, shape: ModelShape) -> Layout:
+    ranks = pipeline * replicas
+    if machines.slots is None:
+        hosts: tuple[Host, ...] = (Host(machines.hosts[0].name, ranks),)
+    else:
+        hosts = fill_hosts(machines.hosts, ranks)
+        if len({host.slots for host in hosts}) > 1:
+            used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
+            raise DstrainError(
+                f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
+                where="--hostfile",
+                hint="give each host the same number of slots, or choose a layout that fills whole hosts",
+            )
+    # One FLOP is added so that a layer that computes nothing (an embedding look-up) still has a cost.
+    costs = [1.0 + layer.forward_flops_per_token for layer in shape.layers]
+    return Layout(hosts, pipeline, replicas, cut_by_cost(costs, pipeline))
+
+
+def _deepspeed(
+    resolved: ResolvedConfig, layout: Layout, batch: Batch, accelerator: str, stage_parameters: int
+) -> DeepSpeedConfig:
+    """The DeepSpeed JSON of this plan."""
+    config = resolved.config
+
+    def chosen(key: str) -> Derived:
+        return Derived(getattr(config, key), f"{key} ({resolved.origin(key)})")
+
+    # Buckets of DeepSpeed's default size (5e8 elements) would be allocated whole: 2 GB for a model
+    # of one million parameters.
+    bucket = min(2 * ((stage_parameters + 1) // 2), 200_000_000)
+    sized = f"the largest stage's {stage_parameters:,} parameters"
+    derived = {
+        "global_batch": chosen("global_batch"),
+        "micro_batch": Derived(batch.micro_batch, f"micro_batch ({resolved.origin('micro_batch')})"),
+        "accumulation": Derived(
+            batch.accumulation, "global_batch / (micro_batch x replicas)"
+        ),
+        "gradient_clipping": chosen("gradient_clipping"),
+        "zero": chosen("zero"),
+        "bucket_size": Derived(bucket, sized),
+        "overlap": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
+        "prefetch_size": Derived(min(bucket, 50_000_000), sized),
+        "persistence_threshold": Derived(min(stage_parameters // 100, 100_000), sized),
+        "live_parameters": Derived(max(bucket, 1_000_000_000), sized),
+        "sub_group_size": Derived(1_000_000_000, "DeepSpeed's default"),
+        "lr": chosen("lr"),
+        "betas": chosen("betas"),
+        "eps": chosen("eps"),
+        "momentum": chosen("momentum"),
+        "weight_decay": chosen("weight_decay"),
+        "checkpoint_interval": Derived(
+            1 if config.activation_checkpointing else 0,
+            f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
+        ),
+    }
+    fragments = [
+        "base",
+        f"zero/{config.zero}",
+        f"precision/{config.precision}",
+        f"optimizer/{config.optimizer}",
+    ]
+    if layout.pipeline > 1:
+        fragments.append("pipeline/stages")
+    return compose(fragments, derived, resolved)
+
+
+def _warnings(config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str, Any]) -> list[str]:
+    """What is accepted, but may not be what was meant."""
+    found = []
+    if layout.pipeline > 1:
+        bubble = (layout.pipeline - 1) / (batch.accumulation + layout.pipeline - 1)
+        if bubble > 0.3:
+            found.append(
+                f"{batch.accumulation} micro-batches for {layout.pipeline} stages leave each stage idle for"
+                f" {bubble:.0%} of the time; a smaller --micro-batch or a larger --global-batch helps"
+            )
+        if config.zero == 2 and layout.data_parallel > 1:
+            found.append(
+                f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation}"
+                " micro-batches; --zero 1 reduces them once a step and needs little more memory"
+            )
+        for host in layout.hosts:
+            if len(layout.hosts) > 1 and host.slots % layout.pipeline:
+                found.append(f"a pipeline crosses from {host.name} to another host ({host.slots} ranks there)")
+    if config.warmup_steps >= config.steps:
+        found.append(
+            f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"
+        )
+    if config.zero and layout.data_parallel == 1:
+        found.append(f"ZeRO-{config.zero} shares memory between replicas, and there is only one")
+    epochs = config.steps * config.global_batch / data["train_rows"]
+    if epochs > 1:
+        found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
+    return found

@@ -1,0 +1,130 @@
+"""The run folder: where everything of one run lies, and the words that its ranks leave there.
+
+``runs/<name>/`` alone is enough to resume, report or repeat the run. This file is the one owner of
+the names inside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """The last word of one rank.
+
+    ``state`` is ``running``, ``done`` (reached the end of the run) or ``failed`` (``error`` says why,
+    in one line). A rank that was killed leaves ``running`` behind: no word is a failure too.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    state: str
+    step: int = 0
+    error: str | None = None
+    time: float = 0.0
+
+
+class RunFolder:
+    """Paths inside a run folder. Holds no state and creates nothing until asked to."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The run config as it was resolved: every value, no defaults left out."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def deepspeed_config(self) -> Path:
+        """The DeepSpeed JSON that the engine is given."""
+        return self.path / "ds_config.json"
+
+    @property
+    def launch_script(self) -> Path:
+        """The exact launch command; works when run by hand."""
+        return self.path / "launch.sh"
+
+    @property
+    def environment(self) -> Path:
+        """``NAME=value`` lines that travel to every host (DeepSpeed's ``DS_ENV_FILE``)."""
+        return self.path / "environment"
+
+    @property
+    def hostfile(self) -> Path:
+        return self.path / "hostfile"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """What rank 0 says at the end: last losses, the sampled continuation, the last checkpoint."""
+        return self.path / "result.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.logs / "launcher.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def rank_status(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.status.json"
+
+    def write_status(self, status: RankStatus) -> None:
+        """Replace the rank's word by one rename, so that a reader never sees half of it."""
+        record = asdict(status) | {"time": time.time()}
+        write_atomically(self.rank_status(status.rank), json.dumps(record) + "\n")
+
+    def read_status(self, rank: int) -> RankStatus | None:
+        """The rank's last word, or None when it has not said any."""
+        try:
+            record = json.loads(self.rank_status(rank).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        known = {field.name for field in fields(RankStatus)}
+        return RankStatus(**{key: value for key, value in record.items() if key in known})
+
+    def clear_statuses(self) -> None:
+        """Forget the words of an earlier launch, so that an old ``done`` can't be taken for a new one."""
+        for path in self.logs.glob("rank-*.status.json"):
+            path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write ``record`` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,87 @@
+"""A model's shape: layers, parameters and FLOPs, as measured once by ``dstrain.model.measure``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of [embed, block 0, ..., head]."""
+
+    name: str
+    kind: str
+    parameters: int
+    forward_flops_per_token: int
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A weight that several layers use; its parameters are counted in each of ``layers``."""
+
+    key: str
+    parameters: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan needs to know of a model.
+
+    ``pipeline_refusal`` says why its layers can't be split into stages, or is None.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    layers: tuple[Layer, ...]
+    tied: tuple[Tied, ...]
+    total_parameters: int
+    pipeline_refusal: str | None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ModelShape:
+        """From the JSON that the measurement wrote. Raises ValueError for another format."""
+        if record.get("format") != FORMAT:
+            raise ValueError(f"model shape of format {record.get('format')}, expected {FORMAT}")
+        return cls(
+            model_type=record["model_type"],
+            hidden_size=record["hidden_size"],
+            vocab_size=record["vocab_size"],
+            max_positions=record["max_positions"],
+            layers=tuple(
+                Layer(
+                    name=layer["name"],
+                    kind=layer["kind"],
+                    parameters=layer["parameters"],
+                    forward_flops_per_token=layer["forward_flops_per_token"],
+                )
+                for layer in record["layers"]
+            ),
+            tied=tuple(
+                Tied(key=tied["key"], parameters=tied["parameters"], layers=tuple(tied["layers"]))
+                for tied in record["tied"]
+            ),
+            total_parameters=record["total_parameters"],
+            pipeline_refusal=record["pipeline_refusal"],
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> ModelShape:
+        return cls.from_record(json.loads(path.read_text(encoding="utf-8")))
+
+    def stage_parameters(self, layers: range) -> int:
+        """Parameters that a rank holds for these layers; a weight that two of them tie counts once."""
+        own = sum(self.layers[i].parameters for i in layers)
+        shared = sum(
+            tied.parameters * (sum(layer in layers for layer in tied.layers) - 1)
+            for tied in self.tied
+            if any(layer in layers for layer in tied.layers)
+        )
+        return own - shared

@@ -1,0 +1,100 @@
+"""One live line while a run goes on, read from its metrics.jsonl; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dstrain.plan.run_folder import RunFolder
+
+# Without a terminal: about this many lines in a whole run, besides those with a held-out loss.
+_PLAIN_LINES = 20
+
+
+class LiveLine:
+    """Follows the metrics file of a run. Use as a context; call `update` every now and then."""
+
+    def __init__(self, folder: RunFolder, console: Console, *, steps: int) -> None:
+        self._path = folder.metrics
+        self._console = console
+        self._steps = steps
+        self._every = max(1, steps // _PLAIN_LINES)
+        self._position = self._path.stat().st_size if self._path.exists() else 0
+        self._rest = b""
+        self._held_out: float | None = None
+        self._seconds: list[float] = []
+        self._tokens = (0, 0)
+        self._live = Live(Text("starting the ranks ..."), console=console, refresh_per_second=4) if (
+            console.is_terminal
+        ) else None
+
+    def __enter__(self) -> LiveLine:
+        if self._live:
+            self._live.__enter__()
+        else:
+            self._console.print("starting the ranks ...")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.update()
+        if self._live:
+            self._live.__exit__(*exception)
+
+    def update(self) -> None:
+        """Show what has come since the last call."""
+        for record in self._new_records():
+            self._held_out = record.get("held_out_loss", self._held_out)
+            if record["step"] == 0:
+                self._print(Text(f"step 0  held-out loss {self._held_out:.4f} before training"))
+                continue
+            self._seconds = [*self._seconds[-49:], record["seconds"]]
+            self._tokens = (self._tokens[1], record["tokens"])
+            line = self._line(record)
+            if self._live:
+                self._live.update(line)
+                if "held_out_loss" in record:
+                    self._live.console.print(line)
+            elif record["step"] % self._every == 0 or "held_out_loss" in record or record["step"] == self._steps:
+                self._console.print(line, soft_wrap=True)
+
+    def _print(self, line: Text) -> None:
+        (self._live.console if self._live else self._console).print(line, soft_wrap=True)
+
+    def _new_records(self) -> list[dict[str, Any]]:
+        """Whole lines that were appended; a file that got shorter (a resumed run's) is read from its end."""
+        if not self._path.exists():
+            return []
+        size = self._path.stat().st_size
+        if size < self._position:
+            self._position, self._rest = size, b""
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            new = file.read()
+        self._position += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        return [json.loads(line) for line in lines if line]
+
+    def _line(self, record: dict[str, Any]) -> Text:
+        mean = sum(self._seconds) / len(self._seconds)
+        per_second = (self._tokens[1] - self._tokens[0]) / mean if mean and self._tokens[0] else None
+        norm = record["grad_norm"]
+        parts = [
+            ("step ", "dim"), (f"{record['step']}/{self._steps}", "bold"),
+            ("  loss ", "dim"), (f"{record['loss']:.4f}", "bold"),
+            ("  held-out ", "dim"), (f"{self._held_out:.4f}" if self._held_out is not None else "-", ""),
+            ("  lr ", "dim"), (f"{record['lr']:.2e}", ""),
+            ("  grad ", "dim"), (f"{norm:.3f}" if norm is not None else "overflow, skipped", ""),
+            ("  tokens/s ", "dim"), (f"{per_second:,.0f}" if per_second else "-", ""),
+            ("  left ", "dim"), (_duration((self._steps - record["step"]) * mean), ""),
+        ]  # fmt: skip
+        return Text.assemble(*parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""What each rank does: the worker, its loop, evaluation, checkpoints, metrics."""

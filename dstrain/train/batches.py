@@ -1,0 +1,66 @@
+"""From sample numbers to the micro-batches of one replica."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from dstrain.data.order import SampleOrder
+from dstrain.data.packing import PackedRows
+from dstrain.engine.interface import MicroBatch
+from dstrain.plan.batch import Batch
+
+
+class TrainBatches:
+    """The micro-batches of each step: which samples they hold depends on config, seed and step alone."""
+
+    def __init__(self, rows: PackedRows, batch: Batch, *, seed: int, replica: int) -> None:
+        self.rows = rows
+        self.batch = batch
+        self.replica = replica
+        self.order = SampleOrder(len(rows), batch.global_batch, seed)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This replica's micro-batches of ``step`` (from 1)."""
+        label_tokens = int(self.rows.label_tokens(self.order.sample_ids(step)).sum())
+        weight = self.batch.accumulation * self.batch.data_parallel / max(1, label_tokens)
+        parts = self.order.micro_batches(
+            step,
+            replica=self.replica,
+            replicas=self.batch.data_parallel,
+            micro_batch=self.batch.micro_batch,
+        )
+        return [make_micro_batch(self.rows, ids, weight) for ids in parts]
+
+
+class HeldOutBatches:
+    """The same held-out samples every time, shared out among the replicas.
+
+    Where they do not fill the last micro-batches, rows without a label stand in: they add nothing.
+    """
+
+    def __init__(self, rows: PackedRows, batch: Batch, *, samples: int, replica: int) -> None:
+        ids = np.arange(min(samples, len(rows)))
+        share = batch.micro_batch * batch.data_parallel
+        count = math.ceil(len(ids) / share)
+        weight = count * batch.data_parallel / max(1, int(rows.label_tokens(ids).sum()))
+        padded = np.concatenate([ids, np.full(count * share - len(ids), -1)])
+        parts = padded.reshape(count, batch.data_parallel, batch.micro_batch)[:, replica]
+        self._micro_batches = [make_micro_batch(rows, part, weight) for part in parts]
+
+    def micro_batches(self) -> list[MicroBatch]:
+        return self._micro_batches
+
+
+def make_micro_batch(rows: PackedRows, ids: np.ndarray, weight: float) -> MicroBatch:
+    """The samples ``ids`` as tensors; a negative id is a row without labels."""
+    batch = rows.rows(np.maximum(ids, 0))
+    labels = np.where((ids < 0)[:, None], -100, batch.labels)
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.ascontiguousarray(batch.input_ids)),
+        position_ids=torch.from_numpy(np.ascontiguousarray(batch.position_ids)),
+        labels=torch.from_numpy(np.ascontiguousarray(labels)),
+        weight=torch.tensor([weight], dtype=torch.float32),
+    )

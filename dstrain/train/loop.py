@@ -1,0 +1,165 @@
+"""The training loop of one rank, read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TextIO
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+from dstrain.config.files import cache_folder
+from dstrain.data.prepare import PackedData, prepare
+from dstrain.engine.build import build_engine
+from dstrain.engine.interface import Engine
+from dstrain.errors import DstrainError
+from dstrain.model.architecture import load_config as load_model_config
+from dstrain.model.layers import LayeredModel
+from dstrain.plan.plan import Plan
+from dstrain.plan.run_folder import RunFolder, write_json
+from dstrain.train.batches import HeldOutBatches, TrainBatches
+from dstrain.train.checkpoints import Checkpoints
+from dstrain.train.lr_schedule import LearningRate
+from dstrain.train.memory import largest_memory
+from dstrain.train.metrics import MetricsFile
+from dstrain.train.sampling import continuation
+
+
+def train(folder: RunFolder, console: TextIO | None) -> int:
+    """Train as the run folder's plan says, from its newest checkpoint if there is one.
+
+    Args:
+        folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
+        console: where rank 0 says a line a step; None on the other ranks.
+
+    Returns:
+        The last step.
+
+    Raises:
+        DstrainError: what the user can mend (data that changed, a loss that is not a number).
+    """
+    plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
+    config = plan.run_config
+    deepspeed.init_distributed(verbose=False)
+    rank = distributed.get_rank()
+    replica = plan.layout.replica(rank)
+    device = torch.device(get_accelerator().current_device_name())
+
+    data = _prepare_data(plan)
+    engine = _build(plan, device)
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
+    first = checkpoints.load_newest(engine) + 1
+    metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
+
+    lr_of = LearningRate.of(config)
+    batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
+    held_out = None
+    if data.held_out is not None:
+        held_out = HeldOutBatches(data.held_out, plan.batch, samples=config.eval_samples, replica=replica)
+
+    held_out_loss = None
+    if first == 1 and held_out is not None:
+        held_out_loss = engine.eval_loss(held_out.micro_batches())
+        if metrics:
+            metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
+    for step in range(first, config.steps + 1):
+        began = time.perf_counter()
+        # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
+        torch.manual_seed(config.seed + 1_000_003 * step + rank)
+        result = engine.train_batch(batches.micro_batches(step), lr_of(step))
+        if result.applied and not math.isfinite(result.loss):
+            raise DstrainError(
+                f"the loss is {result.loss} at step {step}",
+                hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
+            )
+        seconds = time.perf_counter() - began
+        record = {
+            "step": step,
+            "loss": result.loss,
+            "lr": lr_of(step),
+            "grad_norm": result.grad_norm if result.applied else None,
+            "tokens": step * plan.batch.tokens,
+            "seconds": round(seconds, 4),
+            "memory": largest_memory(device),
+        }
+        if config.precision == "fp16":
+            record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
+        if held_out is not None and _due(step, config.eval_every, config.steps):
+            record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
+        if metrics:
+            metrics.write(record)
+        if console:
+            console.write(_line(record, config.steps) + "\n")
+        if _due(step, config.save_every, config.steps):
+            checkpoints.save(engine, step)
+    if metrics:
+        metrics.close()
+    _finish(folder, plan, engine, data, device, held_out_loss)
+    return config.steps
+
+
+def _prepare_data(plan: Plan) -> PackedData:
+    """The packed data, from the cache where the launch has left them. Raises DstrainError if they changed."""
+    config = plan.run_config
+    data = prepare(config.data, config.tokenizer, config.seq_len, config.held_out, cache_folder() / "data")
+    found = data.summary()["fingerprint"]
+    if found != plan.data["fingerprint"]:
+        raise DstrainError(
+            f"the data are not those that the plan was made for ({found} for {plan.data['fingerprint']})",
+            where=config.data,
+            hint="start a new run for changed data",
+        )
+    return data
+
+
+def _build(plan: Plan, device: torch.device) -> Engine:
+    config = plan.run_config
+    model = LayeredModel(load_model_config(plan.model["file"]), seed=config.seed)
+    return build_engine(
+        model,
+        deepspeed=plan.deepspeed,
+        cut=plan.layout.cut,
+        data_parallel=plan.layout.data_parallel,
+        device=device,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _line(record: dict[str, object], steps: int) -> str:
+    """One line for a console that is no terminal."""
+    held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
+    norm = f"{record['grad_norm']:.3f}" if record["grad_norm"] is not None else "skipped"
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{held_out}  lr {record['lr']:.2e}  grad {norm}"
+
+
+def _finish(
+    folder: RunFolder, plan: Plan, engine: Engine, data: PackedData, device: torch.device, held_out_loss: float | None
+) -> None:
+    """Let the model speak, and leave result.json."""
+    config = plan.run_config
+    text = None
+    if config.sample_tokens:
+        text = continuation(
+            engine,
+            data.tokenizer,
+            config.prompt,
+            tokens=config.sample_tokens,
+            seq_len=config.seq_len,
+            micro_batch=plan.batch.micro_batch,
+            device=device,
+            seed=config.seed,
+        )
+    if distributed.get_rank() == 0:
+        write_json(
+            folder.result,
+            {"steps": config.steps, "held_out_loss": held_out_loss, "prompt": config.prompt, "continuation": text},
+        )
+    distributed.barrier()

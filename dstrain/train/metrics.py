@@ -1,0 +1,45 @@
+"""metrics.jsonl: one JSON object a step, without gaps and without doubles over resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends one line a step; opened by rank 0 alone.
+
+    Args:
+        path: of the file.
+        after_step: the step that the run goes on from; later lines, of steps that will be repeated,
+            and a line that was cut off are dropped.
+    """
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= after_step]
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of the file; what a killed run left half written is no line."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found

@@ -1,0 +1,50 @@
+"""A continuation of a prompt by the model as it stands: seen, not measured, what it learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+
+from dstrain.data.tokenizers import Tokenizer
+from dstrain.engine.interface import Engine, MicroBatch
+
+TEMPERATURE = 0.7
+
+
+def continuation(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    seq_len: int,
+    micro_batch: int,
+    device: torch.device,
+    seed: int,
+) -> str:
+    """Sample up to ``tokens`` tokens after ``prompt`` and return both as text.
+
+    Collective. The whole sequence is run again for each token, in the shape of a training
+    micro-batch: slow, but it works for every layout and needs no other form of the model.
+    """
+    ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_document]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(tokens):
+        window = ids[-seq_len:]
+        logits = engine.next_token_logits(_as_micro_batch(window, micro_batch, seq_len), 0, len(window) - 1)
+        logits = logits[: tokenizer.vocab_size] / TEMPERATURE
+        token = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
+        distributed.broadcast(token, src=0)
+        if int(token) == tokenizer.end_of_document:
+            break
+        ids.append(int(token))
+    return tokenizer.decode(ids)
+
+
+def _as_micro_batch(window: list[int], micro_batch: int, seq_len: int) -> MicroBatch:
+    """The window in row 0, padded behind: a causal model does not see what comes later."""
+    input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+    input_ids[0, : len(window)] = torch.tensor(window)
+    position_ids = torch.arange(seq_len).expand(micro_batch, seq_len).contiguous()
+    labels = torch.full((micro_batch, seq_len), -100)
+    return MicroBatch(input_ids, position_ids, labels, torch.zeros(1))

@@ -1,0 +1,160 @@
+"""Finding and reading sources: what is found, in which order, and each way that it can go wrong."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from dstrain.data import sources
+from dstrain.data.documents import read_documents
+from dstrain.data.sources import find_files, source_summary
+from dstrain.errors import DstrainError
+
+
+def texts(source):
+    return [document.text for document in read_documents(find_files(str(source)))]
+
+
+def test_stdlib_is_sorted_library_code_that_all_decodes():
+    source = find_files("stdlib")
+    names = [file.relative for file in source.files]
+    assert names == sorted(names)
+    assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
+    folders = {part for name in names for part in name.split("/")}
+    assert not folders & {
+        "test",
+        "tests",
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "ensurepip",
+        "__pycache__",
+    }
+    documents = list(read_documents(source))
+    assert len(documents) == len(names)
+    assert documents[-1].bytes_read == source.bytes > 5_000_000
+
+
+def test_a_file_of_any_name_is_one_document_kept_to_the_byte(tmp_path):
+    path = tmp_path / "notes.unknown"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n \xc3\xa9")
+    assert texts(path) == ["one\r\ntwo\n\n é"]
+    assert source_summary(find_files(str(path))) == {"files": 1, "bytes": 16, "documents": 1}
+
+
+def test_a_folder_is_read_recursively_in_order_without_hidden_and_other_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "b" / "x.md").write_text("bx")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.py").write_text("a")
+    (tmp_path / "c.jsonl").write_text('{"text": "c1"}\n\n{"text": "c2", "id": 7}\n')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d"}'))
+    (tmp_path / "picture.png").write_bytes(b"\0\1")
+    (tmp_path / "index.json").write_text("[]")
+    (tmp_path / ".git" / "h.txt").write_text("hidden")
+    assert texts(tmp_path) == ["a", "b", "bx", "c1", "c2", "d"]
+    assert set(source_summary(find_files(str(tmp_path)))) == {"files", "bytes"}
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.txt").write_text("x")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "loop").symlink_to(tmp_path / "corpus")
+    assert texts(tmp_path / "corpus") == ["x"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    lines = "".join(
+        json.dumps({"text": text}) + "\n" for text in ["eins", "zwei\n", "", "dreißig \u0000"]
+    ).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    source = find_files(str(path))
+    documents = list(read_documents(source))
+    assert [document.text for document in documents] == ["eins", "zwei\n", "", "dreißig \u0000"]
+    assert documents[-1].bytes_read == source.bytes
+
+
+def refused(source):
+    with pytest.raises(DstrainError) as caught:
+        texts(source)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "words"),
+    [
+        ("a.txt", b"", "", "empty"),
+        ("a.txt", b"ok\xff\n", ":1", "0xff"),
+        ("a.txt", b"ok\nok\nM\xfcnchen", ":3", "not UTF-8"),
+        ("a.txt", b"PK\0\1", "", "binary"),
+        ("a.txt", "grün".encode("utf-16"), "", "UTF-16"),
+        ("a.txt.gz", gzip.compress(b"text"), "", "compressed"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ":2", "not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}\n', ":2", "'body', 'id'"),
+        ("a.jsonl", b'{"text": 5}', ":1", "a number"),
+        ("a.jsonl", b'{"text": null, "id": 3}', ":1", "null"),
+        ("a.jsonl", b'{"text": ["a"]}', ":1", "an array"),
+        ("a.jsonl", b'\n["text"]', ":2", "not an object"),
+        ("a.json", b'{\n "text": "pretty"\n}', ":1", "not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ":2", "not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}', ":1", "surrogate"),
+        ("a.jsonl", b"[" * 100_000, ":1", "nested"),
+        ("a.jsonl.gz", b"no gzip", "", "gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "", "gzip"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, place, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    error = refused(path)
+    assert error.where == f"{path}{place}"
+    assert words in error.message
+
+
+def test_missing_paths_are_refused(tmp_path):
+    assert "no such file" in refused(tmp_path / "nowhere").message
+    assert "no such file" in refused("roneneldan/TinyStories").message
+    assert "nothing is downloaded" in refused("roneneldan/TinyStories").hint
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert "leads nowhere" in refused(tmp_path / "link").message
+    assert "empty" in refused(" ").message
+    assert "can't be read" in refused("a\0b").message
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    assert "the folder is empty" in refused(tmp_path).message
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert ".png" in refused(tmp_path).message
+    (tmp_path / "a.txt").write_bytes(b"")
+    assert "all 1 text files are empty" in refused(tmp_path).message
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither" in refused(tmp_path / "pipe").message
+
+
+def test_what_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    # Tests may run as root, for whom every file is readable; so the answer of the system is played.
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)
+    assert refused(tmp_path / "a.txt").where == str(tmp_path / "a.txt")
+    assert "Permission denied" in refused(tmp_path).message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_a_folder_that_may_not_be_entered_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir(mode=0)
+    assert refused(tmp_path).where == str(tmp_path / "closed")
+
+
+def test_a_python_without_library_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "standard library" in refused("stdlib").message

@@ -1,0 +1,125 @@
+"""Tokenizers: bytes, and Hugging Face folders made here."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dstrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from dstrain.errors import DstrainError
+
+utf8_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A byte-level BPE with an end token; truncation and padding are on, to see that they don't bite."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat sat on the mat and the hat"] * 20, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    backend.enable_truncation(5)
+    backend.enable_padding()
+    folder = tmp_path_factory.mktemp("bpe")
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@given(utf8_text)
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_bytes_facts():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document) == ("bytes", 257, 256)
+    assert tokenizer.decode([104, 105, 256]) == "hi"
+    assert tokenizer.decode([0xC3, 300]) == "\ufffd\ufffd"
+    assert tokenizer.decode([]) == ""
+
+
+def test_bytes_saved_for_hugging_face_give_the_same_ids(tmp_path):
+    ours = ByteTokenizer()
+    ours.save_pretrained(tmp_path)
+    theirs = load_tokenizer(str(tmp_path))
+    assert (theirs.vocab_size, theirs.end_of_document) == (257, 256)
+    every_byte = "".join(map(chr, range(0x800))) + "語😀\r\n\t  x"
+    assert theirs.encode(every_byte).tolist() == ours.encode(every_byte).tolist()
+    assert theirs.decode(theirs.encode(every_byte)) == every_byte
+
+
+def test_a_folder_encodes_whole_texts_without_special_tokens(hf_folder):
+    tokenizer = load_tokenizer(str(hf_folder))
+    text = "the cat sat on the mat, and the hat: é😀"
+    ids = tokenizer.encode(text)
+    assert ids.size > 5 and ids.dtype == np.uint16
+    assert not {0, 1} & set(ids.tolist())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_document == 1
+    written = json.loads((hf_folder / "tokenizer.json").read_text())
+    ids_written = [*written["model"]["vocab"].values(), *(token["id"] for token in written["added_tokens"])]
+    # Padding that is on in the file makes transformers add its own token for it.
+    assert tokenizer.vocab_size in (max(ids_written) + 1, max(ids_written) + 2)
+    batch = tokenizer.encode_batch(["the", "", text])
+    assert [piece.tolist() for piece in batch] == [tokenizer.encode("the").tolist(), [], ids.tolist()]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_the_fingerprint_follows_the_content_not_the_place(hf_folder, tmp_path):
+    for path in hf_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = load_tokenizer(str(hf_folder)).fingerprint
+    assert load_tokenizer(str(tmp_path)).fingerprint == first
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token": "<s>"}))
+    assert load_tokenizer(str(tmp_path)).fingerprint != first
+
+
+def test_large_vocabularies_get_wider_integers():
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = 1 << 16
+    assert tokenizer.dtype == np.uint16
+    tokenizer.vocab_size += 1
+    assert tokenizer.dtype == np.uint32
+
+
+def refused(name):
+    with pytest.raises(DstrainError) as caught:
+        load_tokenizer(str(name))
+    return caught.value
+
+
+def test_folders_that_hold_no_usable_tokenizer_are_refused(hf_folder, tmp_path):
+    assert "nothing is downloaded" in refused("gpt2").hint
+    assert "no tokenizer folder" in refused("").message
+    assert "no tokenizer in this folder" in refused(tmp_path).message
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "no tokenizer in this folder" in refused(tmp_path).message
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "can't load" in refused(tmp_path).message
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    error = refused(tmp_path)
+    assert "no end-of-sequence token" in error.message
+    assert error.where == str(tmp_path)

@@ -1,0 +1,68 @@
+"""The chunked loss is the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from dstrain.model import loss
+from dstrain.model.loss import TokenLoss, token_losses
+
+
+def case(dtype=torch.float32, rows=3, length=7, vocabulary=11):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, length, vocabulary, generator=random).mul(4).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (rows, length), generator=random)
+    labels[torch.rand(rows, length, generator=random) < 0.3] = -100
+    return logits, labels, torch.tensor([0.125])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_equals_cross_entropy(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    logits, labels, weight = case(dtype)
+    ours = TokenLoss()(logits, (labels, weight))
+    (gradient,) = torch.autograd.grad(ours, logits)
+    plain = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") * 0.125
+    (wanted,) = torch.autograd.grad(plain, logits)
+    assert ours.dtype == torch.float32 and ours.shape == ()
+    torch.testing.assert_close(ours, plain)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_no_labels_give_zero_and_a_graph():
+    logits, labels, weight = case()
+    value = TokenLoss()(logits, (torch.full_like(labels, -100), weight))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_ignored_rows_may_overflow():
+    logits, labels, weight = case()
+    with torch.no_grad():
+        logits[labels == -100] = float("inf")
+    value = TokenLoss()(logits, (labels, weight))
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+def test_gradient_check():
+    logits, labels, weight = case(rows=1, length=4, vocabulary=5)
+    step, direction = 1e-2, torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    TokenLoss()(logits, (labels, weight)).backward()
+    with torch.no_grad():
+        ends = [TokenLoss()(logits + s * step * direction, (labels, weight)) for s in (1, -1)]
+    slope = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(slope, (logits.grad * direction).sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_losses_of_single_tokens():
+    logits, labels, weight = case()
+    losses = token_losses(logits, labels)
+    assert losses.shape == labels.shape and not losses.requires_grad
+    assert torch.equal(losses[labels == -100], torch.zeros(int((labels == -100).sum())))
+    torch.testing.assert_close(losses.sum() * weight[0], TokenLoss()(logits, (labels, weight)).detach())
