@@ -42,7 +42,9 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
     return folder
 
 
-def execute(planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console, *, dry_run: bool) -> None:
+def execute(
+    planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console, *, dry_run: bool
+) -> None:
     """Launch the plan in ``folder`` and stay until it has ended.
 
     Raises:
@@ -54,7 +56,9 @@ def execute(planned: Planned, resolved: ResolvedConfig, folder: RunFolder, conso
     if newest is not None:
         refuse_other(newest, plan.identity)
     request = _launch_request(planned, folder)
-    console.print(Text.assemble(("command  ", "bold"), shlex.join(deepspeed_command(request))), soft_wrap=True)
+    console.print(
+        Text.assemble(("command  ", "bold"), shlex.join(deepspeed_command(request))), soft_wrap=True
+    )
     if dry_run:
         return
     folder.logs.mkdir(parents=True, exist_ok=True)
@@ -98,14 +102,22 @@ def _failure(outcome: Outcome, folder: RunFolder) -> DstrainError:
     """The one cause, behind the last lines of the log that it stands in."""
     cause = outcome.cause
     if cause is None:
-        return DstrainError("the run failed", hint=f"see {folder.logs}", exit_code=outcome.exit_code or FAILED)
+        return DstrainError(
+            "the run failed", hint=f"see {folder.logs}", exit_code=outcome.exit_code or FAILED
+        )
     who = f"rank {cause.rank} on {cause.host}: " if cause.rank is not None else ""
     tail = "".join(f"  | {line}\n" for line in cause.log_tail)
     log = folder.rank_log(cause.rank) if cause.rank is not None else folder.launcher_log
     resumable = newest_complete(folder.checkpoints)
-    hint = f"`dstrain resume {folder.path}` goes on from {resumable.name}" if resumable else f"the logs: {folder.logs}"
+    hint = (
+        f"`dstrain resume {folder.path}` goes on from {resumable.name}"
+        if resumable
+        else f"the logs: {folder.logs}"
+    )
     return DstrainError(
-        f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}", hint=hint, exit_code=outcome.exit_code
+        f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}",
+        hint=hint,
+        exit_code=outcome.exit_code,
     )
 
 
@@ -117,6 +129,11 @@ def _tell_the_end(folder: RunFolder, console: Console) -> None:
     if result["continuation"]:
         console.print(Text.assemble(("the model continues ", "bold"), repr(result["prompt"])))
         console.print(Text(result["continuation"], style="cyan"))
-    rows = [("run folder", folder.path), ("metrics", folder.metrics), ("checkpoint", newest), ("logs", folder.logs)]
+    rows = [
+        ("run folder", folder.path),
+        ("metrics", folder.metrics),
+        ("checkpoint", newest),
+        ("logs", folder.logs),
+    ]
     for label, path in rows:
         console.print(Text.assemble((f"{label:<11}", "bold"), str(path)), soft_wrap=True)

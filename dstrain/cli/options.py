@@ -11,7 +11,11 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # (config key, click type, help). A flag that is not given stays None and lays nothing over the file.
 _CHOICES: list[tuple[str, Any, str]] = [
-    ("zero", click.IntRange(0, 3), "ZeRO stage: what the replicas share out (1 optimizer, 2 gradients, 3 weights)."),
+    (
+        "zero",
+        click.IntRange(0, 3),
+        "ZeRO stage: what the replicas share out (1 optimizer, 2 gradients, 3 weights).",
+    ),
     ("pipeline", click.IntRange(1), "Number of pipeline stages."),
     ("data_parallel", click.IntRange(1), "Number of replicas. Default: what the devices allow."),
     ("precision", click.Choice(["fp32", "bf16", "fp16"]), "Of parameters and activations."),
@@ -46,16 +50,20 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Recompute each block in the backward pass.",
     )(function)
     for key, kind, text in reversed(_CHOICES):
-        function = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=text)(function)
+        function = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=text)(
+            function
+        )
     return function
 
 
 def layers(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where a config starts from: a recipe, a file."""
-    function = click.option("--config", "config_file", metavar="FILE", help="A YAML file with these choices.")(function)
-    return click.option("--recipe", metavar="NAME", help="A recipe of ds_configs/recipes. Default: quickstart.")(
-        function
-    )
+    function = click.option(
+        "--config", "config_file", metavar="FILE", help="A YAML file with these choices."
+    )(function)
+    return click.option(
+        "--recipe", metavar="NAME", help="A recipe of ds_configs/recipes. Default: quickstart."
+    )(function)
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

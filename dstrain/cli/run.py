@@ -36,7 +36,9 @@ def command(
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     if resume and resolved.config.name is None:
-        raise DstrainError("which run?", where="--resume", hint="name it: --name NAME, or use `dstrain resume RUN`")
+        raise DstrainError(
+            "which run?", where="--resume", hint="name it: --name NAME, or use `dstrain resume RUN`"
+        )
     folder = new_run_folder(resolved, resume=resume)
     planned = plan_for(resolved)
     console = Console()

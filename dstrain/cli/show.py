@@ -21,7 +21,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     model, data = plan.model, plan.data
     console.print(
         Text.assemble(
-            ("model  ", "bold"), f"{model['type']}, {model['parameters']:,} parameters, {len(model['layers'])} layers"
+            ("model  ", "bold"),
+            f"{model['type']}, {model['parameters']:,} parameters, {len(model['layers'])} layers",
         )
     )
     console.print(
@@ -58,7 +59,9 @@ def _ranks(plan: Plan) -> Table:
             str(place.replica),
         )
     if len(shown) < len(places):
-        table.caption = f"and {len(places) - len(shown)} more ranks: {layout.data_parallel - 1} replicas like this one"
+        table.caption = (
+            f"and {len(places) - len(shown)} more ranks: {layout.data_parallel - 1} replicas like this one"
+        )
     elif layout.pipeline > 1:
         table.caption = f"expected time of the slowest stage: {plan.imbalance:.2f} x the mean"
     return table

@@ -51,7 +51,9 @@ def model_config_file(model: str, *, where: str) -> Path:
     if (folder / "config.json").is_file():
         return folder / "config.json"
     if folder.is_dir():
-        raise DstrainError(f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder")
+        raise DstrainError(
+            f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder"
+        )
     raise DstrainError(
         f"{model!r} is neither a folder nor a built-in shape",
         where=where,

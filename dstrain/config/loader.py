@@ -42,7 +42,9 @@ class ResolvedConfig:
         """The whole config as YAML, each line with its origin in a comment."""
         lines = []
         for key, value in self.config.model_dump().items():
-            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip("\n")
+            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip(
+                "\n"
+            )
             first, *rest = text.split("\n")
             lines.append(f"{first}  # {self.origin(key)}")
             lines.extend(rest)
@@ -96,9 +98,7 @@ def load_config(
 def read_config(path: Path) -> ResolvedConfig:
     """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
     document = read_yaml(path, where=str(path))
-    origins = {
-        keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()
-    }
+    origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
     return _finish(document.values, origins, (), {})
 
 
@@ -116,7 +116,9 @@ def _finish(
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise DstrainError(f"{setting!r} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3")
+            raise DstrainError(
+                f"{setting!r} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
+            )
         for path, value in _leaves({key: parse_scalar(text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
@@ -177,7 +179,13 @@ def _validate(values: Mapping[str, Any], origins: Mapping[Path_, Origin]) -> Run
 
 def _in_words(error: Any) -> str:
     """pydantic's message in the tone of the others."""
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    message = (
+        str(error["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should be", "must be")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
     return message[:1].lower() + message[1:]
 
 

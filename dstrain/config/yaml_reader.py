@@ -74,9 +74,13 @@ def parse_yaml(text: str, *, name: str) -> Document:
     except yaml.YAMLError as error:
         raise DstrainError(f"not valid YAML: {error}", where=name) from None
     if node is None:
-        raise DstrainError("the file is empty", where=name, hint="write KEY: VALUE lines, as in ds_configs/recipes/")
+        raise DstrainError(
+            "the file is empty", where=name, hint="write KEY: VALUE lines, as in ds_configs/recipes/"
+        )
     if not isinstance(node, yaml.MappingNode):
-        raise DstrainError("expected KEY: VALUE lines at top level", where=f"{name}:{node.start_mark.line + 1}")
+        raise DstrainError(
+            "expected KEY: VALUE lines at top level", where=f"{name}:{node.start_mark.line + 1}"
+        )
     lines: dict[tuple[str, ...], int] = {}
     _walk(node, (), lines, name)
     try:
@@ -95,7 +99,9 @@ def parse_scalar(text: str) -> Any:
         return text
 
 
-def _walk(node: yaml.MappingNode, path: tuple[str, ...], lines: dict[tuple[str, ...], int], name: str) -> None:
+def _walk(
+    node: yaml.MappingNode, path: tuple[str, ...], lines: dict[tuple[str, ...], int], name: str
+) -> None:
     """Note the line of each key, refusing keys that are no strings or stand there twice."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1

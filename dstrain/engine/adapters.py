@@ -39,7 +39,9 @@ class _DeepSpeedAdapter(Engine):
         )
 
     def save(self, folder: Path, state: Mapping[str, Any]) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"dstrain": dict(state)}, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder), tag=TAG, client_state={"dstrain": dict(state)}, save_latest=False
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)

@@ -42,7 +42,9 @@ def build_engine(
     model.to(device)
     if len(cut) > 2:
         staged = StagedModule(model, cut=cut, data_parallel=data_parallel, loss_fn=loss_fn)
-        groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names())
+        groups = group_parameters(
+            staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names()
+        )
         return PipelineAdapter(_make(StagedEngine, staged, groups, deepspeed, staged.mpu()))
     whole = WholeModule(model, activation_checkpointing=activation_checkpointing).to(device)
     tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
@@ -51,7 +53,11 @@ def build_engine(
 
 
 def _make(
-    engine_class: type[Any], module: nn.Module, groups: list[dict[str, Any]], deepspeed: dict[str, Any], mpu: Any
+    engine_class: type[Any],
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    deepspeed: dict[str, Any],
+    mpu: Any,
 ) -> Any:
     """As ``deepspeed.initialize`` does, which knows only its own engine classes."""
     document = copy.deepcopy(deepspeed)

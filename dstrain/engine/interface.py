@@ -34,7 +34,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(
-            self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.weight.to(device)
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            self.weight.to(device),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
@@ -93,7 +93,7 @@ class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
             if not getattr(piece, "_zero_padding", False)
         ]
 
-    _INSTRUCTION_MAP = {
+    _INSTRUCTION_MAP: ClassVar = {
         **pipe_engine.PipelineEngine._INSTRUCTION_MAP,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.ReduceGrads: _exec_reduce_grads,

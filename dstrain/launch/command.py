@@ -13,7 +13,8 @@ from pathlib import Path
 
 from dstrain.errors import DstrainError
 from dstrain.launch.environment import check_environment, environment_text
-from dstrain.launch.hosts import Host, is_this_host
+from dstrain.launch.hosts import is_this_host
+from dstrain.plan.layout import Host
 from dstrain.plan.run_folder import RunFolder, write_atomically
 
 WORKER_MODULE = "dstrain.train.worker"

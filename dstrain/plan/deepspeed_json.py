@@ -143,7 +143,9 @@ def _refuse_conflict(
     else:
         reason = f"{dotted} = {value!r} contradicts {decided!r}, which comes from {origins.get(path, owner)}"
     flag = owner.replace("_", "-")
-    raise DstrainError(reason, where=origin, hint=f"leave {dotted} out and say it with --{flag} ({owner} in YAML)")
+    raise DstrainError(
+        reason, where=origin, hint=f"leave {dotted} out and say it with --{flag} ({owner} in YAML)"
+    )
 
 
 def _set(values: dict[str, Any], path: KeyPath, value: Any) -> None:

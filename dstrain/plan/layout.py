@@ -6,6 +6,7 @@ it fits there, and the replicas, which meet once a step, lie on different machin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Layout:
     cut: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.cut) != self.pipeline + 1 or any(a >= b for a, b in zip(self.cut, self.cut[1:], strict=False)):
+        if len(self.cut) != self.pipeline + 1 or any(a >= b for a, b in itertools.pairwise(self.cut)):
             raise ValueError(f"cut {self.cut} does not cut {self.pipeline} non-empty stages")
         if sum(host.slots for host in self.hosts) != self.world_size:
             raise ValueError(f"{self.world_size} ranks on {self.hosts}")
@@ -88,9 +89,7 @@ def fill_hosts(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
     return tuple(filled)
 
 
-def choose_data_parallel(
-    pipeline: int, data_parallel: int | None, devices: int | None, *, where: str
-) -> int:
+def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int | None, *, where: str) -> int:
     """The number of replicas: as asked for, or what the devices allow.
 
     Args:
@@ -115,9 +114,7 @@ def choose_data_parallel(
         hint = _layouts_that_fit(devices)
         if pipeline < devices:
             hint += f"; or --data-parallel {devices // pipeline} to leave {devices % pipeline} idle"
-        raise DstrainError(
-            f"{pipeline} stages can't share {devices} devices evenly", where=where, hint=hint
-        )
+        raise DstrainError(f"{pipeline} stages can't share {devices} devices evenly", where=where, hint=hint)
     return devices // pipeline
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -51,6 +52,6 @@ def cut_by_cost(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 def imbalance(costs: Sequence[float], cut: Sequence[int]) -> float:
     """Cost of the slowest stage over the mean of all: 1.0 is perfect."""
-    stages = [sum(costs[a:b]) for a, b in zip(cut, cut[1:], strict=False)]
+    stages = [sum(costs[a:b]) for a, b in itertools.pairwise(cut)]
     mean = sum(stages) / len(stages)
     return max(stages) / mean if mean else 1.0

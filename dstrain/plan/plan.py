@@ -82,7 +82,8 @@ class Plan:
         """As JSON-serialisable data, with the rank table spelled out for a reader."""
         record = asdict(self)
         record["layout"]["ranks"] = [
-            asdict(place) | {"layers": [place.layers.start, place.layers.stop]} for place in self.layout.places()
+            asdict(place) | {"layers": [place.layers.start, place.layers.stop]}
+            for place in self.layout.places()
         ]
         return record
 
@@ -217,9 +218,7 @@ def _deepspeed(
     derived = {
         "global_batch": chosen("global_batch"),
         "micro_batch": Derived(batch.micro_batch, f"micro_batch ({resolved.origin('micro_batch')})"),
-        "accumulation": Derived(
-            batch.accumulation, "global_batch / (micro_batch x replicas)"
-        ),
+        "accumulation": Derived(batch.accumulation, "global_batch / (micro_batch x replicas)"),
         "gradient_clipping": chosen("gradient_clipping"),
         "zero": chosen("zero"),
         "bucket_size": Derived(bucket, sized),
@@ -266,7 +265,9 @@ def _warnings(config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str
             )
         for host in layout.hosts:
             if len(layout.hosts) > 1 and host.slots % layout.pipeline:
-                found.append(f"a pipeline crosses from {host.name} to another host ({host.slots} ranks there)")
+                found.append(
+                    f"a pipeline crosses from {host.name} to another host ({host.slots} ranks there)"
+                )
     if config.warmup_steps >= config.steps:
         found.append(
             f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"

@@ -28,9 +28,11 @@ class LiveLine:
         self._held_out: float | None = None
         self._seconds: list[float] = []
         self._tokens = (0, 0)
-        self._live = Live(Text("starting the ranks ..."), console=console, refresh_per_second=4) if (
-            console.is_terminal
-        ) else None
+        self._live = (
+            Live(Text("starting the ranks ..."), console=console, refresh_per_second=4)
+            if (console.is_terminal)
+            else None
+        )
 
     def __enter__(self) -> LiveLine:
         if self._live:
@@ -58,7 +60,11 @@ class LiveLine:
                 self._live.update(line)
                 if "held_out_loss" in record:
                     self._live.console.print(line)
-            elif record["step"] % self._every == 0 or "held_out_loss" in record or record["step"] == self._steps:
+            elif (
+                record["step"] % self._every == 0
+                or "held_out_loss" in record
+                or record["step"] == self._steps
+            ):
                 self._console.print(line, soft_wrap=True)
 
     def _print(self, line: Text) -> None:

@@ -16,6 +16,7 @@ from dstrain import __version__
 from dstrain.engine.interface import Engine
 from dstrain.plan.manifest import MANIFEST, complete_checkpoints, file_sizes, newest_complete, refuse_other
 
+
 class Checkpoints:
     """The checkpoints of one run folder. ``save`` and ``load`` are collective."""
 

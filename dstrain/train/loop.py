@@ -141,7 +141,12 @@ def _line(record: dict[str, object], steps: int) -> str:
 
 
 def _finish(
-    folder: RunFolder, plan: Plan, engine: Engine, data: PackedData, device: torch.device, held_out_loss: float | None
+    folder: RunFolder,
+    plan: Plan,
+    engine: Engine,
+    data: PackedData,
+    device: torch.device,
+    held_out_loss: float | None,
 ) -> None:
     """Let the model speak, and leave result.json."""
     config = plan.run_config
@@ -160,6 +165,11 @@ def _finish(
     if distributed.get_rank() == 0:
         write_json(
             folder.result,
-            {"steps": config.steps, "held_out_loss": held_out_loss, "prompt": config.prompt, "continuation": text},
+            {
+                "steps": config.steps,
+                "held_out_loss": held_out_loss,
+                "prompt": config.prompt,
+                "continuation": text,
+            },
         )
     distributed.barrier()

@@ -17,6 +17,9 @@ VOCABULARY = 96
 SEQ_LEN = 16
 GLOBAL_BATCH = 8
 WEIGHT_DECAY = 0.1
+# Above the rounding noise of gradients that are all but zero (1e-9 here): Adam would blow it up to whole
+# steps, in another direction for each order of summation.
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Case:
         return replace(self, zero=0, pipeline=1, data_parallel=1)
 
     def __str__(self) -> str:
-        parts = [f"zero{self.zero}", f"pp{self.pipeline}", f"dp{self.data_parallel}", self.precision, self.optimizer]
+        parts = [
+            f"zero{self.zero}",
+            f"pp{self.pipeline}",
+            f"dp{self.data_parallel}",
+            self.precision,
+            self.optimizer,
+        ]
         parts += [f"clip{self.clip:g}", "tied" if self.tied else "untied", f"accum{self.accumulation}"]
         if self.checkpointing:
             parts.append("checkpointing")
@@ -104,6 +113,7 @@ def make_case_plan(case: Case) -> Plan:
         "steps": case.steps,
         "lr": case.lr,
         "weight_decay": WEIGHT_DECAY,
+        "eps": EPS,
         "activation_checkpointing": case.checkpointing,
         **dict(case.extra),
     }
@@ -119,7 +129,9 @@ def samples(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     not the mean over tokens.
     """
     generator = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
+    for _ in range(SEQ_LEN - 1):  # each token follows from the one before: there is something to learn
+        ids = torch.cat([ids, (5 * ids[:, -1:] + 3) % VOCABULARY], dim=1)
     position_ids = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
     position_ids[1::3, SEQ_LEN // 2 :] -= SEQ_LEN // 2
     labels = torch.roll(ids, -1, dims=1)
@@ -130,7 +142,9 @@ def samples(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, position_ids, labels
 
 
-def train_in_layout(rank: int, case: Case, checkpoint: str | None = None, resume: str | None = None) -> Outcome:
+def train_in_layout(
+    rank: int, case: Case, checkpoint: str | None = None, resume: str | None = None
+) -> Outcome:
     """Through dstrain's engine: this rank's part. Saves to / starts from a folder where one is named."""
     import deepspeed
 
@@ -208,14 +222,16 @@ def train_in_plain_loop(rank: int, case: Case) -> Outcome:
     rest = [p for p in hf.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
     if case.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=1e-8)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
     else:
         optimizer = torch.optim.SGD(groups, lr=case.lr)
 
     def loss_of(rows: slice, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         ids, positions, labels = batch
         logits = hf(input_ids=ids[rows], position_ids=positions[rows], use_cache=False).logits
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels[rows].flatten(), ignore_index=-100, reduction="sum")
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels[rows].flatten(), ignore_index=-100, reduction="sum"
+        )
         return total / (labels != -100).sum()
 
     outcome = Outcome([], [], {})

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 # Read once by the libraries when the fork server imports them.
@@ -23,11 +24,15 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
+# Python 3.11's fork server does not take over sys.path, and passes over what it can't import.
+_ROOT = str(Path(__file__).resolve().parents[2])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
-class WorkerFailed(AssertionError):
+class WorkerError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
@@ -35,14 +40,16 @@ def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 2
     """Run ``job(rank, *args)`` in a world of gloo processes; its results in the order of ranks.
 
     Raises:
-        WorkerFailed: a rank raised, died, or said nothing for ``timeout`` seconds.
+        WorkerError: a rank raised, died, or said nothing for ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         workers = []
         for rank in range(world_size):
             here, there = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_main, args=(there, rank, world_size, store, job, args), daemon=True)
+            process = _CONTEXT.Process(
+                target=_main, args=(there, rank, world_size, store, job, args), daemon=True
+            )
             process.start()
             there.close()
             workers.append((process, here))
@@ -60,15 +67,15 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
         waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
         ready = wait(waiting, timeout)
         if not ready:
-            raise WorkerFailed(f"no word from ranks {sorted(set(range(len(connections))) - set(results))}")
+            raise WorkerError(f"no word from ranks {sorted(set(range(len(connections))) - set(results))}")
         for connection in ready:
             rank = connections.index(connection)  # type: ignore[arg-type]
             try:
                 ok, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                raise WorkerFailed(f"rank {rank} died") from None
+                raise WorkerError(f"rank {rank} died") from None
             if not ok:
-                raise WorkerFailed(f"rank {rank}:\n{value}")
+                raise WorkerError(f"rank {rank}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(connections))]
 

@@ -13,7 +13,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch import environment as environment_module
 from dstrain.launch.command import LaunchRequest, deepspeed_command, free_port, write_launch_files
 from dstrain.launch.environment import check_environment, default_environment
-from dstrain.launch.hosts import Host
+from dstrain.plan.layout import Host
 
 HERE = LaunchRequest(
     run_folder=Path("/runs/a"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.launch.hosts import Host, is_this_host, read_hostfile
+from dstrain.launch.hosts import is_this_host, read_hostfile
+from dstrain.plan.layout import Host
 
 GOOD = {
     "one": (b"n1 slots=4\n", [("n1", 4)]),

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.10+ with venv, make and a C++ compiler; nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-heavy lint format clean
+
+demo: $(READY)  ## the main job: a small model learns Python in three minutes
+	$(BIN)/dstrain run --zero 2 --pipeline 4
+
+test: lint  ## lint, then all tests but the heavy ones
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: $(READY)  ## what takes minutes
+	$(BIN)/python -m pytest -m heavy
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dstrain needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
