@@ -25,6 +25,9 @@ class RunConfig(BaseModel):
     model: str = Field("quickstart", description="a folder with config.json, or a built-in shape")
     tokenizer: str = Field("bytes", description="a Hugging Face tokenizer folder, or bytes")
     data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
+    attention: str = Field(
+        "auto", description="sdpa, eager, flash_attention_2; auto: sdpa where the model family has it"
+    )
     seq_len: PositiveInt = Field(256, description="tokens a sample")
     held_out: Fraction = Field(0.05, description="fraction of the documents kept for the held-out loss")
 
