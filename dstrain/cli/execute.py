@@ -30,8 +30,14 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
     if name is None:
         model = Path(config.model).name or "model"
         name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{model}"
-    elif not name or Path(name).name != name or name.startswith("."):
-        raise DstrainError(f"{name!r} is no name for a folder", where=str(resolved.origin("name")))
+    elif Path(name).name != name or name.startswith(".") or not name.isprintable() or len(name) > 100:
+        raise DstrainError(
+            f"{name!r} is no name for a folder",
+            where=str(resolved.origin("name")),
+            hint="up to 100 letters and digits, no slash and no dot in front; --set runs_dir=FOLDER says where",
+        )
+    if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
+        raise DstrainError(f"{config.runs_dir} is a file, not a folder", where=str(resolved.origin("runs_dir")))
     folder = RunFolder(Path(config.runs_dir) / name)
     if folder.path.exists() and not resume:
         raise DstrainError(
@@ -61,12 +67,19 @@ def execute(
     )
     if dry_run:
         return
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.config, resolved.to_yaml())
-    write_json(folder.plan, plan.to_record())
-    write_json(folder.deepspeed_config, plan.deepspeed)
-    write_launch_files(request)
-    folder.result.unlink(missing_ok=True)
+    try:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, resolved.to_yaml())
+        write_json(folder.plan, plan.to_record())
+        write_json(folder.deepspeed_config, plan.deepspeed)
+        write_launch_files(request)
+        folder.result.unlink(missing_ok=True)
+    except OSError as error:
+        raise DstrainError(
+            f"the run folder can't be written: {error.strerror}",
+            where=str(error.filename or folder.path),
+            hint="--set runs_dir=FOLDER names another place",
+        ) from error
 
     live = LiveLine(folder, console, steps=plan.run_config.steps)
     with live:

@@ -19,6 +19,8 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ("pipeline", click.IntRange(1), "Number of pipeline stages."),
     ("data_parallel", click.IntRange(1), "Number of replicas. Default: what the devices allow."),
     ("precision", click.Choice(["fp32", "bf16", "fp16"]), "Of parameters and activations."),
+    ("schedule", click.Choice(["1f1b", "dualpipev"]), "Order of a pipeline's work."),
+    ("offload", click.Choice(["none", "cpu", "nvme"]), "Where the optimizer's states live."),
     ("micro_batch", click.IntRange(1), "Samples that a replica works on at once."),
     ("global_batch", click.IntRange(1), "Samples a step, over all replicas."),
     ("seq_len", click.IntRange(1), "Tokens a sample."),

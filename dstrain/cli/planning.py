@@ -20,7 +20,7 @@ from dstrain.launch.devices import Devices, local_devices
 from dstrain.launch.hosts import read_hostfile
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
-from dstrain.plan.refusals import refuse_layout
+from dstrain.plan.refusals import refuse
 from dstrain.plan.shape import ModelShape
 
 
@@ -39,15 +39,13 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     config = resolved.config
-    refusal = refuse_layout(zero=config.zero, pipeline=config.pipeline, precision=config.precision)
-    if refusal:  # before the model and the data are looked at: this needs neither
-        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+    refuse(resolved)  # before the model and the data are looked at: this needs neither
     devices = local_devices()
-    if config.hostfile:
+    if config.hostfile is not None:
         hosts = read_hostfile(config.hostfile)
     else:
         hosts = (Host("localhost", devices.count),)
-    machines = Machines(hosts, devices.kind, devices.names)
+    machines = Machines(hosts, devices.kind, devices.names, devices.precisions)
     model_file = model_config_file(config.model, where=str(resolved.origin("model"))).absolute()
     shape = _measure_model(model_file)
     data = _prepare_data(resolved)

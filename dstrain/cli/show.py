@@ -11,7 +11,7 @@ from dstrain.plan.plan import Plan
 # Above this many ranks the table shows one replica: the others are alike.
 _RANKS_SHOWN = 32
 _SHOWN_CHOICES = (
-    "model", "tokenizer", "data", "zero", "pipeline", "data_parallel", "precision", "micro_batch",
+    "model", "tokenizer", "data", "zero", "pipeline", "data_parallel", "schedule", "precision", "offload", "micro_batch",
     "global_batch", "seq_len", "steps", "optimizer", "lr", "gradient_clipping", "activation_checkpointing", "seed",
 )  # fmt: skip
 
@@ -48,13 +48,12 @@ def _ranks(plan: Plan) -> Table:
     places = list(layout.places())
     shown = places if len(places) <= _RANKS_SHOWN else places[: layout.pipeline]
     for place in shown:
-        first, last = names[place.layers[0]], names[place.layers[-1]]
         table.add_row(
             str(place.rank),
             place.host,
             f"{plan.accelerator}:{place.local_rank}",
             str(place.stage),
-            first if first == last else f"{first} .. {last}",
+            ", ".join(_span(names, span) for span in place.spans),
             f"{plan.stage_parameters[place.stage]:,}",
             str(place.replica),
         )
@@ -65,6 +64,11 @@ def _ranks(plan: Plan) -> Table:
     elif layout.pipeline > 1:
         table.caption = f"expected time of the slowest stage: {plan.imbalance:.2f} x the mean"
     return table
+
+
+def _span(names: list[str], span: range) -> str:
+    first, last = names[span[0]], names[span[-1]]
+    return first if first == last else f"{first} .. {last}"
 
 
 def _choices(plan: Plan) -> Table:

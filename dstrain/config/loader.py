@@ -9,16 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dstrain.config.files import recipe_path
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
-from dstrain.config.yaml_reader import Document, parse_scalar, read_yaml
+from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
 
 DEFAULT_RECIPE = "quickstart"
+# What the same thing is called elsewhere.
+_ELSEWHERE = {
+    "batch_size": "global_batch is what one step takes, micro_batch what a replica works on at once",
+    "gradient_accumulation_steps": "it follows from global_batch / (micro_batch x replicas)",
+    "learning_rate": "did you mean lr?",
+    "max_steps": "did you mean steps?",
+    "train_batch_size": "did you mean global_batch?",
+    "train_micro_batch_size_per_gpu": "did you mean micro_batch?",
+    "zero_stage": "did you mean zero?",
+}
+# Top-level keys of DeepSpeed's JSON that are no choice of dstrain's under another name.
+_OF_DEEPSPEED = frozenset(
+    "zero_optimization fp16 bf16 scheduler communication_data_type checkpoint"
+    " comms_logger steps_per_print wall_clock_breakdown flops_profiler aio tensorboard wandb csv_monitor".split()
+)
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
 
@@ -42,11 +56,9 @@ class ResolvedConfig:
         """The whole config as YAML, each line with its origin in a comment."""
         lines = []
         for key, value in self.config.model_dump().items():
-            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip(
-                "\n"
-            )
-            first, *rest = text.split("\n")
-            lines.append(f"{first}  # {self.origin(key)}")
+            first, *rest = dump_yaml({key: value}).rstrip("\n").split("\n")
+            place = str(self.origin(key))
+            lines.append(f"{first}  # {place if place.isprintable() else ascii(place)}")
             lines.extend(rest)
         return "\n".join(lines) + "\n"
 
@@ -79,7 +91,7 @@ def load_config(
             place = f"{name}:{line}" if line else name
             _put(values, origins, path, value, Origin(kind, place))
 
-    own = read_yaml(Path(config_file), where="--config") if config_file else None
+    own = read_yaml(Path(config_file), where="--config") if config_file is not None else None
     if own is not None:
         named = own.values.pop("recipe", None)
         if named is not None and not isinstance(named, str):
@@ -119,7 +131,7 @@ def _finish(
             raise DstrainError(
                 f"{setting!r} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
             )
-        for path, value in _leaves({key: parse_scalar(text)}):
+        for path, value in _leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
         _put(values, origins, (key,), value, flag_origin(key))
@@ -142,21 +154,38 @@ def _leaves(values: Mapping[str, Any], path: Path_ = ()) -> Iterator[tuple[Path_
 def _put(
     values: dict[str, Any], origins: dict[Path_, Origin], path: Path_, value: Any, origin: Origin
 ) -> None:
-    """Set the value at ``path``, opening mappings on the way, and note its origin."""
+    """Set the value at ``path``, opening mappings on the way, and note its origin in place of older ones."""
     target = values
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1], start=1):
         inner = target.get(key)
         if not isinstance(inner, dict):
             inner = target[key] = {}
+            origins.pop(path[:depth], None)
         target = inner
     target[path[-1]] = value
+    for known in [known for known in origins if known[: len(path)] == path]:
+        del origins[known]
     origins[path] = origin
+
+
+def _parse_setting(key: str, text: str) -> Any:
+    """The value of ``--set KEY=text``: a text key takes it as it stands, unless it is in quotes or null."""
+    field = RunConfig.model_fields.get(key)
+    if field is None or field.annotation not in (str, str | None):
+        return parse_scalar(text)
+    null = field.annotation != str and text in ("null", "~")
+    return parse_scalar(text) if null or text[:1] in ("'", '"') else text
 
 
 def _unknown_key(key: str, origins: Mapping[Path_, Origin]) -> DstrainError:
     origin = next((origin for path, origin in origins.items() if path[0] == key), None)
-    near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`dstrain run --help` lists the choices"
+    if key in _ELSEWHERE:
+        hint = _ELSEWHERE[key]
+    elif key in _OF_DEEPSPEED:
+        hint = f"DeepSpeed's own keys stand below `deepspeed:` (--set deepspeed.{key}...)"
+    else:
+        near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(field_names())}"
     return DstrainError(f"unknown key {key!r}", where=str(origin) if origin else None, hint=hint)
 
 
@@ -191,6 +220,8 @@ def _in_words(error: Any) -> str:
 
 def _hint(field: str, given: Any) -> str:
     info = RunConfig.model_fields[field]
+    if info.annotation in (str, str | None) and isinstance(given, (bool, int, float)):
+        return f'write it in quotes: {field}: "{given}"'
     if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):
         return "write the number without quotes"
     return f"{field}: {info.description}" if info.description else f"default: {info.default!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -19,7 +20,7 @@ class RunConfig(BaseModel):
     Unknown keys and wrong types are refused; nothing is coerced but an integer to a float.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # What is trained, on what.
     model: str = Field("quickstart", description="a folder with config.json, or a built-in shape")
@@ -62,6 +63,13 @@ class RunConfig(BaseModel):
     pipeline: PositiveInt = Field(1, description="pipeline stages")
     data_parallel: PositiveInt | None = Field(None, description="replicas; default: what the devices allow")
     precision: Precision = Field("fp32", description="of parameters and activations")
+    schedule: Literal["1f1b", "dualpipev"] = Field(
+        "1f1b", description="order of a pipeline's work; dualpipev: two stages a rank, half the bubble"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where optimizer states live: on the device, in host memory, on disk (ZeRO-3)"
+    )
+    nvme_path: str | None = Field(None, description="folder on a local disk, for offload: nvme")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     hostfile: str | None = Field(None, description="hosts, a line each: NAME slots=N")
 
@@ -85,6 +93,16 @@ class RunConfig(BaseModel):
         """Python's ``True == 1`` would let ``zero: true`` pass for stage 1."""
         if isinstance(value, bool):
             raise ValueError("must be 0, 1, 2 or 3")
+        return value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed is given JSON, which knows no infinity and no other types than these."""
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must hold only what JSON can hold: {error}") from None
         return value
 
 

@@ -1,37 +1,61 @@
-"""Strict YAML: a value and the line it stands on; duplicate keys refused; ``3e-4`` is a number."""
+"""Strict YAML: a value and the line it stands on; duplicate keys refused; ``3e-4`` is a number.
+
+Plain words are read as YAML 1.2's core schema does: ``on`` and ``2024-01-31`` are texts, ``010`` is no octal
+number, ``1:30`` no count of seconds.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from dstrain.errors import DstrainError
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``3e-4`` as a string and ``on`` as a boolean; both surprise here."""
-
-
-_OURS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OURS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+_IMPLICIT = {
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+        "-+.0123456789",
     ),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes plain words for numbers, booleans and null by the table above."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what `_Loader` would not read back as a text, and every text into one line."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+
+for _tag, (_pattern, _first) in _IMPLICIT.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+        )
+
+
+def _text_in_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_Dumper.add_representer(str, _text_in_one_line)
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,12 @@ def parse_yaml(text: str, *, name: str) -> Document:
     return Document(values=values, lines=lines)
 
 
+def dump_yaml(values: dict[str, Any]) -> str:
+    """YAML that `parse_yaml` reads back as the same values, each text and number in one line."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text
+
+
 def parse_scalar(text: str) -> Any:
     """What YAML makes of ``text``; the text itself where it is no YAML."""
     try:
@@ -105,8 +135,10 @@ def _walk(
     """Note the line of each key, refusing keys that are no strings or stand there twice."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise DstrainError("a key must be a word", where=f"{name}:{line}")
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _KEY_TAGS:
+            raise DstrainError("a key must be a word", where=f"{name}:{line}", hint="write KEY: VALUE")
+        if value_node.start_mark.index < key_node.start_mark.index < value_node.end_mark.index:
+            raise DstrainError("this alias (*) holds itself", where=f"{name}:{line}", hint="write it out")
         here = (*path, str(key_node.value))
         if here in lines:
             raise DstrainError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
-from dstrain.engine.staged_engine import StagedEngine
+from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
 TAG = "state"
@@ -53,8 +53,9 @@ class _DeepSpeedAdapter(Engine):
 class PipelineAdapter(_DeepSpeedAdapter):
     """Two stages or more."""
 
-    def __init__(self, engine: StagedEngine) -> None:
-        self.engine: StagedEngine = engine
+    def __init__(self, engine: StagedEngine | DualPipeVStagedEngine) -> None:
+        self.engine: StagedEngine | DualPipeVStagedEngine = engine
+        self.fewest_micro_batches = engine.fewest_micro_batches
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         self._set_lr(lr)
@@ -67,12 +68,12 @@ class PipelineAdapter(_DeepSpeedAdapter):
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         engine = self.engine
         _, logits = engine.eval_batch(
-            iter([micro_batch.as_pipeline_item()]),
+            iter([micro_batch.as_pipeline_item()] * engine.fewest_micro_batches),
             return_logits=True,
             compute_loss=False,
             reduce_output=None,
             bcast_loss=False,
-            num_micro_batches=1,
+            num_micro_batches=engine.fewest_micro_batches,
         )
         source = engine._loss_stage_global_rank()
         vocabulary = torch.zeros(1, dtype=torch.int64, device=engine.device)

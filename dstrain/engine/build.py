@@ -14,40 +14,53 @@ from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.interface import Engine
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters
-from dstrain.engine.staged_engine import StagedEngine
-from dstrain.engine.staged_module import StagedModule
-from dstrain.engine.whole_module import WholeModule
+from dstrain.engine.layers_in_one import LayersInOne
+from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
 from dstrain.model.layers import LayeredModel
 from dstrain.model.loss import TokenLoss
+from dstrain.model.whole import WholeModel
 
 
 def build_engine(
-    model: LayeredModel,
+    model: LayeredModel | WholeModel,
     *,
     deepspeed: dict[str, Any],
     cut: Sequence[int],
+    pipeline: int,
     data_parallel: int,
     device: torch.device,
+    schedule: str = "1f1b",
     activation_checkpointing: bool = False,
 ) -> Engine:
     """This rank's engine. ``torch.distributed`` is initialised by ``deepspeed.init_distributed``.
 
     Args:
+        model: its layers; or, for one stage, a model that can't be split into layers.
         deepspeed: the whole DeepSpeed JSON, as the plan composed it.
         cut: first layer of each stage, and the number of layers at the end.
+        pipeline: ranks of one replica. With ``dualpipev`` each holds two stages.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
     """
     loss_fn = TokenLoss()
     weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
     model.to(device)
-    if len(cut) > 2:
-        staged = StagedModule(model, cut=cut, data_parallel=data_parallel, loss_fn=loss_fn)
+    if pipeline > 1:
+        module_class, engine_class = {
+            "1f1b": (StagedModule, StagedEngine),
+            "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
+        }[schedule]
+        staged = module_class(
+            model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn
+        )
         groups = group_parameters(
             staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names()
         )
-        return PipelineAdapter(_make(StagedEngine, staged, groups, deepspeed, staged.mpu()))
-    whole = WholeModule(model, activation_checkpointing=activation_checkpointing).to(device)
-    tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
+        return PipelineAdapter(_make(engine_class, staged, groups, deepspeed, staged.mpu()))
+    whole, tied = model, set()
+    if isinstance(model, LayeredModel):
+        whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
+        tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
     return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
 

@@ -57,6 +57,9 @@ class StepResult:
 class Engine(ABC):
     """One rank's part of the training. Every method is collective: all ranks call it together."""
 
+    # The schedule needs at least so many micro-batches in each call, evaluations included.
+    fewest_micro_batches: int = 1
+
     @abstractmethod
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step over this replica's micro-batches (as many as the accumulation)."""

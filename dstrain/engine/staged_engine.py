@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine for any ZeRO stage up to 2, with tied weights that stay equal."""
+"""DeepSpeed's pipeline engines for any ZeRO stage up to 2, with tied weights that stay equal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe import dualpipev, schedule
 from deepspeed.runtime.pipe import engine as pipe_engine
-from deepspeed.runtime.pipe import schedule
 
 from dstrain.engine.mends import MendedEngine
 
@@ -29,17 +29,8 @@ def _zero_stage_2_admitted() -> Iterator[None]:
         pipe_engine.ZeroStageEnum = original
 
 
-class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
-    """``PipelineEngine`` with these changes, each shown by a test that fails without it:
-
-    - ZeRO-2: gradients are reduced behind each micro-batch's backward pass, on every stage, and the
-      last one is the accumulation boundary (upstream refuses ZeRO-2, and would reduce on the last
-      stage only).
-    - Tied weights: their gradients are first reduced over the replicas, then summed over the stages
-      that hold a copy. In this order all copies get the same bits, so they never drift apart.
-      (Upstream sums ``weight.grad``, which is empty when gradients are accumulated in another dtype
-      or partitioned.)
-    """
+class _StagedMends(MendedEngine):
+    """What both schedules need, before DeepSpeed's own pipeline engine in the order of classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _zero_stage_2_admitted():
@@ -48,6 +39,10 @@ class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
         # ZeRO-2 reduces in the backward pass, not at the schedule's ReduceGrads.
         self.enable_backward_allreduce = self._partitions_gradients
         self._backward_passes = 0
+
+    # How many backward passes a rank runs for one micro-batch, and the fewest micro-batches of a batch.
+    passes_per_micro_batch = 1
+    fewest_micro_batches = 1
 
     def train_batch(self, data_iter: Any = None) -> torch.Tensor:
         self._backward_passes = 0
@@ -60,11 +55,16 @@ class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
 
     def _exec_backward_pass(self, buffer_id: int, **kwargs: Any) -> None:
         self._backward_passes += 1
-        self._force_grad_boundary = self._backward_passes == self.micro_batches
+        last = self.micro_batches * self.passes_per_micro_batch
+        self._force_grad_boundary = self._backward_passes == last
         super()._exec_backward_pass(buffer_id, **kwargs)
-        if self._partitions_gradients and not self.is_last_stage():
-            self._backward_epilogue()  # the last stage's engine.backward() has called it
+        if self._partitions_gradients and not self._starts_at_loss(**kwargs):
+            self._backward_epilogue()  # where it starts at the loss, engine.backward() has called it
         self._force_grad_boundary = False
+
+    def _starts_at_loss(self) -> bool:
+        """Whether a backward pass of this stage starts at the loss rather than at a received gradient."""
+        return self.is_last_stage()
 
     def _exec_reduce_tied_grads(self) -> None:
         """Nothing yet: tied gradients are summed once they are reduced over the replicas."""
@@ -93,9 +93,45 @@ class StagedEngine(MendedEngine, pipe_engine.PipelineEngine):
             if not getattr(piece, "_zero_padding", False)
         ]
 
+
+_MENDED = {
+    schedule.BackwardPass: _StagedMends._exec_backward_pass,
+    schedule.ReduceGrads: _StagedMends._exec_reduce_grads,
+    schedule.ReduceTiedGrads: _StagedMends._exec_reduce_tied_grads,
+}
+
+
+class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):
+    """``PipelineEngine`` (schedule 1F1B) with these changes, each shown by a test that fails without it:
+
+    - ZeRO-2: gradients are reduced behind each micro-batch's backward pass, on every stage, and the
+      last one is the accumulation boundary (upstream refuses ZeRO-2, and would reduce on the last
+      stage only).
+    - Tied weights: their gradients are first reduced over the replicas, then summed over the stages
+      that hold a copy. In this order all copies get the same bits, so they never drift apart.
+      (Upstream sums ``weight.grad``, which is empty when gradients are accumulated in another dtype
+      or partitioned.)
+    """
+
     _INSTRUCTION_MAP: ClassVar = {
         **pipe_engine.PipelineEngine._INSTRUCTION_MAP,
-        schedule.BackwardPass: _exec_backward_pass,
-        schedule.ReduceGrads: _exec_reduce_grads,
-        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+        **_MENDED,
+    }
+
+
+class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
+    """``DualPipeVEngine`` with the same changes: each rank holds two stages and runs both backwards."""
+
+    passes_per_micro_batch = 2
+
+    @property
+    def fewest_micro_batches(self) -> int:  # type: ignore[override]
+        return 2 * self.num_stages
+
+    def _starts_at_loss(self, phase: int) -> bool:  # type: ignore[override]
+        return self._is_loss_stage(phase)
+
+    _INSTRUCTION_MAP: ClassVar = {
+        **dualpipev.DualPipeVEngine._INSTRUCTION_MAP,
+        **_MENDED,
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from torch import nn
 
@@ -35,13 +36,19 @@ class StagedModule(PipelineModule):
     """
 
     def __init__(
-        self, model: LayeredModel, *, cut: Sequence[int], data_parallel: int, loss_fn: nn.Module
+        self,
+        model: LayeredModel,
+        *,
+        cut: Sequence[int],
+        pipeline: int,
+        data_parallel: int,
+        loss_fn: Callable[..., torch.Tensor],
     ) -> None:
         self._cut = list(cut)
         self._tied = model.tied
         super().__init__(
             layers=[_LayerOf(model, index) for index in range(model.num_layers)],
-            topology=make_topology(pipeline=len(cut) - 1, data_parallel=data_parallel),
+            topology=make_topology(pipeline=pipeline, data_parallel=data_parallel),
             loss_fn=loss_fn,
             checkpointable_layers=["BlockLayer"],
         )
@@ -86,6 +93,13 @@ class StagedModule(PipelineModule):
     def tied_names(self) -> set[str]:
         """Names of this stage's parameters that another layer, here or elsewhere, ties."""
         return {f"{layer}.{path}" for tied in self._tied for layer, path in tied.owners}
+
+
+class DualPipeVStagedModule(DualPipeVModule, StagedModule):
+    """The same for DualPipeV, where rank r holds stages r and 2 x ranks - 1 - r; ``cut`` has all of these.
+
+    The first and the last stage share rank 0: their tied weights are one parameter there.
+    """
 
 
 class _Holder:

@@ -22,7 +22,8 @@ class Devices:
     """The devices of one machine.
 
     ``count`` is 0 on a CPU: as many processes as are asked for. ``memory_bytes`` is that of the smallest
-    visible GPU, or the machine's; None when it is not known. ``ids`` are the GPUs' numbers as the CUDA
+    visible GPU, or the machine's; None when it is not known. ``precisions`` are those that DeepSpeed accepts
+    on them. ``ids`` are the GPUs' numbers as the CUDA
     driver counts them, in the order of CUDA_VISIBLE_DEVICES.
     """
 
@@ -31,6 +32,7 @@ class Devices:
     names: tuple[str, ...]
     memory_bytes: int | None
     ids: tuple[int, ...] = ()
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,19 @@ def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
             hint="see `nvidia-smi` and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu",
             where="DS_ACCELERATOR",
         )
-    return Devices(kind="cpu", count=0, names=(_processor(),), memory_bytes=_main_memory())
+    precisions = ("fp32", "bf16", "fp16") if _has_half_precision() else ("fp32", "bf16")
+    return Devices(
+        kind="cpu", count=0, names=(_processor(),), memory_bytes=_main_memory(), precisions=precisions
+    )
+
+
+def _has_half_precision() -> bool:
+    """Whether oneDNN computes in fp16 here, which DeepSpeed asks for (torch's ``_is_mkldnn_fp16_supported``)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_fp16", "amx_fp16", "asimdhp"}) or {"avx_vnni_int8", "avx_ne_convert"} <= words
 
 
 def _query(environ: Mapping[str, str]) -> list[_Gpu]:

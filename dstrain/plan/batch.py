@@ -47,8 +47,9 @@ def make_batch(
         DstrainError: the numbers do not divide.
     """
     if global_batch % data_parallel:
-        lower = global_batch - global_batch % data_parallel
-        sizes = [str(size) for size in (lower, lower + data_parallel) if size]
+        unit = data_parallel * (micro_batch or 1)
+        lower = global_batch - global_batch % unit
+        sizes = [str(size) for size in (lower, lower + unit) if size]
         raise DstrainError(
             f"a global batch of {global_batch} can't be shared by {data_parallel} replicas",
             where=where,

@@ -79,7 +79,8 @@ def compose(
     for path, value, origin in _laid_on_top(resolved):
         if value == "auto":  # Hugging Face's word for "as derived"; DeepSpeed would drop it silently
             continue
-        _refuse_conflict(path, value, origin, values, origins)
+        if _is_decided(path, value, origin, values, resolved):
+            continue
         _set(values, path, value)
         origins[path] = origin
     return DeepSpeedConfig(values, origins)
@@ -97,10 +98,14 @@ def leaves(values: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyP
 def _laid_on_top(resolved: ResolvedConfig) -> Iterator[tuple[KeyPath, Any, str]]:
     """The user's own DeepSpeed keys: the file first, the config's mapping over it."""
     name = resolved.config.ds_config
-    if name:
+    if name is not None:
         where = str(resolved.origin("ds_config"))
         try:
-            document = json.loads(Path(name).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+            document = json.loads(
+                Path(name).read_text(encoding="utf-8-sig"),
+                object_pairs_hook=_no_duplicates,
+                parse_constant=_no_constant,
+            )
         except OSError as error:
             raise DstrainError(f"can't read {name}: {error.strerror}", where=where) from None
         except UnicodeDecodeError as error:
@@ -125,26 +130,41 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _refuse_conflict(
-    path: KeyPath, value: Any, origin: str, values: Mapping[str, Any], origins: Mapping[KeyPath, str]
-) -> None:
-    """An owned key may be repeated, not changed."""
-    owner = next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
-    if owner is None:
-        return
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _is_decided(
+    path: KeyPath, value: Any, origin: str, values: Mapping[str, Any], resolved: ResolvedConfig
+) -> bool:
+    """Whether the plan has decided this key, and as the user says. Raises DstrainError if otherwise.
+
+    An owned key may be repeated, not changed, nor may what holds one be replaced.
+    """
+    dotted = ".".join(path)
     decided: Any = values
     for key in path:
         decided = decided.get(key) if isinstance(decided, dict) else None
-    if decided == value:
-        return
-    dotted = ".".join(path)
+    if isinstance(decided, dict) and not isinstance(value, dict):
+        raise DstrainError(
+            f"{dotted} = {json.dumps(value)} stands where {dotted} holds keys of its own",
+            where=origin,
+            hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes one of them",
+        )
+    if decided == value or (isinstance(decided, dict) and value == {}):
+        return True
+    owner = next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
+    if owner is None:
+        return False
+    choice = f"{owner} = {getattr(resolved.config, owner)} ({resolved.origin(owner)})"
     if decided is None:
-        reason = f"{dotted} is decided by {owner}, which this key would contradict"
+        reason = f"{dotted} = {json.dumps(value)} is not for DeepSpeed's JSON to say: {choice} decides it"
     else:
-        reason = f"{dotted} = {value!r} contradicts {decided!r}, which comes from {origins.get(path, owner)}"
-    flag = owner.replace("_", "-")
+        reason = (
+            f"{dotted} = {json.dumps(value)} contradicts {json.dumps(decided)}, which follows from {choice}"
+        )
     raise DstrainError(
-        reason, where=origin, hint=f"leave {dotted} out and say it with --{flag} ({owner} in YAML)"
+        reason, where=origin, hint=f"leave {dotted} out and choose {owner} (--set {owner}=..., or in YAML)"
     )
 
 

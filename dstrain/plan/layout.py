@@ -30,7 +30,7 @@ class Place:
     local_rank: int
     stage: int
     replica: int
-    layers: range
+    spans: tuple[range, ...]
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,19 @@ class Layout:
 
     Attributes:
         hosts: the machines that are used, with the slots that are used.
-        cut: first layer of each stage, and the number of layers at the end; length pipeline + 1.
+        cut: first layer of each span of layers, and the number of layers at the end.
+        schedule: ``1f1b``: stage s holds span s. ``dualpipev``: there are 2 x pipeline spans, and
+            stage s holds span s on the way out and span 2 x pipeline - 1 - s on the way back.
     """
 
     hosts: tuple[Host, ...]
     pipeline: int
     data_parallel: int
     cut: tuple[int, ...]
+    schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
-        if len(self.cut) != self.pipeline + 1 or any(a >= b for a, b in itertools.pairwise(self.cut)):
+        if len(self.cut) != count_spans(self.pipeline, self.schedule) + 1 or any(a >= b for a, b in itertools.pairwise(self.cut)):
             raise ValueError(f"cut {self.cut} does not cut {self.pipeline} non-empty stages")
         if sum(host.slots for host in self.hosts) != self.world_size:
             raise ValueError(f"{self.world_size} ranks on {self.hosts}")
@@ -66,16 +69,24 @@ class Layout:
     def replica(self, rank: int) -> int:
         return rank // self.pipeline
 
-    def layers(self, stage: int) -> range:
-        """The layers of a stage, as positions in [embed, block 0, ..., head]."""
-        return range(self.cut[stage], self.cut[stage + 1])
+    def spans(self, stage: int) -> tuple[range, ...]:
+        """The layers of a stage, as ranges of positions in [embed, block 0, ..., head]."""
+        indices = [stage]
+        if self.schedule == "dualpipev" and self.pipeline > 1:
+            indices.append(2 * self.pipeline - 1 - stage)
+        return tuple(range(self.cut[index], self.cut[index + 1]) for index in indices)
 
     def places(self) -> Iterator[Place]:
         """Every rank, in order. Hosts are filled one after the other, as DeepSpeed's launcher does."""
         seats = [(host.name, local) for host in self.hosts for local in range(host.slots)]
         for rank, (host, local_rank) in enumerate(seats):
             stage = self.stage(rank)
-            yield Place(rank, host, local_rank, stage, self.replica(rank), self.layers(stage))
+            yield Place(rank, host, local_rank, stage, self.replica(rank), self.spans(stage))
+
+
+def count_spans(pipeline: int, schedule: str) -> int:
+    """Into how many spans the layers are cut: one a stage, two with DualPipeV."""
+    return 2 * pipeline if schedule == "dualpipev" and pipeline > 1 else pipeline
 
 
 def fill_hosts(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
@@ -107,7 +118,7 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
             raise DstrainError(
                 f"{pipeline} stages x {data_parallel} replicas need {needed} devices, and there are {devices}",
                 where=where,
-                hint=_layouts_that_fit(devices),
+                hint=_smaller_layouts(pipeline, data_parallel, devices),
             )
         return data_parallel
     if devices % pipeline:
@@ -116,6 +127,15 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
             hint += f"; or --data-parallel {devices // pipeline} to leave {devices % pipeline} idle"
         raise DstrainError(f"{pipeline} stages can't share {devices} devices evenly", where=where, hint=hint)
     return devices // pipeline
+
+
+def _smaller_layouts(pipeline: int, data_parallel: int, devices: int) -> str:
+    smaller = []
+    if pipeline <= devices:
+        smaller.append(f"--data-parallel {devices // pipeline}")
+    if data_parallel <= devices:
+        smaller.append(f"--pipeline {devices // data_parallel}")
+    return " or ".join(smaller) or _layouts_that_fit(devices) + ", without --data-parallel"
 
 
 def _layouts_that_fit(devices: int) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 
 def cut_by_cost(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -28,30 +28,29 @@ def cut_by_cost(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[i] = (largest, sum of squares, cut) of the first i layers in the stages so far
-    best: list[tuple[float, float, tuple[int, ...]] | None] = [
-        (total[i], total[i] ** 2, (0,)) if i else None for i in range(count + 1)
-    ]
-    for stage in range(1, stages):
-        following: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (count + 1)
-        for end in range(stage + 1, count + 1):
-            for start in range(stage, end):
-                before = best[start]
-                if before is None:
-                    continue
-                cost = total[end] - total[start]
-                candidate = (max(before[0], cost), before[1] + cost**2, (*before[2], start))
-                current = following[end]
-                if current is None or candidate < current:
-                    following[end] = candidate
-        best = following
-    last = best[count]
-    assert last is not None
-    return (*last[2], count)
 
+    # Two passes: the evenest cut under a limit is made of evenest cuts under the same limit, but the least
+    # largest cost is not a limit for the layers in front: a heavy stage behind may excuse one there.
+    def search(largest: float, combine: Callable[[float, float], float]) -> tuple[float, tuple[int, ...]]:
+        """The least combined value over all cuts whose stages cost at most ``largest``, and its cut."""
+        best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ()), *[None] * count]
+        for stage in range(stages):
+            following: list[tuple[float, tuple[int, ...]] | None] = [None] * (count + 1)
+            for end in range(stage + 1, count + 1):
+                for start in range(stage, end):
+                    before = best[start]
+                    cost = total[end] - total[start]
+                    if before is None or cost > largest:
+                        continue
+                    candidate = (combine(before[0], cost), (*before[1], start))
+                    current = following[end]
+                    if current is None or candidate < current:
+                        following[end] = candidate
+            best = following
+        last = best[count]
+        assert last is not None
+        return last
 
-def imbalance(costs: Sequence[float], cut: Sequence[int]) -> float:
-    """Cost of the slowest stage over the mean of all: 1.0 is perfect."""
-    stages = [sum(costs[a:b]) for a, b in itertools.pairwise(cut)]
-    mean = sum(stages) / len(stages)
-    return max(stages) / mean if mean else 1.0
+    limit, _ = search(math.inf, max)
+    _, cut = search(limit, lambda before, cost: before + cost**2)
+    return (*cut, count)

@@ -12,9 +12,9 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
-from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
-from dstrain.plan.partition import cut_by_cost, imbalance
-from dstrain.plan.refusals import check_model, refuse_layout
+from dstrain.plan.layout import Host, Layout, choose_data_parallel, count_spans, fill_hosts
+from dstrain.plan.partition import cut_by_cost
+from dstrain.plan.refusals import check_batch, check_model, check_precision, refuse
 from dstrain.plan.shape import ModelShape
 
 FORMAT = 1
@@ -29,11 +29,13 @@ class Machines:
             be had at will (CPU).
         accelerator: ``cuda`` or ``cpu``.
         device_names: of one host's devices, for the display.
+        precisions: what the devices can compute in.
     """
 
     hosts: tuple[Host, ...]
     accelerator: str
     device_names: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
     @property
     def slots(self) -> int | None:
@@ -82,7 +84,7 @@ class Plan:
         """As JSON-serialisable data, with the rank table spelled out for a reader."""
         record = asdict(self)
         record["layout"]["ranks"] = [
-            asdict(place) | {"layers": [place.layers.start, place.layers.stop]}
+            asdict(place) | {"spans": [[span.start, span.stop] for span in place.spans]}
             for place in self.layout.places()
         ]
         return record
@@ -114,7 +116,9 @@ class Plan:
         return cls(
             **{
                 **record,
-                "layout": Layout(hosts, layout["pipeline"], layout["data_parallel"], tuple(layout["cut"])),
+                "layout": Layout(
+                    hosts, layout["pipeline"], layout["data_parallel"], tuple(layout["cut"]), layout["schedule"]
+                ),
                 "batch": Batch(**record["batch"]),
                 "stage_parameters": tuple(record["stage_parameters"]),
                 "warnings": tuple(record["warnings"]),
@@ -142,15 +146,14 @@ def make_plan(
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
     """
     config = resolved.config
-    refusal = refuse_layout(zero=config.zero, pipeline=config.pipeline, precision=config.precision)
-    if refusal:
-        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+    refuse(resolved)
+    check_precision(resolved, machines.precisions, machines.accelerator)
     check_model(shape, resolved, data["vocab_size"])
 
     replicas = choose_data_parallel(
         config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
     )
-    layout = _make_layout(config.pipeline, replicas, machines, shape)
+    layout = _make_layout(config.pipeline, replicas, config.schedule, machines, shape)
     batch = make_batch(
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
@@ -159,7 +162,8 @@ def make_plan(
         seq_len=config.seq_len,
         where=str(resolved.origin("micro_batch" if config.micro_batch else "global_batch")),
     )
-    stage_parameters = tuple(shape.stage_parameters(layout.layers(stage)) for stage in range(config.pipeline))
+    check_batch(resolved, batch)
+    stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
     deepspeed = _deepspeed(resolved, layout, batch, machines.accelerator, max(stage_parameters))
     return Plan(
         config=config.model_dump(),
@@ -179,12 +183,14 @@ def make_plan(
         },
         data=dict(data),
         stage_parameters=stage_parameters,
-        imbalance=imbalance([layer.forward_flops_per_token for layer in shape.layers], layout.cut),
+        imbalance=_imbalance(layout, shape),
         warnings=tuple(_warnings(config, layout, batch, data)),
     )
 
 
-def _make_layout(pipeline: int, replicas: int, machines: Machines, shape: ModelShape) -> Layout:
+def _make_layout(
+    pipeline: int, replicas: int, schedule: str, machines: Machines, shape: ModelShape
+) -> Layout:
     ranks = pipeline * replicas
     if machines.slots is None:
         hosts: tuple[Host, ...] = (Host(machines.hosts[0].name, ranks),)
@@ -197,9 +203,22 @@ def _make_layout(pipeline: int, replicas: int, machines: Machines, shape: ModelS
                 where="--hostfile",
                 hint="give each host the same number of slots, or choose a layout that fills whole hosts",
             )
-    # One FLOP is added so that a layer that computes nothing (an embedding look-up) still has a cost.
-    costs = [1.0 + layer.forward_flops_per_token for layer in shape.layers]
-    return Layout(hosts, pipeline, replicas, cut_by_cost(costs, pipeline))
+    cut = cut_by_cost(_costs(shape), count_spans(pipeline, schedule))
+    return Layout(hosts, pipeline, replicas, cut, schedule)
+
+
+def _costs(shape: ModelShape) -> list[float]:
+    """Of each layer. One FLOP is added: a layer that computes nothing (an embedding) must still count."""
+    return [1.0 + layer.forward_flops_per_token for layer in shape.layers]
+
+
+def _imbalance(layout: Layout, shape: ModelShape) -> float:
+    """Cost of the slowest stage over the mean of all: 1.0 is perfect."""
+    costs = _costs(shape)
+    stages = [
+        sum(costs[layer] for span in layout.spans(stage) for layer in span) for stage in range(layout.pipeline)
+    ]
+    return max(stages) * len(stages) / sum(stages)
 
 
 def _deepspeed(
@@ -226,6 +245,8 @@ def _deepspeed(
         "prefetch_size": Derived(min(bucket, 50_000_000), sized),
         "persistence_threshold": Derived(min(stage_parameters // 100, 100_000), sized),
         "live_parameters": Derived(max(bucket, 1_000_000_000), sized),
+        "pin_memory": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
+        "nvme_path": chosen("nvme_path"),
         "sub_group_size": Derived(1_000_000_000, "DeepSpeed's default"),
         "lr": chosen("lr"),
         "betas": chosen("betas"),
@@ -237,12 +258,13 @@ def _deepspeed(
             f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
         ),
     }
-    fragments = [
-        "base",
-        f"zero/{config.zero}",
-        f"precision/{config.precision}",
-        f"optimizer/{config.optimizer}",
-    ]
+    fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
+    if config.offload == "none":
+        fragments.append(f"optimizer/{config.optimizer}")
+    else:
+        # DeepSpeed has a vectorised AdamW for states in host memory; SGD is torch's own.
+        suffix = "-offloaded" if config.optimizer == "adamw" else ""
+        fragments += [f"offload/{config.offload}", f"optimizer/{config.optimizer}{suffix}"]
     if layout.pipeline > 1:
         fragments.append("pipeline/stages")
     return compose(fragments, derived, resolved)

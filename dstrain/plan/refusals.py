@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.batch import Batch
+from dstrain.plan.layout import count_spans
 from dstrain.plan.shape import ModelShape
 
 
@@ -18,8 +20,15 @@ class Refusal:
     key: str
 
 
-def refuse_layout(*, zero: int, pipeline: int, precision: str) -> Refusal | None:
-    """The first reason against a combination of ZeRO stage, pipeline and precision, if there is one.
+def refusal_of(
+    *,
+    zero: int,
+    pipeline: int,
+    precision: str = "fp32",
+    schedule: str = "1f1b",
+    offload: str = "none",
+) -> Refusal | None:
+    """The first reason against a combination of choices, if there is one.
 
     Source of each reason: measurements with DeepSpeed 0.19.8, each repeated in tests/distributed.
     """
@@ -45,7 +54,72 @@ def refuse_layout(*, zero: int, pipeline: int, precision: str) -> Refusal | None
             " --pipeline 1",
             "zero",
         )
+    if schedule == "dualpipev" and pipeline == 1:
+        return Refusal(
+            "dualpipev is an order of work between stages, and there is one stage",
+            "--pipeline 2 or more, or --schedule 1f1b",
+            "schedule",
+        )
+    if offload != "none" and zero == 0:
+        return Refusal(
+            "only ZeRO's optimizers can offload their states",
+            "--zero 1 (works with one replica too), or --offload none",
+            "offload",
+        )
+    if offload == "nvme" and zero != 3:
+        return Refusal(
+            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
+            "--zero 3, or --offload cpu",
+            "offload",
+        )
     return None
+
+
+def refuse(resolved: ResolvedConfig) -> None:
+    """Refuse what no model, data or machine could make right. Raises DstrainError."""
+    config = resolved.config
+    refusal = refusal_of(
+        zero=config.zero,
+        pipeline=config.pipeline,
+        precision=config.precision,
+        schedule=config.schedule,
+        offload=config.offload,
+    )
+    if refusal:
+        raise DstrainError(
+            refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead
+        )
+    if config.offload == "nvme" and not config.nvme_path:
+        raise DstrainError(
+            "offload: nvme needs a folder on a local disk",
+            where=str(resolved.origin("offload")),
+            hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def check_precision(resolved: ResolvedConfig, precisions: tuple[str, ...], accelerator: str) -> None:
+    """Refuse a precision that the devices can't compute in. Raises DstrainError."""
+    precision = resolved.config.precision
+    if precision not in precisions:
+        raise DstrainError(
+            f"this {accelerator} can't compute in {precision}",
+            where=str(resolved.origin("precision")),
+            hint=f"--precision {' or '.join(precisions)}",
+        )
+
+
+def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
+    """Refuse fewer micro-batches than the schedule needs. Raises DstrainError."""
+    config = resolved.config
+    needed = 2 * config.pipeline
+    if config.schedule == "dualpipev" and batch.accumulation < needed:
+        raise DstrainError(
+            f"dualpipev over {config.pipeline} stages needs {needed} micro-batches a step,"
+            f" and there are {batch.accumulation}",
+            where=str(resolved.origin("schedule")),
+            hint=f"--global-batch {needed * batch.micro_batch * batch.data_parallel} or more,"
+            " a smaller --micro-batch, or --schedule 1f1b",
+        )
 
 
 def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: int) -> None:
@@ -57,12 +131,15 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
             where=str(resolved.origin("pipeline")),
             hint="--pipeline 1, with --zero 1 to 3 to share memory between replicas",
         )
-    if config.pipeline > len(shape.layers):
+    spans = count_spans(config.pipeline, config.schedule)
+    if spans > len(shape.layers):
+        per_rank = " (two a rank with dualpipev)" if spans > config.pipeline else ""
         raise DstrainError(
-            f"{config.pipeline} stages are more than the model's {len(shape.layers)} layers"
+            f"{spans} stages{per_rank} are more than the model's {len(shape.layers)} layers"
             f" (embedding, {len(shape.layers) - 2} blocks, head)",
             where=str(resolved.origin("pipeline")),
-            hint=f"--pipeline {len(shape.layers)} or less, and --data-parallel for the other devices",
+            hint=f"--pipeline {len(shape.layers) * config.pipeline // spans} or less,"
+            " and --data-parallel for the other devices",
         )
     if data_vocabulary > shape.vocab_size:
         raise DstrainError(

@@ -76,12 +76,13 @@ class ModelShape:
     def read(cls, path: Path) -> ModelShape:
         return cls.from_record(json.loads(path.read_text(encoding="utf-8")))
 
-    def stage_parameters(self, layers: range) -> int:
+    def parameters_of(self, spans: tuple[range, ...]) -> int:
         """Parameters that a rank holds for these layers; a weight that two of them tie counts once."""
-        own = sum(self.layers[i].parameters for i in layers)
-        shared = sum(
-            tied.parameters * (sum(layer in layers for layer in tied.layers) - 1)
+        held = [layer for span in spans for layer in span]
+        own = sum(self.layers[layer].parameters for layer in held)
+        doubled = sum(
+            tied.parameters * (count - 1)
             for tied in self.tied
-            if any(layer in layers for layer in tied.layers)
+            if (count := sum(layer in held for layer in tied.layers)) > 1
         )
-        return own - shared
+        return own - doubled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,12 @@ class LiveLine:
         self._console = console
         self._steps = steps
         self._every = max(1, steps // _PLAIN_LINES)
-        self._position = self._path.stat().st_size if self._path.exists() else 0
+        # A resumed run writes the file anew, without the steps that it will repeat: what stood there
+        # before is known by its lines, since the new file may be as long as the old one when it is read.
+        old = self._path.read_bytes() if self._path.exists() else b""
+        self._old = frozenset(old.split(b"\n"))
+        self._file: int | None = None
+        self._position = 0
         self._rest = b""
         self._held_out: float | None = None
         self._seconds: list[float] = []
@@ -71,18 +77,20 @@ class LiveLine:
         (self._live.console if self._live else self._console).print(line, soft_wrap=True)
 
     def _new_records(self) -> list[dict[str, Any]]:
-        """Whole lines that were appended; a file that got shorter (a resumed run's) is read from its end."""
-        if not self._path.exists():
+        """Whole lines that were not there at the start, and were not read before."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
             return []
-        size = self._path.stat().st_size
-        if size < self._position:
-            self._position, self._rest = size, b""
-        with self._path.open("rb") as file:
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._file:
+                self._file, self._position, self._rest = inode, 0, b""
             file.seek(self._position)
             new = file.read()
         self._position += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
-        return [json.loads(line) for line in lines if line]
+        return [json.loads(line) for line in lines if line not in self._old and line]
 
     def _line(self, record: dict[str, Any]) -> Text:
         mean = sum(self._seconds) / len(self._seconds)

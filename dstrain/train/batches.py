@@ -38,13 +38,14 @@ class TrainBatches:
 class HeldOutBatches:
     """The same held-out samples every time, shared out among the replicas.
 
-    Where they do not fill the last micro-batches, rows without a label stand in: they add nothing.
+    Where they do not fill the last micro-batches, or ``fewest`` of them, rows without a label stand in:
+    they add nothing.
     """
 
-    def __init__(self, rows: PackedRows, batch: Batch, *, samples: int, replica: int) -> None:
+    def __init__(self, rows: PackedRows, batch: Batch, *, samples: int, replica: int, fewest: int) -> None:
         ids = np.arange(min(samples, len(rows)))
         share = batch.micro_batch * batch.data_parallel
-        count = math.ceil(len(ids) / share)
+        count = max(fewest, math.ceil(len(ids) / share))
         weight = count * batch.data_parallel / max(1, int(rows.label_tokens(ids).sum()))
         padded = np.concatenate([ids, np.full(count * share - len(ids), -1)])
         parts = padded.reshape(count, batch.data_parallel, batch.micro_batch)[:, replica]

@@ -19,6 +19,7 @@ from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layers import LayeredModel
+from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
@@ -59,7 +60,13 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
     batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
     held_out = None
     if data.held_out is not None:
-        held_out = HeldOutBatches(data.held_out, plan.batch, samples=config.eval_samples, replica=replica)
+        held_out = HeldOutBatches(
+            data.held_out,
+            plan.batch,
+            samples=config.eval_samples,
+            replica=replica,
+            fewest=engine.fewest_micro_batches,
+        )
 
     held_out_loss = None
     if first == 1 and held_out is not None:
@@ -118,13 +125,18 @@ def _prepare_data(plan: Plan) -> PackedData:
 
 def _build(plan: Plan, device: torch.device) -> Engine:
     config = plan.run_config
-    model = LayeredModel(load_model_config(plan.model["file"]), seed=config.seed)
+    model_class = LayeredModel if plan.model["pipelines"] else WholeModel
+    model = model_class(
+        load_model_config(plan.model["file"]), seed=config.seed, attention=config.attention
+    )
     return build_engine(
         model,
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
+        pipeline=plan.layout.pipeline,
         data_parallel=plan.layout.data_parallel,
         device=device,
+        schedule=plan.layout.schedule,
         activation_checkpointing=config.activation_checkpointing,
     )
 

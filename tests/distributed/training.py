@@ -35,6 +35,8 @@ class Case:
     tied: bool = True
     micro_batch: int = 1
     checkpointing: bool = False
+    schedule: str = "1f1b"
+    offload: str = "none"
     steps: int = 10
     layers: int = 4
     lr: float = 1e-2
@@ -49,7 +51,15 @@ class Case:
         return GLOBAL_BATCH // (self.micro_batch * self.data_parallel)
 
     def one_process(self) -> Case:
-        return replace(self, zero=0, pipeline=1, data_parallel=1)
+        return replace(
+            self,
+            zero=0,
+            pipeline=1,
+            data_parallel=1,
+            checkpointing=False,
+            schedule="1f1b",
+            offload="none",
+        )
 
     def __str__(self) -> str:
         parts = [
@@ -62,6 +72,7 @@ class Case:
         parts += [f"clip{self.clip:g}", "tied" if self.tied else "untied", f"accum{self.accumulation}"]
         if self.checkpointing:
             parts.append("checkpointing")
+        parts += [self.schedule] * (self.schedule != "1f1b") + [f"offload={self.offload}"] * (self.offload != "none")
         parts += [f"{key}={value}" for key, value in self.extra]
         return "-".join(parts)
 
@@ -114,6 +125,8 @@ def make_case_plan(case: Case) -> Plan:
         "lr": case.lr,
         "weight_decay": WEIGHT_DECAY,
         "eps": EPS,
+        "schedule": case.schedule,
+        "offload": case.offload,
         "activation_checkpointing": case.checkpointing,
         **dict(case.extra),
     }
@@ -152,6 +165,10 @@ def train_in_layout(
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.layers import LayeredModel
 
+    from deepspeed.accelerator import get_accelerator
+
+    # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
+    get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(verbose=False)
     plan = make_case_plan(case)
     model = LayeredModel(model_config(case), seed=7)
@@ -159,6 +176,8 @@ def train_in_layout(
         model,
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
+        pipeline=plan.layout.pipeline,
+        schedule=plan.layout.schedule,
         data_parallel=plan.layout.data_parallel,
         device=torch.device("cpu"),
         activation_checkpointing=case.checkpointing,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dstrain.model.layers import BlockLayer, LayeredModel
 
 
-class WholeModule(nn.Module):
+class LayersInOne(nn.Module):
     """``(input_ids, position_ids)`` [B, S] -> logits [B, S, V]. Parameters are named as in a pipeline.
 
     Args:
