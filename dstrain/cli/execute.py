@@ -30,14 +30,22 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
     if name is None:
         model = Path(config.model).name or "model"
         name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{model}"
-    elif Path(name).name != name or name.startswith(".") or not name.isprintable() or len(name) > 100:
+    elif (
+        not name
+        or Path(name).name != name
+        or name.startswith(".")
+        or not name.isprintable()
+        or len(name) > 100
+    ):
         raise DstrainError(
             f"{name!r} is no name for a folder",
             where=str(resolved.origin("name")),
             hint="up to 100 letters and digits, no slash and no dot in front; --set runs_dir=FOLDER says where",
         )
     if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
-        raise DstrainError(f"{config.runs_dir} is a file, not a folder", where=str(resolved.origin("runs_dir")))
+        raise DstrainError(
+            f"{config.runs_dir} is a file, not a folder", where=str(resolved.origin("runs_dir"))
+        )
     folder = RunFolder(Path(config.runs_dir) / name)
     if folder.path.exists() and not resume:
         raise DstrainError(

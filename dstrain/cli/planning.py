@@ -23,6 +23,9 @@ from dstrain.plan.plan import Machines, Plan, make_plan
 from dstrain.plan.refusals import refuse
 from dstrain.plan.shape import ModelShape
 
+# How a line begins that is no error but says how far the work has come (dstrain.data.progress).
+_PROGRESS = "dstrain: "
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -95,17 +98,23 @@ def _run_module(module: str, *arguments: str) -> None:
     Its progress goes to the terminal; its error message becomes ours.
     """
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
+    lines = []
+    with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        check=False,
-    )
-    if done.returncode == 0:
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(_PROGRESS):
+                sys.stderr.write(line)
+            else:
+                lines.append(line.rstrip())
+    if process.returncode == 0:
         return
-    lines = done.stderr.strip().splitlines()
-    if done.returncode == 2 and lines:
+    if process.returncode == 2 and lines:
         raise DstrainError("\n".join(lines))
     raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without a word'}", exit_code=1)

@@ -26,14 +26,21 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
     from dstrain.cli.planning import plan_for
     from dstrain.cli.show import show_plan
     from dstrain.config.loader import override, read_config
-    from dstrain.plan.manifest import newest_complete
+    from dstrain.plan.manifest import newest_complete, read_manifest
     from dstrain.plan.run_folder import RunFolder
 
     folder = _find(run)
+    if flags.get("name") is not None:
+        raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
     resolved = override(read_config(folder.config), given(flags), settings)
     newest = newest_complete(folder.checkpoints)
     if newest is None:
         click.echo(f"{folder.name} has no complete checkpoint yet: it starts from step 1")
+    elif read_manifest(newest)["step"] >= resolved.config.steps and folder.result.exists():
+        click.echo(
+            f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N trains on"
+        )
+        return
     else:
         click.echo(f"{folder.name} goes on from {newest.name}")
     planned = plan_for(resolved)

@@ -29,10 +29,10 @@ _ELSEWHERE = {
     "zero_stage": "did you mean zero?",
 }
 # Top-level keys of DeepSpeed's JSON that are no choice of dstrain's under another name.
-_OF_DEEPSPEED = frozenset(
-    "zero_optimization fp16 bf16 scheduler communication_data_type checkpoint"
-    " comms_logger steps_per_print wall_clock_breakdown flops_profiler aio tensorboard wandb csv_monitor".split()
-)
+_OF_DEEPSPEED = (
+    "zero_optimization", "fp16", "bf16", "scheduler", "communication_data_type", "checkpoint", "comms_logger",
+    "steps_per_print", "wall_clock_breakdown", "flops_profiler", "aio", "tensorboard", "wandb", "csv_monitor",
+)  # fmt: skip
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
 
@@ -173,7 +173,7 @@ def _parse_setting(key: str, text: str) -> Any:
     field = RunConfig.model_fields.get(key)
     if field is None or field.annotation not in (str, str | None):
         return parse_scalar(text)
-    null = field.annotation != str and text in ("null", "~")
+    null = field.annotation is not str and text in ("null", "~")
     return parse_scalar(text) if null or text[:1] in ("'", '"') else text
 
 
@@ -224,4 +224,5 @@ def _hint(field: str, given: Any) -> str:
         return f'write it in quotes: {field}: "{given}"'
     if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):
         return "write the number without quotes"
-    return f"{field}: {info.description}" if info.description else f"default: {info.default!r}"
+    example = f"for example {dump_yaml({field: info.default}).strip()}"
+    return f"{info.description}; {example}" if info.description else example

@@ -90,8 +90,8 @@ class RunConfig(BaseModel):
     @field_validator("zero", mode="before")
     @classmethod
     def _stage_is_a_number(cls, value: Any) -> Any:
-        """Python's ``True == 1`` would let ``zero: true`` pass for stage 1."""
-        if isinstance(value, bool):
+        """Python's ``True == 1 == 1.0`` would let ``zero: true`` and ``zero: 1.0`` pass for stage 1."""
+        if isinstance(value, bool | float):
             raise ValueError("must be 0, 1, 2 or 3")
         return value
 

@@ -10,12 +10,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from dstrain.errors import DstrainError
-
 
 _IMPLICIT = {
     "float": (
@@ -33,15 +32,13 @@ _IMPLICIT = {
 class _Loader(yaml.SafeLoader):
     """Takes plain words for numbers, booleans and null by the table above."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
-
 
 class _Dumper(yaml.SafeDumper):
     """Puts into quotes what `_Loader` would not read back as a text, and every text into one line."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
-
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _first) in _IMPLICIT.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from dstrain.engine.recompute import recompute
 from dstrain.model.layers import BlockLayer, LayeredModel
 
 
@@ -28,7 +28,7 @@ class LayersInOne(nn.Module):
         state = inputs
         for layer in self.children():
             if self.activation_checkpointing and self.training and isinstance(layer, BlockLayer):
-                state = checkpoint(layer, state, use_reentrant=False)
+                state = recompute(layer, state)
             else:
                 state = layer(state)
         return state

@@ -13,16 +13,18 @@ from deepspeed.runtime.pipe import dualpipev, schedule
 from deepspeed.runtime.pipe import engine as pipe_engine
 
 from dstrain.engine.mends import MendedEngine
+from dstrain.engine.recompute import recompute
+from dstrain.engine.sharded_stages import check_orders_among, count_each_weight_once, partition_of_gradient
 
 
 @contextmanager
-def _zero_stage_2_admitted() -> Iterator[None]:
+def _zero_stages_admitted() -> Iterator[None]:
     """Lift ``assert stage < ZeroStageEnum.gradients`` in ``PipelineEngine.__init__``.
 
     The enumeration is used nowhere else in that file (tests/distributed/test_upstream.py watches).
     """
     original = pipe_engine.ZeroStageEnum
-    pipe_engine.ZeroStageEnum = SimpleNamespace(gradients=original.weights)
+    pipe_engine.ZeroStageEnum = SimpleNamespace(gradients=original.weights + 1)
     try:
         yield
     finally:
@@ -33,8 +35,12 @@ class _StagedMends(MendedEngine):
     """What both schedules need, before DeepSpeed's own pipeline engine in the order of classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _zero_stage_2_admitted():
+        with _zero_stages_admitted():
             super().__init__(*args, **kwargs)
+        if self.zero_optimization_partition_weights():
+            check_orders_among(self.grid.get_data_parallel_group())
+            count_each_weight_once(self.optimizer)
+        self.module.activation_checkpoint_func = recompute
         self._partitions_gradients = self.zero_optimization_partition_gradients()
         # ZeRO-2 reduces in the backward pass, not at the schedule's ReduceGrads.
         self.enable_backward_allreduce = self._partitions_gradients
@@ -57,6 +63,10 @@ class _StagedMends(MendedEngine):
         self._backward_passes += 1
         last = self.micro_batches * self.passes_per_micro_batch
         self._force_grad_boundary = self._backward_passes == last
+        if self.zero_optimization_partition_weights():
+            # The first backward pass of a step overwrites gradients, the later ones add. Upstream counts
+            # at each forward pass, of which there may be none between two backward passes.
+            self.optimizer.micro_step_id = self._backward_passes - 1
         super()._exec_backward_pass(buffer_id, **kwargs)
         if self._partitions_gradients and not self._starts_at_loss(**kwargs):
             self._backward_epilogue()  # where it starts at the loss, engine.backward() has called it
@@ -65,6 +75,9 @@ class _StagedMends(MendedEngine):
     def _starts_at_loss(self) -> bool:
         """Whether a backward pass of this stage starts at the loss rather than at a received gradient."""
         return self.is_last_stage()
+
+    def _reentrant_activation_checkpointing(self) -> bool:
+        return False
 
     def _exec_reduce_tied_grads(self) -> None:
         """Nothing yet: tied gradients are summed once they are reduced over the replicas."""
@@ -84,6 +97,8 @@ class _StagedMends(MendedEngine):
         """
         if not self.zero_optimization():
             return [weight.grad]
+        if self.zero_optimization_partition_weights():
+            return [partition_of_gradient(self.optimizer, weight)]
         index = self.optimizer._get_param_group_idx(weight)
         if self.optimizer.cpu_offload:
             return [self.optimizer.single_partition_of_fp32_groups[index].grad]

@@ -151,11 +151,13 @@ def _is_decided(
             where=origin,
             hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes one of them",
         )
-    if decided == value or (isinstance(decided, dict) and value == {}):
+    if value == {} and isinstance(decided, dict):
         return True
     owner = next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
     if owner is None:
         return False
+    if decided is not None and decided == value:
+        return True
     choice = f"{owner} = {getattr(resolved.config, owner)} ({resolved.origin(owner)})"
     if decided is None:
         reason = f"{dotted} = {json.dumps(value)} is not for DeepSpeed's JSON to say: {choice} decides it"

@@ -46,24 +46,30 @@ def refusal_of(
             "--zero 1, which scales both",
             "zero",
         )
-    if zero == 3 and pipeline > 1:
-        return Refusal(
-            "ZeRO-3 gathers each layer's parameters by collectives of the whole world, which stages that"
-            " work on different layers at one time can't join",
-            "--zero 2 with the pipeline (each stage already holds only its own layers), or --zero 3 with"
-            " --pipeline 1",
-            "zero",
-        )
     if schedule == "dualpipev" and pipeline == 1:
         return Refusal(
             "dualpipev is an order of work between stages, and there is one stage",
             "--pipeline 2 or more, or --schedule 1f1b",
             "schedule",
         )
+    if schedule == "dualpipev" and zero == 3:
+        return Refusal(
+            "dualpipev runs the backward passes of a rank's two stages in turn, and DeepSpeed's ZeRO-3 takes"
+            " the first one of a step to start the gradients of both",
+            "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
+            "schedule",
+        )
     if offload != "none" and zero == 0:
         return Refusal(
             "only ZeRO's optimizers can offload their states",
             "--zero 1 (works with one replica too), or --offload none",
+            "offload",
+        )
+    if offload == "nvme" and pipeline > 1:
+        return Refusal(
+            "with stages, the gradients of tied weights and the whole model's norm would have to be read back"
+            " from the disk at each step",
+            "--offload cpu, or --pipeline 1",
             "offload",
         )
     if offload == "nvme" and zero != 3:

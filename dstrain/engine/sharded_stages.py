@@ -1,0 +1,72 @@
+"""ZeRO-3 below a pipeline: each stage's parameters are shared out among the replicas of that stage.
+
+DeepSpeed 0.19.8 refuses it. What stands in the way, and what is done about it here:
+
+- the coordinator that prefetches parameters checks its order against rank 0 of the whole world, where
+  another stage does other work: the check is made among the replicas of the stage;
+- the gradient norm counts a stage's parameters only on the first stage: one norm over all ranks;
+- tied weights' gradients stay unreduced: their partitions are summed over the stages that hold a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from dstrain.engine.gradient_norm import is_copy, norm_over
+
+
+def check_orders_among(group: Any) -> None:
+    """From now on in this process, ZeRO-3's order of parameters is compared among the ranks of ``group``."""
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = _same_among(group)
+
+
+def _same_among(group: Any) -> Callable[[list[int]], None]:
+    def check(numbers: list[int]) -> None:
+        everyone: list[list[int] | None] = [None] * dist.get_world_size(group)
+        torch.distributed.all_gather_object(everyone, list(numbers), group=group)
+        if any(other != everyone[0] for other in everyone):
+            raise RuntimeError(f"the replicas of a stage use their parameters in another order: {everyone}")
+
+    return check
+
+
+def count_each_weight_once(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Let the optimizer's gradient norm be that of the whole model, over all stages and partitions."""
+    optimizer._get_norm_groups = MethodType(_whole_norm, optimizer)
+
+
+def _whole_norm(optimizer: DeepSpeedZeroOptimizer_Stage3) -> list[torch.Tensor]:
+    """In place of one norm for each group: one for all, which is the only one to be combined then."""
+    owned = []
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        if optimizer.offload_optimizer:
+            if not all(is_copy(parameter) for parameter in parameters):
+                owned.append(optimizer.fp32_partitioned_groups_flat[index].grad)
+            continue
+        gradients = optimizer.averaged_gradients[index]
+        owned += [g for p, g in zip(parameters, gradients, strict=True) if not is_copy(p)]
+    norm = norm_over(owned, dist.get_world_group())
+    return [torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))]
+
+
+def partition_of_gradient(
+    optimizer: DeepSpeedZeroOptimizer_Stage3, weight: torch.nn.Parameter
+) -> torch.Tensor:
+    """This rank's part of a tied weight's reduced gradient, after the last backward pass of a step.
+
+    The weight is alone in its group.
+    """
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        if any(parameter is weight for parameter in parameters):
+            if optimizer.offload_optimizer:
+                return optimizer.fp32_partitioned_groups_flat[index].grad
+            [gradient] = optimizer.averaged_gradients[index]
+            return gradient
+    raise ValueError("the weight belongs to no parameter group")

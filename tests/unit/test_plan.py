@@ -1,0 +1,168 @@
+"""The plan as a whole: complete, pure, and the same after a way through JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import DATA, plan, shape
+
+from dstrain.config.schema import RunConfig
+from dstrain.errors import DstrainError
+from dstrain.plan.layout import Host
+from dstrain.plan.plan import Machines, Plan
+from dstrain.plan.shape import FORMAT, ModelShape
+
+
+def through_json(made: Plan) -> Plan:
+    return Plan.from_record(json.loads(json.dumps(made.to_record())))
+
+
+@settings(deadline=None)
+@given(
+    pipeline=st.integers(1, 4),
+    data_parallel=st.integers(1, 4),
+    zero=st.sampled_from([1, 2]),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    optimizer=st.sampled_from(["adamw", "sgd"]),
+    micro_batch=st.sampled_from([None, 1, 2]),
+    name=st.none() | st.text(max_size=8),
+    prompt=st.text(max_size=8),
+)
+def test_json_round_trip(**choices: Any) -> None:
+    made = plan(global_batch=48, **choices)
+    again = through_json(made)
+    assert again == made
+    assert again.run_config == RunConfig(global_batch=48, **choices)
+    assert again.identity == made.identity
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"zero": 3},
+        {"zero": 0},
+        {"pipeline": 2, "schedule": "dualpipev"},
+        {"zero": 1, "offload": "cpu"},
+        {"settings": ("deepspeed.zero_optimization.x=[1, {a: null}]", "deepspeed.steps_per_print=10")},
+    ],
+)
+def test_json_round_trip_of_rarer_plans(flags: dict[str, Any]) -> None:
+    made = plan(**flags)
+    assert through_json(made) == made
+
+
+def test_the_record_spells_out_every_rank() -> None:
+    ranks = plan(pipeline=2, data_parallel=2).to_record()["layout"]["ranks"]
+    assert [(r["rank"], r["stage"], r["replica"]) for r in ranks] == [
+        (0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1),
+    ]  # fmt: skip
+
+
+def test_a_plan_is_a_pure_function() -> None:
+    assert plan(pipeline=2) == plan(pipeline=2)
+
+
+def test_another_format_is_refused() -> None:
+    record = plan().to_record() | {"format": 999}
+    with pytest.raises(DstrainError, match="999"):
+        Plan.from_record(record)
+
+
+def test_every_key_has_an_origin() -> None:
+    made = plan(zero=2, settings=("lr=0.5",))
+    assert set(made.origins) == set(RunConfig.model_fields)
+    assert (made.origins["zero"], made.origins["lr"], made.origins["keep"]) == (
+        "--zero",
+        "--set lr",
+        "default",
+    )
+
+
+def test_stages_hold_all_parameters_a_tied_weight_on_both_ends() -> None:
+    model = shape(blocks=6)
+    assert plan(model=model).stage_parameters == (model.total_parameters,)
+    assert sum(plan(model=model, pipeline=4).stage_parameters) == model.total_parameters + 51_200
+    untied = shape(blocks=6, tied=False)
+    assert sum(plan(model=untied, pipeline=4).stage_parameters) == untied.total_parameters
+    # both ends of the fold meet on the first rank of DualPipeV: the tied weight is held once
+    folded = plan(model=model, pipeline=2, schedule="dualpipev")
+    assert sum(folded.stage_parameters) == model.total_parameters
+
+
+def test_imbalance_is_that_of_the_slowest_stage() -> None:
+    assert plan().imbalance == 1.0
+    assert 1.0 <= plan(pipeline=4).imbalance < 1.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"pipeline": 4, "global_batch": 4, "micro_batch": 1}, "idle for 43%"),
+        ({"pipeline": 2, "zero": 2, "data_parallel": 2}, "--zero 1"),
+        ({"steps": 10, "warmup_steps": 10}, "lr never falls"),
+        ({"zero": 1}, "there is only one"),
+        ({"steps": 100, "global_batch": 39}, "10.0 times"),
+    ],
+)
+def test_warnings(flags: dict[str, Any], words: str) -> None:
+    found = plan(**flags).warnings
+    assert any(words in warning for warning in found), found
+
+
+def test_nothing_to_warn_of() -> None:
+    assert plan(zero=0, steps=5).warnings == ()
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_a_pipeline_across_hosts_is_told(accelerator: str) -> None:
+    machines = Machines((Host("a", 3), Host("b", 3)), accelerator)
+    found = plan(machines=machines, pipeline=2, global_batch=48).warnings
+    assert any("crosses from a" in warning for warning in found)
+
+
+# --- what the model or the data can't do
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "where", "words"),
+    [
+        ({"seq_len": 513}, {}, "--seq-len", "512 positions"),
+        (
+            {"tokenizer": "bytes"},
+            {"vocab_size": 256},
+            "--tokenizer",
+            "257 tokens and the model's embedding 256",
+        ),
+        ({"pipeline": 2}, {"pipeline_refusal": "it shares a cache"}, "--pipeline", "it shares a cache"),
+    ],
+)
+def test_the_model_says_no(flags: dict[str, Any], model: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(DstrainError) as caught:
+        plan(model=shape(**model), **flags)
+    assert caught.value.where == where and words in caught.value.message and caught.value.hint
+
+
+def test_edges_that_are_allowed() -> None:
+    plan(seq_len=512)
+    plan(seq_len=100_000, model=shape(max_positions=None))
+    plan(pipeline=1, model=shape(pipeline_refusal="no"))
+    plan(data=DATA | {"vocab_size": 257})
+
+
+def test_precision_that_the_devices_lack() -> None:
+    machines = Machines((Host("localhost", 1),), "cuda", precisions=("fp32", "fp16"))
+    with pytest.raises(DstrainError, match="bf16") as caught:
+        plan(machines=machines, precision="bf16")
+    assert caught.value.hint == "--precision fp32 or fp16"
+
+
+# --- the measured shape
+
+
+def test_shape_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="format"):
+        ModelShape.from_record({"format": FORMAT + 1})
