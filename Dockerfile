@@ -3,9 +3,11 @@
 #     docker build -t dstrain .
 #     docker run --rm --shm-size 1g dstrain run --zero 2 --pipeline 4
 #
-# --shm-size: DeepSpeed's CPU all-reduce takes about 70 MB of /dev/shm for each rank, and Docker gives 64 MB in all.
+# --shm-size: DeepSpeed's CPU all-reduce keeps up to 70 MB in /dev/shm for each rank, and Docker gives 64 MB.
 # -v "$PWD/work:/work" keeps the run folders (and the cache of prepared data); the user is 10001, so make that
 # folder writable for it, or add --user "$(id -u):$(id -g)".
+#
+# There is no compiler inside: --offload, whose optimizer DeepSpeed compiles on first use, does not work here.
 #
 # BASE_IMAGE may be any Debian or Ubuntu with Python 3.10 or newer, its headers and its venv module.
 ARG BASE_IMAGE=python:3.11-slim-bookworm

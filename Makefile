@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-heavy lint format clean
+.PHONY: demo test test-heavy lint docs format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
@@ -20,6 +20,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## the pages that are written by the code
+	$(BIN)/python -m dstrain.plan.layout_table > docs/layouts.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

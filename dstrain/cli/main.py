@@ -62,10 +62,12 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Entry point: errors that are for the user become one message and an exit code."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1  # wherever it stands: it is often added to the end
     try:
-        group.main(standalone_mode=False)
+        group.main(["--debug"] * debug + arguments, prog_name="dstrain", standalone_mode=False)
     except DstrainError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _say(str(error))
         sys.exit(error.exit_code)

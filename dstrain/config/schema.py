@@ -24,6 +24,9 @@ class RunConfig(BaseModel):
 
     # What is trained, on what.
     model: str = Field("quickstart", description="a folder with config.json, or a built-in shape")
+    freeze: list[str] = Field(
+        [], description="parameters that are not trained, by Hugging Face name; * stands for anything"
+    )
     tokenizer: str = Field("bytes", description="a Hugging Face tokenizer folder, or bytes")
     data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
     attention: str = Field(
@@ -79,6 +82,12 @@ class RunConfig(BaseModel):
     eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
     eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
     save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 for only the last")
+    check_every: NonNegativeInt = Field(
+        50, description="steps between checks that replicas and tied weights are equal to the bit; 0 for none"
+    )
+    save_weights: bool = Field(
+        False, description="leave the last weights as safetensors in the run folder, a file a stage"
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
     prompt: str = Field("def ", description="continued by the model at the end of the run")
     sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")

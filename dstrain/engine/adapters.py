@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import nn
 
+from dstrain.engine.copies import check_copies
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
@@ -37,6 +39,15 @@ class _DeepSpeedAdapter(Engine):
             applied=applied,
             loss_scale=float(getattr(self.engine.optimizer, "loss_scale", 1.0)),
         )
+
+    def check_copies(self) -> None:
+        check_copies(self.engine)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                number, _, rest = name.partition(".")
+                yield rest if number.isdigit() else name, parameter.detach().float().cpu().clone()
 
     def save(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.engine.save_checkpoint(

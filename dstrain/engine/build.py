@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.interface import Engine
+from dstrain.engine.layers_in_one import LayersInOne
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters
-from dstrain.engine.layers_in_one import LayersInOne
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
 from dstrain.model.layers import LayeredModel
@@ -32,6 +32,7 @@ def build_engine(
     device: torch.device,
     schedule: str = "1f1b",
     activation_checkpointing: bool = False,
+    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> Engine:
     """This rank's engine. ``torch.distributed`` is initialised by ``deepspeed.init_distributed``.
 
@@ -40,6 +41,7 @@ def build_engine(
         deepspeed: the whole DeepSpeed JSON, as the plan composed it.
         cut: first layer of each stage, and the number of layers at the end.
         pipeline: ranks of one replica. With ``dualpipev`` each holds two stages.
+        is_frozen: whether the parameter of a Hugging Face name is not trained.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
     """
     loss_fn = TokenLoss()
@@ -50,9 +52,8 @@ def build_engine(
             "1f1b": (StagedModule, StagedEngine),
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
         }[schedule]
-        staged = module_class(
-            model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn
-        )
+        staged = module_class(model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn)
+        _freeze(staged, is_frozen)
         groups = group_parameters(
             staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names()
         )
@@ -61,8 +62,17 @@ def build_engine(
     if isinstance(model, LayeredModel):
         whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
         tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
+    _freeze(whole, is_frozen)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
     return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
+
+
+def _freeze(module: nn.Module, is_frozen: Callable[[str], bool]) -> None:
+    """Layers are numbered in front of the Hugging Face name; a tied weight is frozen by either name."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        number, _, rest = name.partition(".")
+        if is_frozen(rest if number.isdigit() else name):
+            parameter.requires_grad_(False)
 
 
 def _make(

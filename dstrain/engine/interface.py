@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class Engine(ABC):
     @abstractmethod
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         """Logits [V], fp32 on CPU, after one position of one row; the same on every rank."""
+
+    @abstractmethod
+    def check_copies(self) -> None:
+        """Make sure that replicas, and the copies of tied weights, are equal to the bit.
+
+        Raises:
+            CopiesDifferError: they are not; the message says which and where.
+        """
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This stage's parameters by Hugging Face name, whole, in fp32 on CPU."""
 
     @abstractmethod
     def save(self, folder: Path, state: Mapping[str, Any]) -> None:

@@ -86,6 +86,8 @@ class _StagedMends(MendedEngine):
         if not self._partitions_gradients:
             super()._exec_reduce_grads()
         for weight, group in self.module.get_tied_weights_and_groups():
+            if not weight.requires_grad:
+                continue
             for gradient in self._reduced_gradients(weight):
                 dist.all_reduce(gradient, group=group)
 

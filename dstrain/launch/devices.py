@@ -83,7 +83,9 @@ def _has_half_precision() -> bool:
         words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
     except OSError:
         return False
-    return bool(words & {"avx512_fp16", "amx_fp16", "asimdhp"}) or {"avx_vnni_int8", "avx_ne_convert"} <= words
+    return (
+        bool(words & {"avx512_fp16", "amx_fp16", "asimdhp"}) or {"avx_vnni_int8", "avx_ne_convert"} <= words
+    )
 
 
 def _query(environ: Mapping[str, str]) -> list[_Gpu]:

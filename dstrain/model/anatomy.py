@@ -183,7 +183,6 @@ def find_blocks(model: PreTrainedModel, config: PretrainedConfig) -> tuple[str, 
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the model's forward, or its base model's, names ``position_ids``."""
-    for module in (model, model.base_model):
-        if "position_ids" in inspect.signature(module.forward).parameters:
-            return True
-    return False
+    return any(
+        "position_ids" in inspect.signature(module.forward).parameters for module in (model, model.base_model)
+    )

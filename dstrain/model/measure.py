@@ -20,7 +20,7 @@ from dstrain.model.architecture import load_config
 from dstrain.model.flops import block_flops_per_token, outer_flops_per_token
 from dstrain.model.probe import dissect
 
-FORMAT = 1
+FORMAT = 2
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
 
     Returns:
         ``format``, ``model_type``, ``hidden_size``, ``vocab_size``, ``max_positions`` (or None), ``layers``
-        (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner,
+        (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
+        elements of each parameter by its Hugging Face name,
         ``forward_flops_per_token``: multiply and add are two, at 128 tokens), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None). For a model that cannot be split, the layers are the best guess.
@@ -61,28 +62,39 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
 
 def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
     if not anatomy.blocks:
-        return [_entry("whole", "block", anatomy.total_parameters, 2 * anatomy.total_parameters)]
+        return [_entry("whole", "block", {}, anatomy.total_parameters, 2 * anatomy.total_parameters)]
     outer = outer_flops_per_token(anatomy)
     known: dict[Any, int] = {}
     entries = []
     for index in range(anatomy.num_blocks + 2):
         modules = anatomy.layer_modules(index)
+        tensors = {
+            f"{path}.{name}" if name else path: param.numel()
+            for path, module in modules.items()
+            for name, param in module.named_parameters()
+        }
         count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
         if index == 0:
-            entries.append(_entry("embed", "embed", count, outer[0]))
+            entries.append(_entry("embed", "embed", tensors, count, outer[0]))
         elif index == anatomy.num_blocks + 1:
-            entries.append(_entry("head", "head", count, outer[1]))
+            entries.append(_entry("head", "head", tensors, count, outer[1]))
         else:
             block = next(iter(modules.values()))
             signature = _signature(block)
             if signature not in known:
                 known[signature] = block_flops_per_token(anatomy, index - 1)
-            entries.append(_entry(f"block {index - 1}", "block", count, known[signature]))
+            entries.append(_entry(f"block {index - 1}", "block", tensors, count, known[signature]))
     return entries
 
 
-def _entry(name: str, kind: str, parameters: int, flops: int) -> dict[str, Any]:
-    return {"name": name, "kind": kind, "parameters": parameters, "forward_flops_per_token": flops}
+def _entry(name: str, kind: str, tensors: dict[str, int], parameters: int, flops: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "parameters": parameters,
+        "tensors": tensors,
+        "forward_flops_per_token": flops,
+    }
 
 
 def _signature(block: nn.Module) -> Any:

@@ -51,7 +51,9 @@ class Layout:
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
-        if len(self.cut) != count_spans(self.pipeline, self.schedule) + 1 or any(a >= b for a, b in itertools.pairwise(self.cut)):
+        if len(self.cut) != count_spans(self.pipeline, self.schedule) + 1 or any(
+            a >= b for a, b in itertools.pairwise(self.cut)
+        ):
             raise ValueError(f"cut {self.cut} does not cut {self.pipeline} non-empty stages")
         if sum(host.slots for host in self.hosts) != self.world_size:
             raise ValueError(f"{self.world_size} ranks on {self.hosts}")

@@ -14,7 +14,7 @@ from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
 from dstrain.plan.layout import Host, Layout, choose_data_parallel, count_spans, fill_hosts
 from dstrain.plan.partition import cut_by_cost
-from dstrain.plan.refusals import check_batch, check_model, check_precision, refuse
+from dstrain.plan.refusals import check_batch, check_frozen, check_model, check_precision, refuse
 from dstrain.plan.shape import ModelShape
 
 FORMAT = 1
@@ -95,10 +95,13 @@ class Plan:
         return {
             "zero": self.config["zero"],
             "pipeline": self.layout.pipeline,
+            "schedule": self.layout.schedule,
+            "offload": self.config["offload"],
             "data_parallel": self.layout.data_parallel,
             "cut": list(self.layout.cut),
             "precision": self.config["precision"],
             "optimizer": self.config["optimizer"],
+            "freeze": self.config["freeze"],
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,
@@ -117,7 +120,11 @@ class Plan:
             **{
                 **record,
                 "layout": Layout(
-                    hosts, layout["pipeline"], layout["data_parallel"], tuple(layout["cut"]), layout["schedule"]
+                    hosts,
+                    layout["pipeline"],
+                    layout["data_parallel"],
+                    tuple(layout["cut"]),
+                    layout["schedule"],
                 ),
                 "batch": Batch(**record["batch"]),
                 "stage_parameters": tuple(record["stage_parameters"]),
@@ -154,6 +161,7 @@ def make_plan(
         config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
     )
     layout = _make_layout(config.pipeline, replicas, config.schedule, machines, shape)
+    check_frozen(resolved, shape, layout)
     batch = make_batch(
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
@@ -216,7 +224,8 @@ def _imbalance(layout: Layout, shape: ModelShape) -> float:
     """Cost of the slowest stage over the mean of all: 1.0 is perfect."""
     costs = _costs(shape)
     stages = [
-        sum(costs[layer] for span in layout.spans(stage) for layer in span) for stage in range(layout.pipeline)
+        sum(costs[layer] for span in layout.spans(stage) for layer in span)
+        for stage in range(layout.pipeline)
     ]
     return max(stages) * len(stages) / sum(stages)
 
@@ -284,6 +293,12 @@ def _warnings(config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str
             found.append(
                 f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation}"
                 " micro-batches; --zero 1 reduces them once a step and needs little more memory"
+            )
+        if config.zero == 3:
+            found.append(
+                f"ZeRO-3 with a pipeline gathers each stage's parameters for each of the {batch.accumulation}"
+                " micro-batches, forward and backward; --zero 2 gathers none, and a stage's weights are"
+                f" 1/{layout.pipeline} of the model's already"
             )
         for host in layout.hosts:
             if len(layout.hosts) > 1 and host.slots % layout.pipeline:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch
-from dstrain.plan.layout import count_spans
+from dstrain.plan.layout import Layout, count_spans
 from dstrain.plan.shape import ModelShape
 
 
@@ -59,10 +62,23 @@ def refusal_of(
             "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
             "schedule",
         )
+    if schedule == "dualpipev" and zero == 2 and offload != "none":
+        return Refusal(
+            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a step,"
+            " and with dualpipev that one is of one of a rank's two stages only",
+            "--zero 1 with dualpipev and offload, or --schedule 1f1b",
+            "offload",
+        )
     if offload != "none" and zero == 0:
         return Refusal(
             "only ZeRO's optimizers can offload their states",
             "--zero 1 (works with one replica too), or --offload none",
+            "offload",
+        )
+    if offload == "nvme" and zero != 3:
+        return Refusal(
+            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
+            "--zero 3, or --offload cpu",
             "offload",
         )
     if offload == "nvme" and pipeline > 1:
@@ -70,12 +86,6 @@ def refusal_of(
             "with stages, the gradients of tied weights and the whole model's norm would have to be read back"
             " from the disk at each step",
             "--offload cpu, or --pipeline 1",
-            "offload",
-        )
-    if offload == "nvme" and zero != 3:
-        return Refusal(
-            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
-            "--zero 3, or --offload cpu",
             "offload",
         )
     return None
@@ -92,9 +102,7 @@ def refuse(resolved: ResolvedConfig) -> None:
         offload=config.offload,
     )
     if refusal:
-        raise DstrainError(
-            refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead
-        )
+        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
             "offload: nvme needs a folder on a local disk",
@@ -112,6 +120,38 @@ def check_precision(resolved: ResolvedConfig, precisions: tuple[str, ...], accel
             where=str(resolved.origin("precision")),
             hint=f"--precision {' or '.join(precisions)}",
         )
+
+
+def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
+    """Refuse a pattern that freezes nothing, and a stage that would have nothing to train.
+
+    Raises DstrainError.
+    """
+    names = [name for layer in shape.layers for name in layer.tensors]
+    where = str(resolved.origin("freeze"))
+    for pattern in resolved.config.freeze:
+        if names and not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            raise DstrainError(
+                f"freeze: no parameter of {shape.model_type} is called {pattern!r}",
+                where=where,
+                hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
+            )
+    for stage in range(layout.pipeline):
+        held = [
+            name for span in layout.spans(stage) for layer in span for name in shape.layers[layer].tensors
+        ]
+        if held and all(is_frozen(name, resolved.config.freeze) for name in held):
+            raise DstrainError(
+                f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
+                where=where,
+                hint="fewer --pipeline stages, so that each has a layer that is trained, or freeze less",
+            )
+
+
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter of this Hugging Face name is frozen."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:

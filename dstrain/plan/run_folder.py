@@ -91,6 +91,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def weights(self) -> Path:
+        """With ``save_weights``: the last weights in fp32, ``stage-N.safetensors``, by Hugging Face names."""
+        return self.path / "weights"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One entry of [embed, block 0, ..., head]."""
+    """One entry of [embed, block 0, ..., head].
+
+    ``tensors`` has the elements of each parameter by its Hugging Face name; empty where a model can't
+    be split and is measured as a whole.
+    """
 
     name: str
     kind: str
     parameters: int
     forward_flops_per_token: int
+    tensors: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class ModelShape:
                     kind=layer["kind"],
                     parameters=layer["parameters"],
                     forward_flops_per_token=layer["forward_flops_per_token"],
+                    tensors=layer["tensors"],
                 )
                 for layer in record["layers"]
             ),

@@ -21,6 +21,7 @@ from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layers import LayeredModel
 from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan
+from dstrain.plan.refusals import is_frozen
 from dstrain.plan.run_folder import RunFolder, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.checkpoints import Checkpoints
@@ -28,6 +29,7 @@ from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.sampling import continuation
+from dstrain.train.weights import save_weights
 
 
 def train(folder: RunFolder, console: TextIO | None) -> int:
@@ -101,10 +103,14 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
             metrics.write(record)
         if console:
             console.write(_line(record, config.steps) + "\n")
+        if config.check_every and _due(step, config.check_every, config.steps):
+            engine.check_copies()
         if _due(step, config.save_every, config.steps):
             checkpoints.save(engine, step)
     if metrics:
         metrics.close()
+    if config.save_weights:
+        save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps
 
@@ -126,9 +132,7 @@ def _prepare_data(plan: Plan) -> PackedData:
 def _build(plan: Plan, device: torch.device) -> Engine:
     config = plan.run_config
     model_class = LayeredModel if plan.model["pipelines"] else WholeModel
-    model = model_class(
-        load_model_config(plan.model["file"]), seed=config.seed, attention=config.attention
-    )
+    model = model_class(load_model_config(plan.model["file"]), seed=config.seed, attention=config.attention)
     return build_engine(
         model,
         deepspeed=plan.deepspeed,
@@ -138,6 +142,7 @@ def _build(plan: Plan, device: torch.device) -> Engine:
         device=device,
         schedule=plan.layout.schedule,
         activation_checkpointing=config.activation_checkpointing,
+        is_frozen=lambda name: is_frozen(name, config.freeze),
     )
 
 

@@ -18,7 +18,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= after_step]
+        # Step 0, the loss before training, is written anew by a run that starts from the beginning.
+        kept = [line for line in _lines(path) if after_step and line["step"] <= after_step]
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 
@@ -16,7 +16,7 @@ LR = {"adamw": 1e-3, "sgd": 0.3}
 LAYOUTS = [(1, 1), (4, 1), (2, 2), (1, 4)]  # (pipeline, data parallel)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(case: Case) -> Outcome:
     [outcome] = run(1, train_in_plain_loop, case)
     assert outcome.losses[-1] < outcome.losses[0], "the yardstick itself does not learn"

@@ -39,7 +39,7 @@ MISTAKES = {
     # --- how it is said
     "unknown command": bare("rnu", words=["'rnu'", "did you mean 'run'"]),
     "unknown command, nothing near": bare("xyzzy", words=["xyzzy", "--help"]),
-    "unknown flag": run("--zerp", "2", words=["--zerp", "--zero"]),
+    "unknown flag": run("--zerp", "2", words=["dstrain run --help", "--zerp", "--zero"]),
     "flag without its value": run("--zero", words=["--zero", "argument"]),
     "zero 4": run("--zero", "4", words=["--zero", "0<=x<=3"]),
     "zero in words": run("--zero", "two", words=["--zero", "'two'"]),
@@ -254,8 +254,9 @@ def test_in_a_process_of_its_own(name: str, place: Path, dstrain: Callable[..., 
     assert entries(place) == before
 
 
-def test_debug_shows_the_traceback(place: Path, dstrain: Callable[..., Said]) -> None:
-    said = dstrain("--debug", "run", "--set", "stpes=1")
+@pytest.mark.parametrize("arguments", [["--debug", "run"], ["run", "--debug"]], ids=["first", "last"])
+def test_debug_shows_the_traceback(arguments: list[str], place: Path, dstrain: Callable[..., Said]) -> None:
+    said = dstrain(*arguments, "--set", "stpes=1")
     assert said.code != 0 and "Traceback" in said.err and "stpes" in said.err
 
 

@@ -155,7 +155,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(workshop: Workshop, 
         status = folder.read_status(1)
         assert status is not None
         os.kill(status.pid, signal.SIGKILL)
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, None), "a run that was killed has not succeeded"
     last = err.strip().splitlines()[-2:]
     assert last[0].startswith("rank 1 on ") and "SIGKILL" in last[0], err
