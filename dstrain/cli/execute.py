@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -65,16 +66,38 @@ def execute(
         DstrainError: before anything is started: a checkpoint of another layout; at the end: the
             first failing rank, its host and its reason, with exit code 1 or the signal's.
     """
-    plan = planned.plan
     newest = newest_complete(folder.checkpoints)
     if newest is not None:
-        refuse_other(newest, plan.identity)
+        refuse_other(newest, planned.plan.identity)
     request = _launch_request(planned, folder)
     console.print(
         Text.assemble(("command  ", "bold"), shlex.join(deepspeed_command(request))), soft_wrap=True
     )
     if dry_run:
         return
+    with LiveLine(folder, console, steps=planned.plan.run_config.steps) as live:
+        launch(request, planned, resolved, folder, live.update)
+    _tell_the_end(folder, console)
+
+
+def execute_quietly(planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
+    """The same without a word. Raises DstrainError as `execute` does."""
+    launch(_launch_request(planned, folder), planned, resolved, folder, lambda: None)
+
+
+def launch(
+    request: LaunchRequest,
+    planned: Planned,
+    resolved: ResolvedConfig,
+    folder: RunFolder,
+    on_tick: Callable[[], None],
+) -> None:
+    """Fill the run folder, start the ranks, and return when all have reached the end.
+
+    Raises:
+        DstrainError: the folder can't be written, or the run failed.
+    """
+    plan = planned.plan
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.config, resolved.to_yaml())
@@ -88,19 +111,15 @@ def execute(
             where=str(error.filename or folder.path),
             hint="--set runs_dir=FOLDER names another place",
         ) from error
-
-    live = LiveLine(folder, console, steps=plan.run_config.steps)
-    with live:
-        outcome = supervise(
-            ["bash", str(folder.launch_script)],
-            environment={},
-            folder=folder,
-            world_size=plan.layout.world_size,
-            on_tick=live.update,
-        )
+    outcome = supervise(
+        ["bash", str(folder.launch_script)],
+        environment={},
+        folder=folder,
+        world_size=plan.layout.world_size,
+        on_tick=on_tick,
+    )
     if not outcome.ok:
         raise _failure(outcome, folder)
-    _tell_the_end(folder, console)
 
 
 def _launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:

@@ -15,6 +15,7 @@ COMMANDS = {
     "run": ("dstrain.cli.run", "Train: plan, launch, watch, and say what came out."),
     "plan": ("dstrain.cli.plan", "Show what `run` would do with the same arguments, and start nothing."),
     "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
+    "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare."),
     "config": ("dstrain.cli.config", "Look at configurations."),
 }
 

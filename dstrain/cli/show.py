@@ -42,7 +42,8 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def _ranks(plan: Plan) -> Table:
     layout = plan.layout
-    table = Table(title=f"{layout.pipeline} stages x {layout.data_parallel} replicas on {plan.accelerator}")
+    title = f"{_count(layout.pipeline, 'stage')} x {_count(layout.data_parallel, 'replica')} on {plan.accelerator}"
+    table = Table(title=title)
     for heading in ("rank", "host", "device", "stage", "layers", "parameters", "replica"):
         table.add_column(heading, justify="left" if heading in ("host", "layers") else "right")
     names = plan.model["layers"]
@@ -65,6 +66,10 @@ def _ranks(plan: Plan) -> Table:
     elif layout.pipeline > 1:
         table.caption = f"expected time of the slowest stage: {plan.imbalance:.2f} x the mean"
     return table
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _span(names: list[str], span: range) -> str:

@@ -21,7 +21,7 @@ from dstrain.engine.sharded_stages import check_orders_among, count_each_weight_
 def _zero_stages_admitted() -> Iterator[None]:
     """Lift ``assert stage < ZeroStageEnum.gradients`` in ``PipelineEngine.__init__``.
 
-    The enumeration is used nowhere else in that file (tests/distributed/test_upstream.py watches).
+    The enumeration is used nowhere else in that file.
     """
     original = pipe_engine.ZeroStageEnum
     pipe_engine.ZeroStageEnum = SimpleNamespace(gradients=original.weights + 1)
@@ -144,6 +144,14 @@ class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
     @property
     def fewest_micro_batches(self) -> int:  # type: ignore[override]
         return 2 * self.num_stages
+
+    def eval_batch(self, data_iter: Any, *args: Any, num_micro_batches: int, **kwargs: Any) -> Any:
+        # Upstream finds the second stage's buffers by the training's number of micro-batches.
+        training, self.micro_batches = self.micro_batches, num_micro_batches
+        try:
+            return super().eval_batch(data_iter, *args, num_micro_batches=num_micro_batches, **kwargs)
+        finally:
+            self.micro_batches = training
 
     def _starts_at_loss(self, phase: int) -> bool:  # type: ignore[override]
         return self._is_loss_stage(phase)

@@ -51,6 +51,8 @@ def default_environment(
         environment["PDSH_SSH_ARGS_APPEND"] = (
             environ.get("PDSH_SSH_ARGS_APPEND") or "-oServerAliveInterval=5 -oServerAliveCountMax=3"
         )
+    if environ.get("DSTRAIN_CACHE"):
+        environment["DSTRAIN_CACHE"] = environ["DSTRAIN_CACHE"]
     if not _is_installed(environ):
         paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_PACKAGE_ROOT, *paths]))

@@ -17,7 +17,7 @@ from dstrain.plan.partition import cut_by_cost
 from dstrain.plan.refusals import check_batch, check_frozen, check_model, check_precision, refuse
 from dstrain.plan.shape import ModelShape
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,19 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; what a killed run left half written is no line."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from dstrain.model.layers import LayeredModel
 from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan
 from dstrain.plan.refusals import is_frozen
-from dstrain.plan.run_folder import RunFolder, write_json
+from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.checkpoints import Checkpoints
 from dstrain.train.lr_schedule import LearningRate
@@ -70,7 +70,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
             fewest=engine.fewest_micro_batches,
         )
 
-    held_out_loss = None
+    held_out_loss = _last_held_out_loss(folder)  # of a run that is resumed at its end
     if first == 1 and held_out is not None:
         held_out_loss = engine.eval_loss(held_out.micro_batches())
         if metrics:
@@ -113,6 +113,11 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps
+
+
+def _last_held_out_loss(folder: RunFolder) -> float | None:
+    losses = [record["held_out_loss"] for record in read_metrics(folder.metrics) if "held_out_loss" in record]
+    return losses[-1] if losses else None
 
 
 def _prepare_data(plan: Plan) -> PackedData:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dstrain.plan.run_folder import read_metrics
+
 
 class MetricsFile:
     """Appends one line a step; opened by rank 0 alone.
@@ -19,7 +21,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         # Step 0, the loss before training, is written anew by a run that starts from the beginning.
-        kept = [line for line in _lines(path) if after_step and line["step"] <= after_step]
+        kept = [line for line in read_metrics(path) if after_step and line["step"] <= after_step]
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)
@@ -31,16 +33,3 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of the file; what a killed run left half written is no line."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found

@@ -43,6 +43,7 @@ class Case:
     steps: int = 20
     layers: int = 4
     freeze: tuple[str, ...] = ()
+    nvme_path: str = ""
     loss_scale_power: int = 16  # fp16: log2 of the first loss scale
 
     @property
@@ -125,6 +126,8 @@ def make_case_plan(case: Case) -> Plan:
         "weight_decay": WEIGHT_DECAY,
         "eps": EPS,
     }
+    if case.offload == "nvme":
+        flags["nvme_path"] = case.nvme_path
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
     shape = ModelShape.from_record(measure(model_config(case)))
@@ -176,6 +179,13 @@ def train_in_layout(
             parts.append(MicroBatch(ids[rows], positions[rows], labels[rows], torch.tensor([weight])))
         return parts
 
+    def held_out_batches() -> list[MicroBatch]:
+        """Half as many micro-batches again as in training, padded without labels: any number must do."""
+        empty = [replace(m, labels=torch.full_like(m.labels, -100)) for m in micro_batches(HELD_OUT)]
+        found = micro_batches(HELD_OUT) + empty[: (len(empty) + 1) // 2]
+        more = len(found) / case.accumulation
+        return [replace(m, weight=m.weight * more) for m in found]
+
     outcome = Outcome([], [], {})
     for step in range(first, case.steps + 1):
         result = engine.train_batch(micro_batches(step), case.lr)
@@ -183,7 +193,7 @@ def train_in_layout(
         outcome.norms.append(result.grad_norm)
         if step in (first, case.steps):
             engine.check_copies()
-    outcome.held_out = engine.eval_loss(micro_batches(HELD_OUT))
+    outcome.held_out = engine.eval_loss(held_out_batches())
     if save_to:
         Path(save_to).mkdir(parents=True, exist_ok=True)
         engine.save(Path(save_to), {"step": case.steps})

@@ -1,0 +1,77 @@
+"""Two runs side by side: how far their losses, gradient norms and last weights are apart."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from dstrain.plan.run_folder import RunFolder, read_metrics
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences over all steps, and over all weights.
+
+    A weight's difference is relative to the largest element of its tensor.
+    """
+
+    loss: float
+    grad_norm: float
+    weights: float
+
+    def within(self, bound: Difference) -> bool:
+        return all(a <= b for a, b in zip(astuple(self), astuple(bound), strict=True))
+
+
+def compare_runs(run: RunFolder, reference: RunFolder) -> Difference:
+    """Compare two finished runs of the same config that were made with ``save_weights``.
+
+    Raises:
+        ValueError: they have not the same steps or not the same weights.
+    """
+    steps, wanted = _steps(run), _steps(reference)
+    if steps.keys() != wanted.keys():
+        raise ValueError(f"{run.name} has steps {sorted(steps)}, {reference.name} {sorted(wanted)}")
+    pairs = [(steps[step], wanted[step]) for step in wanted]
+    weights, wanted_weights = _weights(run), _weights(reference)
+    if weights.keys() != wanted_weights.keys():
+        raise ValueError(f"{run.name} holds other weights than {reference.name}")
+    return Difference(
+        loss=max(_relative(a["loss"], b["loss"]) for a, b in pairs),
+        grad_norm=max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in pairs),
+        weights=max(
+            float(np.abs(value - wanted_weights[name]).max() / max(np.abs(wanted_weights[name]).max(), 1e-30))
+            for name, value in weights.items()
+        ),
+    )
+
+
+def bound_from(references: list[RunFolder], floor: float) -> Difference:
+    """How far a layout may be from the first of several one-process runs that sum in other orders.
+
+    Twice the largest distance between any two of them, and at least ``floor``.
+    """
+    distances = [
+        astuple(compare_runs(a, b)) for index, a in enumerate(references) for b in references[index + 1 :]
+    ]
+    return Difference(*(max(floor, 2 * max(column)) for column in zip(*distances, strict=True)))
+
+
+def _steps(run: RunFolder) -> dict[int, dict[str, float]]:
+    return {record["step"]: record for record in read_metrics(run.metrics) if record["step"] > 0}
+
+
+def _weights(run: RunFolder) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(run.weights.glob("stage-*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def _relative(found: float | None, wanted: float | None) -> float:
+    """A step that fp16's loss scale skipped has no norm; both runs must have skipped it."""
+    if found is None or wanted is None:
+        return 0.0 if found is wanted else float("inf")
+    return abs(found - wanted) / max(abs(wanted), 1e-30)
