@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-heavy lint docs format clean
+.PHONY: demo test test-heavy verify-all lint docs format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
 
 test: lint  ## lint, then all tests but the heavy ones
-	$(BIN)/python -m pytest -m "not heavy"
+	$(BIN)/python -m pytest -m "not heavy and not full"
 
 test-heavy: $(READY)  ## what takes minutes
 	$(BIN)/python -m pytest -m heavy
+
+verify-all: $(READY)  ## every layout with every choice, about an hour
+	$(BIN)/python -m pytest -m full tests/distributed
 
 lint: $(READY)
 	$(BIN)/ruff check .

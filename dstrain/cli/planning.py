@@ -16,7 +16,7 @@ from typing import Any
 from dstrain.config.files import cache_folder, model_config_file
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
-from dstrain.launch.devices import Devices, local_devices
+from dstrain.launch.devices import Devices, has_async_io, local_devices
 from dstrain.launch.hosts import read_hostfile
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
@@ -43,6 +43,12 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
     """
     config = resolved.config
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    if config.offload == "nvme" and not has_async_io():
+        raise DstrainError(
+            "DeepSpeed writes to the disk through libaio, which is not installed",
+            where=str(resolved.origin("offload")),
+            hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
+        )
     devices = local_devices()
     if config.hostfile is not None:
         hosts = read_hostfile(config.hostfile)

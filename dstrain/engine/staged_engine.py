@@ -89,7 +89,11 @@ class _StagedMends(MendedEngine):
             if not weight.requires_grad:
                 continue
             for gradient in self._reduced_gradients(weight):
-                dist.all_reduce(gradient, group=group)
+                # Offloaded gradients lie in host memory, where NCCL does not reach.
+                here = gradient.to(self.device)
+                dist.all_reduce(here, group=group)
+                if here is not gradient:
+                    gradient.copy_(here)
 
     def _reduced_gradients(self, weight: torch.nn.Parameter) -> list[torch.Tensor]:
         """What this rank holds of a tied weight's gradient after the reduction over the replicas.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import subprocess
@@ -75,6 +76,11 @@ def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
     return Devices(
         kind="cpu", count=0, names=(_processor(),), memory_bytes=_main_memory(), precisions=precisions
     )
+
+
+def has_async_io() -> bool:
+    """Whether libaio is here, with which DeepSpeed keeps optimizer states on disk."""
+    return ctypes.util.find_library("aio") is not None
 
 
 def _has_half_precision() -> bool:

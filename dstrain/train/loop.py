@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from typing import TextIO
 
@@ -47,6 +48,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
     """
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)

@@ -5,10 +5,12 @@ The yardstick is not dstrain's (`yardsticks`); bounds are in `compare`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dstrain.launch.devices import has_async_io
 from dstrain.plan.layout_table import markdown, rows
 from tests.distributed.compare import assert_equal, difference, reference
 from tests.distributed.covering import STRENGTH, candidates, covering_set, tuples_of
@@ -47,6 +49,22 @@ def test_covering_set(case: Case) -> None:
 @pytest.mark.parametrize("case", accepted_rows(), ids=str)
 def test_accepted_row_of_the_layout_table(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", candidates(), ids=str)
+def test_full_product(case: Case) -> None:
+    assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+@pytest.mark.heavy  # DeepSpeed compiles its disk operator first, which takes minutes
+@pytest.mark.skipif(
+    not has_async_io(), reason="libaio is missing: --offload nvme is refused here, and NOT TESTED"
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_optimizer_states_on_disk(precision: str, tmp_path: Path) -> None:
+    case = Case(zero=3, data_parallel=2, precision=precision, offload="nvme", nvme_path=str(tmp_path))
+    assert_equal(replace(case, nvme_path=""), run(2, train_in_layout, case, timeout=540))
 
 
 def test_covering_set_meets_every_pair_and_is_large_enough() -> None:

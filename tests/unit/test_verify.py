@@ -1,0 +1,111 @@
+"""`dstrain verify`: layouts by name, the comparison of two run folders, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from dstrain.cli import verify as verify_command
+from dstrain.cli.tiny import shrink_model
+from dstrain.config.loader import load_config
+from dstrain.errors import DstrainError
+from dstrain.plan.layout_choice import LayoutChoice, layouts_for
+from dstrain.plan.run_folder import RunFolder
+from dstrain.report.comparison import bound_from, compare_runs
+
+
+def make_run(path: Path, *, shift: float = 0.0, steps: int = 3, skipped: bool = False) -> RunFolder:
+    """A finished run whose losses, norms and weights are off by ``shift``, relatively."""
+    run = RunFolder(path)
+    run.weights.mkdir(parents=True)
+    records = [{"step": 0, "held_out_loss": 5.0}]
+    for step in range(1, steps + 1):
+        norm = None if skipped and step == 1 else 2.0 * (1 + shift)
+        records.append({"step": step, "loss": 4.0 * (1 + shift), "grad_norm": norm})
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for stage in (0, 1):
+        save_file(
+            {f"layer.{stage}": np.array([1.0, -2.0 * (1 + shift)], dtype=np.float32)},
+            run.weights / f"stage-{stage}.safetensors",
+        )
+    return run
+
+
+@pytest.mark.parametrize("name", ["zero0-pp1-dp1", "zero3-pp2-dp4", "zero1-pp2-dp1-dualpipev-cpu"])
+def test_layout_names_round_trip(name: str) -> None:
+    assert LayoutChoice.parse(name).name == name
+
+
+@pytest.mark.parametrize("name", ["", "zero4", "pp2", "zero1-pp", "zero2-dp2-pp2", "zero1-pp2-nvme"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(DstrainError, match="is no layout"):
+        LayoutChoice.parse(name)
+
+
+def test_layouts_for_four_ranks_are_accepted_and_use_all() -> None:
+    for precision in ("fp32", "bf16"):
+        found = layouts_for(4, precision)
+        assert {choice.pipeline for choice in found} == {1, 2, 4}
+        assert all(choice.ranks == 4 and choice.refusal(precision) is None for choice in found)
+    assert LayoutChoice(0, 4) in layouts_for(4, "fp32")
+    assert all(choice.zero for choice in layouts_for(4, "bf16"))
+
+
+def test_comparison_finds_the_largest_relative_difference(tmp_path: Path) -> None:
+    found = compare_runs(make_run(tmp_path / "a", shift=1e-3), make_run(tmp_path / "b"))
+    assert (found.loss, found.grad_norm) == pytest.approx((1e-3, 1e-3))
+    assert found.weights == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_skipped_by_one_run_only_is_a_difference(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a", skipped=True), make_run(tmp_path / "b")
+    assert compare_runs(a, b).grad_norm == float("inf")
+    assert compare_runs(a, a).grad_norm == 0
+
+
+def test_runs_of_other_lengths_can_not_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has steps"):
+        compare_runs(make_run(tmp_path / "a", steps=2), make_run(tmp_path / "b"))
+
+
+def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", shift=1e-2),
+        make_run(tmp_path / "c", shift=1e-4),
+    ]
+    assert bound_from(runs, 1e-5).loss == pytest.approx(2e-2, rel=0.02)
+    assert bound_from([runs[0], runs[0]], 1e-5).weights == 1e-5
+
+
+@pytest.mark.parametrize(("shift", "differs"), [(1e-6, False), (1e-3, True)])
+def test_a_layout_that_differs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
+) -> None:
+    def train(resolved, choice, more, name):  # type: ignore[no-untyped-def]
+        return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0
+
+    monkeypatch.setattr(verify_command, "_train", train)
+    with (tmp_path / "out").open("w") as out:
+        arguments = (load_config(), [LayoutChoice(2, 4)], tmp_path, Console(file=out))
+        if differs:
+            with pytest.raises(DstrainError, match="zero2-pp4-dp1") as caught:
+                verify_command.verify(*arguments)
+            assert caught.value.exit_code == 1
+        else:
+            verify_command.verify(*arguments)
+    table = json.loads((tmp_path / "verify.json").read_text())
+    assert [row["verdict"] for row in table["layouts"]] == ["DIFFERS" if differs else "equal"]
+    assert "zero2-pp4-dp1" in (tmp_path / "verify.md").read_text()
+
+
+def test_tiny_keeps_the_family_and_the_vocabulary(tmp_path: Path) -> None:
+    folder = shrink_model(load_config(flags={"model": "llama-8b"}), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"]) == ("llama", 128256)
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (64, 6)
