@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import time
@@ -100,26 +101,43 @@ def launch(
     plan = planned.plan
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, resolved.to_yaml())
-        write_json(folder.plan, plan.to_record())
-        write_json(folder.deepspeed_config, plan.deepspeed)
-        write_launch_files(request)
-        folder.result.unlink(missing_ok=True)
+        lock = folder.lock.open("w")
     except OSError as error:
-        raise DstrainError(
-            f"the run folder can't be written: {error.strerror}",
-            where=str(error.filename or folder.path),
-            hint="--set runs_dir=FOLDER names another place",
-        ) from error
-    outcome = supervise(
-        ["bash", str(folder.launch_script)],
-        environment={},
-        folder=folder,
-        world_size=plan.layout.world_size,
-        on_tick=on_tick,
-    )
+        raise _not_writable(error, folder) from error
+    with lock:
+        try:  # released by the kernel when this process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DstrainError(
+                "another dstrain is running this run folder",
+                where=str(folder.path),
+                hint="wait for it, stop it, or start a run under another --name",
+            ) from None
+        try:
+            write_atomically(folder.config, resolved.to_yaml())
+            write_json(folder.plan, plan.to_record())
+            write_json(folder.deepspeed_config, plan.deepspeed)
+            write_launch_files(request)
+            folder.result.unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_writable(error, folder) from error
+        outcome = supervise(
+            ["bash", str(folder.launch_script)],
+            environment={},
+            folder=folder,
+            world_size=plan.layout.world_size,
+            on_tick=on_tick,
+        )
     if not outcome.ok:
         raise _failure(outcome, folder)
+
+
+def _not_writable(error: OSError, folder: RunFolder) -> DstrainError:
+    return DstrainError(
+        f"the run folder can't be written: {error.strerror}",
+        where=str(error.filename or folder.path),
+        hint="--set runs_dir=FOLDER names another place",
+    )
 
 
 def _launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
@@ -157,7 +175,8 @@ def _failure(outcome: Outcome, folder: RunFolder) -> DstrainError:
     return DstrainError(
         f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}",
         hint=hint,
-        exit_code=outcome.exit_code,
+        # 2 means that nothing was started; a rank's own error ends with that code as well.
+        exit_code=FAILED if outcome.exit_code == 2 else outcome.exit_code,
     )
 
 

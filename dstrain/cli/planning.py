@@ -58,7 +58,8 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
     model_file = model_config_file(config.model, where=str(resolved.origin("model"))).absolute()
     shape = _measure_model(model_file)
     data = _prepare_data(resolved)
-    return Planned(make_plan(resolved, machines, shape, data, str(model_file)), devices)
+    fingerprint = hashlib.sha256(model_file.read_bytes()).hexdigest()[:16]
+    return Planned(make_plan(resolved, machines, shape, data, str(model_file), fingerprint), devices)
 
 
 def _measure_model(model_file: Path) -> ModelShape:

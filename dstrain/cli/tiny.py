@@ -8,6 +8,7 @@ from typing import Any
 
 from dstrain.config.files import model_config_file
 from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import write_json
 
 # Sizes by the names that Hugging Face configs use for them; a name that is not there stays away.
@@ -16,7 +17,7 @@ _SIZES = {
     "hidden_size": 64, "n_embd": 64, "d_model": 64,
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "moe_intermediate_size": 64,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -27,7 +28,12 @@ def shrink_model(resolved: ResolvedConfig, folder: Path) -> Path:
     found out when it is measured.
     """
     source = model_config_file(resolved.config.model, where=str(resolved.origin("model")))
-    config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise DstrainError(f"not a model's config: {error}", where=str(source)) from None
     for key, size in _SIZES.items():
         if isinstance(config.get(key), int):
             config[key] = min(size, config[key])

@@ -15,6 +15,7 @@ from dstrain.errors import DstrainError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dstrain.cli.planning import Planned
     from dstrain.config.loader import ResolvedConfig
     from dstrain.plan.layout_choice import LayoutChoice
     from dstrain.plan.run_folder import RunFolder
@@ -68,7 +69,7 @@ def command(
     resolved = override(resolved, quiet)
     precision = resolved.config.precision
     wanted = (
-        [LayoutChoice.parse(name) for name in layouts.split(",")]
+        list(dict.fromkeys(LayoutChoice.parse(name) for name in layouts.split(",")))
         if layouts
         else layouts_for(ranks or local_devices().count or 4, precision)
     )
@@ -91,19 +92,25 @@ def verify(resolved: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, c
     references = []
     for size in sizes:
         console.print(f"one process, micro-batches of {size} ...")
-        run, _ = _train(resolved, alone, {"micro_batch": size}, f"one-process-micro-batch-{size}")
+        planned, reference = _plan(resolved, alone, {"micro_batch": size}, f"one-process-micro-batch-{size}")
+        if planned.plan.model["dropout"]:
+            raise DstrainError(
+                "the model drops activations at random, and which ones depends on the layout",
+                where=str(resolved.origin("model")),
+                hint="set the dropout probabilities in its config.json to 0 to compare layouts",
+            )
+        run, _ = _train(planned, reference)
         references.append(run)
     bound = bound_from(references, FLOOR)
     rows = []
     for choice in wanted:
         console.print(f"{choice.name} ...")
         try:
-            run, seconds = _train(resolved, choice, {}, choice.name)
-        except DstrainError as error:
-            if error.exit_code != 2:  # a run that failed, not a layout that this model or batch can't have
-                raise
+            planned, layout_config = _plan(resolved, choice, {}, choice.name)
+        except DstrainError as error:  # this model, batch or machine can't have the layout
             rows.append({"layout": choice.name, "verdict": f"refused: {error.message}", "seconds": 0.0})
             continue
+        run, seconds = _train(planned, layout_config)
         found = compare_runs(run, references[0])
         verdict = "equal" if found.within(bound) else "DIFFERS"
         rows.append(
@@ -111,6 +118,8 @@ def verify(resolved: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, c
         )
     _write(folder, rows, asdict(bound), console)
     differing = [row["layout"] for row in rows if row["verdict"] == "DIFFERS"]
+    if all(row["verdict"].startswith("refused") for row in rows):
+        raise DstrainError("none of the layouts could be tried", where="--layouts", hint=rows[0]["verdict"])
     if differing:
         raise DstrainError(f"not the model that one process trains: {', '.join(differing)}", exit_code=1)
 
@@ -122,15 +131,20 @@ def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:
     return [first, *[size for size in divisors if size != first][:2]]
 
 
-def _train(
+def _plan(
     resolved: ResolvedConfig, choice: LayoutChoice, more: dict[str, Any], name: str
-) -> tuple[RunFolder, float]:
-    from dstrain.cli.execute import execute_quietly, new_run_folder
+) -> tuple[Planned, ResolvedConfig]:
     from dstrain.cli.planning import plan_for
     from dstrain.config.loader import override
 
     config = override(resolved, choice.flags() | {"name": name} | more)
-    planned = plan_for(config)
+    return plan_for(config), config
+
+
+def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
+    """Run a plan to its end; the run folder, and how many seconds it took."""
+    from dstrain.cli.execute import execute_quietly, new_run_folder
+
     folder = new_run_folder(config, resume=False)
     began = time.monotonic()
     execute_quietly(planned, config, folder)

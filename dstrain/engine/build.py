@@ -17,7 +17,7 @@ from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layers import LayeredModel, TiedWeight
 from dstrain.model.loss import TokenLoss
 from dstrain.model.whole import WholeModel
 
@@ -53,7 +53,7 @@ def build_engine(
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
         }[schedule]
         staged = module_class(model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn)
-        _freeze(staged, is_frozen)
+        _freeze(staged, is_frozen, model.tied)
         groups = group_parameters(
             staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names()
         )
@@ -62,16 +62,22 @@ def build_engine(
     if isinstance(model, LayeredModel):
         whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
         tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
-    _freeze(whole, is_frozen)
+    _freeze(whole, is_frozen, model.tied if isinstance(model, LayeredModel) else ())
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
     return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
 
 
-def _freeze(module: nn.Module, is_frozen: Callable[[str], bool]) -> None:
-    """Layers are numbered in front of the Hugging Face name; a tied weight is frozen by either name."""
+def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[TiedWeight]) -> None:
+    """Layers are numbered in front of the Hugging Face name; a tied weight is frozen by any of its names."""
+    frozen_ties = {
+        f"{layer}.{path}"
+        for weight in tied
+        if any(is_frozen(path) for _, path in weight.owners)
+        for layer, path in weight.owners
+    }
     for name, parameter in module.named_parameters(remove_duplicate=False):
         number, _, rest = name.partition(".")
-        if is_frozen(rest if number.isdigit() else name):
+        if name in frozen_ties or is_frozen(rest if number.isdigit() else name):
             parameter.requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+_PIECE = 1 << 22  # elements: 64 MB while they are looked at
 _AS_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -47,7 +48,15 @@ def _compare(names: list[str], weights: list[torch.nn.Parameter], group: Any, am
 
 
 def fingerprint(weight: torch.Tensor) -> torch.Tensor:
-    """Two int64 sums over a tensor's bits, the second weighted by position (modulo 65,521), wrapping."""
-    bits = weight.detach().contiguous().view(-1).view(_AS_INTEGERS[weight.element_size()]).to(torch.int64)
-    places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64) % 65_521 + 1
-    return torch.stack([bits.sum(), (bits * places).sum()])
+    """Two int64 sums over a tensor's bits, the second weighted by position (modulo 65,521), wrapping.
+
+    Taken piece by piece: the bits as int64 are up to four times the weight.
+    """
+    bits = weight.detach().contiguous().view(-1).view(_AS_INTEGERS[weight.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _PIECE):
+        piece = bits[start : start + _PIECE].to(torch.int64)
+        places = torch.arange(start, start + piece.numel(), device=bits.device) % 65_521 + 1
+        sums[0] += piece.sum()
+        sums[1] += piece.mul_(places).sum()
+    return sums

@@ -14,6 +14,8 @@ from dstrain.errors import DstrainError
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
 _UNSAFE_REMOTELY = '"$`\\%!'
+# The user's own, where set: ssh keeps nothing, and DeepSpeed carries only PYTHON*, UCX* and, on GPUs, NCCL*.
+_CARRIED = ("DSTRAIN_CACHE", "XDG_CACHE_HOME", "GLOO_SOCKET_IFNAME")
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -43,16 +45,16 @@ def default_environment(
         environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
     if single_host:
         # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
+        # Which interface joins several hosts, only the user knows (below).
         loopback = _loopback()
-        if loopback is not None or environ.get("GLOO_SOCKET_IFNAME"):
-            environment["GLOO_SOCKET_IFNAME"] = environ.get("GLOO_SOCKET_IFNAME") or str(loopback)
+        if loopback is not None:
+            environment["GLOO_SOCKET_IFNAME"] = loopback
     else:
         # A pulled cable is noticed after 15 s instead of never.
         environment["PDSH_SSH_ARGS_APPEND"] = (
             environ.get("PDSH_SSH_ARGS_APPEND") or "-oServerAliveInterval=5 -oServerAliveCountMax=3"
         )
-    if environ.get("DSTRAIN_CACHE"):
-        environment["DSTRAIN_CACHE"] = environ["DSTRAIN_CACHE"]
+    environment |= {name: environ[name] for name in _CARRIED if environ.get(name)}
     if not _is_installed(environ):
         paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_PACKAGE_ROOT, *paths]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dstrain.launch.guard import LEFT_BEHIND
 from dstrain.launch.processes import in_words
-from dstrain.launch.watch import RankWatch, Sign, killed_in_log
+from dstrain.launch.watch import RankWatch, Sign, killed_in_log, lost_in_log
 from dstrain.plan.run_folder import RunFolder
 
 _TAIL_LINES = 20
@@ -59,11 +59,15 @@ def judge(
         return Outcome(False, 128 + stops[0], Cause(None, None, reason, log[-_TAIL_LINES:]))
     exit_code = code if own_end and 0 < code < 256 else 1
     killed = killed_in_log(log)
+    lost = lost_in_log(log)
     left_behind = _left_behind(log)
     rank: int | None = None
     host: str | None = None
     if left_behind is not None and sign is not None and _ended_by_guard(sign, left_behind[1]):
         reason = left_behind[0]
+    elif lost is not None and killed is None and (sign is None or _follows_loss(sign, lost)):
+        host = lost
+        reason = f"the connection to {lost} was lost or could not be made; its ranks may still run there"
     elif sign is not None and (sign.killed or killed is None):
         rank, host, reason = sign.rank, sign.host, sign.reason
         if killed is not None and sign.killed and sign.signal is None:
@@ -103,6 +107,11 @@ def _left_behind(log: list[str]) -> tuple[str, float] | None:
 def _ended_by_guard(sign: Sign, launcher_ended: float) -> bool:
     """Whether a rank died of the guard's SIGTERM, or of its SIGKILL seconds later, and not by itself."""
     return sign.killed and (sign.follows or sign.signal is None or sign.time > launcher_ended + 1)
+
+
+def _follows_loss(sign: Sign, lost: str) -> bool:
+    """Whether a rank of another host failed, for want of the lost one, and was not killed."""
+    return not sign.killed and sign.host.split(".")[0] != lost.split(".")[0]
 
 
 def _telling_line(log: list[str]) -> str:

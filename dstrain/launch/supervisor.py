@@ -16,7 +16,7 @@ from types import FrameType
 from dstrain.launch.guard import guarded
 from dstrain.launch.outcome import Cause, Outcome, judge
 from dstrain.launch.processes import family, kill
-from dstrain.launch.watch import RankWatch
+from dstrain.launch.watch import LogWatch, RankWatch
 from dstrain.plan.run_folder import RunFolder
 
 __all__ = ["Cause", "Outcome", "supervise"]
@@ -57,6 +57,7 @@ def supervise(
     with _stop_signals() as stops:
         launcher = _Launcher(command, environment, folder.launcher_log)
         watch = RankWatch(folder, world_size, lambda: launcher.pid)
+        log = LogWatch(folder.launcher_log, log_start)
 
         def wait(seconds: float, until: Callable[[], bool]) -> bool:
             deadline = time.monotonic() + seconds
@@ -71,15 +72,19 @@ def supervise(
         def stopped() -> bool:
             return bool(stops.numbers) or launcher.ended()
 
+        def failed() -> bool:
+            # The ranks that lost a host without a farewell wait for it in a collective: nothing ends by itself.
+            return watch.first_failure() is not None or log.lost_host()
+
         try:
-            wait(float("inf"), lambda: stopped() or watch.first_failure() is not None)
+            wait(float("inf"), lambda: stopped() or failed())
             if not stopped():
                 wait(settle_seconds, stopped)
             own_end = launcher.ended()
             if not own_end:
                 watch.stop()
                 launcher.terminate()
-                if watch.first_failure() is not None:
+                if failed():
                     grace_seconds = min(grace_seconds, _FAILURE_GRACE_SECONDS)
                 signals_so_far = len(stops.numbers)
                 wait(grace_seconds, lambda: launcher.ended() or len(stops.numbers) > signals_so_far)

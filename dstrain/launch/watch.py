@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dstrain.launch.processes import Process, arguments, in_words, read_process
 from dstrain.plan.run_folder import RankStatus, RunFolder
@@ -172,3 +173,32 @@ def killed_in_log(lines: list[str]) -> tuple[str | None, int] | None:
         if match and int(match["code"]) < 0 and int(match["code"]) != -_SIGTERM:
             return match["host"], -int(match["code"])
     return None
+
+
+# ssh's own code for a connection that was lost or never made; pdsh waits for the other hosts all the same.
+_LOST = re.compile(r"^pdsh@[^:\s]+: (?P<host>\S+): ssh exited with exit code 255\s*$")
+
+
+def lost_in_log(lines: list[str]) -> str | None:
+    """The first host that pdsh's ssh could not reach, or not any more."""
+    return next((match["host"] for match in map(_LOST.search, lines) if match), None)
+
+
+class LogWatch:
+    """Follows the launcher log from ``start`` (in bytes) for a host that was lost."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        self._position = start
+        self._lost = False
+
+    def lost_host(self) -> bool:
+        """Whether a host has been lost by now. Reads only what is new, up to its last whole line."""
+        if not self._lost:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._position += len(whole)
+            self._lost = lost_in_log(whole.decode("utf-8", errors="replace").splitlines()) is not None
+        return self._lost

@@ -20,7 +20,7 @@ from dstrain.model.architecture import load_config
 from dstrain.model.flops import block_flops_per_token, outer_flops_per_token
 from dstrain.model.probe import dissect
 
-FORMAT = 2
+FORMAT = 3
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -31,8 +31,10 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
         elements of each parameter by its Hugging Face name,
         ``forward_flops_per_token``: multiply and add are two, at 128 tokens), ``tied`` (``key``,
-        ``parameters``, ``layers``: its owners), ``total_parameters`` (a tied weight counts once),
-        ``pipeline_refusal`` (or None). For a model that cannot be split, the layers are the best guess.
+        ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
+        ``pipeline_refusal`` (or None),
+        ``dropout`` (the largest probability in the config). For a model that cannot be split, the layers
+        are the best guess.
 
     Raises:
         DstrainError: the model cannot be built.
@@ -44,6 +46,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
             "key": key,
             "parameters": _at(anatomy, owners[0]).numel(),
             "layers": [index for index, _ in owners],
+            "names": [name for _, name in owners],
         }
         for key, owners in anatomy.tied
     ]
@@ -57,6 +60,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "tied": tied,
         "total_parameters": anatomy.total_parameters,
         "pipeline_refusal": anatomy.refusal,
+        "dropout": _largest_dropout(anatomy.config),
     }
 
 
@@ -85,6 +89,16 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
                 known[signature] = block_flops_per_token(anatomy, index - 1)
             entries.append(_entry(f"block {index - 1}", "block", tensors, count, known[signature]))
     return entries
+
+
+def _largest_dropout(config: PretrainedConfig) -> float:
+    """Families name it otherwise: attention_dropout, resid_pdrop, hidden_dropout_prob, ..."""
+    found = [
+        float(value)
+        for key, value in config.to_dict().items()
+        if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return max(found, default=0.0)
 
 
 def _entry(name: str, kind: str, tensors: dict[str, int], parameters: int, flops: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The one owner of ranks: (host, local rank) -> rank -> (stage, replica).
 
 Stages of one replica have neighbouring ranks, so that a pipeline stays inside one machine as long as
-it fits there, and the replicas, which meet once a step, lie on different machines.
+it fits there, and the replicas, which meet less often, lie on different machines.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dstrain.errors import DstrainError
 from dstrain.plan.refusals import Refusal, refusal_of
 
 _NAME = re.compile(
-    r"zero(?P<zero>[0-3])(-pp(?P<pp>\d+))?(-dp(?P<dp>\d+))?(-(?P<schedule>dualpipev))?(-(?P<offload>cpu))?"
+    r"zero(?P<zero>[0-3])(-pp(?P<pp>[1-9]\d*))?(-dp(?P<dp>[1-9]\d*))?(-(?P<schedule>dualpipev))?(-(?P<offload>cpu))?"
 )
 
 
@@ -72,7 +72,7 @@ class LayoutChoice:
 
 
 def layouts_for(ranks: int, precision: str) -> list[LayoutChoice]:
-    """The accepted layouts that use all of ``ranks`` ranks, without offload; one rank: ZeRO-1."""
+    """The accepted layouts that use all of ``ranks`` ranks, without offload."""
     found = []
     for pipeline in (size for size in range(1, ranks + 1) if ranks % size == 0):
         for zero in (0, 1, 2, 3):

@@ -14,7 +14,12 @@ MANIFEST = "manifest.json"
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's ``checkpoints/``, oldest first."""
-    return [path for path in sorted(folder.glob("step-*")) if _is_complete(path)]
+    named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return [path for path in sorted(named, key=_step) if _is_complete(path)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -52,6 +57,7 @@ def file_sizes(checkpoint: Path) -> dict[str, int]:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         named = read_manifest(checkpoint)["files"]
-        return bool(file_sizes(checkpoint) == named)
+        sizes = file_sizes(checkpoint)
+        return bool(named) and all(sizes.get(name) == size for name, size in named.items())
     except (OSError, ValueError, KeyError):
         return False

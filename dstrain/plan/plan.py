@@ -17,7 +17,7 @@ from dstrain.plan.partition import cut_by_cost
 from dstrain.plan.refusals import check_batch, check_frozen, check_model, check_precision, refuse
 from dstrain.plan.shape import ModelShape
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ class Plan:
             "cut": list(self.layout.cut),
             "precision": self.config["precision"],
             "optimizer": self.config["optimizer"],
-            "freeze": self.config["freeze"],
+            **{key: self.config[key] for key in ("betas", "eps", "momentum", "weight_decay", "freeze")},
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,
             "data": self.data["fingerprint"],
             "parameters": self.model["parameters"],
+            "model": self.model["fingerprint"],
         }
 
     @classmethod
@@ -139,6 +140,7 @@ def make_plan(
     shape: ModelShape,
     data: Mapping[str, Any],
     model_file: str,
+    model_fingerprint: str = "",
 ) -> Plan:
     """Decide everything. A pure function of its arguments.
 
@@ -148,6 +150,7 @@ def make_plan(
         shape: the model's measured shape.
         data: summary of the prepared data (``train_rows``, ``held_out_rows``, ``vocab_size``, ...).
         model_file: the Hugging Face config file that ``shape`` was measured from.
+        model_fingerprint: hash of that file's content.
 
     Raises:
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
@@ -183,6 +186,8 @@ def make_plan(
         deepspeed_origins={".".join(path): origin for path, origin in deepspeed.origins.items()},
         model={
             "file": model_file,
+            "fingerprint": model_fingerprint,
+            "dropout": shape.dropout,
             "type": shape.model_type,
             "parameters": shape.total_parameters,
             "layers": [layer.name for layer in shape.layers],
@@ -192,7 +197,7 @@ def make_plan(
         data=dict(data),
         stage_parameters=stage_parameters,
         imbalance=_imbalance(layout, shape),
-        warnings=tuple(_warnings(config, layout, batch, data)),
+        warnings=tuple(_warnings(config, layout, batch, data, shape)),
     )
 
 
@@ -279,11 +284,14 @@ def _deepspeed(
     return compose(fragments, derived, resolved)
 
 
-def _warnings(config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str, Any]) -> list[str]:
+def _warnings(
+    config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str, Any], shape: ModelShape
+) -> list[str]:
     """What is accepted, but may not be what was meant."""
     found = []
     if layout.pipeline > 1:
-        bubble = (layout.pipeline - 1) / (batch.accumulation + layout.pipeline - 1)
+        waiting = (layout.pipeline - 1) / (2 if layout.schedule == "dualpipev" else 1)
+        bubble = waiting / (batch.accumulation + waiting)
         if bubble > 0.3:
             found.append(
                 f"{batch.accumulation} micro-batches for {layout.pipeline} stages leave each stage idle for"
@@ -311,6 +319,11 @@ def _warnings(config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str
         )
     if config.zero and layout.data_parallel == 1:
         found.append(f"ZeRO-{config.zero} shares memory between replicas, and there is only one")
+    if shape.dropout:
+        found.append(
+            f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
+            " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
+        )
     epochs = config.steps * config.global_batch / data["train_rows"]
     if epochs > 1:
         found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")

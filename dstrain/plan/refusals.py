@@ -137,11 +137,17 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
                 where=where,
                 hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
             )
+    # The names of one tied weight differ from layer to layer: frozen by one, it is frozen by all.
+    frozen = {name for name in names if is_frozen(name, resolved.config.freeze)}
+    for tied in shape.tied:
+        owned = {name for layer in tied.layers for name in shape.layers[layer].tensors if name in tied.names}
+        if owned & frozen:
+            frozen |= owned
     for stage in range(layout.pipeline):
         held = [
             name for span in layout.spans(stage) for layer in span for name in shape.layers[layer].tensors
         ]
-        if held and all(is_frozen(name, resolved.config.freeze) for name in held):
+        if held and frozen.issuperset(held):
             raise DstrainError(
                 f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
                 where=where,

@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "environment"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that watches the run, so that no second one starts in the same folder."""
+        return self.path / ".lock"
+
+    @property
     def hostfile(self) -> Path:
         return self.path / "hostfile"
 
@@ -76,7 +81,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """What rank 0 says at the end: last losses, the sampled continuation, the last checkpoint."""
+        """What rank 0 says at the end: steps, the last held-out loss, the prompt and its continuation."""
         return self.path / "result.json"
 
     @property
@@ -93,7 +98,7 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """With ``save_weights``: the last weights in fp32, ``stage-N.safetensors``, by Hugging Face names."""
+        """With ``save_weights``: the last weights that were computed with, as fp32, by Hugging Face names."""
         return self.path / "weights"
 
     def rank_log(self, rank: int) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tied:
-    """A weight that several layers use; its parameters are counted in each of ``layers``."""
+    """A weight that several layers use; its parameters are counted in each of ``layers``.
+
+    ``names`` are its Hugging Face names in those layers.
+    """
 
     key: str
     parameters: int
     layers: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """What the plan needs to know of a model.
 
-    ``pipeline_refusal`` says why its layers can't be split into stages, or is None.
+    ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
+    largest probability in its config.
     """
 
     model_type: str
@@ -49,6 +54,7 @@ class ModelShape:
     tied: tuple[Tied, ...]
     total_parameters: int
     pipeline_refusal: str | None
+    dropout: float = 0.0
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -71,11 +77,17 @@ class ModelShape:
                 for layer in record["layers"]
             ),
             tied=tuple(
-                Tied(key=tied["key"], parameters=tied["parameters"], layers=tuple(tied["layers"]))
+                Tied(
+                    key=tied["key"],
+                    parameters=tied["parameters"],
+                    layers=tuple(tied["layers"]),
+                    names=tuple(tied["names"]),
+                )
                 for tied in record["tied"]
             ),
             total_parameters=record["total_parameters"],
             pipeline_refusal=record["pipeline_refusal"],
+            dropout=record["dropout"],
         )
 
     @classmethod

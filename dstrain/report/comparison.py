@@ -41,10 +41,7 @@ def compare_runs(run: RunFolder, reference: RunFolder) -> Difference:
     return Difference(
         loss=max(_relative(a["loss"], b["loss"]) for a, b in pairs),
         grad_norm=max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in pairs),
-        weights=max(
-            float(np.abs(value - wanted_weights[name]).max() / max(np.abs(wanted_weights[name]).max(), 1e-30))
-            for name, value in weights.items()
-        ),
+        weights=max(_distance(value, wanted_weights[name]) for name, value in weights.items()),
     )
 
 
@@ -52,11 +49,19 @@ def bound_from(references: list[RunFolder], floor: float) -> Difference:
     """How far a layout may be from the first of several one-process runs that sum in other orders.
 
     Twice the largest distance between any two of them, and at least ``floor``.
+
+    Raises:
+        ValueError: they are infinitely far apart (fp16 skipped other steps, or a loss is no number).
     """
     distances = [
         astuple(compare_runs(a, b)) for index, a in enumerate(references) for b in references[index + 1 :]
     ]
-    return Difference(*(max(floor, 2 * max(column)) for column in zip(*distances, strict=True)))
+    bound = Difference(
+        *(max(floor, 2 * max(column)) for column in zip(*distances or [(0.0,) * 3], strict=True))
+    )
+    if not all(np.isfinite(value) for value in astuple(bound)):
+        raise ValueError("the one-process runs themselves are infinitely far apart: nothing can be compared")
+    return bound
 
 
 def _steps(run: RunFolder) -> dict[int, dict[str, float]]:
@@ -70,8 +75,15 @@ def _weights(run: RunFolder) -> dict[str, np.ndarray]:
     return found
 
 
+def _distance(value: np.ndarray, wanted: np.ndarray) -> float:
+    """Infinite where one of them holds what is no number: nan would pass for the smallest of all."""
+    distance = float(np.abs(value - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+    return distance if np.isfinite(distance) else float("inf")
+
+
 def _relative(found: float | None, wanted: float | None) -> float:
     """A step that fp16's loss scale skipped has no norm; both runs must have skipped it."""
     if found is None or wanted is None:
         return 0.0 if found is wanted else float("inf")
-    return abs(found - wanted) / max(abs(wanted), 1e-30)
+    distance = abs(found - wanted) / max(abs(wanted), 1e-30)
+    return distance if np.isfinite(distance) else float("inf")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import deepspeed
 import torch
@@ -16,7 +17,7 @@ from torch import distributed
 from dstrain.config.files import cache_folder
 from dstrain.data.prepare import PackedData, prepare
 from dstrain.engine.build import build_engine
-from dstrain.engine.interface import Engine
+from dstrain.engine.interface import Engine, StepResult
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layers import LayeredModel
@@ -55,7 +56,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
     device = torch.device(get_accelerator().current_device_name())
 
     data = _prepare_data(plan)
-    engine = _build(plan, device)
+    engine = _build(plan, folder, device)
     checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
     first = checkpoints.load_newest(engine) + 1
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
@@ -82,11 +83,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
         # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
         torch.manual_seed(config.seed + 1_000_003 * step + rank)
         result = engine.train_batch(batches.micro_batches(step), lr_of(step))
-        if result.applied and not math.isfinite(result.loss):
-            raise DstrainError(
-                f"the loss is {result.loss} at step {step}",
-                hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
-            )
+        _refuse_no_number(step, result, config.precision)
         seconds = time.perf_counter() - began
         record = {
             "step": step,
@@ -108,6 +105,8 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
         if config.check_every and _due(step, config.check_every, config.steps):
             engine.check_copies()
         if _due(step, config.save_every, config.steps):
+            if metrics:
+                metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
             checkpoints.save(engine, step)
     if metrics:
         metrics.close()
@@ -115,6 +114,26 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps
+
+
+def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
+    """Stop a training that has left the numbers. Every rank sees the same result.
+
+    Only fp16's loss scale skips steps on purpose; elsewhere DeepSpeed skips a step whose gradient is no
+    number, or reports its norm as -1, and would go on without learning anything.
+    """
+    if precision == "fp16" and not result.applied:
+        return
+    is_number = math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0
+    if result.applied and is_number:
+        return
+    what = f"the loss is {result.loss}"
+    if math.isfinite(result.loss):
+        what = "the gradient is no number (inf or nan)"
+    raise DstrainError(
+        f"{what} at step {step}",
+        hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
+    )
 
 
 def _last_held_out_loss(folder: RunFolder) -> float | None:
@@ -136,13 +155,13 @@ def _prepare_data(plan: Plan) -> PackedData:
     return data
 
 
-def _build(plan: Plan, device: torch.device) -> Engine:
+def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
     config = plan.run_config
     model_class = LayeredModel if plan.model["pipelines"] else WholeModel
     model = model_class(load_model_config(plan.model["file"]), seed=config.seed, attention=config.attention)
     return build_engine(
         model,
-        deepspeed=plan.deepspeed,
+        deepspeed=_with_own_swap_folder(plan.deepspeed, folder),
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,
         data_parallel=plan.layout.data_parallel,
@@ -151,6 +170,16 @@ def _build(plan: Plan, device: torch.device) -> Engine:
         activation_checkpointing=config.activation_checkpointing,
         is_frozen=lambda name: is_frozen(name, config.freeze),
     )
+
+
+def _with_own_swap_folder(deepspeed_config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Two runs may name one disk for their optimizer states, whose files DeepSpeed names alike."""
+    config = copy.deepcopy(deepspeed_config)
+    offload = config["zero_optimization"].get("offload_optimizer", {})
+    if offload.get("device") == "nvme":
+        offload["nvme_path"] = os.path.join(offload["nvme_path"], folder.name)
+        os.makedirs(offload["nvme_path"], exist_ok=True)
+    return config
 
 
 def _due(step: int, every: int, last: int) -> bool:

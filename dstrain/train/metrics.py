@@ -31,5 +31,8 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def flush_to_disk(self) -> None:
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()

@@ -74,7 +74,7 @@ FROZEN = ("model.layers.0.*", "model.layers.1.mlp.*")
         for zero in (0, 1, 2, 3)
         for pipeline in (1, 2)
     ]
-    + [Case(zero=2, pipeline=2, clip=0.1, freeze=("model.embed_tokens.weight", "lm_head.weight"))],
+    + [Case(zero=2, pipeline=2, clip=0.1, freeze=("model.embed_tokens.*",))],
     ids=str,
 )
 def test_frozen_parameters(case: Case) -> None:
@@ -85,6 +85,14 @@ def test_frozen_parameters(case: Case) -> None:
         for name, value in rank.weights.items():
             if name.startswith("model.layers.0."):
                 assert torch.equal(value, before[name]), name
+
+
+def test_a_tied_weight_frozen_by_one_name_is_frozen_on_every_stage() -> None:
+    case = Case(pipeline=4, layers=2, freeze=("model.embed_tokens.*",))
+    with pytest.raises(DstrainError, match="stage 0 would hold only frozen parameters"):
+        make_case_plan(case)
+    with pytest.raises(DstrainError, match="stage 3 would hold only frozen parameters"):
+        make_case_plan(replace(case, freeze=("lm_head.*", "model.norm.*"), pipeline=4, layers=3))
 
 
 def test_a_stage_with_only_frozen_parameters_is_refused() -> None:

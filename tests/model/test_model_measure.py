@@ -52,7 +52,9 @@ def test_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(tiny("llama-tied").to_dict()))
     assert main([str(tmp_path), str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["tied"] == [{"key": "model.embed_tokens.weight", "parameters": 99 * 32, "layers": [0, 5]}]
+    key = "model.embed_tokens.weight"
+    names = [key, "lm_head.weight"]
+    assert found["tied"] == [{"key": key, "parameters": 99 * 32, "layers": [0, 5], "names": names}]
     assert (found["format"], found["max_positions"]) == (1, 64)
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out.json")]) == 2
     assert "no such model configuration" in capsys.readouterr().err

@@ -166,6 +166,14 @@ def test_the_users_own_environment_is_kept() -> None:
     assert found.get("PYTHONPATH", "/mine").split(":")[-1] == "/mine"
 
 
+@pytest.mark.parametrize("single_host", [True, False])
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_the_users_own_environment_is_carried(accelerator: str, single_host: bool) -> None:
+    own = {"GLOO_SOCKET_IFNAME": "eth0", "DSTRAIN_CACHE": "/cache", "XDG_CACHE_HOME": "/xdg"}
+    found = default_environment(accelerator, 2, single_host, environ={"PATH": "/bin", **own})
+    assert own.items() <= found.items()
+
+
 def test_pythonpath_is_named_when_dstrain_is_borrowed() -> None:
     root = str(Path(__file__).resolve().parents[2])
     found = default_environment("cpu", 1, True, environ={"PATH": "/bin", "PYTHONPATH": f"/mine:{root}"})

@@ -15,7 +15,7 @@ import pytest
 
 from dstrain.launch.outcome import Outcome
 from dstrain.launch.supervisor import supervise
-from dstrain.launch.watch import killed_in_log
+from dstrain.launch.watch import killed_in_log, lost_in_log
 from dstrain.plan.run_folder import RankStatus, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +205,30 @@ print("n2: [ERROR] [launch.py:325] ['python'] exits with return code = -9"); sys
     assert outcome.cause is not None
     assert (outcome.cause.rank, outcome.cause.host) == (1, "n2")
     assert outcome.cause.reason == "killed by SIGKILL (probably out of memory)"
+
+
+@pytest.mark.parametrize("last_word", ["", "say(0, 'failed', 'Connection reset by peer')"])
+def test_a_lost_host_ends_the_run(fake: Fake, last_word: str) -> None:
+    launcher = f"""
+say(0, "running"); say(1, "running", pid=1, host="node2")
+print("node1: step 1", flush=True)
+print("pdsh@node1: node2: ssh exited with exit code 255", flush=True)
+{last_word}
+time.sleep(60)
+"""
+    start = time.monotonic()
+    outcome = fake.run(launcher, settle_seconds=0.5)
+    assert time.monotonic() - start < 20
+    assert outcome.cause is not None and not outcome.ok
+    assert (outcome.exit_code, outcome.cause.rank, outcome.cause.host) == (1, None, "node2")
+    assert "connection to node2" in outcome.cause.reason
+    assert fake.left() == []
+
+
+def test_lost_in_log() -> None:
+    assert lost_in_log(["pdsh@n1: 10.0.0.2: ssh exited with exit code 255"]) == "10.0.0.2"
+    assert lost_in_log(["pdsh@n1: n2: ssh exited with exit code 247"]) is None
+    assert lost_in_log(["n1: pdsh@n1: n2: ssh exited with exit code 255"]) is None
 
 
 def test_ranks_left_behind_are_ended(fake: Fake) -> None:

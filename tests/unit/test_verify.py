@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,9 @@ def test_layout_names_round_trip(name: str) -> None:
     assert LayoutChoice.parse(name).name == name
 
 
-@pytest.mark.parametrize("name", ["", "zero4", "pp2", "zero1-pp", "zero2-dp2-pp2", "zero1-pp2-nvme"])
+@pytest.mark.parametrize(
+    "name", ["", "zero4", "pp2", "zero1-pp", "zero2-dp2-pp2", "zero1-pp2-nvme", "zero1-pp0"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(DstrainError, match="is no layout"):
         LayoutChoice.parse(name)
@@ -73,6 +76,14 @@ def test_runs_of_other_lengths_can_not_be_compared(tmp_path: Path) -> None:
         compare_runs(make_run(tmp_path / "a", steps=2), make_run(tmp_path / "b"))
 
 
+def test_what_is_no_number_is_infinitely_far(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", shift=float("nan"))
+    assert compare_runs(b, a).weights == compare_runs(a, b).loss == float("inf")
+    with pytest.raises(ValueError, match="infinitely far"):
+        bound_from([a, b], 1e-5)
+    assert bound_from([a], 1e-5).loss == 1e-5
+
+
 def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a"),
@@ -87,9 +98,13 @@ def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
 def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
-    def train(resolved, choice, more, name):  # type: ignore[no-untyped-def]
+    def plan(resolved, choice, more, name):  # type: ignore[no-untyped-def]
+        return SimpleNamespace(plan=SimpleNamespace(model={"dropout": 0.0})), name
+
+    def train(planned, name):  # type: ignore[no-untyped-def]
         return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0
 
+    monkeypatch.setattr(verify_command, "_plan", plan)
     monkeypatch.setattr(verify_command, "_train", train)
     with (tmp_path / "out").open("w") as out:
         arguments = (load_config(), [LayoutChoice(2, 4)], tmp_path, Console(file=out))
