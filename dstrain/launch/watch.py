@@ -195,9 +195,12 @@ class LogWatch:
     def lost_host(self) -> bool:
         """Whether a host has been lost by now. Reads only what is new, up to its last whole line."""
         if not self._lost:
-            with self._path.open("rb") as file:
-                file.seek(self._position)
-                new = file.read()
+            try:
+                with self._path.open("rb") as file:
+                    file.seek(self._position)
+                    new = file.read()
+            except OSError:
+                return False  # a network file system's hiccup: the next look will tell
             whole = new[: new.rfind(b"\n") + 1]
             self._position += len(whole)
             self._lost = lost_in_log(whole.decode("utf-8", errors="replace").splitlines()) is not None

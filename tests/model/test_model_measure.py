@@ -9,7 +9,7 @@ from families import FAMILIES, tiny
 from test_model_probe import _gemma3n
 from transformers import AutoModelForCausalLM
 
-from dstrain.model.measure import main, measure
+from dstrain.model.measure import FORMAT, main, measure
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,7 +55,7 @@ def test_command(tmp_path, capsys):
     key = "model.embed_tokens.weight"
     names = [key, "lm_head.weight"]
     assert found["tied"] == [{"key": key, "parameters": 99 * 32, "layers": [0, 5], "names": names}]
-    assert (found["format"], found["max_positions"]) == (1, 64)
+    assert (found["format"], found["max_positions"]) == (FORMAT, 64)
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out.json")]) == 2
     assert "no such model configuration" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "no" / "folder.json")]) == 2
