@@ -16,6 +16,7 @@ from dstrain.plan.layout import Host, Layout, choose_data_parallel, count_spans,
 from dstrain.plan.partition import cut_by_cost
 from dstrain.plan.refusals import check_batch, check_frozen, check_model, check_precision, refuse
 from dstrain.plan.shape import ModelShape
+from dstrain.plan.warnings import warnings_about
 
 FORMAT = 3
 
@@ -197,7 +198,7 @@ def make_plan(
         data=dict(data),
         stage_parameters=stage_parameters,
         imbalance=_imbalance(layout, shape),
-        warnings=tuple(_warnings(config, layout, batch, data, shape)),
+        warnings=tuple(warnings_about(config, layout, batch, data, shape)),
     )
 
 
@@ -282,49 +283,3 @@ def _deepspeed(
     if layout.pipeline > 1:
         fragments.append("pipeline/stages")
     return compose(fragments, derived, resolved)
-
-
-def _warnings(
-    config: RunConfig, layout: Layout, batch: Batch, data: Mapping[str, Any], shape: ModelShape
-) -> list[str]:
-    """What is accepted, but may not be what was meant."""
-    found = []
-    if layout.pipeline > 1:
-        waiting = (layout.pipeline - 1) / (2 if layout.schedule == "dualpipev" else 1)
-        bubble = waiting / (batch.accumulation + waiting)
-        if bubble > 0.3:
-            found.append(
-                f"{batch.accumulation} micro-batches for {layout.pipeline} stages leave each stage idle for"
-                f" {bubble:.0%} of the time; a smaller --micro-batch or a larger --global-batch helps"
-            )
-        if config.zero == 2 and layout.data_parallel > 1:
-            found.append(
-                f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation}"
-                " micro-batches; --zero 1 reduces them once a step and needs little more memory"
-            )
-        if config.zero == 3:
-            found.append(
-                f"ZeRO-3 with a pipeline gathers each stage's parameters for each of the {batch.accumulation}"
-                " micro-batches, forward and backward; --zero 2 gathers none, and a stage's weights are"
-                f" 1/{layout.pipeline} of the model's already"
-            )
-        for host in layout.hosts:
-            if len(layout.hosts) > 1 and host.slots % layout.pipeline:
-                found.append(
-                    f"a pipeline crosses from {host.name} to another host ({host.slots} ranks there)"
-                )
-    if config.warmup_steps >= config.steps:
-        found.append(
-            f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"
-        )
-    if config.zero and layout.data_parallel == 1:
-        found.append(f"ZeRO-{config.zero} shares memory between replicas, and there is only one")
-    if shape.dropout:
-        found.append(
-            f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
-            " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
-        )
-    epochs = config.steps * config.global_batch / data["train_rows"]
-    if epochs > 1:
-        found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
-    return found
