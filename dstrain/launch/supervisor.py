@@ -24,6 +24,7 @@ __all__ = ["Cause", "Outcome", "supervise"]
 # For ranks to end after a failure: shorter than for a user's stop, since there is nothing left to save.
 _FAILURE_GRACE_SECONDS = 10.0
 _KILL_SECONDS = 10.0
+_LOOKS_A_POLL = 4
 
 
 def supervise(
@@ -64,7 +65,9 @@ def supervise(
             while not until():
                 if time.monotonic() >= deadline:
                     return False
-                time.sleep(poll_seconds)
+                for _ in range(_LOOKS_A_POLL):
+                    time.sleep(poll_seconds / _LOOKS_A_POLL)
+                    watch.look()
                 watch.update()
                 on_tick()
             return True

@@ -73,6 +73,10 @@ class RankWatch:
             if self._last[rank].state == "running":
                 self._signs[rank] = self._vanished(rank)
 
+    def look(self) -> None:
+        """Look at the local processes alone: cheap, and a dead one shows its exit code only for a moment."""
+        self._look_at_processes(time.time())
+
     def stop(self) -> None:
         """From now on ranks end because they are told to: no sign of failure any more."""
         if self._stopped_at is None:
@@ -149,7 +153,8 @@ class RankWatch:
         elif status > 0:
             reason = f"ended with exit code {os.waitstatus_to_exitcode(status)} without a word"
         else:
-            reason = "vanished without a word"
+            # Its launcher took the exit code before we looked. A rank says why it fails, if it still can.
+            reason = "ended without a word: crashed, or killed by a signal (SIGKILL where memory ran out)"
         return Sign(
             rank,
             self._last[rank].host,
