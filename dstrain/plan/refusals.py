@@ -33,7 +33,8 @@ def refusal_of(
 ) -> Refusal | None:
     """The first reason against a combination of choices, if there is one.
 
-    Source of each reason: measurements with DeepSpeed 0.19.8, each repeated in tests/distributed.
+    Source of each reason: measurements with DeepSpeed 0.19.8. What is accepted is trained in
+    tests/distributed, row by row.
     """
     if zero == 0 and precision == "bf16":
         return Refusal(
