@@ -15,6 +15,7 @@ from torch import nn
 from dstrain.engine.copies import check_copies
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
+from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
@@ -46,8 +47,7 @@ class _DeepSpeedAdapter(Engine):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                number, _, rest = name.partition(".")
-                yield rest if number.isdigit() else name, parameter.detach().float().cpu().clone()
+                yield hugging_face_name(name), parameter.detach().float().cpu().clone()
 
     def save(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.engine.save_checkpoint(

@@ -14,7 +14,7 @@ from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.interface import Engine
 from dstrain.engine.layers_in_one import LayersInOne
 from dstrain.engine.mends import MendedEngine
-from dstrain.engine.parameter_groups import group_parameters
+from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
 from dstrain.model.layers import LayeredModel, TiedWeight
@@ -46,6 +46,8 @@ def build_engine(
     """
     loss_fn = TokenLoss()
     weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
+    ties = model.tied if isinstance(model, LayeredModel) else ()
+    tied = {f"{layer}.{path}" for weight in ties for layer, path in weight.owners}
     model.to(device)
     if pipeline > 1:
         module_class, engine_class = {
@@ -53,16 +55,13 @@ def build_engine(
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
         }[schedule]
         staged = module_class(model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn)
-        _freeze(staged, is_frozen, model.tied)
-        groups = group_parameters(
-            staged.named_parameters(), weight_decay=weight_decay, tied=staged.tied_names()
-        )
+        _freeze(staged, is_frozen, ties)
+        groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
         return PipelineAdapter(_make(engine_class, staged, groups, deepspeed, staged.mpu()))
-    whole, tied = model, set()
+    whole = model
     if isinstance(model, LayeredModel):
         whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
-        tied = {f"{layer}.{path}" for weight in model.tied for layer, path in weight.owners}
-    _freeze(whole, is_frozen, model.tied if isinstance(model, LayeredModel) else ())
+    _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
     return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
 
@@ -76,8 +75,7 @@ def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[
         for layer, path in weight.owners
     }
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        number, _, rest = name.partition(".")
-        if name in frozen_ties or is_frozen(rest if number.isdigit() else name):
+        if name in frozen_ties or is_frozen(hugging_face_name(name)):
             parameter.requires_grad_(False)
 
 

@@ -38,6 +38,13 @@ def norm_over(gradients: Iterable[torch.Tensor], group: Any | None) -> torch.Ten
     return total.sqrt()[0]
 
 
+def whole_norm(owned: Iterable[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of what all ranks of the world own together; -1 for inf or nan, as upstream has it."""
+    norm = norm_over(owned, dist.get_world_group())
+    mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
+    return norm
+
+
 def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> torch.Tensor:
     """Replaces ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
 
@@ -55,9 +62,7 @@ def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> t
             owned.append(optimizer.single_partition_of_fp32_groups[index].grad)
         else:
             owned.extend(optimizer.averaged_gradients[index])
-    norm = norm_over(owned, dist.get_world_group())
-    mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
-    return norm.to(optimizer.device)
+    return whole_norm(owned).to(optimizer.device)
 
 
 def clip_whole(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, largest: float) -> None:

@@ -8,6 +8,12 @@ from typing import Any
 from torch import nn
 
 
+def hugging_face_name(name: str) -> str:
+    """A parameter's name without the number of its layer in front, which only models in layers have."""
+    number, _, rest = name.partition(".")
+    return rest if number.isdigit() else name
+
+
 def group_parameters(
     named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, tied: Collection[str]
 ) -> list[dict[str, Any]]:

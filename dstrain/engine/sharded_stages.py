@@ -19,7 +19,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from dstrain.engine.gradient_norm import is_copy, norm_over
+from dstrain.engine.gradient_norm import is_copy, whole_norm
 
 
 def check_orders_among(group: Any) -> None:
@@ -52,8 +52,7 @@ def _whole_norm(optimizer: DeepSpeedZeroOptimizer_Stage3) -> list[torch.Tensor]:
             continue
         gradients = optimizer.averaged_gradients[index]
         owned += [g for p, g in zip(parameters, gradients, strict=True) if not is_copy(p)]
-    norm = norm_over(owned, dist.get_world_group())
-    return [torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))]
+    return [whole_norm(owned)]
 
 
 def partition_of_gradient(

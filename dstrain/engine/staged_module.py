@@ -90,10 +90,6 @@ class StagedModule(PipelineModule):
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, object]]:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
-    def tied_names(self) -> set[str]:
-        """Names of this stage's parameters that another layer, here or elsewhere, ties."""
-        return {f"{layer}.{path}" for tied in self._tied for layer, path in tied.owners}
-
 
 class DualPipeVStagedModule(DualPipeVModule, StagedModule):
     """The same for DualPipeV, where rank r holds stages r and 2 x ranks - 1 - r; ``cut`` has all of these.
