@@ -18,6 +18,7 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ),
     ("pipeline", click.IntRange(1), "Number of pipeline stages."),
     ("data_parallel", click.IntRange(1), "Number of replicas. Default: what the devices allow."),
+    ("partition", str, "Where stages are cut: auto, parameters, uniform, or layers of each: 5,5,5,1."),
     ("precision", click.Choice(["fp32", "bf16", "fp16"]), "Of parameters and activations."),
     ("schedule", click.Choice(["1f1b", "dualpipev"]), "Order of a pipeline's work."),
     ("offload", click.Choice(["none", "cpu", "nvme"]), "Where the optimizer's states live."),
@@ -28,8 +29,9 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ("lr", float, "Peak learning rate."),
     ("seed", click.IntRange(0), "Decides initial weights, data order and dropout."),
     ("data", str, "A text file, a folder, JSON lines with a `text` field, or stdlib."),
-    ("model", str, "A folder with a Hugging Face config.json, or a built-in shape."),
-    ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes."),
+    ("model", str, "A folder with a Hugging Face config.json, a name on its hub, or a built-in shape."),
+    ("init", click.Choice(["random", "pretrained"]), "Start from random weights, or from the model's own."),
+    ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes. Default: the model's own."),
     ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
     ("name", str, "Name of the run folder."),
     ("ds_config", str, "A DeepSpeed JSON file, laid on top of the composed one."),
@@ -44,6 +46,9 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         metavar="KEY=VALUE",
         help="Any key of the config; deepspeed.A.B=VALUE reaches into DeepSpeed's.",
+    )(function)
+    function = click.option(
+        "--pack/--no-pack", "pack", default=None, help="Several documents in a sample, or one."
     )(function)
     function = click.option(
         "--activation-checkpointing/--no-activation-checkpointing",

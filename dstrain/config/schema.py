@@ -23,16 +23,26 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # What is trained, on what.
-    model: str = Field("quickstart", description="a folder with config.json, or a built-in shape")
+    model: str = Field(
+        "quickstart", description="a folder with config.json, a name on the Hugging Face hub, or a built-in shape"
+    )
+    init: Literal["random", "pretrained"] = Field(
+        "random", description="start from random weights, or from those that lie beside the model's config"
+    )
     freeze: list[str] = Field(
         [], description="parameters that are not trained, by Hugging Face name; * stands for anything"
     )
-    tokenizer: str = Field("bytes", description="a Hugging Face tokenizer folder, or bytes")
+    tokenizer: str = Field(
+        "auto", description="a Hugging Face tokenizer folder, or bytes; auto: the model folder's own, else bytes"
+    )
     data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
     attention: str = Field(
         "auto", description="sdpa, eager, flash_attention_2; auto: sdpa where the model family has it"
     )
     seq_len: PositiveInt = Field(256, description="tokens a sample")
+    pack: bool = Field(
+        True, description="fill each sample with several documents, which do not see each other"
+    )
     held_out: Fraction = Field(0.05, description="fraction of the documents kept for the held-out loss")
 
     # How long, and in which steps.
@@ -65,6 +75,11 @@ class RunConfig(BaseModel):
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
     pipeline: PositiveInt = Field(1, description="pipeline stages")
     data_parallel: PositiveInt | None = Field(None, description="replicas; default: what the devices allow")
+    partition: str = Field(
+        "auto",
+        description="where the stages are cut: auto (by estimated time, within a device's memory), parameters,"
+        " uniform, or the number of layers of each stage: 5,5,5,1",
+    )
     precision: Precision = Field("fp32", description="of parameters and activations")
     schedule: Literal["1f1b", "dualpipev"] = Field(
         "1f1b", description="order of a pipeline's work; dualpipev: two stages a rank, half the bubble"

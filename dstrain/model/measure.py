@@ -20,7 +20,7 @@ from dstrain.model.architecture import load_config
 from dstrain.model.flops import block_flops_per_token, outer_flops_per_token
 from dstrain.model.probe import dissect
 
-FORMAT = 3
+FORMAT = 4
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "total_parameters": anatomy.total_parameters,
         "pipeline_refusal": anatomy.refusal,
         "dropout": _largest_dropout(anatomy.config),
+        "packing_leak": None,
     }
 
 
@@ -108,6 +109,7 @@ def _entry(name: str, kind: str, tensors: dict[str, int], parameters: int, flops
         "parameters": parameters,
         "tensors": tensors,
         "forward_flops_per_token": flops,
+        "forward_flops_per_token_and_position": 0.0,
     }
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
 class Layer:
     """One entry of [embed, block 0, ..., head].
 
+    At a sequence length S a token's forward pass takes ``forward_flops_per_token`` +
+    S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's).
     ``tensors`` has the elements of each parameter by its Hugging Face name; empty where a model can't
     be split and is measured as a whole.
     """
@@ -23,6 +25,11 @@ class Layer:
     parameters: int
     forward_flops_per_token: int
     tensors: dict[str, int] = field(default_factory=dict)
+    forward_flops_per_token_and_position: float = 0.0
+
+    def forward_flops(self, seq_len: int) -> float:
+        """FLOPs of the forward pass of one sample of ``seq_len`` tokens; attention counted in full."""
+        return seq_len * (self.forward_flops_per_token + seq_len * self.forward_flops_per_token_and_position)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class ModelShape:
     """What the plan needs to know of a model.
 
     ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
-    largest probability in its config.
+    largest probability in its config. ``packing_leak`` says how documents in one sample see each other, or
+    is None.
     """
 
     model_type: str
@@ -55,6 +63,7 @@ class ModelShape:
     total_parameters: int
     pipeline_refusal: str | None
     dropout: float = 0.0
+    packing_leak: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -73,6 +82,7 @@ class ModelShape:
                     parameters=layer["parameters"],
                     forward_flops_per_token=layer["forward_flops_per_token"],
                     tensors=layer["tensors"],
+                    forward_flops_per_token_and_position=layer["forward_flops_per_token_and_position"],
                 )
                 for layer in record["layers"]
             ),
@@ -88,6 +98,7 @@ class ModelShape:
             total_parameters=record["total_parameters"],
             pipeline_refusal=record["pipeline_refusal"],
             dropout=record["dropout"],
+            packing_leak=record["packing_leak"],
         )
 
     @classmethod
