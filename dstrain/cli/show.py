@@ -44,7 +44,7 @@ def _ranks(plan: Plan) -> Table:
     layout = plan.layout
     title = f"{_count(layout.pipeline, 'stage')} x {_count(layout.data_parallel, 'replica')} on {plan.accelerator}"
     table = Table(title=title)
-    for heading in ("rank", "host", "device", "stage", "layers", "parameters", "replica"):
+    for heading in ("rank", "host", "device", "stage", "layers", "parameters", "time", "replica"):
         table.add_column(heading, justify="left" if heading in ("host", "layers") else "right")
     names = plan.model["layers"]
     places = list(layout.places())
@@ -57,15 +57,27 @@ def _ranks(plan: Plan) -> Table:
             str(place.stage),
             ", ".join(_span(names, span) for span in place.spans),
             f"{plan.stage_parameters[place.stage]:,}",
+            f"{plan.stage_time[place.stage]:.2f}",
             str(place.replica),
         )
     if len(shown) < len(places):
-        table.caption = (
+        captions = [
             f"and {len(places) - len(shown)} more ranks: {layout.data_parallel - 1} replicas like this one"
-        )
-    elif layout.pipeline > 1:
-        table.caption = f"expected time of the slowest stage: {plan.imbalance:.2f} x the mean"
+        ]
+    else:
+        captions = []
+    if layout.pipeline > 1:
+        captions.append(_balance(plan))
+    table.caption = "\n".join(captions) or None
     return table
+
+
+def _balance(plan: Plan) -> str:
+    """How even the cut is expected to be, and what ``auto`` would reach where something else was asked for."""
+    text = f"estimated time of the slowest stage: {plan.imbalance:.2f} x the mean"
+    if plan.config["partition"] == "auto":
+        return text
+    return f"{text} (--partition auto: {plan.imbalance_of_auto:.2f} x)"
 
 
 def _count(number: int, noun: str) -> str:
@@ -82,7 +94,8 @@ def _choices(plan: Plan) -> Table:
     table.add_column("choice", style="bold")
     table.add_column("value")
     table.add_column("from", style="dim")
-    for key in _SHOWN_CHOICES:
+    separate = () if plan.config["pack"] else ("pack",)
+    for key in (*_SHOWN_CHOICES, *separate):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
             table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstrain.model.document_masks import Documents
+
 PROLOGUE, ARGUMENTS, EPILOGUE, PROBE = "prologue", "arguments", "epilogue", "probe"
 
 BEFORE = -1
@@ -127,6 +129,7 @@ class Driver:
         self.model = model
         self.config = config
         self.takes_positions = takes_positions
+        self.documents = Documents(model)
         self.count = 0
         self.extras: int | None = None
         self.loose: list[nn.Module] = []
@@ -216,7 +219,10 @@ class Driver:
         if self.takes_positions:
             inputs["position_ids"] = position_ids
         try:
-            return self.model(**inputs)
+            if phase not in (ARGUMENTS, PROBE):
+                return self.model(**inputs)  # no block sees a mask that is made here
+            with self.documents.apart(position_ids) as lengths:
+                return self.model(**inputs, **lengths)
         finally:
             self.phase = None
 

@@ -12,26 +12,44 @@ from dstrain.model.anatomy import Anatomy, Refused
 from dstrain.model.meta_run import run_on_meta
 from dstrain.model.probe import Trial
 
-TOKENS = 128
-"""Length of the sequence that a block is measured at; attention's share grows with it."""
+LENGTH = 256
+"""A block is measured at this length and at twice it; recurrent families work in chunks that divide it."""
 
 
-def block_flops_per_token(anatomy: Anatomy, index: int) -> int:
-    """FLOPs of a block's forward for each of 128 tokens; attention is counted over the full square.
+def per_token(at_length: float, at_double: float) -> tuple[float, float]:
+    """What a token costs at sequence length S is fixed + share x S: both from totals of two sequences.
 
-    Where the block cannot run on meta: two for each parameter that a token meets.
+    Args:
+        at_length, at_double: of a whole sequence of ``LENGTH`` tokens, and of twice as many.
+    """
+    share = max(0.0, (at_double - 2 * at_length) / (2 * LENGTH**2))
+    return at_double / (2 * LENGTH) - share * 2 * LENGTH, share
+
+
+def block_flops(anatomy: Anatomy, index: int) -> tuple[int, float]:
+    """FLOPs of a block's forward for a token: the fixed part, and attention's for each position of the sequence.
+
+    Attention is counted over the full square of positions, so a sliding window as if it had no end. Where the
+    block cannot run on meta: two for each parameter that a token meets, and nothing for attention.
     """
     _, block = anatomy.blocks[index]
     try:
-        call = Trial(anatomy, extras=anatomy.driver.extras, rows=1, length=TOKENS, stop_at=index).run()[index]
-        with FlopCounterMode(display=False) as counter:
-            run_on_meta(copy.deepcopy(block), call, anatomy.config.hidden_size, 1, TOKENS)
-        counted = counter.get_total_flops() // TOKENS
+        fixed, share = per_token(*(_count(anatomy, index, length) for length in (LENGTH, 2 * LENGTH)))
     except Refused:
-        return _by_parameters(block, anatomy.config)
+        return _by_parameters(block, anatomy.config), 0.0
     # Where a family loops over the experts that were chosen, none is chosen on meta: count them by
     # parameters.
-    return counted if not _loops_over_experts(anatomy) else counted + _experts(block, anatomy.config)
+    experts = _experts(block, anatomy.config) if loops_over_experts(anatomy) else 0
+    return round(fixed) + experts, share
+
+
+def _count(anatomy: Anatomy, index: int, length: int) -> int:
+    """FLOPs of a block's forward for one sequence. Raises Refused where it does not run on meta."""
+    _, block = anatomy.blocks[index]
+    call = Trial(anatomy, extras=anatomy.driver.extras, rows=1, length=length, stop_at=index).run()[index]
+    with FlopCounterMode(display=False) as counter:
+        run_on_meta(copy.deepcopy(block), call, anatomy.hidden, 1, length)
+    return counter.get_total_flops()
 
 
 def outer_flops_per_token(anatomy: Anatomy) -> tuple[int, int]:
@@ -61,15 +79,19 @@ class _Counted(Trial):
         return output
 
 
-def _loops_over_experts(anatomy: Anatomy) -> bool:
+def loops_over_experts(anatomy: Anatomy) -> bool:
+    """Whether a block runs its chosen experts one by one: on meta then none is."""
     return getattr(anatomy.config, "_experts_implementation", None) in (None, "eager")
 
 
-def _experts(block: nn.Module, config: Any) -> int:
-    """Two FLOPs for each expert parameter that one token meets."""
-    total = _expert_parameters(block)
+def expert_parameters_met(block: nn.Module, config: Any) -> int:
+    """Parameters of the experts that one token meets."""
     chosen, of = _experts_per_token(config)
-    return 2 * total * chosen // of
+    return _expert_parameters(block) * chosen // of
+
+
+def _experts(block: nn.Module, config: Any) -> int:
+    return 2 * expert_parameters_met(block, config)
 
 
 def _by_parameters(block: nn.Module, config: Any) -> int:

@@ -17,10 +17,13 @@ from transformers import PretrainedConfig
 from dstrain.errors import DstrainError
 from dstrain.model.anatomy import Anatomy
 from dstrain.model.architecture import load_config
-from dstrain.model.flops import block_flops_per_token, outer_flops_per_token
+from dstrain.model.flops import block_flops, outer_flops_per_token
+from dstrain.model.packing import judge_packing
 from dstrain.model.probe import dissect
+from dstrain.model.saved import saved_bytes
+from dstrain.model.tokenwise import head_is_tokenwise
 
-FORMAT = 4
+FORMAT = 5
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -30,10 +33,14 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``format``, ``model_type``, ``hidden_size``, ``vocab_size``, ``max_positions`` (or None), ``layers``
         (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
         elements of each parameter by its Hugging Face name,
-        ``forward_flops_per_token``: multiply and add are two, at 128 tokens), ``tied`` (``key``,
+        ``forward_flops_per_token``: multiply and add are two, ``saved_bytes_per_token``: what the backward pass
+        needs, in 16 bits and in fp32, and both with ``_and_position``: attention's part, to be multiplied by the
+        length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None),
-        ``dropout`` (the largest probability in the config). For a model that cannot be split, the layers
+        ``dropout`` (the largest probability in the config), ``tokenwise_head`` (see
+        ``dstrain.model.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
+        ``looks_ahead`` (see ``dstrain.model.packing.Packing``). For a model that cannot be split, the layers
         are the best guess.
 
     Raises:
@@ -41,6 +48,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
     """
     anatomy = dissect(config)
     layers = _layers(anatomy)
+    packing = judge_packing(config)
     tied = [
         {
             "key": key,
@@ -61,15 +69,19 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "total_parameters": anatomy.total_parameters,
         "pipeline_refusal": anatomy.refusal,
         "dropout": _largest_dropout(anatomy.config),
-        "packing_leak": None,
+        "tokenwise_head": head_is_tokenwise(config),
+        "packing_leak": packing.leak,
+        "flash_packing_leak": packing.flash_leak,
+        "looks_ahead": packing.looks_ahead,
     }
 
 
 def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
     if not anatomy.blocks:
-        return [_entry("whole", "block", {}, anatomy.total_parameters, 2 * anatomy.total_parameters)]
+        total = anatomy.total_parameters
+        return [_entry("whole", "block", {}, total, 2 * total)]
     outer = outer_flops_per_token(anatomy)
-    known: dict[Any, int] = {}
+    known: dict[Any, Any] = {}
     entries = []
     for index in range(anatomy.num_blocks + 2):
         modules = anatomy.layer_modules(index)
@@ -87,8 +99,8 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
             block = next(iter(modules.values()))
             signature = _signature(block)
             if signature not in known:
-                known[signature] = block_flops_per_token(anatomy, index - 1)
-            entries.append(_entry(f"block {index - 1}", "block", tensors, count, known[signature]))
+                known[signature] = *block_flops(anatomy, index - 1), *saved_bytes(anatomy, index - 1)
+            entries.append(_entry(f"block {index - 1}", "block", tensors, count, *known[signature]))
     return entries
 
 
@@ -102,14 +114,25 @@ def _largest_dropout(config: PretrainedConfig) -> float:
     return max(found, default=0.0)
 
 
-def _entry(name: str, kind: str, tensors: dict[str, int], parameters: int, flops: int) -> dict[str, Any]:
+def _entry(
+    name: str,
+    kind: str,
+    tensors: dict[str, int],
+    parameters: int,
+    flops: int,
+    flops_of_position: float = 0.0,
+    saved: tuple[int, int] = (0, 0),
+    saved_of_position: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
         "parameters": parameters,
         "tensors": tensors,
         "forward_flops_per_token": flops,
-        "forward_flops_per_token_and_position": 0.0,
+        "forward_flops_per_token_and_position": flops_of_position,
+        "saved_bytes_per_token": list(saved),
+        "saved_bytes_per_token_and_position": list(saved_of_position),
     }
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401 - registers grouped_mm_fallback
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from dstrain.model.anatomy import Refused
 from dstrain.model.driver import Call, to_meta
@@ -43,6 +44,13 @@ class NoData(TorchFunctionMode):
                 return zeros if func is Tensor.cpu else zeros.numpy()
             if func is Tensor.__bool__:
                 return False
+            if func in (Tensor.split, torch.split) and len(args) > 1 and isinstance(args[1], list | tuple):
+                # Sizes that came from values: they are zeros, so one takes all.
+                sizes, dim = list(args[1]), args[2] if len(args) > 2 else kwargs.get("dim", 0)
+                return func(first, [first.shape[dim] - sum(sizes[1:]), *sizes[1:]], dim)
+            if func in (Tensor.__getitem__, Tensor.__setitem__) and _is_mask(args[1]):
+                chosen = first.new_empty(0, *first.shape[args[1].dim() :])
+                return None if func is Tensor.__setitem__ else chosen
             if func in GROUPED:
                 # Its meta kernel takes bf16 only. Each row meets one expert: the same shape and the same
                 # FLOPs.
@@ -50,24 +58,30 @@ class NoData(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def run_on_meta(block: nn.Module, call: Call, hidden_size: int, rows: int, length: int) -> Any:
-    """Call ``block`` on meta with a hidden state [rows, length, hidden_size]; its buffers move to meta for
+def run_on_meta(block: nn.Module, call: Call, hidden: tuple[int, ...], rows: int, length: int) -> Any:
+    """Call ``block`` on meta with a hidden state [rows, length, *hidden]; its buffers move to meta for
     good.
 
     Raises:
         Refused: the block does not run so.
     """
     block = block.to("meta").eval()
-    hidden = torch.empty(rows, length, hidden_size, device="meta")
+    state = torch.empty(rows, length, *hidden, device="meta")
     meta = Call(to_meta(call.args), to_meta_kwargs(call.kwargs))
     try:
         with torch.no_grad(), NoData():
-            return meta.apply(block, hidden)
+            return meta.apply(block, state)
+    except Refused:
+        raise
     except Exception as error:  # whatever a family's code runs into without values
         text = " ".join(str(error).split())[:200]
         raise Refused(
             f"its block does not run without its weights ({type(error).__name__}: {text})"
         ) from error
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
 def to_meta_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -78,5 +92,4 @@ def to_meta_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _on_meta(value: Any) -> bool:
     if not isinstance(value, dict | list):
         return False
-    leaves = value.values() if isinstance(value, dict) else value
-    return all(not isinstance(leaf, Tensor) or leaf.is_meta for leaf in leaves)
+    return all(not isinstance(leaf, Tensor) or leaf.is_meta for leaf in tree_flatten(value)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dstrain import __version__
@@ -11,14 +11,24 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch, make_batch
+from dstrain.plan.cut import cut_as_asked, cut_by_time, stage_bytes
 from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
-from dstrain.plan.layout import Host, Layout, choose_data_parallel, count_spans, fill_hosts
-from dstrain.plan.partition import cut_by_cost
-from dstrain.plan.refusals import check_batch, check_frozen, check_model, check_precision, refuse
+from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
+from dstrain.plan.loss_chunk import loss_chunk
+from dstrain.plan.memory import USABLE, estimate
+from dstrain.plan.refusals import (
+    check_batch,
+    check_frozen,
+    check_model,
+    check_partition,
+    check_precision,
+    refuse,
+)
 from dstrain.plan.shape import ModelShape
-from dstrain.plan.warnings import warnings_about
+from dstrain.plan.stage_time import attended_share, layer_times, stage_shares
+from dstrain.plan.warnings import warnings_about, warnings_about_memory
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,14 @@ class Machines:
         accelerator: ``cuda`` or ``cpu``.
         device_names: of one host's devices, for the display.
         precisions: what the devices can compute in.
+        memory_bytes: of the smallest device, other hosts' taken to be alike; None: not known.
     """
 
     hosts: tuple[Host, ...]
     accelerator: str
     device_names: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    memory_bytes: int | None = None
 
     @property
     def slots(self) -> int | None:
@@ -55,10 +67,14 @@ class Plan:
         layout, batch: ranks and samples.
         accelerator: ``cuda`` or ``cpu``.
         deepspeed: the DeepSpeed JSON; ``deepspeed_origins`` has the origin of each leaf, dotted.
-        model: the shape's totals, and the file of its Hugging Face config.
+        model: the shape's totals, the file of its Hugging Face config, its folder, and ``init``.
         data: what the prepared data hold: rows, tokens, vocabulary, fingerprint.
         stage_parameters: parameters that each stage holds.
+        stage_time: estimated time of each stage over the mean of all.
+        stage_memory: estimated bytes on a rank of each stage.
         imbalance: estimated time of the slowest stage over the mean.
+        imbalance_of_auto: what ``partition: auto`` would reach.
+        loss_chunk: tokens whose logits are made at a time for the loss; 0: all of a micro-batch.
         warnings: what is accepted but worth knowing.
     """
 
@@ -72,7 +88,11 @@ class Plan:
     model: dict[str, Any]
     data: dict[str, Any]
     stage_parameters: tuple[int, ...]
+    stage_time: tuple[float, ...]
+    stage_memory: tuple[int, ...]
     imbalance: float
+    imbalance_of_auto: float
+    loss_chunk: int = 0
     warnings: tuple[str, ...] = ()
     dstrain: str = __version__
     format: int = field(default=FORMAT)
@@ -106,9 +126,11 @@ class Plan:
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,
+            "pack": self.config["pack"],
             "data": self.data["fingerprint"],
             "parameters": self.model["parameters"],
             "model": self.model["fingerprint"],
+            "init": self.model["init"],
         }
 
     @classmethod
@@ -130,6 +152,8 @@ class Plan:
                 ),
                 "batch": Batch(**record["batch"]),
                 "stage_parameters": tuple(record["stage_parameters"]),
+                "stage_time": tuple(record["stage_time"]),
+                "stage_memory": tuple(record["stage_memory"]),
                 "warnings": tuple(record["warnings"]),
             }
         )
@@ -142,6 +166,7 @@ def make_plan(
     data: Mapping[str, Any],
     model_file: str,
     model_fingerprint: str = "",
+    model_folder: str | None = None,
 ) -> Plan:
     """Decide everything. A pure function of its arguments.
 
@@ -152,6 +177,7 @@ def make_plan(
         data: summary of the prepared data (``train_rows``, ``held_out_rows``, ``vocab_size``, ...).
         model_file: the Hugging Face config file that ``shape`` was measured from.
         model_fingerprint: hash of that file's content.
+        model_folder: where the model's weights and tokenizer lie; None for a built-in shape.
 
     Raises:
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
@@ -160,12 +186,12 @@ def make_plan(
     refuse(resolved)
     check_precision(resolved, machines.precisions, machines.accelerator)
     check_model(shape, resolved, data["vocab_size"])
+    check_partition(resolved, shape)
 
     replicas = choose_data_parallel(
         config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
     )
-    layout = _make_layout(config.pipeline, replicas, config.schedule, machines, shape)
-    check_frozen(resolved, shape, layout)
+    hosts = _fill_hosts(machines, config.pipeline * replicas)
     batch = make_batch(
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
@@ -175,6 +201,32 @@ def make_plan(
         where=str(resolved.origin("micro_batch" if config.micro_batch else "global_batch")),
     )
     check_batch(resolved, batch)
+    chunk = loss_chunk(batch.micro_batch, config.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
+    times = layer_times(
+        shape,
+        seq_len=config.seq_len,
+        attended=attended_share(config),
+        blocks_recomputed=config.activation_checkpointing,
+        head_recomputed=chunk > 0,
+    )
+    memory = estimate(
+        config,
+        shape,
+        replicas=replicas,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
+        device_is_host=machines.accelerator == "cpu",
+    )
+    # Ranks on CPUs share their machine's memory, which another cut does not make larger.
+    limit = None
+    if machines.accelerator == "cuda" and machines.memory_bytes is not None:
+        limit = USABLE * machines.memory_bytes
+    fastest = cut_by_time(times, config.pipeline, config.schedule, memory, limit)
+    asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
+    layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
+    stage_time = stage_shares(layout, times)
+    stage_memory = stage_bytes(layout.cut, config.pipeline, config.schedule, memory)
+    check_frozen(resolved, shape, layout)
     stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
     deepspeed = _deepspeed(resolved, layout, batch, machines.accelerator, max(stage_parameters))
     return Plan(
@@ -187,6 +239,8 @@ def make_plan(
         deepspeed_origins={".".join(path): origin for path, origin in deepspeed.origins.items()},
         model={
             "file": model_file,
+            "folder": model_folder,
+            "init": config.init,
             "fingerprint": model_fingerprint,
             "dropout": shape.dropout,
             "type": shape.model_type,
@@ -197,43 +251,31 @@ def make_plan(
         },
         data=dict(data),
         stage_parameters=stage_parameters,
-        imbalance=_imbalance(layout, shape),
-        warnings=tuple(warnings_about(config, layout, batch, data, shape)),
+        stage_time=stage_time,
+        stage_memory=stage_memory,
+        imbalance=max(stage_time),
+        imbalance_of_auto=max(stage_shares(replace(layout, cut=fastest), times)),
+        loss_chunk=chunk,
+        warnings=(
+            *warnings_about(config, layout, batch, data, shape),
+            *warnings_about_memory(config, stage_memory, limit),
+        ),
     )
 
 
-def _make_layout(
-    pipeline: int, replicas: int, schedule: str, machines: Machines, shape: ModelShape
-) -> Layout:
-    ranks = pipeline * replicas
+def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:
+    """The hosts that hold the ranks, each with the slots that are used."""
     if machines.slots is None:
-        hosts: tuple[Host, ...] = (Host(machines.hosts[0].name, ranks),)
-    else:
-        hosts = fill_hosts(machines.hosts, ranks)
-        if len({host.slots for host in hosts}) > 1:
-            used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
-            raise DstrainError(
-                f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
-                where="--hostfile",
-                hint="give each host the same number of slots, or choose a layout that fills whole hosts",
-            )
-    cut = cut_by_cost(_costs(shape), count_spans(pipeline, schedule))
-    return Layout(hosts, pipeline, replicas, cut, schedule)
-
-
-def _costs(shape: ModelShape) -> list[float]:
-    """Of each layer. One FLOP is added: a layer that computes nothing (an embedding) must still count."""
-    return [1.0 + layer.forward_flops_per_token for layer in shape.layers]
-
-
-def _imbalance(layout: Layout, shape: ModelShape) -> float:
-    """Cost of the slowest stage over the mean of all: 1.0 is perfect."""
-    costs = _costs(shape)
-    stages = [
-        sum(costs[layer] for span in layout.spans(stage) for layer in span)
-        for stage in range(layout.pipeline)
-    ]
-    return max(stages) * len(stages) / sum(stages)
+        return (Host(machines.hosts[0].name, ranks),)
+    hosts = fill_hosts(machines.hosts, ranks)
+    if len({host.slots for host in hosts}) > 1:
+        used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
+        raise DstrainError(
+            f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
+            where="--hostfile",
+            hint="give each host the same number of slots, or choose a layout that fills whole hosts",
+        )
+    return hosts
 
 
 def _deepspeed(

@@ -11,6 +11,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch
 from dstrain.plan.layout import Layout, count_spans
+from dstrain.plan.partition import WORDS, blocks_of_spans, even_blocks
 from dstrain.plan.shape import ModelShape
 
 
@@ -104,11 +105,65 @@ def refuse(resolved: ResolvedConfig) -> None:
     )
     if refusal:
         raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+    _refuse_partition(resolved)
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
             "offload: nvme needs a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_partition(resolved: ResolvedConfig) -> None:
+    """Refuse a ``partition`` that is neither a word nor a number for each span. Raises DstrainError."""
+    config = resolved.config
+    where = str(resolved.origin("partition"))
+    if config.partition in WORDS:
+        return
+    blocks = blocks_of_spans(config.partition)
+    if blocks is None:
+        near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
+        raise DstrainError(
+            f"partition: {config.partition!r} is no way to cut a model",
+            where=where,
+            hint=(
+                f"did you mean {near[0]}?"
+                if near
+                else "auto, parameters, uniform, or the number of blocks of each stage: 5,5,5,1"
+            ),
+        )
+    spans = count_spans(config.pipeline, config.schedule)
+    if len(blocks) != spans:
+        each = "two a rank with dualpipev" if spans > config.pipeline else "one a stage"
+        raise DstrainError(
+            f"partition: {config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs"
+            f" {spans} ({each})",
+            where=where,
+            hint=f"--partition {','.join(['4'] * spans)} for {4 * spans} blocks, or --partition auto",
+        )
+    empty = [span for span in range(1, spans - 1) if blocks[span] == 0]
+    if empty:
+        raise DstrainError(
+            f"partition: {config.partition} leaves number {empty[0] + 1} of {spans} without a layer",
+            where=where,
+            hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
+        )
+
+
+def _numbers(count: int) -> str:
+    return f"{count} number{'s' if count != 1 else ''}"
+
+
+def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
+    """Refuse numbers of blocks that are not those of the model. Raises DstrainError."""
+    asked = blocks_of_spans(resolved.config.partition)
+    blocks = sum(layer.kind == "block" for layer in shape.layers)
+    if asked is not None and sum(asked) != blocks:
+        example = ",".join(map(str, even_blocks(blocks, len(asked))))
+        raise DstrainError(
+            f"partition: {resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
+            where=str(resolved.origin("partition")),
+            hint=f"--partition {example}, for instance (embedding and head are not counted), or --partition auto",
         )
 
 
@@ -175,6 +230,26 @@ def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
         )
 
 
+def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
+    """Refuse models whose tokens see others that they must not see. Raises DstrainError."""
+    config = resolved.config
+    if shape.looks_ahead:
+        raise DstrainError(
+            f"{shape.looks_ahead}, so it would learn to copy them instead of predicting them",
+            where=str(resolved.origin("model")),
+            hint="a causal model; some families become one by is_decoder: true in their config.json",
+        )
+    flash = config.attention.startswith("flash")
+    leak = shape.flash_packing_leak if flash else shape.packing_leak
+    if config.pack and leak:
+        raise DstrainError(
+            f"documents can't share a sample: {leak}",
+            where=str(resolved.origin("model")),
+            hint="--no-pack, which gives each document samples of its own"
+            + (", or --set attention=auto" if flash and not shape.packing_leak else ""),
+        )
+
+
 def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: int) -> None:
     """Refuse what this model can't do. Raises DstrainError."""
     config = resolved.config
@@ -194,6 +269,7 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
             hint=f"--pipeline {len(shape.layers) * config.pipeline // spans} or less,"
             " and --data-parallel for the other devices",
         )
+    _refuse_unseparated(shape, resolved)
     if data_vocabulary > shape.vocab_size:
         raise DstrainError(
             f"the tokenizer has {data_vocabulary} tokens and the model's embedding {shape.vocab_size}",

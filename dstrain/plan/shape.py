@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Layer:
     """One entry of [embed, block 0, ..., head].
 
     At a sequence length S a token's forward pass takes ``forward_flops_per_token`` +
-    S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's).
+    S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's), and its backward pass
+    needs bytes that are counted likewise, in 16 bits and in fp32 (0 for embedding and head).
     ``tensors`` has the elements of each parameter by its Hugging Face name; empty where a model can't
     be split and is measured as a whole.
     """
@@ -26,10 +27,22 @@ class Layer:
     forward_flops_per_token: int
     tensors: dict[str, int] = field(default_factory=dict)
     forward_flops_per_token_and_position: float = 0.0
+    saved_bytes_per_token: tuple[int, int] = (0, 0)
+    saved_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
 
-    def forward_flops(self, seq_len: int) -> float:
-        """FLOPs of the forward pass of one sample of ``seq_len`` tokens; attention counted in full."""
-        return seq_len * (self.forward_flops_per_token + seq_len * self.forward_flops_per_token_and_position)
+    def forward_flops(self, seq_len: int, attended: float = 1.0) -> float:
+        """FLOPs of the forward pass of one sample of ``seq_len`` tokens.
+
+        ``attended``: the fraction of the square of positions that attention computes.
+        """
+        square = attended * self.forward_flops_per_token_and_position
+        return seq_len * (self.forward_flops_per_token + seq_len * square)
+
+    def saved_bytes(self, seq_len: int, precision: str) -> int:
+        """What the backward pass of one sample of ``seq_len`` tokens needs of the forward pass."""
+        column = precision == "fp32"
+        square = self.saved_bytes_per_token_and_position[column]
+        return round(seq_len * (self.saved_bytes_per_token[column] + seq_len * square))
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,9 @@ class ModelShape:
     """What the plan needs to know of a model.
 
     ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
-    largest probability in its config. ``packing_leak`` says how documents in one sample see each other, or
-    is None.
+    largest probability in its config. ``packing_leak`` says why documents can't share a sample, or is None,
+    ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those after them,
+    or is None.
     """
 
     model_type: str
@@ -64,6 +78,9 @@ class ModelShape:
     pipeline_refusal: str | None
     dropout: float = 0.0
     packing_leak: str | None = None
+    tokenwise_head: bool = True
+    flash_packing_leak: str | None = None
+    looks_ahead: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -83,6 +100,8 @@ class ModelShape:
                     forward_flops_per_token=layer["forward_flops_per_token"],
                     tensors=layer["tensors"],
                     forward_flops_per_token_and_position=layer["forward_flops_per_token_and_position"],
+                    saved_bytes_per_token=tuple(layer["saved_bytes_per_token"]),
+                    saved_bytes_per_token_and_position=tuple(layer["saved_bytes_per_token_and_position"]),
                 )
                 for layer in record["layers"]
             ),
@@ -99,6 +118,9 @@ class ModelShape:
             pipeline_refusal=record["pipeline_refusal"],
             dropout=record["dropout"],
             packing_leak=record["packing_leak"],
+            tokenwise_head=record["tokenwise_head"],
+            flash_packing_leak=record["flash_packing_leak"],
+            looks_ahead=record["looks_ahead"],
         )
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dstrain.config.schema import RunConfig
@@ -51,7 +51,30 @@ def warnings_about(
             f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
             " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
         )
+    if data.get("padding", 0.0) >= 0.005:
+        found.append(
+            f"{data['padding']:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
+            " rest of it costs time but teaches nothing"
+        )
     epochs = config.steps * config.global_batch / data["train_rows"]
     if epochs > 1:
         found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
     return found
+
+
+def warnings_about_memory(config: RunConfig, stage_memory: Sequence[int], limit: float | None) -> list[str]:
+    """Whether a stage is estimated to need more than ``limit`` bytes, and by how much."""
+    fullest = max(stage_memory)
+    if limit is None or fullest <= limit:
+        return []
+    which = f"a rank of stage {stage_memory.index(fullest)}" if config.pipeline > 1 else "a rank"
+    if config.pipeline == 1:
+        why = ""
+    elif config.partition == "auto":
+        why = "; no cut that fits was found"
+    else:
+        why = "; --partition auto looks for a cut that fits"
+    return [
+        f"{which} may not fit: about {fullest / 1e9:.1f} GB estimated, {(fullest - limit) / 1e9:.1f} GB more than"
+        f" the {limit / 1e9:.1f} GB that it can count on{why}"
+    ]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from families import FAMILIES, tiny
 from test_model_probe import _gemma3n
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM
 
+from dstrain.model.architecture import load_config
 from dstrain.model.measure import FORMAT, main, measure
+from dstrain.model.probe import dissect
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -28,10 +33,62 @@ def test_totals_are_hugging_face_s(name):
 def test_flops_of_llama():
     layers = measure(tiny("llama"))["layers"]
     matrices = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
-    attention = 4 * 128 * 32  # scores and values, over the full square of 128 tokens
     assert layers[0]["forward_flops_per_token"] == 0
-    assert layers[1]["forward_flops_per_token"] == 2 * matrices + attention
+    assert layers[1]["forward_flops_per_token"] == 2 * matrices
+    # scores and values, over the full square of positions
+    assert layers[1]["forward_flops_per_token_and_position"] == 4 * 32
     assert layers[-1]["forward_flops_per_token"] == 2 * 32 * 99
+    assert layers[-1]["forward_flops_per_token_and_position"] == 0
+
+
+def test_built_in_llama_1b():
+    """The numbers that tests/unit/test_stage_time.py cuts by."""
+    embed, *blocks, head = measure(load_config("ds_configs/models/llama-1b.json"))["layers"]
+    vocabulary, hidden, inner = 128_256, 2048, 8192
+    matrices = 2 * hidden * hidden + 2 * hidden * 512 + 3 * hidden * inner
+    assert [embed["forward_flops_per_token"], head["forward_flops_per_token"]] == [0, 2 * hidden * vocabulary]
+    for block in blocks:
+        assert block["parameters"] == matrices + 2 * hidden == 60_821_504
+        assert block["forward_flops_per_token"] == 2 * matrices == 121_634_816
+        assert block["forward_flops_per_token_and_position"] == 4 * hidden
+        assert block["saved_bytes_per_token"] == [112_648, 208_904]
+        assert block["saved_bytes_per_token_and_position"] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "qwen3", "opt", "olmo2", "mixtral"])
+def test_saved_bytes_are_those_of_a_real_forward(name):
+    """On CPU with weights, in fp32: what autograd keeps of a block, beside weights and what all blocks share."""
+    config = tiny(name)
+    length = 64
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    block = dissect(config).blocks[1][0]
+    kept, shared, inside = {}, set(), False
+
+    def note(tensor):
+        if inside:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    def enter(_, args, kwargs):
+        nonlocal inside
+        given = [x for x in tree_flatten(kwargs)[0] if isinstance(x, torch.Tensor)]
+        shared.update(x.untyped_storage()._cdata for x in given)
+        inside = True
+
+    def leave(*_):
+        nonlocal inside
+        inside = False
+
+    module = model.get_submodule(block)
+    shared.update(x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers()))
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.register_forward_hook(leave)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        model(input_ids=torch.zeros(2, length, dtype=torch.long), use_cache=False)
+    real = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in shared) / (2 * length)
+    layer = measure(config)["layers"][2]
+    found = layer["saved_bytes_per_token"][1] + length * layer["saved_bytes_per_token_and_position"][1]
+    assert found == pytest.approx(real, rel=0.1)
 
 
 def test_experts_count_as_often_as_they_are_met():

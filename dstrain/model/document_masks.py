@@ -1,0 +1,127 @@
+"""Packed documents are kept apart in families that would forget to, and by flash attention in several rows at once.
+
+Masks: Hugging Face's mask functions see documents where position ids jump, but only if the family hands these on, and
+hands on no mask of its own. Some families (falcon, opt, gpt_oss) call them without position ids: each document would
+see those before it, silently. While a family's forward runs, the mask functions that its modules have imported are
+therefore given our position ids.
+
+Lengths: flash attention takes no mask. Hugging Face's flash path finds the documents by position ids in a batch of one
+row only; with more rows it must be told where each document begins, which families hand down as keyword arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+
+Mask = Callable[..., Any]
+
+MASKS: tuple[Mask, ...] = tuple(
+    function
+    for name, function in vars(masking_utils).items()
+    if name.startswith("create_") and name.endswith("_causal_mask")
+)
+"""transformers' functions that make the causal mask of one kind of attention: full, sliding, in chunks."""
+
+FLASH = "flash_attention"
+"""How the names of the attention implementations begin that take lengths instead of masks."""
+
+
+class Documents:
+    """Keeps documents apart in the forward of one model.
+
+    Args:
+        model: all of it, so before parts are replaced: its modules' Python modules are looked through, once.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config = model.config
+        kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+        self._takes_lengths = inspect.Parameter.VAR_KEYWORD in kinds
+        # Python modules by their names: a copy of the model shall not try to copy them.
+        self._masks: list[tuple[str, str, Mask]] = [
+            (where, name, value)
+            for where in sorted({type(module).__module__ for module in model.modules()})
+            for name, value in vars(sys.modules[where]).items()
+            if callable(value) and any(value is mask for mask in MASKS)
+        ]
+
+    @contextmanager
+    def apart(self, position_ids: Tensor) -> Iterator[dict[str, Any]]:
+        """Run the model's forward inside this context, with the keyword arguments that it yields.
+
+        The names are replaced in the family's Python modules for this while only, but for all threads.
+
+        Args:
+            position_ids: int64 [B, S], which restart at 0 with each document.
+        """
+        for where, name, original in self._masks:
+            setattr(sys.modules[where], name, with_positions(original, position_ids))
+        try:
+            flash = self._takes_lengths and str(self._config._attn_implementation).startswith(FLASH)
+            yield document_lengths(position_ids) if flash else {}
+        finally:
+            for where, name, original in self._masks:
+                setattr(sys.modules[where], name, original)
+
+
+@contextmanager
+def without_flash(config: PretrainedConfig) -> Iterator[None]:
+    """Let a model with flash attention do without it for a while: on meta, transformers has no way to its kernels.
+
+    Args:
+        config: the very one that the model's modules look at.
+    """
+    implementation = config._attn_implementation
+    if str(implementation).startswith(FLASH):
+        config._attn_implementation = "eager"  # which every family has
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+def with_positions(create: Mask, position_ids: Tensor) -> Mask:
+    """``create``, called as the family calls it, but with our ``position_ids`` and without a mask that hides nothing.
+
+    Rows hold no padding that must be hidden (what a row is filled up with comes last), so a two-dimensional mask that
+    a family makes for itself is all ones. With it transformers would not look for documents.
+    """
+    signature = inspect.signature(create)
+
+    def create_apart(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["inputs_embeds"].shape[1] == position_ids.shape[1]:  # not over patches of tokens
+            given["position_ids"] = position_ids
+            mask = given.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_meta and bool(mask.all()):
+                given["attention_mask"] = None
+        return create(**given)
+
+    return create_apart
+
+
+def document_lengths(position_ids: Tensor) -> dict[str, Any]:
+    """Where the documents of a batch lie, as Hugging Face's flash attention wants to know it.
+
+    Args:
+        position_ids: int64 [B, S]. A document begins with each row, and wherever a position is not the one before
+            plus 1, as Hugging Face's masks have it.
+
+    Returns:
+        ``cu_seq_lens_q`` and ``cu_seq_lens_k``: int32 [documents + 1], where each begins among the B * S tokens
+        laid end to end, and the end of the last; ``max_length_q`` and ``max_length_k``: tokens of the longest.
+    """
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    places = begins.flatten().nonzero().flatten()
+    edges = torch.cat([places, places.new_tensor([begins.numel()])]).to(torch.int32)
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
