@@ -1,4 +1,4 @@
-"""Documents packed into rows of equal length; labels and positions keep the documents apart."""
+"""Documents in rows of equal length: several in a row, kept apart by labels and positions, or one in each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
 class Batch(NamedTuple):
-    """Packed rows, each int64 [n, seq_len]. `labels` are shifted: the token that follows, or IGNORED."""
+    """Rows, each int64 [n, seq_len]. `labels` are shifted: the token that follows, or IGNORED."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -50,10 +50,7 @@ class PackedRows:
     """
 
     def __init__(self, stream: TokenStream, seq_len: int) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len must be at least 1, not {seq_len}")
-        if stream.lengths.size and stream.lengths.min() < 1:
-            raise ValueError("a document without tokens can't be packed")
+        _check(stream, seq_len)
         self.seq_len = seq_len
         self._tokens = stream.tokens
         self._ends = np.cumsum(stream.lengths, dtype=np.int64)  # in the stream, of each document
@@ -73,7 +70,7 @@ class PackedRows:
 
     def rows(self, ids: np.ndarray) -> Batch:
         """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
-        ids = self._checked(ids)
+        ids = _checked(ids, self._rows)
         first = ids[:, None] * self.seq_len
         place = first + np.arange(self.seq_len, dtype=np.int64)
         document = np.searchsorted(self._ends, place, side="right")
@@ -89,10 +86,90 @@ class PackedRows:
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        return self._label_tokens[self._checked(ids)]
+        return self._label_tokens[_checked(ids, self._rows)]
 
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= self._rows):
-            raise IndexError(f"rows {ids.min()}..{ids.max()} are asked for, and there are {self._rows}")
-        return ids
+    @property
+    def padding(self) -> float:
+        """The share of tokens that only fill rows up: none."""
+        return 0.0
+
+
+class SeparateRows:
+    """Each row holds one document of a stream, or where that is longer, the next ``seq_len`` tokens of one.
+
+    The rest of a row is padding: end-of-document tokens without labels. It comes last, so that no token of a causal
+    model sees it, and positions count on through it, so that nothing takes it for a document. What counts all tokens
+    of a row alike counts it too: the router loss of a mixture of experts, and the time that a step takes.
+
+    Labels are those of `PackedRows`. What would be a row without any (a document's end-of-document token alone) is
+    left out; no label is.
+
+    Args:
+        padding: the token to fill rows up with.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, padding: int) -> None:
+        _check(stream, seq_len)
+        self.seq_len = seq_len
+        self._stream = stream
+        self._fill = padding
+        # All of a document's tokens but the last one have a label, and each row takes seq_len labels but the last.
+        rows = -(-(stream.lengths - 1) // seq_len)
+        self._ends = np.cumsum(rows, dtype=np.int64)  # in rows, of each document
+        self._rows = int(self._ends[-1]) if self._ends.size else 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def rows(self, ids: np.ndarray) -> Batch:
+        """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
+        start, left = self._pieces(_checked(ids, self._rows))
+        place = np.arange(self.seq_len, dtype=np.int64)
+        is_token, has_label = place < left[:, None], place + 1 < left[:, None]
+        at = start[:, None] + place
+        return Batch(
+            input_ids=self._tokens(at, is_token, self._fill),
+            position_ids=np.broadcast_to(place, at.shape),
+            labels=self._tokens(at + 1, has_label, IGNORED),
+        )
+
+    def label_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
+        _, left = self._pieces(_checked(ids, self._rows))
+        return np.minimum(left - 1, self.seq_len)
+
+    @property
+    def padding(self) -> float:
+        """The share of tokens that only fill rows up."""
+        if not self._rows:
+            return 0.0
+        _, left = self._pieces(np.arange(self._rows))
+        return 1.0 - float(np.minimum(left, self.seq_len).mean()) / self.seq_len
+
+    def _pieces(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the token file each of these rows begins, and how many tokens its document has from there."""
+        document = np.searchsorted(self._ends, ids, side="right")
+        first_row = np.concatenate([[0], self._ends])[document]
+        skipped = (ids - first_row) * self.seq_len
+        return self._stream.starts[document] + skipped, self._stream.lengths[document] - skipped
+
+    def _tokens(self, at: np.ndarray, there: np.ndarray, otherwise: int) -> np.ndarray:
+        """The tokens at places of the file, or ``otherwise`` where they are not ``there``."""
+        return np.where(there, self._stream.tokens[np.where(there, at, 0)].astype(np.int64), otherwise)
+
+
+Rows = PackedRows | SeparateRows
+
+
+def _check(stream: TokenStream, seq_len: int) -> None:
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, not {seq_len}")
+    if stream.lengths.size and stream.lengths.min() < 1:
+        raise ValueError("a document without tokens can't be put into a row")
+
+
+def _checked(ids: np.ndarray, rows: int) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64)
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        raise IndexError(f"rows {ids.min()}..{ids.max()} are asked for, and there are {rows}")
+    return ids

@@ -1,4 +1,4 @@
-"""A corpus made ready for training: tokenized once, split, packed.
+"""A corpus made ready for training: tokenized once, split, put into rows.
 
 On the command line: ``python -m dstrain.data.prepare REQUEST.json OUT.json`` reads the arguments of `prepare`
 from a JSON object and writes the summary.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.packing import PackedRows, TokenStream
+from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
@@ -28,6 +28,7 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
     "seq_len": int,
     "held_out": (int, float),
     "cache_dir": str,
+    "pack": bool,
 }
 
 
@@ -35,12 +36,12 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
 class PackedData:
     """The rows to train on, and those to evaluate on (None if nothing is held out).
 
-    `fingerprint` is a hash of the tokens, the sequence length and the split, not of file names or times:
-    hosts with equal fingerprints hold the same rows under the same numbers.
+    `fingerprint` is a hash of the tokens, the sequence length, the split and whether rows are packed, not of file
+    names or times: hosts with equal fingerprints hold the same rows under the same numbers.
     """
 
-    train: PackedRows
-    held_out: PackedRows | None
+    train: Rows
+    held_out: Rows | None
     tokenizer: Tokenizer
     fingerprint: str
     source: Source
@@ -50,7 +51,9 @@ class PackedData:
     tokens: int
 
     def summary(self) -> dict[str, Any]:
-        """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens."""
+        """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens; `padding` is the
+        share of tokens in the rows to train on that only fill them up.
+        """
         return {
             "source": self.source.name,
             "files": len(self.source.files),
@@ -62,6 +65,7 @@ class PackedData:
             "seq_len": self.train.seq_len,
             "train_rows": len(self.train),
             "held_out_rows": len(self.held_out) if self.held_out is not None else 0,
+            "padding": self.train.padding,
             "tokenizer": self.tokenizer.name,
             "vocab_size": self.tokenizer.vocab_size,
             "fingerprint": self.fingerprint,
@@ -69,12 +73,17 @@ class PackedData:
 
 
 def prepare(
-    source: str, tokenizer: str, seq_len: int, held_out: float | int, cache_dir: Path | str
+    source: str,
+    tokenizer: str,
+    seq_len: int,
+    held_out: float | int,
+    cache_dir: Path | str,
+    pack: bool = True,
 ) -> PackedData:
-    """Tokenize `source` into `cache_dir` unless that was done before, split it, and pack it into rows.
+    """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
     Safe to call from any number of processes and hosts at once; a cache that is not whole is built anew.
-    Tokens are cached for any `seq_len` and `held_out`.
+    Tokens are cached for any `seq_len`, `held_out` and `pack`.
 
     Args:
         source: see `dstrain.data.sources`.
@@ -82,6 +91,7 @@ def prepare(
         seq_len: tokens a row, at least 1.
         held_out: the share of the documents to keep from training, at least 0 (none) and less than 1.
         cache_dir: made if it is not there.
+        pack: fill each row with as many documents as it takes, else with one and padding.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -97,12 +107,21 @@ def prepare(
     files = find_files(source)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     train, held = split_stream(tokens.stream, held_out)
-    _check_rows(tokens, train, held, seq_len, held_out, files)
+    if pack:
+        _check_rows(tokens, train, held, seq_len, held_out, files)
+    else:
+        _check_labels(train, held, files)
+
+    def rows(stream: TokenStream) -> Rows:
+        if pack:
+            return PackedRows(stream, seq_len)
+        return SeparateRows(stream, seq_len, tokens_of.end_of_document)
+
     return PackedData(
-        train=PackedRows(train, seq_len),
-        held_out=PackedRows(held, seq_len) if held is not None else None,
+        train=rows(train),
+        held_out=rows(held) if held is not None else None,
         tokenizer=tokens_of,
-        fingerprint=_fingerprint(tokens, train, seq_len),
+        fingerprint=_fingerprint(tokens, train, seq_len, pack),
         source=files,
         documents=int(tokens.stream.lengths.size),
         held_out_documents=int(held.lengths.size) if held is not None else 0,
@@ -111,8 +130,8 @@ def prepare(
     )
 
 
-def _fingerprint(tokens: Tokens, train: TokenStream, seq_len: int) -> str:
-    digest = hashlib.sha256(f"{tokens.content} {seq_len}".encode())
+def _fingerprint(tokens: Tokens, train: TokenStream, seq_len: int, pack: bool) -> str:
+    digest = hashlib.sha256(f"{tokens.content} {seq_len}{'' if pack else ' separate'}".encode())
     digest.update(train.starts.astype("<i8").tobytes() + train.lengths.astype("<i8").tobytes())
     return digest.hexdigest()[:32]
 
@@ -137,6 +156,17 @@ def _check_rows(
             hint=f"{more}set held_out to 0 (none), or set seq_len to {held.size:,} or less",
             where=files.place,
         )
+
+
+def _check_labels(train: TokenStream, held: TokenStream | None, files: Source) -> None:
+    """Separate rows may be short, but one must have something to predict."""
+    for what, stream in (("to train on", train), ("held out", held)):
+        if stream is not None and stream.lengths.max() < 2:
+            raise DstrainError(
+                f"no document {what} has two tokens, so there is nothing to predict",
+                hint="give it more text, or another held_out",
+                where=files.place,
+            )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -178,7 +208,7 @@ def _request(path: Path) -> dict[str, Any]:
             f"the request is not an object with exactly {', '.join(_REQUEST)}", where=str(path)
         )
     for key, kinds in _REQUEST.items():
-        if not isinstance(request[key], kinds) or isinstance(request[key], bool):
+        if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
             raise DstrainError(f"{key!r} is {request[key]!r}, which is of the wrong kind", where=str(path))
     return request
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dstrain.data.order import SampleOrder
-from dstrain.data.packing import PackedRows
+from dstrain.data.packing import Rows
 from dstrain.engine.interface import MicroBatch
 from dstrain.plan.batch import Batch
 
@@ -16,7 +16,7 @@ from dstrain.plan.batch import Batch
 class TrainBatches:
     """The micro-batches of each step: which samples they hold depends on config, seed and step alone."""
 
-    def __init__(self, rows: PackedRows, batch: Batch, *, seed: int, replica: int) -> None:
+    def __init__(self, rows: Rows, batch: Batch, *, seed: int, replica: int) -> None:
         self.rows = rows
         self.batch = batch
         self.replica = replica
@@ -42,7 +42,7 @@ class HeldOutBatches:
     they add nothing.
     """
 
-    def __init__(self, rows: PackedRows, batch: Batch, *, samples: int, replica: int, fewest: int) -> None:
+    def __init__(self, rows: Rows, batch: Batch, *, samples: int, replica: int, fewest: int) -> None:
         ids = np.arange(min(samples, len(rows)))
         share = batch.micro_batch * batch.data_parallel
         count = max(fewest, math.ceil(len(ids) / share))
@@ -55,7 +55,7 @@ class HeldOutBatches:
         return self._micro_batches
 
 
-def make_micro_batch(rows: PackedRows, ids: np.ndarray, weight: float) -> MicroBatch:
+def make_micro_batch(rows: Rows, ids: np.ndarray, weight: float) -> MicroBatch:
     """The samples ``ids`` as tensors; a negative id is a row without labels."""
     batch = rows.rows(np.maximum(ids, 0))
     labels = np.where((ids < 0)[:, None], -100, batch.labels)

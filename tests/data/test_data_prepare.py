@@ -62,6 +62,33 @@ def test_held_out_documents_are_not_trained_on(corpus, tmp_path):
     assert len(mentioned[1]) >= 3 and len(mentioned[0]) >= 15
 
 
+def test_without_packing_a_row_holds_one_document(corpus, tmp_path):
+    packed = prepare(str(corpus), "bytes", 32, 0.2, tmp_path / "cache")
+    data = prepare(str(corpus), "bytes", 32, 0.2, tmp_path / "cache", pack=False)
+    assert (packed.documents, packed.tokens) == (data.documents, data.tokens)
+    assert packed.fingerprint != data.fingerprint
+    summary = data.summary()
+    assert (summary["train_rows"], summary["held_out_rows"]) == (len(data.train), len(data.held_out))
+    texts = [data.tokenizer.decode(row) for row in everything(data.train).input_ids]
+    assert all(text.count("document") <= 1 for text in texts)
+    starts = [text for text in texts if text.startswith("document")]
+    assert len(starts) == 16
+    rest = 1 - sum(len(text) + (len(text) < 32) for text in texts) / (32 * len(texts))
+    assert summary["padding"] == pytest.approx(rest) and 0 < rest < 1
+    assert packed.summary()["padding"] == 0
+
+
+def test_documents_shorter_than_a_row_are_enough_without_packing(tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(DstrainError, match="one row takes 64"):
+        prepare(str(tmp_path / "a.txt"), "bytes", 64, 0, tmp_path / "cache")
+    data = prepare(str(tmp_path / "a.txt"), "bytes", 64, 0, tmp_path / "cache", pack=False)
+    assert len(data.train) == 1 and data.train.label_tokens(np.array([0])).tolist() == [5]
+    (tmp_path / "b.txt").write_text("ab")
+    with pytest.raises(DstrainError, match="nothing to predict"):
+        prepare(str(tmp_path / "b.txt"), "bytes", 64, 0.5, tmp_path / "cache", pack=False)
+
+
 def test_a_second_call_tokenizes_nothing_whatever_its_rows(corpus, tmp_path, builds):
     first = prepare(str(corpus), "bytes", 32, 0, tmp_path / "cache")
     again = prepare(str(corpus), "bytes", 32, 0, tmp_path / "cache")
