@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from dstrain.engine.recompute import recompute
+from dstrain.model.asked import Asked
 from dstrain.model.layers import BlockLayer, LayeredModel
 
 
 class LayersInOne(nn.Module):
-    """``(input_ids, position_ids)`` [B, S] -> logits [B, S, V]. Parameters are named as in a pipeline.
+    """``(input_ids, position_ids)`` [B, S] -> what the head is asked for. Parameters are named as in a pipeline.
 
     Args:
         activation_checkpointing: recompute each block in the backward pass (not the embedding and
@@ -23,6 +24,10 @@ class LayersInOne(nn.Module):
         for index in range(model.num_layers):
             self.add_module(str(index), model.build(index))
         self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def head(self) -> Asked:
+        return self._modules[str(len(self._modules) - 1)]
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         state = inputs

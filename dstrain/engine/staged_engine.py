@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ class _StagedMends(MendedEngine):
     """What both schedules need, before DeepSpeed's own pipeline engine in the order of classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._receive_buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         with _zero_stages_admitted():
             super().__init__(*args, **kwargs)
         if self.zero_optimization_partition_weights():
@@ -59,6 +61,14 @@ class _StagedMends(MendedEngine):
         self.total_loss = None
         return super().eval_batch(*args, **kwargs)
 
+    def _exec_forward_pass(self, buffer_id: int, **kwargs: Any) -> None:
+        """The head computes the loss inside its forward, where ZeRO-3 has gathered its weights."""
+        if not (self._compute_loss and self._starts_at_loss(**kwargs)):
+            super()._exec_forward_pass(buffer_id, **kwargs)
+            return
+        with self.module.head.asked(target=self.pipe_buffers["labels"][buffer_id]):
+            super()._exec_forward_pass(buffer_id, **kwargs)
+
     def _exec_backward_pass(self, buffer_id: int, **kwargs: Any) -> None:
         self._backward_passes += 1
         last = self.micro_batches * self.passes_per_micro_batch
@@ -67,10 +77,54 @@ class _StagedMends(MendedEngine):
             # The first backward pass of a step overwrites gradients, the later ones add. Upstream counts
             # at each forward pass, of which there may be none between two backward passes.
             self.optimizer.micro_step_id = self._backward_passes - 1
-        super()._exec_backward_pass(buffer_id, **kwargs)
+        with self._one_output(buffer_id, **kwargs):
+            super()._exec_backward_pass(buffer_id, **kwargs)
         if self._partitions_gradients and not self._starts_at_loss(**kwargs):
             self._backward_epilogue()  # where it starts at the loss, engine.backward() has called it
         self._force_grad_boundary = False
+
+    def _allocate_or_extend_buffers(self, idx: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A buffer to receive into, for each place and type; upstream takes no heed of the type.
+
+        With two tensors that have gradients, a stage's gradient number 1 is a float, and its input number 1 are the
+        int64 positions: upstream would receive the one into the other's buffer.
+        """
+        size = math.prod(shape)
+        found = self._receive_buffers.get((idx, dtype))
+        if found is None or found.numel() < size:
+            found = self._receive_buffers[idx, dtype] = self._allocate_buffer(
+                shape, num_buffers=1, dtype=dtype
+            )[0]
+        return found.flatten()[:size].view(shape)
+
+    @contextmanager
+    def _one_output(self, buffer_id: int, **kwargs: Any) -> Iterator[None]:
+        """Let a backward pass that starts at several received gradients run once.
+
+        Upstream calls ``backward`` for each tensor that was sent: twice the work, and twice the reductions of
+        gradients behind it.
+        """
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self._starts_at_loss(**kwargs) or sum(t.is_floating_point() for t in outputs) < 2:
+            yield
+            return
+        floats = [tensor for tensor in outputs if tensor.is_floating_point()]
+        gradients = self._take_gradients(buffer_id, **kwargs)
+        self.pipe_buffers["outputs"][buffer_id] = _Together.apply(gradients[1:], *floats)
+        try:
+            yield
+        finally:
+            self._give_back_gradients(gradients)
+
+    def _take_gradients(self, buffer_id: int) -> list[torch.Tensor]:
+        """The received gradients of all outputs; the first of them is left for the backward pass."""
+        gradients = self.grad_layer
+        self.grad_layer = gradients[0]
+        return gradients
+
+    def _give_back_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """They are receive buffers, which are used again."""
+        self.grad_layer = gradients
 
     def _starts_at_loss(self) -> bool:
         """Whether a backward pass of this stage starts at the loss rather than at a received gradient."""
@@ -115,7 +169,23 @@ class _StagedMends(MendedEngine):
         ]
 
 
+class _Together(torch.autograd.Function):
+    """The first of several tensors; its gradient goes backward together with those given for the others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, other_gradients: list[torch.Tensor], first: torch.Tensor, *others: torch.Tensor
+    ) -> Any:
+        ctx.other_gradients = other_gradients
+        return first.view_as(first)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, gradient, *ctx.other_gradients
+
+
 _MENDED = {
+    schedule.ForwardPass: _StagedMends._exec_forward_pass,
     schedule.BackwardPass: _StagedMends._exec_backward_pass,
     schedule.ReduceGrads: _StagedMends._exec_reduce_grads,
     schedule.ReduceTiedGrads: _StagedMends._exec_reduce_tied_grads,
@@ -159,6 +229,19 @@ class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
 
     def _starts_at_loss(self, phase: int) -> bool:  # type: ignore[override]
         return self._is_loss_stage(phase)
+
+    def _take_gradients(self, buffer_id: int, phase: int) -> list[torch.Tensor]:  # type: ignore[override]
+        if self._is_last_rank() and phase == 0:  # the rank's second stage has left them at its inputs
+            turned = self._phase1_buffer(buffer_id)
+            inputs = self.pipe_buffers["inputs"][turned]
+            self.pipe_buffers["inputs"][turned] = inputs[0]
+            return [tensor.grad for tensor in inputs if tensor.is_floating_point()]
+        gradients = self.pipe_buffers["grads"][buffer_id]
+        self.pipe_buffers["grads"][buffer_id] = gradients[0]
+        return gradients
+
+    def _give_back_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """They were made for this backward pass alone."""
 
     _INSTRUCTION_MAP: ClassVar = {
         **dualpipev.DualPipeVEngine._INSTRUCTION_MAP,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dstrain.model.driver import Driver, Recorder, Switch
 from dstrain.model.initialise import initialisers, uninitialised
+from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng
 
 
 class Refused(Exception):  # noqa: N818 - caught by the probe, which hands on the reason
     """This model cannot be split into layers; the message is the reason, for the user."""
+
+
+class OuterInitialiser:
+    """Initialises a module as its own model does, and then as the container around it does.
+
+    The container reaches one module only, so what it draws depends on no other layer: draws for weights on meta,
+    those of layers that are not here, use no random numbers.
+    """
+
+    def __init__(self, inner: Any, outer: PreTrainedModel, container: nn.Module) -> None:
+        self._inner, self._outer, self._container = inner, outer, container
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self._inner._init_weights(module)
+        self._outer._init_weights(self._container)
 
 
 class Anatomy:
@@ -27,7 +44,10 @@ class Anatomy:
         switches: the stand-ins of the other modules with weights, by path.
         in_head: the paths of those that the head layer holds; the embedding layer holds the others.
         tied: (key, ((layer index, Hugging Face name), ...)) of weights that two layers use.
+        hidden: the shape of a token's hidden state, [H] or, for hyper-connections, [streams, H].
+        beside: what stands for the values that a block returns beside the hidden state, see ``probe.Untouchable``.
         owners: whose ``_init_weights`` initialises the module at a path.
+        router: the router loss that its blocks add to, or None.
         refusal: why the model cannot be split, or None.
     """
 
@@ -41,6 +61,9 @@ class Anatomy:
         self.switches: dict[str, Switch] = {}
         self.in_head: set[str] = set()
         self.tied: list[tuple[str, tuple[tuple[int, str], ...]]] = []
+        self.router: RouterLoss | None = None
+        self.hidden: tuple[int, ...] = (getattr(self.config, "hidden_size", 0),)
+        self.beside: tuple[Any, ...] = ()
         self.refusal: str | None = None
         self._places: list[tuple[nn.Module, str, Recorder | Switch]] = []
 
@@ -72,13 +95,15 @@ class Anatomy:
         self.blocks = [(f"{path}.{i}", block) for i, block in enumerate(blocks)]
         self.driver.count = len(self.blocks)
         spine = [path.rsplit(".", cut)[0] if cut else path for cut in range(path.count(".") + 1)] + [""]
-        self._check_initialisers(spine)
+        in_the_way = self._outer_initialisers(spine)
         self._replace(self.model, "", set(spine))
         for i, (_, block) in enumerate(self.blocks):
             self._stand_in(blocks, str(i), Recorder(self.driver, i, block))
         stranded = [name for name, _ in self.model.named_parameters()]
         if stranded:
             raise Refused(f"its weight {stranded[0]} belongs to no layer")
+        if in_the_way:
+            raise Refused(in_the_way)
 
     def _stand_in(self, parent: nn.Module, name: str, stand_in: Recorder | Switch) -> None:
         parent._modules[name] = stand_in
@@ -96,17 +121,28 @@ class Anatomy:
                 parent._modules[name] = stand_in
 
     @torch.no_grad()
-    def _check_initialisers(self, spine: list[str]) -> None:
-        """Layers are initialised one by one: a container of several may have no say in their values."""
-        before = {name: param._version for name, param in self.model.named_parameters()}
-        with untouched_rng():
-            for path in spine:
-                self.owners[path]._init_weights(self.model.get_submodule(path))
-        for name, param in self.model.named_parameters():
-            if param._version != before[name]:
-                raise Refused(f"the initial value of {name} is set from outside its layer")
+    def _outer_initialisers(self, spine: list[str]) -> str | None:
+        """Layers are initialised one by one; where a container has a say in one module's values, it is noted.
+
+        Returns:
+            Why the layers cannot be initialised one by one, or None.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        tied = {*tied, *tied.values()}  # their canonical owner has the last word anyway
+        for path in spine:
+            before = {name: param._version for name, param in self.model.named_parameters()}
+            container = self.model.get_submodule(path)
+            with untouched_rng():
+                self.owners[path]._init_weights(container)
+            changed = [name for name, p in self.model.named_parameters() if p._version != before[name]]
+            changed = [name for name in changed if name not in tied]
+            if len({name.rpartition(".")[0] for name in changed}) > 1:
+                return f"the initial value of {changed[0]} is set from outside its layer"
+            for module in {name.rpartition(".")[0] for name in changed} - {path}:
+                self.owners[module] = OuterInitialiser(self.owners[module], self.owners[path], container)
         if missed := uninitialised(self.model, self.owners):
-            raise Refused(f"its family defines no initial value for {missed[0]}")
+            return f"its family defines no initial value for {missed[0]}"
+        return None
 
     def _replace(self, module: nn.Module, path: str, spine: set[str]) -> None:
         self.driver.loose.append(module)

@@ -39,6 +39,8 @@ def text_config(config: PretrainedConfig, *, where: str | None = None) -> Pretra
         DstrainError: neither the configuration nor its text part has a causal language model.
     """
     text = config.get_text_config(decoder=True)
+    if type(text) is type(config):
+        text = config  # of bart and its like it is a copy that has lost the decoder's sizes
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return text
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -51,9 +53,12 @@ def text_config(config: PretrainedConfig, *, where: str | None = None) -> Pretra
 
 
 def canonical_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of ``config`` with all that training does not use switched off (caches, recorded outputs)."""
+    """A copy of ``config`` with all that is not asked of the model's own forward switched off.
+
+    These are caches and recorded outputs; a router loss is made in ``dstrain.model.router``.
+    """
     config = copy.deepcopy(config)
-    for name in ("use_cache", "output_attentions", "output_hidden_states"):
+    for name in ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"):
         if hasattr(config, name):
             setattr(config, name, False)
     if hasattr(config, "return_dict"):

@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
+from dstrain.model.asked import Asked
 from dstrain.model.buffers import keep_buffer_types
 from dstrain.model.driver import Call, Driver
 from dstrain.model.initialise import cast, initialise, materialise
+from dstrain.model.loss import TokenLoss
+from dstrain.model.pretrained import PretrainedWeights, WeightLoader
 from dstrain.model.probe import dissect
+from dstrain.model.router import RouterEars, RouterLoss
 
-Pair = tuple[Tensor, Tensor]
+State = tuple[Tensor, ...]
+"""What one layer hands to the next: (hidden [B, S, H], position_ids int64 [B, S]), and with a router loss its sums
+(float32 [experts], int64 [experts])."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class LayeredModel:
         config: of a causal language model, as ``load_config`` gives it; it is copied.
         seed: of the initial weights, which depend on it and on the parameter's name only.
         dtype: of the parameters. They are drawn in fp32 and rounded.
+        weights: where to take the parameters from instead of drawing them; each layer that is built reads its own.
         attention: attention implementation: "sdpa", "eager", "flash_attention_2" ..., or
             "auto": sdpa where the family has it, else eager.
 
@@ -52,10 +60,11 @@ class LayeredModel:
         num_layers: blocks + 2.
         names: "embed", "block 0", ..., "head".
         tied: the weights that more than one layer uses.
+        after_build: called with each layer as soon as its parameters have their values.
 
     Raises:
         DstrainError: the family cannot be split into layers without changing what it computes, with the
-            reason.
+            reason; or ``weights`` are not its own.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class LayeredModel:
         seed: int,
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
+        weights: PretrainedWeights | None = None,
     ) -> None:
         anatomy = dissect(config, attention)
         if anatomy.refusal:
@@ -82,6 +92,8 @@ class LayeredModel:
         self._arguments = ArgumentsCache(anatomy.driver)
         self._shared: dict[str, nn.Parameter] = {}
         self._built: set[int] = set()
+        self._loader = self._open(weights) if weights else None
+        self.after_build: Callable[[nn.Module], None] = lambda layer: None
 
     def build(self, index: int) -> nn.Module:
         """Materialise layer ``index`` on CPU with its initial weights. Call it once for each local layer.
@@ -93,7 +105,8 @@ class LayeredModel:
             ``EmbedLayer``, ``BlockLayer`` or ``HeadLayer``; its parameters are named as in Hugging Face.
 
         Raises:
-            DstrainError: the family defines no initial value for one of the layer's parameters.
+            DstrainError: the family defines no initial value for one of the layer's parameters, or the
+                pretrained weights do not hold it.
         """
         if not 0 <= index < self.num_layers:
             raise IndexError(f"layer {index} of {self.num_layers}")
@@ -104,11 +117,16 @@ class LayeredModel:
         for path, module in modules.items():
             self._fill(path, module)
         self._tie(index, modules)
+        layer = self._layer(index, modules)
+        self.after_build(layer)
+        return layer
+
+    def _layer(self, index: int, modules: dict[str, nn.Module]) -> Layer:
         if index == 0:
-            return EmbedLayer(modules, self._anatomy.driver)
+            return EmbedLayer(modules, self._anatomy.driver, self._anatomy.router)
         if index == self.num_layers - 1:
-            return HeadLayer(modules, self._anatomy.driver)
-        return BlockLayer(modules, index - 1, self._arguments)
+            return HeadLayer(modules, self._anatomy.driver, self._anatomy.router)
+        return BlockLayer(modules, index - 1, self._arguments, self._anatomy.router)
 
     def to(self, device: torch.device | str) -> LayeredModel:
         """Move the buffers that belong to no layer (rotary tables); they follow the input's device anyway."""
@@ -124,7 +142,11 @@ class LayeredModel:
                     set_parameter(modules, path, self._shared[weight.key])
 
     def _canonical(self, key: str, modules: dict[str, nn.Module]) -> nn.Parameter:
-        """The tied weight as its canonical owner initialises it."""
+        """The tied weight as its canonical owner initialises it, or as the files hold it under any of its names."""
+        if self._loader:
+            [names] = [{path for _, path in weight.owners} for weight in self.tied if weight.key == key]
+            with self._anatomy.restored():
+                return self._loader.take([key, *sorted(names - {key})])
         path = next((p for p in modules if key.startswith(p + ".")), None)
         if path is not None:
             return modules[path].get_parameter(key[len(path) + 1 :])
@@ -133,7 +155,23 @@ class LayeredModel:
         self._fill(path, stranger)
         return stranger.get_parameter(key[len(path) + 1 :])
 
+    def _open(self, weights: PretrainedWeights) -> WeightLoader:
+        """With the few buffers that the files hold and no layer does loaded at once."""
+        with self._anatomy.restored():
+            loader = weights.loader(self._anatomy.model, self.dtype)
+            names = set(self._anatomy.model.state_dict())
+            for index in range(self.num_layers):
+                for path, module in self._anatomy.layer_modules(index).items():
+                    names -= set(module.state_dict(prefix=f"{path}."))
+            loader.load(names)
+        return loader
+
     def _fill(self, path: str, module: nn.Module) -> None:
+        if self._loader:
+            tied = {name for weight in self.tied for _, name in weight.owners}
+            with self._anatomy.restored():
+                self._loader.load(set(module.state_dict(prefix=f"{path}.")) - tied)
+            return
         materialise(module)
         with self._anatomy.restored():  # some families look up where in the model a module stands
             missed = initialise(path, module, self._anatomy.owners, self.seed)
@@ -174,44 +212,90 @@ class Layer(nn.Module):
 
 
 class EmbedLayer(Layer):
-    """(input_ids int64 [B, S], position_ids int64 [B, S]) -> (hidden [B, S, H], position_ids)."""
+    """(input_ids int64 [B, S], position_ids int64 [B, S]) -> State."""
 
-    def __init__(self, modules: dict[str, nn.Module], driver: Driver) -> None:
+    def __init__(self, modules: dict[str, nn.Module], driver: Driver, router: RouterLoss | None) -> None:
         super().__init__(modules)
         self._driver = driver
+        self._router = router
 
-    def forward(self, inputs: Pair) -> Pair:
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> State:
         input_ids, position_ids = inputs
-        return self._driver.prologue(input_ids, position_ids, training=self.training), position_ids
+        hidden = self._driver.prologue(input_ids, position_ids, training=self.training)
+        sums = self._router.start(hidden.device) if self._router else ()
+        return hidden, position_ids, *sums
 
 
 class BlockLayer(Layer):
-    """(hidden [B, S, H], position_ids int64 [B, S]) -> (hidden [B, S, H], position_ids)."""
+    """State -> State."""
 
-    def __init__(self, modules: dict[str, nn.Module], number: int, arguments: ArgumentsCache) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], number: int, arguments: ArgumentsCache, router: RouterLoss | None
+    ) -> None:
         super().__init__(modules)
         # Past nn.Module.__setattr__, which would register the block under a second name.
-        self.__dict__["_block"] = next(iter(modules.values()))
+        [(path, self.__dict__["_block"])] = modules.items()
         self._number = number
         self._arguments = arguments
+        self._router = router
+        self._ears = RouterEars(router, path, self._block) if router else None
 
-    def forward(self, inputs: Pair) -> Pair:
-        hidden, position_ids = inputs
+    def forward(self, state: State) -> State:
+        hidden, position_ids, *sums = state
         call = self._arguments(hidden, position_ids)[self._number]
-        output = call.apply(self._block, hidden)
-        return (output[0] if isinstance(output, tuple | list) else output), position_ids
+        if self._router is None:
+            return _hidden_of(call.apply(self._block, hidden)), position_ids
+        with self._ears.listening() as logits:
+            output = call.apply(self._block, hidden)
+        return _hidden_of(output), position_ids, *self._router.add(tuple(sums), logits)
 
 
-class HeadLayer(Layer):
-    """(hidden [B, S, H], position_ids int64 [B, S]) -> logits [B, S, V]."""
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
 
-    def __init__(self, modules: dict[str, nn.Module], driver: Driver) -> None:
+
+class HeadLayer(Asked, Layer):
+    """State -> logits [B, S, V], or what it is asked for.
+
+    The loss is the sum of the tokens' cross-entropies times the weight, and in training the router loss.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], driver: Driver, router: RouterLoss | None) -> None:
         super().__init__(modules)
         self._driver = driver
+        self._router = router
+        self._loss = TokenLoss()
 
-    def forward(self, inputs: Pair) -> Tensor:
-        hidden, position_ids = inputs
+    def forward(self, state: State) -> Tensor:
+        hidden, position_ids, *sums = state
+        if self.target is not None:
+            loss = self._token_loss(hidden, position_ids, *self.target)
+            return loss + self._router.loss(tuple(sums)) if self._router and self.training else loss
+        if self.position is not None:
+            row, place = self.position
+            one = slice(row, row + 1), slice(place, place + 1)
+            return self._logits(hidden[one], position_ids[one])[0, 0]
+        return self._logits(hidden, position_ids)
+
+    def _logits(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         return self._driver.epilogue(hidden, position_ids, training=self.training)
+
+    def _token_loss(self, hidden: Tensor, position_ids: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        """In chunks of tokens: a chunk's logits live only while its loss, or its gradient, is computed.
+
+        Each chunk runs the family's own epilogue, with its scaling and soft-capping.
+        """
+        if not 0 < self.loss_chunk < labels.numel():
+            return self._loss(self._logits(hidden, position_ids), (labels, weight))
+
+        def part(hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+            return self._loss(self._logits(hidden, position_ids), (labels, weight))
+
+        rows = (tensor.flatten(0, 1).split(self.loss_chunk) for tensor in (hidden, position_ids, labels))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for chunk in zip(*rows, strict=True):
+            total = total + checkpoint(part, *(tensor[None] for tensor in chunk), use_reentrant=False)
+        return total
 
 
 class ArgumentsCache:

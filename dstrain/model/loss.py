@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,18 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """The label of a position that does not count."""
 
-CHUNK = 1024
-"""Rows of logits that are in fp32 at a time."""
+PIECE = 1 << 24
+"""Logits that are in fp32 at a time, as a number of elements: 64 MiB."""
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of each at a time."""
+    rows = max(1, PIECE // logits.shape[-1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of ``logits`` [N, V] for ``labels`` [N], in fp32, chunk by chunk.
+    """Sum of the cross-entropies of ``logits`` [N, V] for ``labels`` [N], in fp32, piece by piece.
 
     Autograd through ``F.cross_entropy(logits.float(), ...)`` keeps two fp32 copies of all logits; this
     keeps none, and makes one gradient in the dtype of the logits.
@@ -26,7 +33,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         ctx.save_for_backward(logits, labels)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for rows, wanted in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+        for rows, wanted in _pieces(logits, labels):
             total += torch.nn.functional.cross_entropy(
                 rows.float(), wanted, ignore_index=IGNORED, reduction="sum"
             )
@@ -37,9 +44,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows, wanted, out in zip(
-            logits.split(CHUNK), labels.split(CHUNK), gradient.split(CHUNK), strict=True
-        ):
+        for rows, wanted, out in _pieces(logits, labels, gradient):
             counts = wanted != IGNORED
             part = torch.softmax(rows.float(), dim=-1)
             index = wanted.where(counts, 0)[:, None]
@@ -70,8 +75,6 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each token, float32 [B, S], without a graph; 0 where ``labels`` [B, S] is -100."""
     losses = [
         torch.nn.functional.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none")
-        for rows, wanted in zip(
-            logits.flatten(0, -2).split(CHUNK), labels.flatten().split(CHUNK), strict=True
-        )
+        for rows, wanted in _pieces(logits.flatten(0, -2), labels.flatten())
     ]
     return torch.cat(losses).view(labels.shape)

@@ -8,6 +8,7 @@ gradient.
 from __future__ import annotations
 
 import copy
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.anatomy import Anatomy, Refused
+from dstrain.model.document_masks import without_flash
 from dstrain.model.driver import PROBE, Call, Reached, Switch, hidden_slot, marked, to_meta
 from dstrain.model.meta_run import run_on_meta
+from dstrain.model.router import OtherRouterLossError, router_loss_of
 
 ROWS, LENGTH = 2, 6
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -41,21 +44,23 @@ def dissect(config: PretrainedConfig, attention: str | None = None) -> Anatomy:
     anatomy = Anatomy(config, attention)
     try:
         refuse_options(anatomy.config)
+        anatomy.router = router_loss_of(anatomy.model, config)
         anatomy.take_apart()
-        probe(anatomy)
+        with without_flash(anatomy.config):
+            probe(anatomy)
         anatomy.find_tied()
     except Refused as refused:
         anatomy.refusal = str(refused)
+    except OtherRouterLossError:
+        anatomy.refusal = (
+            "the router loss of its experts is not the usual one, and is not carried between stages;"
+            " set output_router_logits: false in its config.json"
+        )
     return anatomy
 
 
 def refuse_options(config: PretrainedConfig) -> None:
     """Refuse what the configuration asks for and the layers would silently leave out."""
-    if getattr(config, "output_router_logits", False):
-        raise Refused(
-            "the router loss of its experts (output_router_logits) is not carried between stages; "
-            "set output_router_logits: false"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise Refused("it is an encoder-decoder model")
     for name in ("layerdrop", "decoder_layerdrop"):
@@ -84,6 +89,7 @@ def probe(anatomy: Anatomy) -> None:
         raise Refused("its head depends on more than the last block's hidden state")
     anatomy.in_head = {path for path in anatomy.switches if path not in first.before}
     _refuse_changed_containers(anatomy, calls)
+    _refuse_used_values(anatomy, calls)
 
 
 class Trial:
@@ -171,7 +177,7 @@ class Trial:
         self.last = self._leaf(hidden, torch.Generator().manual_seed(7) if final else self.random)
         if self.extras is None:
             return self.last
-        return (self.last, *(self._leaf(hidden, self.random) for _ in range(self.extras)))
+        return (self.last, *self.anatomy.beside)
 
     def at_switch(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.calls:
@@ -211,8 +217,9 @@ class Trial:
     def _check_hidden(self, hidden: Any) -> None:
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             raise Refused("its blocks are not given the hidden state first")
-        if hidden.dim() != 3 or hidden.shape[:2] != (self.rows, self.length):
+        if hidden.dim() < 3 or hidden.shape[:2] != (self.rows, self.length):
             raise Refused(f"its hidden state is not [batch, sequence, hidden] but {list(hidden.shape)}")
+        self.anatomy.hidden = tuple(hidden.shape[2:])
 
     def _check_arguments(self, index: int, call: Call) -> None:
         for name, value in _named(call):
@@ -222,7 +229,7 @@ class Trial:
                         raise Refused(
                             f"block {index} is given more than the hidden state ({name} is learned)"
                         )
-                elif not isinstance(leaf, PLAIN) and type(leaf).__name__ not in ("Hidden", "BlockMask"):
+                elif not isinstance(leaf, PLAIN) and not _harmless(leaf):
                     raise Refused(f"block {index} is given a {type(leaf).__name__} as {name}")
 
     def _check_logits(self, logits: Any) -> None:
@@ -242,6 +249,12 @@ class Trial:
             if (gradient is not None) != (leaf is self.last):
                 raise Refused("its logits depend on more than the last block's hidden state")
         self.logits = logits.detach()
+
+
+def _harmless(leaf: Any) -> bool:
+    if isinstance(leaf, MutableMapping):
+        return not leaf  # a dict of a class of its own; _refuse_changed_containers looks after it
+    return type(leaf).__name__ in ("Hidden", "BlockMask", "Untouchable")
 
 
 def _named(call: Call) -> list[tuple[str, Any]]:
@@ -265,30 +278,60 @@ def _equal(x: Any, y: Any) -> bool:
 def _extras_of_block(anatomy: Anatomy, call: Call) -> int | None:
     """How many values block 0 returns beside the hidden state; None: it returns a bare tensor."""
     block = copy.deepcopy(anatomy.blocks[0][1])
-    output = run_on_meta(block, call, _hidden_size(anatomy), ROWS, LENGTH)
+    output = run_on_meta(block, call, anatomy.hidden, ROWS, LENGTH)
     if isinstance(output, Tensor):
         return None
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        anatomy.beside = tuple(None if value is None else Untouchable() for value in output[1:])
         return len(output) - 1
     raise Refused(f"its blocks return a {type(output).__name__}, not the hidden state")
 
 
-def _hidden_size(anatomy: Anatomy) -> int:
-    return anatomy.config.hidden_size
+def _refuse_used_values(anatomy: Anatomy, calls: list[Call]) -> None:
+    """Refuse blocks that look at what the block before returned beside the hidden state.
+
+    It may be handed to them: a recurrent state that is None in training, or a choice that only some settings reuse.
+    """
+    if not anatomy.beside:
+        return
+    for index, ((_, block), call) in enumerate(zip(anatomy.blocks, calls, strict=True)):
+        handed = any(isinstance(value, Untouchable) for _, value in _named(call))
+        if handed or None in anatomy.beside:
+            output = run_on_meta(copy.deepcopy(block), call, anatomy.hidden, ROWS, LENGTH)
+            for ours, value in zip(anatomy.beside, output[1:], strict=True):
+                if ours is None and value is not None:
+                    raise Refused(f"block {index} returns another kind of values than block 0")
+
+
+class Untouchable:
+    """Stands for a value that a block returns beside the hidden state and that stays on its stage.
+
+    It may be handed on, even to the next block, as long as nobody looks at it.
+    """
+
+    def _touched(self, *args: Any, **kwargs: Any) -> Any:
+        raise Refused("what a block returns beside the hidden state is used after it")
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _touched
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _touched
 
 
 def _refuse_changed_containers(anatomy: Anatomy, calls: list[Call]) -> None:
     """Refuse blocks that talk to each other through a dict or list that they are all given."""
-    shared: Any = [v for call in calls for _, v in _named(call) if isinstance(v, dict | list)]
+    shared: Any = [v for call in calls for _, v in _named(call) if isinstance(v, MutableMapping | list)]
     if not shared:
         return
-    metas = {id(value): to_meta(value) for value in shared}
+    # A dict of a class of its own is empty here (see _check_arguments), and opaque to torch's walk.
+    metas = {
+        id(value): to_meta(value) if type(value) in (dict, list) else copy.copy(value) for value in shared
+    }
     before = {key: tree_flatten(value) for key, value in metas.items()}
     for (_, block), call in zip(anatomy.blocks, calls, strict=True):
         args = tuple(metas.get(id(value), value) for value in call.args)
         kwargs = {name: metas.get(id(value), value) for name, value in call.kwargs.items()}
-        run_on_meta(copy.deepcopy(block), Call(args, kwargs), _hidden_size(anatomy), ROWS, LENGTH)
+        run_on_meta(copy.deepcopy(block), Call(args, kwargs), anatomy.hidden, ROWS, LENGTH)
     for key, value in metas.items():
         (leaves, spec), (old, old_spec) = tree_flatten(value), before[key]
-        if spec != old_spec or any(x is not y for x, y in zip(leaves, old, strict=True)):
+        filled = type(value) not in (dict, list) and len(value) > 0
+        if filled or spec != old_spec or any(x is not y for x, y in zip(leaves, old, strict=True)):
             raise Refused("its blocks share state that they change (a dict or list among their arguments)")

@@ -228,3 +228,36 @@ def test_without_the_mend_another_model_is_trained(undo: str, case: Case) -> Non
     """So that an upgrade of DeepSpeed shows what has changed."""
     with pytest.raises(AssertionError, match=r"is not within|died|rank"):
         assert_equal(case, run(case.world_size, Stock.train, case, undo))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(zero=0, pipeline=2, experts=4),
+        Case(zero=1, pipeline=3, experts=4, checkpointing=True),
+        Case(zero=2, pipeline=2, experts=4, accumulation=8),
+        Case(zero=2, pipeline=2, experts=4, schedule="dualpipev"),
+        Case(zero=3, pipeline=2, experts=4),
+        Case(zero=3, pipeline=1, experts=4),
+    ],
+    ids=str,
+)
+def test_router_loss_is_carried_from_stage_to_stage(case: Case) -> None:
+    """Two tensors with gradients travel between stages; upstream would run each backward pass twice."""
+    assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(zero=1, pipeline=1, loss_chunk=24),
+        Case(zero=2, pipeline=2, loss_chunk=24),
+        Case(zero=2, pipeline=2, loss_chunk=24, schedule="dualpipev"),
+        Case(zero=3, pipeline=2, loss_chunk=24, data_parallel=2),
+        Case(zero=3, pipeline=1, loss_chunk=24, data_parallel=2, tied=False),
+    ],
+    ids=str,
+)
+def test_a_loss_in_chunks_of_tokens_is_the_same_loss(case: Case) -> None:
+    """24 tokens divide no row of 16 and no micro-batch; the head's weights are used several times a pass."""
+    assert_equal(case, run(case.world_size, train_in_layout, case))

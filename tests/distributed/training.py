@@ -45,6 +45,8 @@ class Case:
     freeze: tuple[str, ...] = ()
     nvme_path: str = ""
     loss_scale_power: int = 16  # fp16: log2 of the first loss scale
+    experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
+    loss_chunk: int = 0
 
     @property
     def world_size(self) -> int:
@@ -61,7 +63,9 @@ class Case:
     def in_one_process(self) -> Case:
         """What the yardstick trains: the same but for the layout."""
         plain = Case()
-        layout = ("zero", "pipeline", "data_parallel", "checkpointing", "schedule", "offload", "accumulation")
+        layout = ("zero", "pipeline", "data_parallel", "checkpointing", "schedule", "offload", "loss_chunk")
+        if not self.experts:  # a router loss is the product of two means over a micro-batch
+            layout += ("accumulation",)
         return replace(self, **{name: getattr(plain, name) for name in layout})
 
     def __str__(self) -> str:
@@ -69,7 +73,7 @@ class Case:
         parts += [self.optimizer, f"clip{self.clip:g}", "tied" if self.tied else "untied"]
         parts.append(f"accum{self.accumulation}")
         plain = Case()
-        for name in ("checkpointing", "schedule", "offload", "layers", "freeze", "loss_scale_power"):
+        for name in ("checkpointing", "schedule", "offload", "layers", "freeze", "loss_scale_power", "experts", "loss_chunk"):
             if getattr(self, name) != getattr(plain, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return "-".join(parts)
@@ -86,9 +90,14 @@ class Outcome:
 
 
 def model_config(case: Case) -> Any:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MixtralConfig
 
-    return LlamaConfig(
+    family, options = LlamaConfig, {}
+    if case.experts:
+        options = {"num_local_experts": case.experts, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+        family = MixtralConfig
+    return family(
+        **options,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -223,5 +232,6 @@ def build_case_engine(case: Case) -> tuple[Any, Plan]:
         device=torch.device("cpu"),
         activation_checkpointing=case.checkpointing,
         is_frozen=lambda name: is_frozen(name, case.freeze),
+        loss_chunk=case.loss_chunk or plan.loss_chunk,
     )
     return engine, plan

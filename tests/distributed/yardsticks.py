@@ -24,7 +24,9 @@ from tests.distributed.training import (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train_in_plain_loop(rank: int, case: Case, micro_batch: int = 8, shuffle: int | None = None) -> Outcome:
+def train_in_plain_loop(
+    rank: int, case: Case, micro_batch: int | None = None, shuffle: int | None = None
+) -> Outcome:
     """One process, gradient accumulation, torch's optimizer; 16-bit precisions with fp32 master weights.
 
     Args:
@@ -41,7 +43,7 @@ def train_in_plain_loop(rank: int, case: Case, micro_batch: int = 8, shuffle: in
         if shuffle is not None:
             order = torch.randperm(GLOBAL_BATCH, generator=torch.Generator().manual_seed(shuffle + step))
         total = 0.0
-        for rows in order.split(micro_batch):
+        for rows in order.split(micro_batch or case.micro_batch):
             loss = _loss_of(hf, rows, batch)
             (loss * scale).backward()
             total += loss.item()
@@ -133,11 +135,15 @@ def _optimizer_of(
 def _loss_of(model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """These rows' part of the mean over all label tokens of the batch."""
     ids, positions, labels = batch
-    logits = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False).logits
+    output = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False)
+    logits = output.logits
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels[rows].flatten(), ignore_index=-100, reduction="sum"
     )
-    return total / (labels != -100).sum()
+    loss = total / (labels != -100).sum()
+    if getattr(output, "aux_loss", None) is not None and model.training:
+        loss = loss + model.router_aux_loss_coef * output.aux_loss * len(rows) / GLOBAL_BATCH
+    return loss
 
 
 def _finished(hf: torch.nn.Module, outcome: Outcome) -> Outcome:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,9 +22,9 @@ def case(dtype=torch.float32, rows=3, length=7, vocabulary=11):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
-def test_equals_cross_entropy(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+@pytest.mark.parametrize("piece", [1, 44, 1 << 24])
+def test_equals_cross_entropy(dtype, piece, monkeypatch):
+    monkeypatch.setattr(loss, "PIECE", piece)
     logits, labels, weight = case(dtype)
     ours = TokenLoss()(logits, (labels, weight))
     (gradient,) = torch.autograd.grad(ours, logits)
@@ -66,3 +69,31 @@ def test_losses_of_single_tokens():
     assert losses.shape == labels.shape and not losses.requires_grad
     assert torch.equal(losses[labels == -100], torch.zeros(int((labels == -100).sum())))
     torch.testing.assert_close(losses.sum() * weight[0], TokenLoss()(logits, (labels, weight)).detach())
+
+
+def test_a_large_vocabulary_takes_little_memory():
+    """128k words at 4k tokens: all logits in fp32 would take 2 GiB, and their gradients as much again."""
+    script = """
+import resource, torch
+from transformers import LlamaConfig
+from dstrain.model.layers import LayeredModel
+config = LlamaConfig(vocab_size=131072, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                     num_attention_heads=4, num_key_value_heads=4)
+head = LayeredModel(config, seed=0).build(2)
+head.loss_chunk = 512
+hidden = torch.randn(2, 2048, 64, requires_grad=True)
+positions = torch.arange(2048).expand(2, -1)
+labels = torch.randint(0, 131072, (2, 2048))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+with head.asked(target=(labels, torch.tensor([1 / 4096]))):
+    loss = head((hidden, positions))
+loss.backward()
+assert abs(loss.item() - 11.8) < 0.3, loss
+assert hidden.grad.isfinite().all()
+print(peak() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (
+        float(found.stdout) < 1200
+    )  # MiB: the logits of one chunk are 256, and a few copies of them are needed
