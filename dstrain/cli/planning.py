@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.config.files import cache_folder, model_config_file
+from dstrain.cli.child import run_module
+from dstrain.cli.model_lookup import check_pretrained, find_model
+from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices, has_async_io, local_devices
@@ -22,9 +21,6 @@ from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
 from dstrain.plan.refusals import refuse
 from dstrain.plan.shape import ModelShape
-
-# How a line begins that is no error but says how far the work has come (dstrain.data.progress).
-_PROGRESS = "dstrain: "
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,16 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
         hosts = read_hostfile(config.hostfile)
     else:
         hosts = (Host("localhost", devices.count),)
-    machines = Machines(hosts, devices.kind, devices.names, devices.precisions)
-    model_file = model_config_file(config.model, where=str(resolved.origin("model"))).absolute()
-    shape = _measure_model(model_file)
-    data = _prepare_data(resolved)
-    fingerprint = hashlib.sha256(model_file.read_bytes()).hexdigest()[:16]
-    return Planned(make_plan(resolved, machines, shape, data, str(model_file), fingerprint), devices)
+    machines = Machines(hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes)
+    model = find_model(resolved)
+    shape = _measure_model(model.config_file)
+    if config.init == "pretrained":
+        check_pretrained(model)
+    data = _prepare_data(resolved, model.tokenizer if config.tokenizer == "auto" else config.tokenizer)
+    fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
+    folder = str(model.folder) if model.folder else None
+    plan = make_plan(resolved, machines, shape, data, str(model.config_file), fingerprint, folder)
+    return Planned(plan, devices)
 
 
 def _measure_model(model_file: Path) -> ModelShape:
@@ -73,11 +73,11 @@ def _measure_model(model_file: Path) -> ModelShape:
         except (ValueError, KeyError):  # written by another version: measured again
             kept.unlink()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    _run_module("dstrain.model.measure", str(model_file), str(kept))
+    run_module("dstrain.model.measure", str(model_file), str(kept))
     return ModelShape.read(kept)
 
 
-def _prepare_data(resolved: ResolvedConfig) -> dict[str, Any]:
+def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
     """Tokenise the data into the cache, where the ranks will find them, and say what they hold."""
     config = resolved.config
     with tempfile.TemporaryDirectory() as folder:
@@ -86,42 +86,15 @@ def _prepare_data(resolved: ResolvedConfig) -> dict[str, Any]:
             json.dumps(
                 {
                     "source": config.data,
-                    "tokenizer": config.tokenizer,
+                    "tokenizer": tokenizer,
                     "seq_len": config.seq_len,
                     "held_out": config.held_out,
                     "cache_dir": str(cache_folder() / "data"),
+                    "pack": config.pack,
                 }
             ),
             encoding="utf-8",
         )
-        _run_module("dstrain.data.prepare", str(request), str(answer))
+        run_module("dstrain.data.prepare", str(request), str(answer))
         summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return summary
-
-
-def _run_module(module: str, *arguments: str) -> None:
-    """Run a module that imports the heavy libraries in a process of its own.
-
-    Its progress goes to the terminal; its error message becomes ours.
-    """
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    lines = []
-    with subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(_PROGRESS):
-                sys.stderr.write(line)
-            else:
-                lines.append(line.rstrip())
-    if process.returncode == 0:
-        return
-    if process.returncode == 2 and lines:
-        raise DstrainError("\n".join(lines))
-    raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without a word'}", exit_code=1)

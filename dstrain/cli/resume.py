@@ -29,7 +29,7 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
     from dstrain.plan.manifest import newest_complete, read_manifest
     from dstrain.plan.run_folder import RunFolder
 
-    folder = _find(run)
+    folder = find_run(run)
     if flags.get("name") is not None:
         raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
     resolved = override(read_config(folder.config), given(flags), settings)
@@ -49,7 +49,7 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
     execute(planned, resolved, RunFolder(folder.path), console, dry_run=dry_run)
 
 
-def _find(run: str) -> Any:
+def find_run(run: str) -> Any:
     """The run folder that RUN means. Raises DstrainError."""
     from dstrain.plan.run_folder import RunFolder
 

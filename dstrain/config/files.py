@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
 from dstrain.errors import DstrainError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 @lru_cache(maxsize=1)
@@ -39,6 +41,11 @@ def model_shapes() -> list[str]:
     return sorted(path.stem for path in (ds_configs() / "models").glob("*.json"))
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether ``model`` is a name on the Hugging Face hub: ``org/name`` or ``org/name@revision``, and no folder."""
+    return _HUB_NAME.fullmatch(model) is not None and not Path(model).expanduser().is_dir()
+
+
 def model_config_file(model: str, *, where: str) -> Path:
     """The Hugging Face config file that ``model`` means: a built-in shape or a folder's config.json.
 
@@ -55,9 +62,9 @@ def model_config_file(model: str, *, where: str) -> Path:
             f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder"
         )
     raise DstrainError(
-        f"{model!r} is neither a folder nor a built-in shape",
+        f"{model!r} is neither a folder nor a built-in shape, nor like org/name on the hub",
         where=where,
-        hint=f"a folder with a Hugging Face config.json, or one of: {', '.join(model_shapes())}",
+        hint=f"a folder with a Hugging Face config.json, org/name, or one of: {', '.join(model_shapes())}",
     )
 
 

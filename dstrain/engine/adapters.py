@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from torch import nn
 
 from dstrain.engine.copies import check_copies
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.model.asked import Asked
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
 TAG = "state"
+
+PARAMETER_NAMES = "parameter_names"
+"""Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
 
 
 class _DeepSpeedAdapter(Engine):
@@ -50,9 +54,17 @@ class _DeepSpeedAdapter(Engine):
                 yield hugging_face_name(name), parameter.detach().float().cpu().clone()
 
     def save(self, folder: Path, state: Mapping[str, Any]) -> None:
-        self.engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"dstrain": dict(state)}, save_latest=False
-        )
+        ours = dict(state)
+        if not self.engine.zero_optimization():
+            ours[PARAMETER_NAMES] = self._parameter_names()
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False)
+
+    def _parameter_names(self) -> list[list[list[str]]]:
+        """All names of each parameter, by optimizer group."""
+        names: dict[torch.nn.Parameter, list[str]] = {}
+        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        return [[names[p] for p in group["params"]] for group in self.engine.optimizer.param_groups]
 
     def load(self, folder: Path) -> dict[str, Any]:
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
@@ -78,19 +90,21 @@ class PipelineAdapter(_DeepSpeedAdapter):
 
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         engine = self.engine
-        _, logits = engine.eval_batch(
-            iter([micro_batch.as_pipeline_item()] * engine.fewest_micro_batches),
-            return_logits=True,
-            compute_loss=False,
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=engine.fewest_micro_batches,
-        )
+        head = engine.module.head
+        with head.asked(position=(row, position)) if head is not None else nullcontext():
+            _, logits = engine.eval_batch(
+                iter([micro_batch.as_pipeline_item()] * engine.fewest_micro_batches),
+                return_logits=True,
+                compute_loss=False,
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=engine.fewest_micro_batches,
+            )
         source = engine._loss_stage_global_rank()
         vocabulary = torch.zeros(1, dtype=torch.int64, device=engine.device)
         chosen = None
         if engine.global_rank == source:
-            chosen = logits[row, position].detach().float().contiguous()
+            chosen = logits.detach().float().contiguous()
             vocabulary.fill_(chosen.numel())
         group = engine.mpu.get_pipe_parallel_group()
         dist.broadcast(vocabulary, src=source, group=group)
@@ -103,14 +117,14 @@ class PipelineAdapter(_DeepSpeedAdapter):
 class OneStageAdapter(_DeepSpeedAdapter):
     """One stage: DeepSpeed's plain engine, which overlaps communication and knows ZeRO-3."""
 
-    def __init__(self, engine: MendedEngine, loss_fn: nn.Module) -> None:
+    def __init__(self, engine: MendedEngine, head: Asked) -> None:
         self.engine: MendedEngine = engine
-        self.loss_fn = loss_fn
+        self.head = head
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
         here = micro_batch.to(self.engine.device)
-        logits = self.engine((here.input_ids, here.position_ids))
-        return self.loss_fn(logits, (here.labels, here.weight))
+        with self.head.asked(target=(here.labels, here.weight)):
+            return self.engine((here.input_ids, here.position_ids))
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         self._set_lr(lr)
@@ -135,7 +149,8 @@ class OneStageAdapter(_DeepSpeedAdapter):
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         self.engine.eval()
         here = micro_batch.to(self.engine.device)
-        return self.engine((here.input_ids, here.position_ids))[row, position].float().cpu()
+        with self.head.asked(position=(row, position)):
+            return self.engine((here.input_ids, here.position_ids)).float().cpu()
 
 
 def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
+from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.interface import Engine
 from dstrain.engine.layers_in_one import LayersInOne
 from dstrain.engine.mends import MendedEngine
@@ -18,7 +19,6 @@ from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
 from dstrain.model.layers import LayeredModel, TiedWeight
-from dstrain.model.loss import TokenLoss
 from dstrain.model.whole import WholeModel
 
 
@@ -33,6 +33,7 @@ def build_engine(
     schedule: str = "1f1b",
     activation_checkpointing: bool = False,
     is_frozen: Callable[[str], bool] = lambda name: False,
+    loss_chunk: int = 0,
 ) -> Engine:
     """This rank's engine. ``torch.distributed`` is initialised by ``deepspeed.init_distributed``.
 
@@ -42,9 +43,9 @@ def build_engine(
         cut: first layer of each stage, and the number of layers at the end.
         pipeline: ranks of one replica. With ``dualpipev`` each holds two stages.
         is_frozen: whether the parameter of a Hugging Face name is not trained.
+        loss_chunk: tokens whose logits are made at a time for the loss; 0 for all at once.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
     """
-    loss_fn = TokenLoss()
     weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
     ties = model.tied if isinstance(model, LayeredModel) else ()
     tied = {f"{layer}.{path}" for weight in ties for layer, path in weight.owners}
@@ -54,16 +55,23 @@ def build_engine(
             "1f1b": (StagedModule, StagedEngine),
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
         }[schedule]
-        staged = module_class(model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, loss_fn=loss_fn)
+        staged = module_class(
+            model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, deepspeed=deepspeed
+        )
+        if staged.head is not None:
+            staged.head.loss_chunk = loss_chunk
         _freeze(staged, is_frozen, ties)
         groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
         return PipelineAdapter(_make(engine_class, staged, groups, deepspeed, staged.mpu()))
-    whole = model
+    whole = head = model
     if isinstance(model, LayeredModel):
+        model.after_build = sharing_out(deepspeed)
         whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
+        head = whole.head
+    head.loss_chunk = loss_chunk
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
-    return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), loss_fn)
+    return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), head)
 
 
 def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[TiedWeight]) -> None:

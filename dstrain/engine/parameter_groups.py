@@ -35,7 +35,7 @@ def group_parameters(
             continue
         if name in tied:
             groups.append({"name": f"tied {name}", "params": [parameter], "weight_decay": weight_decay})
-        elif parameter.ndim >= 2:
+        elif len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:  # ZeRO-3 has emptied it
             decay.append(parameter)
         else:
             no_decay.append(parameter)

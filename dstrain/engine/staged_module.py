@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -10,8 +11,9 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from torch import nn
 
+from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.topology import make_topology
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layers import HeadLayer, LayeredModel
 
 
 class _LayerOf(LayerSpec):
@@ -24,6 +26,11 @@ class _LayerOf(LayerSpec):
 
     def build(self, log: bool = False) -> nn.Module:
         return self.model.build(self.index)
+
+
+def _given(outputs: torch.Tensor, labels: object) -> torch.Tensor:
+    """The loss function that DeepSpeed wants: the head has computed the loss already, while its weights were there."""
+    return outputs
 
 
 class StagedModule(PipelineModule):
@@ -42,16 +49,27 @@ class StagedModule(PipelineModule):
         cut: Sequence[int],
         pipeline: int,
         data_parallel: int,
-        loss_fn: Callable[..., torch.Tensor],
+        deepspeed: dict[str, Any],
     ) -> None:
+        self._model = model
+        self._deepspeed = deepspeed
         self._cut = list(cut)
         self._tied = model.tied
         super().__init__(
             layers=[_LayerOf(model, index) for index in range(model.num_layers)],
             topology=make_topology(pipeline=pipeline, data_parallel=data_parallel),
-            loss_fn=loss_fn,
+            loss_fn=_given,
             checkpointable_layers=["BlockLayer"],
         )
+
+    @property
+    def head(self) -> HeadLayer | None:
+        """The model's head, where this rank holds it."""
+        return next((layer for layer in self.children() if isinstance(layer, HeadLayer)), None)
+
+    def _build(self) -> None:
+        self._model.after_build = sharing_out(self._deepspeed, self.mpu())
+        super()._build()
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._cut

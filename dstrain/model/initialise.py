@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -46,31 +46,54 @@ def materialise(module: nn.Module) -> None:
                     )
                     fresh[id(param)] = nn.Parameter(value, requires_grad=param.requires_grad)
                     fresh[id(param)].constructed = constructed is not None
+                    fresh[id(param)].draw = getattr(param, "draw", None)
                 child._parameters[name] = fresh[id(param)]
 
 
 @torch.no_grad()
-def initialise(path: str, module: nn.Module, owners: dict[str, PreTrainedModel], seed: int) -> list[str]:
+def initialise(
+    path: str,
+    module: nn.Module,
+    owners: dict[str, PreTrainedModel],
+    seed: int,
+    *,
+    without: Collection[str] = (),
+) -> list[str]:
     """Run the family's own ``_init_weights`` below ``module``, children first as Hugging Face does.
 
     Each module draws from a generator seeded with its own name. Global generators are left as they were.
 
+    Args:
+        without: paths of modules that have been initialised already, with all below them.
+
     Returns:
         The names, below ``module``, of parameters that neither the family nor its constructor gave a value.
     """
+    done = tuple(f"{name}." for name in without)
     # An in-place write bumps a tensor's version: a parameter that nobody wrote to would hold whatever was
     # in memory.
-    before = {name: param._version for name, param in module.named_parameters()}
+    before = {
+        name: param._version
+        for name, param in module.named_parameters()
+        if not f"{path}.{name}".lstrip(".").startswith(done)
+    }
     with untouched_rng():
-        for name, child in _children_first(path, module):
+        for name, child in _children_first(path, module, without):
             torch.default_generator.manual_seed(module_seed(seed, name))
             owners[name]._init_weights(child)
-    parameters = dict(module.named_parameters())
+    parameters = {name: param for name, param in module.named_parameters() if name in before}
     missed = [
         n for n, p in parameters.items() if p._version == before[n] and not p.__dict__.get("constructed")
     ]
+    with untouched_rng():
+        for name in missed:
+            if draw := parameters[name].__dict__.get("draw"):  # what its constructor would have called
+                torch.default_generator.manual_seed(module_seed(seed, f"{path}.{name}".lstrip(".")))
+                draw(parameters[name])
+    missed = [name for name in missed if not parameters[name].__dict__.get("draw")]
     for param in parameters.values():
         param.__dict__.pop("constructed", None)
+        param.__dict__.pop("draw", None)
     return missed
 
 
@@ -90,7 +113,7 @@ def uninitialised(model: PreTrainedModel, owners: dict[str, PreTrainedModel]) ->
     return [
         name
         for name, param in model.named_parameters()
-        if param._version == before[name] and "constructed" not in param.__dict__
+        if param._version == before[name] and not {"constructed", "draw"} & param.__dict__.keys()
     ]
 
 
@@ -101,7 +124,11 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
             param.data = param.data.to(dtype)
 
 
-def _children_first(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _children_first(
+    path: str, module: nn.Module, without: Collection[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    if path in without:
+        return
     for name, child in module.named_children():
-        yield from _children_first(f"{path}.{name}" if path else name, child)
+        yield from _children_first(f"{path}.{name}" if path else name, child, without)
     yield path, module

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import canonical_config
@@ -32,11 +32,21 @@ def untouched_rng() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
+HUGE = 2**28
+"""Elements above which a new tensor, empty or zeros, is made on meta. Only weights are as large, such as all experts of
+a block in one: a machine may refuse the memory, and writing the zeros takes seconds a block."""
+
+
 class _MarkUninitialised(TorchFunctionMode):
     """Fill small new tensors of undefined contents with NaN, so that they can be told from set ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            shape = func(*args, **{**kwargs, "device": "meta"})
+            if shape.numel() > HUGE and shape.is_floating_point():
+                return shape
+        result = func(*args, **kwargs)
         undefined = func in (torch.empty, torch.empty_like, torch.Tensor.new_empty)
         if undefined and result.is_floating_point() and not result.is_meta and result.numel() <= KEPT:
             result.fill_(float("nan"))
@@ -48,9 +58,19 @@ def _parameters_on_meta() -> Iterator[None]:
     """Send every parameter to meta as soon as a module registers it; its memory was never written to.
 
     What a constructor set by itself (``torch.zeros``, a learned slope of an activation) stays with the
-    parameter as its attribute ``constructed``, for families whose ``_init_weights`` passes it by.
+    parameter as its attribute ``constructed``, for families whose ``_init_weights`` passes it by. Where it called
+    one of ``torch.nn.init``, that call is the attribute ``draw``, to be made once there is memory.
     """
     original = nn.Module.register_parameter
+    functions = {name: getattr(nn.init, name) for name in TORCH_INIT_FUNCTIONS}
+
+    def noted(name: str) -> Any:
+        def note(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if tensor.is_meta:
+                tensor.draw = lambda real: TORCH_INIT_FUNCTIONS[name](real, *args, **kwargs)
+            return tensor
+
+        return note
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(module, name, param)
@@ -62,11 +82,15 @@ def _parameters_on_meta() -> Iterator[None]:
             module._parameters[name] = empty
 
     nn.Module.register_parameter = register
+    for name in functions:
+        setattr(nn.init, name, noted(name))
     try:
         with _MarkUninitialised():
             yield
     finally:
         nn.Module.register_parameter = original
+        for name, function in functions.items():
+            setattr(nn.init, name, function)
 
 
 def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:

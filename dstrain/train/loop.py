@@ -14,13 +14,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from dstrain.config.files import cache_folder
-from dstrain.data.prepare import PackedData, prepare
+from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
+from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layers import LayeredModel
+from dstrain.model.pretrained import PretrainedWeights
 from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan
 from dstrain.plan.refusals import is_frozen
@@ -30,8 +31,11 @@ from dstrain.train.checkpoints import Checkpoints
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
+from dstrain.train.run_data import prepare_run_data
 from dstrain.train.sampling import continuation
 from dstrain.train.weights import save_weights
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(folder: RunFolder, console: TextIO | None) -> int:
@@ -55,7 +59,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
     replica = plan.layout.replica(rank)
     device = torch.device(get_accelerator().current_device_name())
 
-    data = _prepare_data(plan)
+    data = prepare_run_data(plan)
     engine = _build(plan, folder, device)
     checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
     first = checkpoints.load_newest(engine) + 1
@@ -141,24 +145,20 @@ def _last_held_out_loss(folder: RunFolder) -> float | None:
     return losses[-1] if losses else None
 
 
-def _prepare_data(plan: Plan) -> PackedData:
-    """The packed data, from the cache where the launch has left them. Raises DstrainError if they changed."""
-    config = plan.run_config
-    data = prepare(config.data, config.tokenizer, config.seq_len, config.held_out, cache_folder() / "data")
-    found = data.summary()["fingerprint"]
-    if found != plan.data["fingerprint"]:
-        raise DstrainError(
-            f"the data are not those that the plan was made for ({found} for {plan.data['fingerprint']})",
-            where=config.data,
-            hint="start a new run for changed data",
-        )
-    return data
-
-
 def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
     config = plan.run_config
-    model_class = LayeredModel if plan.model["pipelines"] else WholeModel
-    model = model_class(load_model_config(plan.model["file"]), seed=config.seed, attention=config.attention)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "attention": config.attention,
+        "dtype": _DTYPES[config.precision],
+        "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
+    }
+    model_config = load_model_config(plan.model["file"])
+    model: LayeredModel | WholeModel
+    if plan.model["pipelines"]:
+        model = LayeredModel(model_config, **options)
+    else:
+        model = WholeModel(model_config, **options, after_build=sharing_out(plan.deepspeed))
     return build_engine(
         model,
         deepspeed=_with_own_swap_folder(plan.deepspeed, folder),
@@ -169,6 +169,7 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
         schedule=plan.layout.schedule,
         activation_checkpointing=config.activation_checkpointing,
         is_frozen=lambda name: is_frozen(name, config.freeze),
+        loss_chunk=plan.loss_chunk,
     )
 
 

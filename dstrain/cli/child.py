@@ -1,0 +1,44 @@
+"""What imports the heavy libraries runs in a process of its own, so that the command line stays light."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from dstrain.errors import DstrainError
+
+# How a line begins that is no error but says how far the work has come (dstrain.data.progress).
+_PROGRESS = "dstrain: "
+
+
+def run_module(module: str, *arguments: str, speaks: bool = False) -> None:
+    """Run ``python -m module`` to its end. Its progress goes to the terminal; its error message becomes ours.
+
+    Args:
+        speaks: what it prints is for the user; else it is thrown away.
+
+    Raises:
+        DstrainError: it ended with another exit code than 0.
+    """
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=None if speaks else subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(_PROGRESS):
+                sys.stderr.write(line)
+            else:
+                lines.append(line.rstrip())
+    if process.returncode == 0:
+        return
+    if process.returncode == 2 and lines:
+        raise DstrainError("\n".join(lines))
+    raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without a word'}", exit_code=1)

@@ -1,0 +1,78 @@
+"""DeepSpeed's checkpoint files, mapped and not read, and tensors whose pieces lie in several of them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from dstrain.errors import DstrainError
+
+# All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
+_HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class MappedFiles:
+    """Opened checkpoint files, mapped into memory and not read; the last few stay open."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: OrderedDict[Path, dict[str, Any]] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> dict[str, Any]:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        try:
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged file raises nearly anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
+        self._open[path] = content
+        while len(self._open) > self._most:
+            self._open.popitem(last=False)
+        return content
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a tensor: ``numel`` elements from ``start`` of the flat tensor at ``keys`` inside a file."""
+
+    path: Path
+    keys: tuple[Any, ...]
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that is not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    files: MappedFiles = field(repr=False)
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, on CPU. May be a view of the mapped file: copy it before writing to it."""
+        parts = []
+        for piece in self.pieces:
+            value: Any = self.files[piece.path]
+            for key in piece.keys:
+                value = value[key]
+            parts.append(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if flat.numel() != math.prod(self.shape):
+            raise DstrainError(
+                f"the checkpoint holds {flat.numel()} of {math.prod(self.shape)} numbers of a parameter",
+                where=str(self.pieces[0].path.parent),
+            )
+        return flat.view(self.shape).to(self.dtype)

@@ -1,0 +1,62 @@
+"""Whether a folder's weights are those of its model, told without reading them.
+
+``python -m dstrain.model.check_weights CONFIG.json FOLDER OUT.json`` goes the way that loading goes, with tensors that
+have a shape and no data, and writes what is worth knowing: ``unexpected`` (tensors that the model has no place for),
+``absent`` (buffers that keep their first value), ``bytes`` and ``tensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from dstrain.errors import DstrainError
+from dstrain.model.architecture import load_config
+from dstrain.model.pretrained import PretrainedWeights
+from dstrain.model.skeleton import empty_model
+
+
+def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]:
+    """See above.
+
+    Raises:
+        DstrainError: what loading would fail at: files missing, damaged or cut off, a tensor missing or of another
+            shape, quantized weights, two values for one tied weight.
+    """
+    weights = PretrainedWeights(folder)
+    model = empty_model(load_config(config_file))
+    loader = weights.loader(model, torch.float32, without_data=True)
+    loader.check_ties()
+    absent = loader.load(list(model.state_dict()))
+    tensors = weights.files.tensors.values()
+    return {
+        "unexpected": loader.unexpected,
+        "absent": absent,
+        "tensors": len(tensors),
+        "bytes": sum(tensor.bytes for tensor in tensors),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    logging.set_verbosity_error()  # what it would warn of is an error here
+    try:
+        if len(arguments) != 3:
+            raise DstrainError("usage: python -m dstrain.model.check_weights CONFIG.json FOLDER OUT.json")
+        config_file, folder, out = arguments
+        Path(out).write_text(
+            json.dumps(check_weights(config_file, folder), indent=1) + "\n", encoding="utf-8"
+        )
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
