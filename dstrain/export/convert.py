@@ -1,0 +1,170 @@
+"""``python -m dstrain.export.convert REQUEST.json ANSWER.json``: a run's checkpoint becomes a model folder.
+
+Runs on a CPU, with one block and one file of the model in memory; only the held-out loss loads the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import logging
+
+from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.engine.saved_state import SavedState
+from dstrain.errors import DstrainError
+from dstrain.export.checking import check_files, check_loaded, check_tokenizer, held_out_loss, load_exported
+from dstrain.export.tensors import ExportedTensors
+from dstrain.export.writing import refuse_full_disk, write_weights
+from dstrain.model.architecture import load_config
+from dstrain.model.weight_files import WeightFiles
+from dstrain.plan.manifest import read_manifest
+from dstrain.plan.plan import Plan
+from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
+from dstrain.train.run_data import prepare_run_data
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(
+    run: RunFolder, checkpoint: Path, out: Path, *, dtype: str | None = None, with_loss: bool = True
+) -> dict[str, Any]:
+    """Write ``out``, which appears whole and checked, or not at all.
+
+    Args:
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
+        with_loss: load the exported model and take its held-out loss.
+
+    Returns:
+        What there is to say: ``step``, ``dtype``, ``files``, ``tensors``, ``parameters``, ``bytes``, ``loss``
+        (None where none is held out, or not asked for), ``run_loss`` and ``run_loss_step``.
+
+    Raises:
+        DstrainError: it can't be read, written, or is not what was trained.
+    """
+    plan = Plan.from_record(json.loads(run.plan.read_text(encoding="utf-8")))
+    identity = read_manifest(checkpoint)["identity"]
+    config = _model_config(plan, identity)
+    dtype = dtype or identity["precision"]
+    tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
+    tokenizer = load_tokenizer(plan.data["tokenizer"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    refuse_full_disk(out.parent, tensors.bytes)
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        _write_descriptions(aside, plan, config, tensors, tokenizer)
+        files = write_weights(tensors, aside)
+        check_files(aside, files, tensors)
+        check_tokenizer(aside, tokenizer)
+        loss = _loss(aside, plan, tensors) if with_loss else None
+        aside.replace(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    step = read_manifest(checkpoint)["step"]
+    run_loss_step, run_loss = _loss_of_run(run, step)
+    return {
+        "step": step,
+        "dtype": dtype,
+        "files": len(files),
+        "tensors": len(tensors.files),
+        "parameters": tensors.parameters,
+        "bytes": tensors.bytes,
+        "loss": loss,
+        "run_loss": run_loss,
+        "run_loss_step": run_loss_step,
+    }
+
+
+def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
+    path = Path(plan.model["file"])
+    if path.is_file() and identity["model"]:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        if found != identity["model"]:
+            raise DstrainError(
+                "the model's configuration has changed since the checkpoint was written",
+                where=str(path),
+                hint="put the file back as it was",
+            )
+    return load_config(path)
+
+
+def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
+    """The tensors of the weights that a pretrained run started from, on meta; None where they are not there now."""
+    if plan.run_config.init != "pretrained" or not Path(plan.model["folder"]).is_dir():
+        return None
+    stored = WeightFiles(plan.model["folder"]).tensors
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+
+
+def _write_descriptions(
+    folder: Path, plan: Plan, config: PretrainedConfig, tensors: ExportedTensors, tokenizer: Tokenizer
+) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    config.architectures = [tensors.architecture]
+    config.dtype = str(tensors.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    own = Path(plan.model["file"]).parent / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+        if generation.eos_token_id is None:
+            generation.eos_token_id = tokenizer.end_of_document
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> float | None:
+    data = prepare_run_data(plan)
+    model = load_exported(folder, tensors.dtype, plan.run_config.attention)
+    check_loaded(model, tensors)
+    if data.held_out is None:
+        return None
+    return held_out_loss(model, data.held_out, plan.run_config.eval_samples)
+
+
+def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:
+    """The run's held-out loss at ``step``, or the last one before it, and the step that it was taken at."""
+    known = {
+        record["step"]: record["held_out_loss"]
+        for record in read_metrics(run.metrics)
+        if record["step"] <= step and "held_out_loss" in record
+    }
+    return (max(known), known[max(known)]) if known else (None, None)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(argv) != 2:
+        print("usage: python -m dstrain.export.convert REQUEST.json ANSWER.json", file=sys.stderr)
+        return 2
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    try:
+        answer = export(
+            RunFolder(request["run"]),
+            Path(request["checkpoint"]),
+            Path(request["out"]),
+            dtype=request["dtype"],
+            with_loss=request["with_loss"],
+        )
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    write_json(Path(argv[1]), answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""A checkpoint's tensors as they go into a model folder: one precision, the family's names on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from transformers import PretrainedConfig
+
+from dstrain.engine.saved_state import SavedState
+from dstrain.errors import DstrainError
+from dstrain.model.on_disk import OnDisk
+
+
+class ExportedTensors:
+    """Reads, converts and rounds block by block: no more than one block is in memory.
+
+    Args:
+        state: of the checkpoint.
+        config: of the model.
+        dtype: of everything that is trained. What the model computed with is taken as it is where it has this
+            precision already; else the fp32 weights, where there are any, are rounded to it.
+        like: as for `OnDisk`.
+
+    Attributes:
+        files: name on disk -> tensor on meta, in the order in which ``parts`` gives them.
+
+    Raises:
+        DstrainError: the checkpoint is one of another model.
+    """
+
+    def __init__(
+        self,
+        state: SavedState,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        like: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self._state = state
+        self._model = OnDisk(config, dtype, like)
+        self.files = self._model.files
+        self.architecture = type(self._model.model).__name__
+        for name, want in self._model.tensors.items():
+            found = state.parameters.get(name)
+            if want.is_meta and (found is None or found.weight.shape != tuple(want.shape)):
+                have = f"it has the shape {list(found.weight.shape)}" if found else "it is missing"
+                raise DstrainError(
+                    f"the model has {name} of shape {list(want.shape)}, and in the checkpoint {have}",
+                    where=str(state.folder.parent),
+                )
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.files.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.files.values())
+
+    def parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Name on disk -> tensor, a block at a time."""
+        for names in self._model.parts:
+            yield self._model.convert({name: self.value(name) for name in names})
+
+    def names(self) -> list[str]:
+        """The names in memory of what is written."""
+        return list(self._model.tensors)
+
+    def value(self, name: str) -> torch.Tensor:
+        """One tensor by its name in memory, in the precision in which it is written.
+
+        Raises:
+            DstrainError: a weight is too large for fp16.
+        """
+        wanted = self._model.tensors[name]
+        if name not in self._state.parameters:
+            # A buffer: the checkpoint's, or of a module without weights, whose value the constructor set.
+            saved = self._state.buffers.get(name)
+            return saved.read() if saved else wanted
+        parameter = self._state.parameters[name]
+        exact = parameter.weight.dtype == wanted.dtype
+        value = (parameter.weight if exact else parameter.most_precise).read()
+        rounded = value.to(wanted.dtype)
+        if rounded.dtype == torch.float16 and not exact and (rounded.isinf() & value.isfinite()).any():
+            raise DstrainError(
+                f"{name} holds a number of {value.abs().max():.3g}, and fp16 ends at 65504",
+                where="--dtype",
+                hint="--dtype bf16",
+            )
+        return rounded
