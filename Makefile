@@ -26,7 +26,7 @@ lint: $(READY)
 
 docs: $(READY)  ## the pages that are written by the code
 	$(BIN)/python -m dstrain.plan.layout_table > docs/layouts.md
-	$(BIN)/python -m dstrain.model.families > docs/models.md
+	$(BIN)/python -m dstrain.model.trials.families > docs/models.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

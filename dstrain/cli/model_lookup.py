@@ -71,7 +71,7 @@ def _fetch(name: str, what: str, where: str) -> Path:
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "folder.json"
         try:
-            run_module("dstrain.model.hub", name, what, str(answer))
+            run_module("dstrain.model.weights.hub", name, what, str(answer))
         except DstrainError as error:
             raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
         return Path(json.loads(answer.read_text(encoding="utf-8"))["folder"])
@@ -93,7 +93,9 @@ def check_pretrained(model: FoundModel) -> None:
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        run_module("dstrain.model.check_weights", str(model.config_file), str(model.folder), str(kept))
+        run_module(
+            "dstrain.model.weights.check_weights", str(model.config_file), str(model.folder), str(kept)
+        )
     found = json.loads(kept.read_text(encoding="utf-8"))
     for names, what in (
         (found["unexpected"], "the model has no place for, and are left out"),

@@ -73,7 +73,7 @@ def _measure_model(model_file: Path) -> ModelShape:
         except (ValueError, KeyError):  # written by another version: measured again
             kept.unlink()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    run_module("dstrain.model.measure", str(model_file), str(kept))
+    run_module("dstrain.model.measuring.measure", str(model_file), str(kept))
     return ModelShape.read(kept)
 
 

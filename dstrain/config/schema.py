@@ -24,7 +24,8 @@ class RunConfig(BaseModel):
 
     # What is trained, on what.
     model: str = Field(
-        "quickstart", description="a folder with config.json, a name on the Hugging Face hub, or a built-in shape"
+        "quickstart",
+        description="a folder with config.json, a name on the Hugging Face hub, or a built-in shape",
     )
     init: Literal["random", "pretrained"] = Field(
         "random", description="start from random weights, or from those that lie beside the model's config"
@@ -33,7 +34,8 @@ class RunConfig(BaseModel):
         [], description="parameters that are not trained, by Hugging Face name; * stands for anything"
     )
     tokenizer: str = Field(
-        "auto", description="a Hugging Face tokenizer folder, or bytes; auto: the model folder's own, else bytes"
+        "auto",
+        description="a Hugging Face tokenizer folder, or bytes; auto: the model folder's own, else bytes",
     )
     data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
     attention: str = Field(

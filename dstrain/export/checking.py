@@ -15,10 +15,10 @@ from dstrain.data.progress import Progress
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.export.tensors import ExportedTensors
-from dstrain.model.anatomy import takes_positions
 from dstrain.model.architecture import load_config
+from dstrain.model.dissection.anatomy import takes_positions
 from dstrain.model.document_masks import Documents
-from dstrain.model.on_disk import refused_keys
+from dstrain.model.weights.on_disk import refused_keys
 
 _TEXT = "def f(x):\n\treturn 'é 中 🙂'  # \x00 and 12.5 %"
 

@@ -24,7 +24,7 @@ from dstrain.export.checking import check_files, check_loaded, check_tokenizer, 
 from dstrain.export.tensors import ExportedTensors
 from dstrain.export.writing import refuse_full_disk, write_weights
 from dstrain.model.architecture import load_config
-from dstrain.model.weight_files import WeightFiles
+from dstrain.model.weights.weight_files import WeightFiles
 from dstrain.plan.manifest import read_manifest
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, read_metrics, write_json

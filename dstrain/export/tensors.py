@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from dstrain.engine.saved_state import SavedState
 from dstrain.errors import DstrainError
-from dstrain.model.on_disk import OnDisk
+from dstrain.model.weights.on_disk import OnDisk
 
 
 class ExportedTensors:

@@ -16,12 +16,12 @@ from transformers import PretrainedConfig
 from dstrain.errors import DstrainError
 from dstrain.model.asked import Asked
 from dstrain.model.buffers import keep_buffer_types
-from dstrain.model.driver import Call, Driver
+from dstrain.model.dissection.driver import Call, Driver
+from dstrain.model.dissection.probe import dissect
 from dstrain.model.initialise import cast, initialise, materialise
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pretrained import PretrainedWeights, WeightLoader
-from dstrain.model.probe import dissect
 from dstrain.model.router import RouterEars, RouterLoss
+from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
 
 State = tuple[Tensor, ...]
 """What one layer hands to the next: (hidden [B, S, H], position_ids int64 [B, S]), and with a router loss its sums

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstrain.errors import DstrainError
-from dstrain.model.anatomy import Refused, find_blocks, takes_positions
 from dstrain.model.asked import Asked
 from dstrain.model.buffers import keep_buffer_types
+from dstrain.model.dissection.anatomy import Refused, find_blocks, takes_positions
 from dstrain.model.document_masks import Documents
 from dstrain.model.initialise import cast, initialise, initialisers, materialise
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pretrained import PretrainedWeights, WeightLoader
 from dstrain.model.router import router_coefficient
 from dstrain.model.skeleton import empty_model, untouched_rng
+from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
 
 
 class WholeModel(Asked, nn.Module):

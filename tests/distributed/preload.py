@@ -9,7 +9,7 @@ for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported, and compiled, by every engine
     "deepspeed.runtime.zero.stage3",
     "dstrain.engine.build",
-    "dstrain.model.measure",
+    "dstrain.model.measuring.measure",
     "dstrain.plan.plan",
     "torch.utils.checkpoint",
     "transformers.modeling_utils",

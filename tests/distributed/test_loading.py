@@ -73,7 +73,7 @@ def peak() -> int:
 def load_stage(rank: int, folder: str) -> tuple[int, int, int]:
     """Peak before and after this rank has loaded its stage, and the stage's bytes."""
     from dstrain.model.layers import LayeredModel
-    from dstrain.model.pretrained import PretrainedWeights
+    from dstrain.model.weights.pretrained import PretrainedWeights
 
     before = peak()
     model = LayeredModel(
@@ -109,7 +109,7 @@ def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, i
     from dstrain.engine.early_sharding import sharing_out
     from dstrain.engine.layers_in_one import LayersInOne
     from dstrain.model.layers import LayeredModel
-    from dstrain.model.pretrained import PretrainedWeights
+    from dstrain.model.weights.pretrained import PretrainedWeights
     from dstrain.model.whole import WholeModel
 
     deepspeed.init_distributed(verbose=False)
@@ -149,7 +149,7 @@ def write_seeded(rank: int, folder: str, case: Case) -> None:
 def train_pretrained(rank: int, case: Case, folder: str) -> Outcome:
     """As ``train_in_layout``, but every weight comes from the folder."""
     from dstrain.model import layers
-    from dstrain.model.pretrained import PretrainedWeights
+    from dstrain.model.weights.pretrained import PretrainedWeights
 
     original = layers.LayeredModel
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -186,7 +186,7 @@ def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
     """Through the model that families get which can't be split; from the folder, block by block."""
     from dstrain.engine.early_sharding import sharing_out
     from dstrain.model import layers
-    from dstrain.model.pretrained import PretrainedWeights
+    from dstrain.model.weights.pretrained import PretrainedWeights
     from dstrain.model.whole import WholeModel
 
     def whole(config: Any, **options: Any) -> Any:

@@ -73,7 +73,16 @@ class Case:
         parts += [self.optimizer, f"clip{self.clip:g}", "tied" if self.tied else "untied"]
         parts.append(f"accum{self.accumulation}")
         plain = Case()
-        for name in ("checkpointing", "schedule", "offload", "layers", "freeze", "loss_scale_power", "experts", "loss_chunk"):
+        for name in (
+            "checkpointing",
+            "schedule",
+            "offload",
+            "layers",
+            "freeze",
+            "loss_scale_power",
+            "experts",
+            "loss_chunk",
+        ):
             if getattr(self, name) != getattr(plain, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return "-".join(parts)
@@ -94,7 +103,11 @@ def model_config(case: Case) -> Any:
 
     family, options = LlamaConfig, {}
     if case.experts:
-        options = {"num_local_experts": case.experts, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+        options = {
+            "num_local_experts": case.experts,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.3,
+        }
         family = MixtralConfig
     return family(
         **options,
@@ -114,7 +127,7 @@ def model_config(case: Case) -> Any:
 
 def make_case_plan(case: Case) -> Plan:
     """The case's plan, made by the product's own way."""
-    from dstrain.model.measure import measure
+    from dstrain.model.measuring.measure import measure
 
     flags = {
         "zero": case.zero,

@@ -7,8 +7,8 @@ from transformers import CONFIG_MAPPING
 
 from dstrain.errors import DstrainError
 from dstrain.model.skeleton import empty_model
-from dstrain.model.small import small_config, small_family
-from dstrain.model.small_sizes import BLOCKS
+from dstrain.model.trials.small import small_config, small_family
+from dstrain.model.trials.small_sizes import BLOCKS
 
 MIXED = ["sliding_attention"] * 5 + ["full_attention"]
 

@@ -83,7 +83,7 @@ def ask(endpoint: str, home: Path, name: str, what: str) -> tuple[int, str, Path
     for key in ("HF_HUB_CACHE", "HF_TOKEN"):
         environment.pop(key, None)
     done = subprocess.run(
-        [sys.executable, "-m", "dstrain.model.hub", name, what, str(out)],
+        [sys.executable, "-m", "dstrain.model.weights.hub", name, what, str(out)],
         env=environment,
         capture_output=True,
         text=True,

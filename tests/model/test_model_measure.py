@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM
 
 from dstrain.model.architecture import load_config
-from dstrain.model.measure import FORMAT, main, measure
-from dstrain.model.probe import dissect
+from dstrain.model.dissection.probe import dissect
+from dstrain.model.measuring.measure import FORMAT, main, measure
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dstrain.model.on_disk import OnDisk, refused_keys
+from dstrain.model.weights.on_disk import OnDisk, refused_keys
 
 SMALL = {
     "vocab_size": 96,

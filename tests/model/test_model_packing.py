@@ -16,11 +16,11 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from dstrain.errors import DstrainError
-from dstrain.model import packing
 from dstrain.model.document_masks import Documents, document_lengths
 from dstrain.model.layers import LayeredModel
-from dstrain.model.packing import judge_packing, packing_leaks
-from dstrain.model.small import small_family
+from dstrain.model.trials import packing
+from dstrain.model.trials.packing import judge_packing, packing_leaks
+from dstrain.model.trials.small import small_family
 from dstrain.model.whole import WholeModel
 
 LENGTHS = 9, 7, 6

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.check_weights import check_weights, main
 from dstrain.model.layers import LayeredModel
-from dstrain.model.pretrained import PretrainedWeights
-from dstrain.model.weight_files import StoredTensor, WeightFiles
+from dstrain.model.weights.check_weights import check_weights, main
+from dstrain.model.weights.pretrained import PretrainedWeights
+from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
 from dstrain.model.whole import WholeModel
 
 LOADED = ["llama", "llama-tied", "mixtral", "qwen3_moe", "gpt2", "gemma3_text", "deepseek_v3", "falcon"]
@@ -190,7 +190,7 @@ def test_nothing_is_drawn_and_no_random_state_is_touched(tmp_path: Path) -> None
 
 
 def test_values_are_cast_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstrain.model.weight_files.PIECE", 64)
+    monkeypatch.setattr("dstrain.model.weights.weight_files.PIECE", 64)
     values = {
         "a": torch.randn(7, 11),
         "scalar": torch.tensor(2.5),

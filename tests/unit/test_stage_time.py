@@ -1,4 +1,4 @@
-"""Estimated time and memory of stages, with the numbers that `dstrain.model.measure` finds for llama-1b.
+"""Estimated time and memory of stages, with the numbers that `dstrain.model.measuring.measure` finds for llama-1b.
 
 tests/model/test_model_measure.py holds the measurement to these numbers.
 """

@@ -15,7 +15,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.architecture import canonical_config
 from dstrain.model.document_masks import document_lengths
 from dstrain.model.skeleton import empty_model
-from dstrain.model.small import small_config
+from dstrain.model.trials.small import small_config
 from dstrain.model.whole import WholeModel
 
 LENGTHS = 20, 15, 13

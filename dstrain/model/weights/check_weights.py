@@ -1,8 +1,8 @@
 """Whether a folder's weights are those of its model, told without reading them.
 
-``python -m dstrain.model.check_weights CONFIG.json FOLDER OUT.json`` goes the way that loading goes, with tensors that
-have a shape and no data, and writes what is worth knowing: ``unexpected`` (tensors that the model has no place for),
-``absent`` (buffers that keep their first value), ``bytes`` and ``tensors``.
+``python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json`` goes the way that loading goes, with
+tensors that have a shape and no data, and writes what is worth knowing: ``unexpected`` (tensors that the model has
+no place for), ``absent`` (buffers that keep their first value), ``bytes`` and ``tensors``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.pretrained import PretrainedWeights
 from dstrain.model.skeleton import empty_model
+from dstrain.model.weights.pretrained import PretrainedWeights
 
 
 def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def main(arguments: list[str]) -> int:
     logging.set_verbosity_error()  # what it would warn of is an error here
     try:
         if len(arguments) != 3:
-            raise DstrainError("usage: python -m dstrain.model.check_weights CONFIG.json FOLDER OUT.json")
+            raise DstrainError(
+                "usage: python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json"
+            )
         config_file, folder, out = arguments
         Path(out).write_text(
             json.dumps(check_weights(config_file, folder), indent=1) + "\n", encoding="utf-8"

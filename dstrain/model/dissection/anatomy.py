@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dstrain.model.driver import Driver, Recorder, Switch
+from dstrain.model.dissection.driver import Driver, Recorder, Switch
 from dstrain.model.initialise import initialisers, uninitialised
 from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng

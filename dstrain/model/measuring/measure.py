@@ -1,6 +1,6 @@
 """The shape of a model: parameters and FLOPs of each layer, without its weights.
 
-``python -m dstrain.model.measure SOURCE OUT.json`` writes what the plan reads.
+``python -m dstrain.model.measuring.measure SOURCE OUT.json`` writes what the plan reads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
-from dstrain.model.anatomy import Anatomy
 from dstrain.model.architecture import load_config
-from dstrain.model.flops import block_flops, outer_flops_per_token
-from dstrain.model.packing import judge_packing
-from dstrain.model.probe import dissect
-from dstrain.model.saved import saved_bytes
-from dstrain.model.tokenwise import head_is_tokenwise
+from dstrain.model.dissection.anatomy import Anatomy
+from dstrain.model.dissection.probe import dissect
+from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
+from dstrain.model.measuring.saved import saved_bytes
+from dstrain.model.trials.packing import judge_packing
+from dstrain.model.trials.tokenwise import head_is_tokenwise
 
 FORMAT = 5
 
@@ -39,8 +39,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None),
         ``dropout`` (the largest probability in the config), ``tokenwise_head`` (see
-        ``dstrain.model.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
-        ``looks_ahead`` (see ``dstrain.model.packing.Packing``). For a model that cannot be split, the layers
+        ``dstrain.model.trials.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
+        ``looks_ahead`` (see ``dstrain.model.trials.packing.Packing``). For a model that cannot be split, the layers
         are the best guess.
 
     Raises:
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
     """Measure ``SOURCE`` and write ``OUT.json``; the exit code."""
     try:
         if len(arguments) != 2:
-            raise DstrainError("usage: python -m dstrain.model.measure SOURCE OUT.json")
+            raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json")
         source, out = arguments
         text = json.dumps(measure(load_config(source)), indent=1)
         try:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from dstrain.model.anatomy import Refused
-from dstrain.model.driver import Call, to_meta
+from dstrain.model.dissection.anatomy import Refused
+from dstrain.model.dissection.driver import Call, to_meta
 
 GROUPED = tuple(
     getattr(place, name)

@@ -17,7 +17,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.architecture import text_config
 from dstrain.model.initialise import materialise
 from dstrain.model.skeleton import empty_model
-from dstrain.model.small_sizes import (
+from dstrain.model.trials.small_sizes import (
     BLOCKS,
     DEPTH,
     GROUPED,

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
-from dstrain.model.anatomy import Anatomy, Refused
+from dstrain.model.dissection.anatomy import Anatomy, Refused
+from dstrain.model.dissection.driver import PROBE, Call, Reached, Switch, hidden_slot, marked, to_meta
+from dstrain.model.dissection.meta_run import run_on_meta
 from dstrain.model.document_masks import without_flash
-from dstrain.model.driver import PROBE, Call, Reached, Switch, hidden_slot, marked, to_meta
-from dstrain.model.meta_run import run_on_meta
 from dstrain.model.router import OtherRouterLossError, router_loss_of
 
 ROWS, LENGTH = 2, 6

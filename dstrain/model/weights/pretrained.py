@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dstrain.errors import DstrainError
-from dstrain.model.weight_files import StoredTensor, WeightFiles
+from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
 
 _TEXT_PART = {
     r"^language_model\.model\.": "model.",

@@ -1,7 +1,7 @@
 """Models by their name on the Hugging Face hub: fetched into its cache, and used as a folder from there.
 
-``python -m dstrain.model.hub NAME[@REVISION] {config,weights} OUT.json`` writes ``{"folder": ...}``. Only safetensors
-are fetched where there are any, else ``.bin``; configuration and tokenizer alone for ``config``.
+``python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json`` writes ``{"folder": ...}``. Only
+safetensors are fetched where there are any, else ``.bin``; configuration and tokenizer alone for ``config``.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def main(arguments: list[str]) -> int:
     logging.set_verbosity_error()  # what it would warn of is said in errors, or in none
     try:
         if len(arguments) != 3 or arguments[1] not in ("config", "weights"):
-            raise DstrainError("usage: python -m dstrain.model.hub NAME[@REVISION] {config,weights} OUT.json")
+            raise DstrainError(
+                "usage: python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json"
+            )
         folder = fetch(arguments[0], weights=arguments[1] == "weights")
         Path(arguments[2]).write_text(json.dumps({"folder": str(folder)}), encoding="utf-8")
     except DstrainError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dstrain.errors import DstrainError
-from dstrain.model.anatomy import takes_positions
+from dstrain.model.dissection.anatomy import takes_positions
 from dstrain.model.layers import LayeredModel
 from dstrain.model.loss import TokenLoss
 from dstrain.model.whole import WholeModel

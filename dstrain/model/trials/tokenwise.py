@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.layers import LayeredModel
-from dstrain.model.small import small_config
+from dstrain.model.trials.small import small_config
 
 LENGTH = 12
 CUT = 5

@@ -11,11 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from dstrain.model.anatomy import Anatomy, Refused
-from dstrain.model.driver import Call, to_meta
-from dstrain.model.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
-from dstrain.model.meta_run import NoData, to_meta_kwargs
-from dstrain.model.probe import Trial
+from dstrain.model.dissection.anatomy import Anatomy, Refused
+from dstrain.model.dissection.driver import Call, to_meta
+from dstrain.model.dissection.meta_run import NoData, to_meta_kwargs
+from dstrain.model.dissection.probe import Trial
+from dstrain.model.measuring.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
 
 DTYPES = (torch.bfloat16, torch.float32)
 """The bytes are found in 16 bits and in fp32: what a family raises to fp32 itself is not halved."""

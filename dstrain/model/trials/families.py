@@ -1,6 +1,6 @@
 """Which model families can be split into pipeline layers: all that transformers knows are tried, and written down.
 
-``python -m dstrain.model.families > docs/models.md``, or with ``--json`` the findings themselves.
+``python -m dstrain.model.trials.families > docs/models.md``, or with ``--json`` the findings themselves.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dstrain.errors import DstrainError
-from dstrain.model.likeness import CLOSE, compare_stages, compare_whole
-from dstrain.model.packing import judge_packing
-from dstrain.model.small import small_family
+from dstrain.model.trials.likeness import CLOSE, compare_stages, compare_whole
+from dstrain.model.trials.packing import judge_packing
+from dstrain.model.trials.small import small_family
 
 CHOICES: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},

@@ -1,0 +1,1 @@
+"""A model in numbers for the plan: parameters, FLOPs, and what its backward pass keeps."""

@@ -1,0 +1,1 @@
+"""What a family does, found out by trying a small copy of it."""
