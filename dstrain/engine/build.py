@@ -18,7 +18,7 @@ from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
-from dstrain.model.layers import LayeredModel, TiedWeight
+from dstrain.model.layered import LayeredModel, TiedWeight
 from dstrain.model.whole import WholeModel
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from dstrain.engine.recompute import recompute
 from dstrain.model.asked import Asked
-from dstrain.model.layers import BlockLayer, LayeredModel
+from dstrain.model.layered import LayeredModel
+from dstrain.model.layers import BlockLayer
 
 
 class LayersInOne(nn.Module):

@@ -13,7 +13,8 @@ from torch import nn
 
 from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.topology import make_topology
-from dstrain.model.layers import HeadLayer, LayeredModel
+from dstrain.model.layered import LayeredModel
+from dstrain.model.layers import HeadLayer
 
 
 class _LayerOf(LayerSpec):

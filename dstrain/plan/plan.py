@@ -12,7 +12,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cut import cut_as_asked, cut_by_time, stage_bytes
-from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
+from dstrain.plan.deepspeed_values import deepspeed_config
 from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.plan.loss_chunk import loss_chunk
 from dstrain.plan.memory import USABLE, estimate
@@ -228,7 +228,7 @@ def make_plan(
     stage_memory = stage_bytes(layout.cut, config.pipeline, config.schedule, memory)
     check_frozen(resolved, shape, layout)
     stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
-    deepspeed = _deepspeed(resolved, layout, batch, machines.accelerator, max(stage_parameters))
+    deepspeed = deepspeed_config(resolved, layout, batch, machines.accelerator, max(stage_parameters))
     return Plan(
         config=config.model_dump(),
         origins={key: str(resolved.origin(key)) for key in config.model_dump()},
@@ -276,52 +276,3 @@ def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:
             hint="give each host the same number of slots, or choose a layout that fills whole hosts",
         )
     return hosts
-
-
-def _deepspeed(
-    resolved: ResolvedConfig, layout: Layout, batch: Batch, accelerator: str, stage_parameters: int
-) -> DeepSpeedConfig:
-    """The DeepSpeed JSON of this plan."""
-    config = resolved.config
-
-    def chosen(key: str) -> Derived:
-        return Derived(getattr(config, key), f"{key} ({resolved.origin(key)})")
-
-    # Buckets of DeepSpeed's default size (5e8 elements) would be allocated whole: 2 GB for a model
-    # of one million parameters.
-    bucket = min(2 * ((stage_parameters + 1) // 2), 200_000_000)
-    sized = f"the largest stage's {stage_parameters:,} parameters"
-    derived = {
-        "global_batch": chosen("global_batch"),
-        "micro_batch": Derived(batch.micro_batch, f"micro_batch ({resolved.origin('micro_batch')})"),
-        "accumulation": Derived(batch.accumulation, "global_batch / (micro_batch x replicas)"),
-        "gradient_clipping": chosen("gradient_clipping"),
-        "zero": chosen("zero"),
-        "bucket_size": Derived(bucket, sized),
-        "overlap": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
-        "prefetch_size": Derived(min(bucket, 50_000_000), sized),
-        "persistence_threshold": Derived(min(stage_parameters // 100, 100_000), sized),
-        "live_parameters": Derived(max(bucket, 1_000_000_000), sized),
-        "pin_memory": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
-        "nvme_path": chosen("nvme_path"),
-        "sub_group_size": Derived(1_000_000_000, "DeepSpeed's default"),
-        "lr": chosen("lr"),
-        "betas": chosen("betas"),
-        "eps": chosen("eps"),
-        "momentum": chosen("momentum"),
-        "weight_decay": chosen("weight_decay"),
-        "checkpoint_interval": Derived(
-            1 if config.activation_checkpointing else 0,
-            f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
-        ),
-    }
-    fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
-    if config.offload == "none":
-        fragments.append(f"optimizer/{config.optimizer}")
-    else:
-        # DeepSpeed has a vectorised AdamW for states in host memory; SGD is torch's own.
-        suffix = "-offloaded" if config.optimizer == "adamw" else ""
-        fragments += [f"offload/{config.offload}", f"optimizer/{config.optimizer}{suffix}"]
-    if layout.pipeline > 1:
-        fragments.append("pipeline/stages")
-    return compose(fragments, derived, resolved)

@@ -20,7 +20,7 @@ from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config as load_model_config
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan

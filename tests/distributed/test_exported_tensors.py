@@ -56,13 +56,13 @@ def family_config(family: str, case: Case) -> Any:
 
 def train_family(rank: int, family: str, case: Case, folder: str) -> dict[str, torch.Tensor]:
     """Train and save; this rank's live weights. A router's correction gets values, as a pretrained one has."""
-    from dstrain.model import layers
+    from dstrain.model import layered
     from dstrain.model.whole import WholeModel
 
     training.model_config = lambda case: family_config(family, case)
     build = training.build_case_engine
     if family == IN_ONE_PIECE:
-        layers.LayeredModel = WholeModel
+        layered.LayeredModel = WholeModel
 
     def with_corrections(case: Case) -> Any:
         engine, plan = build(case)

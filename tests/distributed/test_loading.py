@@ -39,7 +39,7 @@ def write_big(rank: int, folder: str) -> int:
     """A random bf16 checkpoint in shards of one layer each; how many parameters it has."""
     from safetensors.torch import save_file
 
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
 
     config = big_config()
     config.save_pretrained(folder)
@@ -72,7 +72,7 @@ def peak() -> int:
 
 def load_stage(rank: int, folder: str) -> tuple[int, int, int]:
     """Peak before and after this rank has loaded its stage, and the stage's bytes."""
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
     from dstrain.model.weights.pretrained import PretrainedWeights
 
     before = peak()
@@ -108,7 +108,7 @@ def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, i
 
     from dstrain.engine.early_sharding import sharing_out
     from dstrain.engine.layers_in_one import LayersInOne
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
     from dstrain.model.weights.pretrained import PretrainedWeights
     from dstrain.model.whole import WholeModel
 
@@ -148,17 +148,17 @@ def write_seeded(rank: int, folder: str, case: Case) -> None:
 
 def train_pretrained(rank: int, case: Case, folder: str) -> Outcome:
     """As ``train_in_layout``, but every weight comes from the folder."""
-    from dstrain.model import layers
+    from dstrain.model import layered
     from dstrain.model.weights.pretrained import PretrainedWeights
 
-    original = layers.LayeredModel
+    original = layered.LayeredModel
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def from_folder(config: Any, **options: Any) -> Any:
         options |= {"seed": 99, "weights": PretrainedWeights(folder), "dtype": types[case.precision]}
         return original(config, **options)
 
-    layers.LayeredModel = from_folder  # type: ignore[assignment,misc]
+    layered.LayeredModel = from_folder  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 
@@ -185,7 +185,7 @@ def test_training_from_a_folder_is_training_from_the_same_weights(case: Case, tm
 def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
     """Through the model that families get which can't be split; from the folder, block by block."""
     from dstrain.engine.early_sharding import sharing_out
-    from dstrain.model import layers
+    from dstrain.model import layered
     from dstrain.model.weights.pretrained import PretrainedWeights
     from dstrain.model.whole import WholeModel
 
@@ -193,7 +193,7 @@ def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
         share_out = sharing_out(make_case_plan(case).deepspeed)
         return WholeModel(config, seed=99, weights=PretrainedWeights(folder), after_build=share_out)
 
-    layers.LayeredModel = whole  # type: ignore[assignment,misc]
+    layered.LayeredModel = whole  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 

@@ -103,7 +103,7 @@ def test_a_stage_with_only_frozen_parameters_is_refused() -> None:
 
 
 def initial_weights(rank: int, case: Case) -> dict[str, torch.Tensor]:
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
     from tests.distributed.training import model_config
 
     layers = LayeredModel(model_config(case), seed=7)

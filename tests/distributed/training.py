@@ -229,7 +229,7 @@ def build_case_engine(case: Case) -> tuple[Any, Plan]:
     from deepspeed.accelerator import get_accelerator
 
     from dstrain.engine.build import build_engine
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True

@@ -103,7 +103,7 @@ def _hugging_face_model(case: Case) -> torch.nn.Module:
 
     from transformers import AutoModelForCausalLM
 
-    from dstrain.model.layers import LayeredModel
+    from dstrain.model.layered import LayeredModel
 
     hf = AutoModelForCausalLM.from_config(model_config(case))
     layers = LayeredModel(model_config(case), seed=7)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import prepare
 from dstrain.model.architecture import load_config
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.plan.batch import make_batch
 from dstrain.plan.run_folder import RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
 from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.skeleton import HUGE, empty_model
 from dstrain.model.trials.small import small_family
 from dstrain.model.whole import WholeModel

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "deepseek_v3", "opt"])

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, batch, reference, tiny
 from torch.utils.checkpoint import checkpoint
 
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.loss import TokenLoss
 from dstrain.model.whole import WholeModel
 

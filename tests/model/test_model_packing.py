@@ -17,7 +17,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from dstrain.errors import DstrainError
 from dstrain.model.document_masks import Documents, document_lengths
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.trials import packing
 from dstrain.model.trials.packing import judge_packing, packing_leaks
 from dstrain.model.trials.small import small_family

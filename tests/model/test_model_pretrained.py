@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.weights.check_weights import check_weights, main
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.weights.weight_files import StoredTensor, WeightFiles

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.trials.packing import packing_leaks
 
 

@@ -12,7 +12,8 @@ from families import batch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, MixtralConfig, PretrainedConfig
 
 from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layers import HeadLayer, LayeredModel
+from dstrain.model.layered import LayeredModel
+from dstrain.model.layers import HeadLayer
 from dstrain.model.loss import TokenLoss
 from dstrain.model.router import router_coefficient
 from dstrain.model.trials.small import small_family

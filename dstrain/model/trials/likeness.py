@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dstrain.errors import DstrainError
 from dstrain.model.dissection.anatomy import takes_positions
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.loss import TokenLoss
 from dstrain.model.whole import WholeModel
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
-from dstrain.model.layers import LayeredModel
+from dstrain.model.layered import LayeredModel
 from dstrain.model.trials.small import small_config
 
 LENGTH = 12

@@ -1,0 +1,57 @@
+"""What the plan decides of DeepSpeed's JSON: the fragments, and the value and reason of each ``$name`` in them."""
+
+from __future__ import annotations
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.plan.batch import Batch
+from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
+from dstrain.plan.layout import Layout
+
+
+def deepspeed_config(
+    resolved: ResolvedConfig, layout: Layout, batch: Batch, accelerator: str, stage_parameters: int
+) -> DeepSpeedConfig:
+    """The DeepSpeed JSON of this plan."""
+    config = resolved.config
+
+    def chosen(key: str) -> Derived:
+        return Derived(getattr(config, key), f"{key} ({resolved.origin(key)})")
+
+    # Buckets of DeepSpeed's default size (5e8 elements) would be allocated whole: 2 GB for a model
+    # of one million parameters.
+    bucket = min(2 * ((stage_parameters + 1) // 2), 200_000_000)
+    sized = f"the largest stage's {stage_parameters:,} parameters"
+    derived = {
+        "global_batch": chosen("global_batch"),
+        "micro_batch": Derived(batch.micro_batch, f"micro_batch ({resolved.origin('micro_batch')})"),
+        "accumulation": Derived(batch.accumulation, "global_batch / (micro_batch x replicas)"),
+        "gradient_clipping": chosen("gradient_clipping"),
+        "zero": chosen("zero"),
+        "bucket_size": Derived(bucket, sized),
+        "overlap": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
+        "prefetch_size": Derived(min(bucket, 50_000_000), sized),
+        "persistence_threshold": Derived(min(stage_parameters // 100, 100_000), sized),
+        "live_parameters": Derived(max(bucket, 1_000_000_000), sized),
+        "pin_memory": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
+        "nvme_path": chosen("nvme_path"),
+        "sub_group_size": Derived(1_000_000_000, "DeepSpeed's default"),
+        "lr": chosen("lr"),
+        "betas": chosen("betas"),
+        "eps": chosen("eps"),
+        "momentum": chosen("momentum"),
+        "weight_decay": chosen("weight_decay"),
+        "checkpoint_interval": Derived(
+            1 if config.activation_checkpointing else 0,
+            f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
+        ),
+    }
+    fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
+    if config.offload == "none":
+        fragments.append(f"optimizer/{config.optimizer}")
+    else:
+        # DeepSpeed has a vectorised AdamW for states in host memory; SGD is torch's own.
+        suffix = "-offloaded" if config.optimizer == "adamw" else ""
+        fragments += [f"offload/{config.offload}", f"optimizer/{config.optimizer}{suffix}"]
+    if layout.pipeline > 1:
+        fragments.append("pipeline/stages")
+    return compose(fragments, derived, resolved)
