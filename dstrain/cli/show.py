@@ -11,7 +11,7 @@ from dstrain.plan.plan import Plan
 # Above this many ranks the table shows one replica: the others are alike.
 _RANKS_SHOWN = 32
 _SHOWN_CHOICES = (
-    "model", "tokenizer", "data", "zero", "pipeline", "data_parallel", "schedule", "precision", "offload",
+    "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision", "offload",
     "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
     "gradient_clipping", "activation_checkpointing", "seed",
 )  # fmt: skip
@@ -101,6 +101,10 @@ def _choices(plan: Plan) -> Table:
             table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")
         elif key == "micro_batch" and value is None:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
+        elif key == "tokenizer" and value == "auto":
+            table.add_row(key, str(plan.data["tokenizer"]), f"auto ({plan.origins[key]})")
+        elif key in ("init", "partition") and plan.origins[key] == "default":
+            continue
         else:
             table.add_row(key, str(value), plan.origins[key])
     return table
