@@ -16,14 +16,11 @@ from dstrain.engine.copies import check_copies
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.restore import restore
+from dstrain.engine.saved_files import PARAMETER_NAMES, TAG
+from dstrain.engine.saved_state import SavedState
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.model.asked import Asked
-
-# All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
-TAG = "state"
-
-PARAMETER_NAMES = "parameter_names"
-"""Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
 
 
 class _DeepSpeedAdapter(Engine):
@@ -66,7 +63,9 @@ class _DeepSpeedAdapter(Engine):
             names.setdefault(parameter, []).append(name)
         return [[names[p] for p in group["params"]] for group in self.engine.optimizer.param_groups]
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, *, other_layout: bool = False) -> dict[str, Any]:
+        if other_layout:
+            return restore(self.engine, SavedState(folder))
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")

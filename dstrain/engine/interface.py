@@ -89,5 +89,13 @@ class Engine(ABC):
         """Write this rank's part of a checkpoint below ``folder``; ``state`` is small and JSON-like."""
 
     @abstractmethod
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read this rank's part back and return ``state``."""
+    def load(self, folder: Path, *, other_layout: bool = False) -> dict[str, Any]:
+        """Read this rank's part back and return ``state``.
+
+        Args:
+            other_layout: the checkpoint was saved by another layout, of which every file can be read here. Without
+                it what is loaded is equal to the bit, padding and all.
+
+        Raises:
+            DstrainError: a file is missing or can't be read.
+        """

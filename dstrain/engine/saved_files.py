@@ -15,6 +15,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dstrain.errors import DstrainError
 
+# All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
+TAG = "state"
+
+PARAMETER_NAMES = "parameter_names"
+"""Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
+
 # All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
 _HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -63,16 +69,29 @@ class SavedTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on CPU. May be a view of the mapped file: copy it before writing to it."""
-        parts = []
+        held, whole = sum(piece.numel for piece in self.pieces), math.prod(self.shape)
+        if held != whole:
+            raise self._incomplete(held, whole)
+        return self.part(0, whole).view(self.shape)
+
+    def part(self, start: int, numel: int) -> torch.Tensor:
+        """``numel`` of its numbers from ``start``, flat, on CPU; no others are read. A view, as above."""
+        parts, first = [], 0
         for piece in self.pieces:
-            value: Any = self.files[piece.path]
-            for key in piece.keys:
-                value = value[key]
-            parts.append(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if flat.numel() != math.prod(self.shape):
-            raise DstrainError(
-                f"the checkpoint holds {flat.numel()} of {math.prod(self.shape)} numbers of a parameter",
-                where=str(self.pieces[0].path.parent),
-            )
-        return flat.view(self.shape).to(self.dtype)
+            low, high = max(start - first, 0), min(start + numel - first, piece.numel)
+            first += piece.numel
+            if low < high:
+                value: Any = self.files[piece.path]
+                for key in piece.keys:
+                    value = value[key]
+                parts.append(value.detach().reshape(-1)[piece.start + low : piece.start + high])
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+        if flat.numel() != numel:
+            raise self._incomplete(flat.numel(), numel)
+        return flat.to(self.dtype)
+
+    def _incomplete(self, held: int, wanted: int) -> DstrainError:
+        return DstrainError(
+            f"the checkpoint holds {held} of {wanted} numbers of a parameter",
+            where=str(self.pieces[0].path.parent),
+        )

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+NOTE = "dstrain: note: "
+"""In front of a line of rank 0 that is for the user's eyes."""
+
 
 @dataclass(frozen=True)
 class RankStatus:
@@ -101,6 +104,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def run_id(self) -> Path:
+        """The run's id, drawn when it first starts: its checkpoints bear it."""
+        return self.path / "run-id"
 
     @property
     def weights(self) -> Path:

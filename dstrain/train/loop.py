@@ -23,9 +23,10 @@ from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layered import LayeredModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.whole import WholeModel
+from dstrain.plan.manifest import keep_run_id
 from dstrain.plan.plan import Plan
 from dstrain.plan.refusals import is_frozen
-from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
+from dstrain.plan.run_folder import NOTE, RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.checkpoints import Checkpoints
 from dstrain.train.leaving import Leaving
@@ -34,6 +35,7 @@ from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.run_data import prepare_run_data
 from dstrain.train.sampling import continuation
+from dstrain.train.save_schedule import SaveSchedule
 from dstrain.train.weights import save_weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +65,15 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
     leaving = Leaving(folder.stop_request, config.time_limit_seconds)
     data = prepare_run_data(plan)
     engine = _build(plan, folder, device)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        identity=plan.identity,
+        run=_run_id(folder),
+        config=plan.config,
+        say=lambda line: _say(line, console),
+    )
     first = checkpoints.load_newest(engine) + 1
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
@@ -84,6 +94,7 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
         held_out_loss = engine.eval_loss(held_out.micro_batches())
         if metrics:
             metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
+    schedule = SaveSchedule(config, device)
     for step in range(first, config.steps + 1):
         began = time.perf_counter()
         # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
@@ -110,14 +121,13 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
             console.write(_line(record, config.steps) + "\n")
         if config.check_every and _due(step, config.check_every, config.steps):
             engine.check_copies()
-        if _due(step, config.save_every, config.steps):
+        leave = leaving.agreed(device) and step < config.steps
+        if schedule.due(step) or leave:
             if metrics:
                 metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
             checkpoints.save(engine, step)
-        if leaving.agreed(device) and step < config.steps:
-            if metrics:
-                metrics.flush_to_disk()
-            checkpoints.save(engine, step)
+            schedule.saved()
+        if leave:
             return step, False
     if metrics:
         metrics.close()
@@ -125,6 +135,20 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps, True
+
+
+def _run_id(folder: RunFolder) -> str:
+    """The run's id on every rank; rank 0 draws it where there is none."""
+    told = [keep_run_id(folder.run_id, folder.checkpoints) if distributed.get_rank() == 0 else ""]
+    distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _say(line: str, console: TextIO | None) -> None:
+    """For the user: into this rank's log, and to the command line, which watches for it."""
+    print(line, flush=True)
+    if console:
+        console.write(NOTE + line + "\n")
 
 
 def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
