@@ -128,6 +128,12 @@ def launch(
             world_size=plan.layout.world_size,
             on_tick=on_tick,
         )
+    if outcome.stopped_after is not None:
+        raise DstrainError(
+            f"stopped after step {outcome.stopped_after}, which is saved",
+            hint=f"`dstrain resume {folder.path}` goes on from there",
+            exit_code=outcome.exit_code,
+        )
     if not outcome.ok:
         raise _failure(outcome, folder)
 

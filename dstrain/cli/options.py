@@ -33,6 +33,7 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ("init", click.Choice(["random", "pretrained"]), "Start from random weights, or from the model's own."),
     ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes. Default: the model's own."),
     ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
+    ("time_limit", str, "After this time (90s, 20m, 3h50m) end the step, save, and leave."),
     ("name", str, "Name of the run folder."),
     ("ds_config", str, "A DeepSpeed JSON file, laid on top of the composed one."),
 ]

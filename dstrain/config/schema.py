@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from dstrain.config.duration import seconds
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -99,6 +101,9 @@ class RunConfig(BaseModel):
     eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
     eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
     save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 for only the last")
+    time_limit: str | None = Field(
+        None, description="after this time (90s, 20m, 3h50m) the run ends its step, saves, and leaves"
+    )
     check_every: NonNegativeInt = Field(
         50, description="steps between checks that replicas and tied weights are equal to the bit; 0 for none"
     )
@@ -120,6 +125,17 @@ class RunConfig(BaseModel):
         if isinstance(value, bool | float):
             raise ValueError("must be 0, 1, 2 or 3")
         return value
+
+    @field_validator("time_limit")
+    @classmethod
+    def _is_duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value)
+        return value
+
+    @property
+    def time_limit_seconds(self) -> int | None:
+        return None if self.time_limit is None else seconds(self.time_limit)
 
     @field_validator("deepspeed")
     @classmethod

@@ -29,13 +29,22 @@ class Cause:
     log_tail: list[str]
 
 
+RESUMABLE = 75
+"""The exit code of a run that left in order before its end: BSD's EX_TEMPFAIL, "try again later"."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. ``exit_code`` is 0 only when ``ok``; 128 + N when the user's signal N stopped it."""
+    """How a run ended.
+
+    ``exit_code`` is 0 only when ``ok``; ``RESUMABLE`` when it left in order after step ``stopped_after``; 128 + N when
+    the user's signal N ended it at once.
+    """
 
     ok: bool
     exit_code: int
     cause: Cause | None
+    stopped_after: int | None = None
 
 
 def judge(
@@ -50,6 +59,8 @@ def judge(
         stops: the signals that the user sent, in their order.
     """
     unfinished = watch.unfinished()
+    if own_end and code == 0 and not unfinished and watch.stopped_after() is not None:
+        return Outcome(False, RESUMABLE, None, watch.stopped_after())
     if own_end and code == 0 and not unfinished:
         return Outcome(ok=True, exit_code=0, cause=None)
     log = _lines(folder.launcher_log, log_start)

@@ -23,6 +23,8 @@ __all__ = ["Cause", "Outcome", "supervise"]
 
 # For ranks to end after a failure: shorter than for a user's stop, since there is nothing left to save.
 _FAILURE_GRACE_SECONDS = 10.0
+# And after a second stop: the launcher may tell other hosts.
+_AT_ONCE_SECONDS = 2.0
 _KILL_SECONDS = 10.0
 _LOOKS_A_POLL = 4
 
@@ -35,6 +37,7 @@ def supervise(
     world_size: int,
     on_tick: Callable[[], None],
     poll_seconds: float = 0.2,
+    leave_seconds: float = float("inf"),
     grace_seconds: float = 30.0,
     settle_seconds: float = 5.0,
 ) -> Outcome:
@@ -47,13 +50,15 @@ def supervise(
         folder: its earlier rank statuses are removed first; the launcher's output is appended to its log.
         world_size: how many ranks must say ``done``.
         on_tick: called at each poll (the live display). What it raises ends the run and is passed on.
-        grace_seconds: how long ranks may take to end (to save a checkpoint) after SIGINT, SIGTERM or SIGHUP
-            to this process; a second signal cuts it short.
+        leave_seconds: how long ranks may take to end their step and save, after the first SIGINT, SIGTERM, SIGHUP or
+            SIGUSR1 to this process; a second signal cuts it short.
+        grace_seconds: how long they may take to end after the SIGTERM that follows.
         settle_seconds: how long the launcher may take to end by itself after the first failure, and how late
             a rank's last word may arrive (over NFS) after the launcher's end.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
     folder.clear_statuses()
+    folder.stop_request.unlink(missing_ok=True)
     log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
     with _stop_signals() as stops:
         launcher = _Launcher(command, environment, folder.launcher_log)
@@ -81,6 +86,9 @@ def supervise(
 
         try:
             wait(float("inf"), lambda: stopped() or failed())
+            if stops.numbers and not launcher.ended():
+                folder.stop_request.touch()
+                wait(leave_seconds, lambda: launcher.ended() or failed() or len(stops.numbers) > 1)
             if not stopped():
                 wait(settle_seconds, stopped)
             own_end = launcher.ended()
@@ -89,10 +97,12 @@ def supervise(
                 launcher.terminate()
                 if failed():
                     grace_seconds = min(grace_seconds, _FAILURE_GRACE_SECONDS)
-                signals_so_far = len(stops.numbers)
-                wait(grace_seconds, lambda: launcher.ended() or len(stops.numbers) > signals_so_far)
+                if len(stops.numbers) > 1:
+                    grace_seconds = min(grace_seconds, _AT_ONCE_SECONDS)
+                wait(grace_seconds, launcher.ended)
         finally:
             code = launcher.kill_everything(watch)
+            folder.stop_request.unlink(missing_ok=True)
         watch.update(force=True)
         if own_end and code == 0:
             wait(settle_seconds, lambda: not watch.unfinished() or watch.first_failure() is not None)
@@ -153,8 +163,11 @@ class _Stops:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stops]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them. Only the main thread may set handlers; in
-    another one they stay as they are, and the guard ends the run if they end this process."""
+    """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) instead of dying of them.
+
+    Only the main thread may set handlers; in another one they stay as they are, and the guard ends the run if they end
+    this process.
+    """
     stops = _Stops()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -163,9 +176,8 @@ def _stop_signals() -> Iterator[_Stops]:
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
-    before = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stops
     finally:

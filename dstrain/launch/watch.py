@@ -90,8 +90,13 @@ class RankWatch:
         return self._last.get(rank)
 
     def unfinished(self) -> list[int]:
-        """The ranks that did not say ``done``."""
-        return [r for r in range(self._world_size) if r not in self._last or self._last[r].state != "done"]
+        """The ranks that said neither ``done`` nor ``stopped``."""
+        ends = ("done", "stopped")
+        return [r for r in range(self._world_size) if r not in self._last or self._last[r].state not in ends]
+
+    def stopped_after(self) -> int | None:
+        """The step after which the ranks left in order; None if they did not."""
+        return next((status.step for status in self._last.values() if status.state == "stopped"), None)
 
     def spoke(self) -> bool:
         """Whether any rank said anything."""

@@ -18,7 +18,8 @@ from typing import Any
 class RankStatus:
     """The last word of one rank.
 
-    ``state`` is ``running``, ``done`` (reached the end of the run) or ``failed`` (``error`` says why,
+    ``state`` is ``running``, ``done`` (reached the end of the run), ``stopped`` (left in order after ``step``,
+    and saved) or ``failed`` (``error`` says why,
     in one line). A rank that was killed leaves ``running`` behind: no word is a failure too.
     """
 
@@ -69,6 +70,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Held by the process that watches the run, so that no second one starts in the same folder."""
         return self.path / ".lock"
+
+    @property
+    def stop_request(self) -> Path:
+        """While it exists, the ranks leave after their current step, and save."""
+        return self.path / "stop"
 
     @property
     def hostfile(self) -> Path:

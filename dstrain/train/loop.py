@@ -29,6 +29,7 @@ from dstrain.plan.refusals import is_frozen
 from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.checkpoints import Checkpoints
+from dstrain.train.leaving import Leaving
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
@@ -37,7 +38,7 @@ from dstrain.train.sampling import continuation
 from dstrain.train.weights import save_weights
 
 
-def train(folder: RunFolder, console: TextIO | None) -> int:
+def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
     """Train as the run folder's plan says, from its newest checkpoint if there is one.
 
     Args:
@@ -45,7 +46,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
         console: where rank 0 says a line a step; None on the other ranks.
 
     Returns:
-        The last step.
+        The last step, and whether it is the run's: the ranks may be asked to leave before.
 
     Raises:
         DstrainError: what the user can mend (data that changed, a loss that is not a number).
@@ -58,6 +59,7 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
     replica = plan.layout.replica(rank)
     device = torch.device(get_accelerator().current_device_name())
 
+    leaving = Leaving(folder.stop_request, config.time_limit_seconds)
     data = prepare_run_data(plan)
     engine = _build(plan, folder, device)
     checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
@@ -111,12 +113,17 @@ def train(folder: RunFolder, console: TextIO | None) -> int:
             if metrics:
                 metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
             checkpoints.save(engine, step)
+        if leaving.agreed(device) and step < config.steps:
+            if metrics:
+                metrics.flush_to_disk()
+            checkpoints.save(engine, step)
+            return step, False
     if metrics:
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
-    return config.steps
+    return config.steps, True
 
 
 def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:

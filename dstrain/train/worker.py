@@ -30,14 +30,14 @@ def main(arguments: list[str]) -> int:
     try:
         from dstrain.train.loop import train  # the heavy imports, after the first word
 
-        last_step = train(folder, console if rank == 0 else None)
+        last_step, reached_the_end = train(folder, console if rank == 0 else None)
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
         folder.write_status(_with(status, state="failed", error=_in_one_line(error)))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.
         os._exit(error.exit_code if isinstance(error, DstrainError) else 1)
-    folder.write_status(_with(status, state="done", step=last_step))
+    folder.write_status(_with(status, state="done" if reached_the_end else "stopped", step=last_step))
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.launch.outcome import Outcome
+from dstrain.launch.outcome import RESUMABLE, Outcome
 from dstrain.launch.supervisor import supervise
 from dstrain.launch.watch import killed_in_log, lost_in_log
 from dstrain.plan.run_folder import RankStatus, RunFolder
@@ -263,7 +263,7 @@ signal.signal(signal.SIGTERM, save); say(rank, "running"); time.sleep(300)
 """
     threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
     before = signal.getsignal(number)
-    outcome = fake.run(TWO_RANKS, rank)
+    outcome = fake.run(TWO_RANKS, rank, leave_seconds=0.2)
     assert signal.getsignal(number) == before
     assert outcome.cause is not None
     assert (outcome.exit_code, outcome.cause.reason) == (128 + number, f"stopped by {number.name}")
@@ -276,11 +276,22 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); say(0, 'running'); ti
 def test_who_ignores_the_stop_is_killed(fake: Fake) -> None:
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     started = time.monotonic()
-    assert fake.run(STUBBORN, world_size=1, grace_seconds=1.0).exit_code == 143
+    assert fake.run(STUBBORN, world_size=1, leave_seconds=0.2, grace_seconds=1.0).exit_code == 143
     assert 1.9 < time.monotonic() - started < 8
 
 
-def test_a_second_stop_does_not_wait(fake: Fake) -> None:
+def test_a_stop_lets_ranks_leave_in_order(fake: Fake) -> None:
+    rank = """
+say(rank, "running")
+while not folder.stop_request.exists(): time.sleep(0.05)
+folder.write_status(RankStatus(rank, socket.gethostname(), os.getpid(), "stopped", step=7))
+"""
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    assert fake.run(TWO_RANKS, rank) == Outcome(False, RESUMABLE, None, stopped_after=7)
+    assert not fake.folder.stop_request.exists()
+
+
+def test_a_second_stop_ends_at_once(fake: Fake) -> None:
     for seconds in (1.0, 1.5):
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()

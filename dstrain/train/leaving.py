@@ -1,0 +1,47 @@
+"""Leaving in order: end the current step, save, and go, because a signal, the user or the clock asks for it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import distributed
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+"""SIGUSR1 is what Slurm is usually told to send before a job's time is over (``--signal=USR1@300``)."""
+
+
+class Leaving:
+    """Asked after each step whether to leave. A second signal ends the process at once.
+
+    Args:
+        request: a file whose existence asks for it: the supervisor's word, which needs no signal to reach this host.
+        limit: seconds from now on after which to leave; None for no limit.
+    """
+
+    def __init__(self, request: Path, limit: float | None) -> None:
+        self._request = request
+        self._deadline = None if limit is None else time.monotonic() + limit
+        self._rank = distributed.get_rank()
+        self._signalled = False
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank has a reason to leave. Collective: all ranks leave after the same step."""
+        wanted = torch.tensor([int(self._wanted())], dtype=torch.int32, device=device)
+        distributed.all_reduce(wanted, op=distributed.ReduceOp.MAX)
+        return bool(wanted)
+
+    def _wanted(self) -> bool:
+        if self._signalled or self._rank != 0:  # one clock and one look at the file system are enough
+            return self._signalled
+        return self._request.exists() or (self._deadline is not None and time.monotonic() >= self._deadline)
