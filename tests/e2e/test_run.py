@@ -1,4 +1,4 @@
-"""Whole runs through DeepSpeed's launcher on CPU. A launch costs many seconds, so three serve all tests."""
+"""Whole runs through DeepSpeed's launcher on CPU. A launch costs many seconds, so four serve all tests."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dstrain.config.loader import read_config
+from dstrain.launch.outcome import RESUMABLE
 from dstrain.plan.manifest import complete_checkpoints
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder
@@ -169,12 +170,40 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(workshop: Workshop, 
     said = workshop.run("resume", "killed")
     assert said.code == 0, said.out + said.err
     assert f"goes on from {before}" in said.out
+    assert_as_undisturbed(workshop, folder)
+
+
+def assert_as_undisturbed(workshop: Workshop, folder: RunFolder) -> None:
+    """Each step once, and with the numbers of the run that nobody disturbed, to the bit."""
     undisturbed, resumed = records(workshop.calm), records(folder)
     assert [record["step"] for record in resumed] == list(range(STEPS + 1))
     for one, other in zip(undisturbed, resumed, strict=True):
         assert {key: one.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
     assert json.loads(folder.result.read_text()) == json.loads(workshop.calm.result.read_text())
     assert not left_running(folder)
+
+
+def test_a_run_that_is_told_to_stop_leaves_in_order_and_resumes_exactly(
+    workshop: Workshop, calm: Said
+) -> None:
+    folder = workshop.folder("stopped")
+    with workshop.start("run", *ARGUMENTS, "--name", "stopped") as process:
+        while not folder.metrics.exists() or not any(r["step"] > 2 for r in records(folder)[:-1]):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == RESUMABLE, err
+    [last] = records(folder)[-1:]
+    assert f"stopped after step {last['step']}, which is saved" in err and "Traceback" not in err
+    assert 3 <= last["step"] < STEPS, "the stop came too late to test anything"
+    assert complete_checkpoints(folder.checkpoints)[-1].name == f"step-{last['step']:06d}"
+    assert not folder.result.exists() and not folder.stop_request.exists()
+    assert not left_running(folder)
+
+    said = workshop.run("resume", "stopped")
+    assert said.code == 0, said.out + said.err
+    assert_as_undisturbed(workshop, folder)
 
 
 def test_a_finished_run_is_not_run_again(workshop: Workshop, calm: Said) -> None:
