@@ -82,6 +82,11 @@ def _refuse_occupied(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise DstrainError(f"{out} {what}", where="OUT", hint="name a folder that is not there yet")
+    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise DstrainError(
+            f"{out} can't be made: {above} is a file", where="OUT", hint="name a folder that is not there yet"
+        )
 
 
 def _tell(out: Path, answer: dict[str, Any], *, with_loss: bool) -> None:
@@ -93,6 +98,8 @@ def _tell(out: Path, answer: dict[str, Any], *, with_loss: bool) -> None:
     )
     if answer["loss"] is not None:
         click.echo(f"held-out   {answer['loss']:.6f}  the exported model's loss")
+    elif answer["no_loss_because"] is not None:
+        click.echo(f"held-out loss: not taken: {answer['no_loss_because']}")
     elif with_loss:
         click.echo("held-out   nothing is held out in this run, so there is no loss to compare")
     if answer["run_loss"] is not None:

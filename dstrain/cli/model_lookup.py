@@ -64,7 +64,14 @@ def find_model(resolved: ResolvedConfig) -> FoundModel:
     if is_hub_name(model):
         model = str(_fetch(model, "weights" if config.init == "pretrained" else "config", where))
     file = model_config_file(model, where=where).absolute()
-    return FoundModel(file, None if config.model in model_shapes() else file.parent)
+    found = FoundModel(file, None if config.model in model_shapes() else file.parent)
+    if config.init == "pretrained" and config.tokenizer == "auto" and found.tokenizer == "bytes":
+        raise DstrainError(
+            f"{found.folder} has no tokenizer, and bytes would mean nothing to its weights",
+            where=str(resolved.origin("tokenizer")),
+            hint="--tokenizer FOLDER, or --tokenizer bytes if that is meant",
+        )
+    return found
 
 
 def _fetch(name: str, what: str, where: str) -> Path:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices, has_async_io, local_devices
 from dstrain.launch.hosts import read_hostfile
+from dstrain.plan.attention import FLASH_PACKAGES
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
 from dstrain.plan.refusals import refuse
@@ -50,7 +52,8 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
         hosts = read_hostfile(config.hostfile)
     else:
         hosts = (Host("localhost", devices.count),)
-    machines = Machines(hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes)
+    flash = tuple(package for package in FLASH_PACKAGES.values() if find_spec(package))
+    machines = Machines(hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes, flash)
     model = find_model(resolved)
     shape = _measure_model(model.config_file)
     if config.init == "pretrained":

@@ -13,7 +13,7 @@ from dstrain.plan.plan import Plan
 _RANKS_SHOWN = 32
 _SHOWN_CHOICES = (
     "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision",
-    "offload",    "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
+    "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
     "gradient_clipping", "activation_checkpointing", "seed",
 )  # fmt: skip
 

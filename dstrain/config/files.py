@@ -42,8 +42,8 @@ def model_shapes() -> list[str]:
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether ``model`` is a name on the Hugging Face hub: ``org/name`` or ``org/name@revision``, and no folder."""
-    return _HUB_NAME.fullmatch(model) is not None and not Path(model).expanduser().is_dir()
+    """Whether ``model`` is a name on the Hugging Face hub (``org/name``, ``org/name@revision``) and no path here."""
+    return _HUB_NAME.fullmatch(model) is not None and not Path(model).expanduser().exists()
 
 
 def model_config_file(model: str, *, where: str) -> Path:
@@ -54,6 +54,12 @@ def model_config_file(model: str, *, where: str) -> Path:
     """
     if model in model_shapes():
         return ds_configs() / "models" / f"{model}.json"
+    if not model.strip():
+        raise DstrainError(
+            "no model is named",
+            where=where,
+            hint=f"a folder, org/name, or one of: {', '.join(model_shapes())}",
+        )
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder / "config.json"
@@ -61,6 +67,8 @@ def model_config_file(model: str, *, where: str) -> Path:
         raise DstrainError(
             f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder"
         )
+    if folder.exists():
+        raise DstrainError(f"{folder} is a file", where=where, hint=f"name its folder: {folder.parent}")
     raise DstrainError(
         f"{model!r} is neither a folder nor a built-in shape, nor like org/name on the hub",
         where=where,

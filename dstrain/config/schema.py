@@ -41,7 +41,9 @@ class RunConfig(BaseModel):
     )
     data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
     attention: str = Field(
-        "auto", description="sdpa, eager, flash_attention_2; auto: sdpa where the model family has it"
+        "auto",
+        description="sdpa, eager, flex_attention, flash_attention_2, flash_attention_3; auto: sdpa where the model"
+        " family has it",
     )
     seq_len: PositiveInt = Field(256, description="tokens a sample")
     pack: bool = Field(
@@ -82,7 +84,7 @@ class RunConfig(BaseModel):
     partition: str = Field(
         "auto",
         description="where the stages are cut: auto (by estimated time, within a device's memory), parameters,"
-        " uniform, or the number of layers of each stage: 5,5,5,1",
+        " uniform, or the number of blocks of each stage: 5,5,5,1",
     )
     precision: Precision = Field("fp32", description="of parameters and activations")
     schedule: Literal["1f1b", "dualpipev"] = Field(

@@ -45,6 +45,9 @@ def build_engine(
         is_frozen: whether the parameter of a Hugging Face name is not trained.
         loss_chunk: tokens whose logits are made at a time for the loss; 0 for all at once.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
+
+    Raises:
+        DstrainError: activations of a model in one piece can't be recomputed.
     """
     weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
     ties = model.tied if isinstance(model, LayeredModel) else ()
@@ -68,6 +71,8 @@ def build_engine(
         model.after_build = sharing_out(deepspeed)
         whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
         head = whole.head
+    elif activation_checkpointing:
+        model.recompute_blocks()
     head.loss_chunk = loss_chunk
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)

@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
+from dstrain.engine.precision import DTYPES
 from dstrain.model.initialise import cast
 
 
@@ -50,7 +51,7 @@ def _give_back_freed_memory() -> None:
 
 
 def _type_of(deepspeed: dict[str, Any]) -> torch.dtype:
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for key in ("bf16", "fp16"):
         if deepspeed.get(key, {}).get("enabled"):
-            return dtype
-    return torch.float32
+            return DTYPES[key]
+    return DTYPES["fp32"]

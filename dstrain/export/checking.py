@@ -51,7 +51,10 @@ def check_files(folder: Path, files: list[str], tensors: ExportedTensors) -> Non
                         raise _wrong(f"{name} is not what the checkpoint holds", folder / file)
                     done += part[name].nbytes
         progress.update(done)
-    if wrong := refused_keys(load_config(folder), found):
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise _wrong("its config.json has a quantization_config, and the weights are not quantized", folder)
+    if wrong := refused_keys(config, found):
         raise _wrong(f"from_pretrained would not find the model in these files: {wrong[0]}", folder)
 
 

@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.engine.precision import DTYPES
 from dstrain.engine.saved_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.export.checking import check_files, check_loaded, check_tokenizer, held_out_loss, load_exported
@@ -29,8 +31,6 @@ from dstrain.plan.manifest import read_manifest
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
 from dstrain.train.run_data import prepare_run_data
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(
@@ -44,7 +44,8 @@ def export(
 
     Returns:
         What there is to say: ``step``, ``dtype``, ``files``, ``tensors``, ``parameters``, ``bytes``, ``loss``
-        (None where none is held out, or not asked for), ``run_loss`` and ``run_loss_step``.
+        (None where none is held out, not asked for, or not to be had), ``no_loss_because`` (the data are gone,
+        or others now; else None), ``run_loss`` and ``run_loss_step``.
 
     Raises:
         DstrainError: it can't be read, written, or is not what was trained.
@@ -55,18 +56,21 @@ def export(
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
     tokenizer = load_tokenizer(plan.data["tokenizer"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    refuse_full_disk(out.parent, tensors.bytes)
     aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(out.parent, tensors.bytes)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
     try:
-        _write_descriptions(aside, plan, config, tensors, tokenizer)
+        with _writing(out):
+            _write_descriptions(aside, plan, config, tensors, tokenizer)
         files = write_weights(tensors, aside)
         check_files(aside, files, tensors)
         check_tokenizer(aside, tokenizer)
-        loss = _loss(aside, plan, tensors) if with_loss else None
-        aside.replace(out)
+        loss, no_loss_because = _loss(aside, plan, tensors) if with_loss else (None, None)
+        with _writing(out):
+            aside.replace(out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -80,9 +84,24 @@ def export(
         "parameters": tensors.parameters,
         "bytes": tensors.bytes,
         "loss": loss,
+        "no_loss_because": no_loss_because,
         "run_loss": run_loss,
         "run_loss_step": run_loss_step,
     }
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses becomes a message with its place and reason."""
+    try:
+        yield
+    except OSError as error:
+        what = f" ({error.filename})" if error.filename else ""
+        raise DstrainError(
+            f"this folder can't be written: {error.strerror or error}{what}",
+            where=str(out),
+            hint="name a folder that can be made",
+        ) from error
 
 
 def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
@@ -99,10 +118,16 @@ def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
 
 
 def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
-    """The tensors of the weights that a pretrained run started from, on meta; None where they are not there now."""
-    if plan.run_config.init != "pretrained" or not Path(plan.model["folder"]).is_dir():
+    """The tensors of the weights that a pretrained run started from, on meta; None where they are not there now.
+
+    They are asked only for their names: without them the tensors are called as in the family's newest files.
+    """
+    if plan.run_config.init != "pretrained":
         return None
-    stored = WeightFiles(plan.model["folder"]).tensors
+    try:
+        stored = WeightFiles(plan.model["folder"]).tensors
+    except DstrainError:  # deleted since then, all or some of them
+        return None
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
 
 
@@ -112,6 +137,8 @@ def _write_descriptions(
     """config.json, generation_config.json and the tokenizer."""
     config.architectures = [tensors.architecture]
     config.dtype = str(tensors.dtype).removeprefix("torch.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the weights that this model did not start from; these are plain
     config.save_pretrained(folder)
     own = Path(plan.model["file"]).parent / "generation_config.json"
     if own.is_file():
@@ -124,13 +151,18 @@ def _write_descriptions(
     tokenizer.save_pretrained(folder)
 
 
-def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> float | None:
-    data = prepare_run_data(plan)
+def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:
+    """The exported model's held-out loss, or why the run's data do not give one any more; the model is checked."""
+    rows, reason = None, None
+    try:
+        rows = prepare_run_data(plan).held_out
+    except DstrainError as error:  # the data, which the model does not need
+        reason = f"{error.where}: {error.message}" if error.where else error.message
     model = load_exported(folder, tensors.dtype, plan.run_config.attention)
     check_loaded(model, tensors)
-    if data.held_out is None:
-        return None
-    return held_out_loss(model, data.held_out, plan.run_config.eval_samples)
+    if rows is None:
+        return None, reason
+    return held_out_loss(model, rows, plan.run_config.eval_samples), None
 
 
 def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:

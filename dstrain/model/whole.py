@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstrain.errors import DstrainError
 from dstrain.model.asked import Asked
@@ -66,6 +68,7 @@ class WholeModel(Asked, nn.Module):
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         input_ids, position_ids = inputs
+        self._position_ids = position_ids
         options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
         routed = self._router_coefficient is not None and self.target is not None and self.training
         if routed:
@@ -77,6 +80,29 @@ class WholeModel(Asked, nn.Module):
         loss = self._loss(output.logits, self.target)
         added = output.aux_loss if routed else None  # None too where the model has no experts after all
         return loss if added is None else loss + self._router_coefficient * added
+
+    def recompute_blocks(self) -> None:
+        """Forget each block's activations in training, and compute them again in the backward pass.
+
+        Raises:
+            DstrainError: the family's code can't.
+        """
+        model = self._model
+        blocks = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        if not model.supports_gradient_checkpointing or not blocks:
+            raise DstrainError(
+                f"transformers can't recompute the activations of {model.config.model_type}",
+                hint="--no-activation-checkpointing",
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": self._contexts_of_recomputation})
+        # Only the reentrant form needs inputs with a gradient; a frozen embedding shall have none.
+        model.disable_input_require_grads()
+
+    def _contexts_of_recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """A block that makes its own mask keeps documents apart in the second forward pass too."""
+        return nullcontext(), self._documents.apart(self._position_ids)
 
     def train(self, mode: bool = True) -> WholeModel:
         super().train(mode)

@@ -6,12 +6,12 @@ Left out: the accelerator's own context, the communication library's buffers and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
 from dstrain.plan.loss_chunk import loss_chunk
-from dstrain.plan.refusals import is_frozen
+from dstrain.plan.refusals import frozen_names
 from dstrain.plan.shape import Layer, ModelShape
 
 USABLE = 0.92
@@ -100,7 +100,7 @@ def estimate(
 ) -> Memory:
     """What each layer and stage need on a rank of this run.
 
-    A tied weight counts with its last owner only where one rank holds all of its owners.
+    A tied weight counts with its first owner only where one rank holds all of its owners.
     """
     per_parameter = state_bytes(config, replicas, device_is_host=device_is_host)
     weight = 4 if config.precision == "fp32" else 2
@@ -111,14 +111,15 @@ def estimate(
     else:
         kept = saved
 
-    states = [_states(layer, per_parameter, config.freeze) for layer in shape.layers]
+    frozen = frozen_names(shape, config.freeze)
+    states = [_states(layer, per_parameter, frozen) for layer in shape.layers]
     if config.pipeline == 1 or config.schedule == "dualpipev":
         for tied in shape.tied:
             ends = {0, len(shape.layers) - 1}
             if config.pipeline == 1 or ends.issuperset(tied.layers):
-                states[tied.layers[-1]] -= round(
-                    (len(tied.layers) - 1) * tied.parameters * per_parameter.trained
-                )
+                own = per_parameter.frozen if frozen.intersection(tied.names) else per_parameter.trained
+                for layer in tied.layers[1:]:
+                    states[layer] -= round(tied.parameters * own)
 
     # Logits, their softmax and their gradient, of the micro-batch or of a chunk of its tokens.
     tokens = micro_batch * config.seq_len
@@ -140,6 +141,6 @@ def estimate(
     )
 
 
-def _states(layer: Layer, per_parameter: StateBytes, freeze: Sequence[str]) -> int:
-    frozen = sum(number for name, number in layer.tensors.items() if is_frozen(name, freeze)) if freeze else 0
-    return round((layer.parameters - frozen) * per_parameter.trained + frozen * per_parameter.frozen)
+def _states(layer: Layer, per_parameter: StateBytes, frozen: Set[str]) -> int:
+    still = sum(number for name, number in layer.tensors.items() if name in frozen)
+    return round((layer.parameters - still) * per_parameter.trained + still * per_parameter.frozen)

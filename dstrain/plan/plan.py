@@ -10,6 +10,7 @@ from dstrain import __version__
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.attention import check_attention
 from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cut import cut_as_asked, cut_by_time, stage_bytes
 from dstrain.plan.deepspeed_values import deepspeed_config
@@ -20,6 +21,7 @@ from dstrain.plan.memory import USABLE, estimate
 from dstrain.plan.refusals import (
     check_batch,
     check_frozen,
+    check_layerdrop,
     check_model,
     check_partition,
     check_precision,
@@ -43,6 +45,7 @@ class Machines:
         device_names: of one host's devices, for the display.
         precisions: what the devices can compute in.
         memory_bytes: of the smallest device, other hosts' taken to be alike; None: not known.
+        flash_packages: the installed ones of ``FLASH_PACKAGES``.
     """
 
     hosts: tuple[Host, ...]
@@ -50,6 +53,7 @@ class Machines:
     device_names: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
     memory_bytes: int | None = None
+    flash_packages: tuple[str, ...] = ()
 
     @property
     def slots(self) -> int | None:
@@ -191,6 +195,7 @@ def make_plan(
     config = resolved.config
     refuse(resolved)
     check_precision(resolved, machines.precisions, machines.accelerator)
+    check_attention(resolved, machines.accelerator, machines.flash_packages)
     check_model(shape, resolved, data["vocab_size"])
     check_partition(resolved, shape)
 
@@ -232,6 +237,7 @@ def make_plan(
     layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
     stage_time = stage_shares(layout, times)
     stage_memory = stage_bytes(layout.cut, config.pipeline, config.schedule, memory)
+    check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
     stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
     deepspeed = deepspeed_config(resolved, layout, batch, machines.accelerator, max(stage_parameters))

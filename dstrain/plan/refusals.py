@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.attention import refuse_attention
 from dstrain.plan.batch import Batch
 from dstrain.plan.layout import Layout, count_spans
 from dstrain.plan.partition import WORDS, blocks_of_spans, even_blocks
@@ -106,9 +107,10 @@ def refuse(resolved: ResolvedConfig) -> None:
     if refusal:
         raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
     _refuse_partition(resolved)
+    refuse_attention(resolved)
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
-            "offload: nvme needs a folder on a local disk",
+            "nvme needs a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
         )
@@ -124,7 +126,7 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if blocks is None:
         near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
         raise DstrainError(
-            f"partition: {config.partition!r} is no way to cut a model",
+            f"{config.partition!r} is no way to cut a model",
             where=where,
             hint=(
                 f"did you mean {near[0]}?"
@@ -136,15 +138,14 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if len(blocks) != spans:
         each = "two a rank with dualpipev" if spans > config.pipeline else "one a stage"
         raise DstrainError(
-            f"partition: {config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs"
-            f" {spans} ({each})",
+            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {spans} ({each})",
             where=where,
             hint=f"--partition {','.join(['4'] * spans)} for {4 * spans} blocks, or --partition auto",
         )
     empty = [span for span in range(1, spans - 1) if blocks[span] == 0]
     if empty:
         raise DstrainError(
-            f"partition: {config.partition} leaves number {empty[0] + 1} of {spans} without a layer",
+            f"{config.partition} leaves number {empty[0] + 1} of {spans} without a layer",
             where=where,
             hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
         )
@@ -161,7 +162,7 @@ def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
     if asked is not None and sum(asked) != blocks:
         example = ",".join(map(str, even_blocks(blocks, len(asked))))
         raise DstrainError(
-            f"partition: {resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
+            f"{resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
             where=str(resolved.origin("partition")),
             hint=f"--partition {example}, for instance (embedding and head are not counted), or --partition auto",
         )
@@ -178,6 +179,17 @@ def check_precision(resolved: ResolvedConfig, precisions: tuple[str, ...], accel
         )
 
 
+def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
+    """Refuse replicas that would each drop other layers. Raises DstrainError."""
+    if shape.layerdrop and layout.data_parallel > 1:
+        raise DstrainError(
+            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), each replica others:"
+            " they would not reduce the same gradients",
+            where=str(resolved.origin("data_parallel")),
+            hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
+        )
+
+
 def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
     """Refuse a pattern that freezes nothing, and a stage that would have nothing to train.
 
@@ -186,19 +198,14 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
     names = [name for layer in shape.layers for name in layer.tensors]
     where = str(resolved.origin("freeze"))
     for pattern in resolved.config.freeze:
-        if names and not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
             raise DstrainError(
-                f"freeze: no parameter of {shape.model_type} is called {pattern!r}",
+                f"no parameter of {shape.model_type} is called {pattern!r}",
                 where=where,
                 hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
             )
-    # The names of one tied weight differ from layer to layer: frozen by one, it is frozen by all.
-    frozen = {name for name in names if is_frozen(name, resolved.config.freeze)}
-    for tied in shape.tied:
-        owned = {name for layer in tied.layers for name in shape.layers[layer].tensors if name in tied.names}
-        if owned & frozen:
-            frozen |= owned
+    frozen = frozen_names(shape, resolved.config.freeze)
     for stage in range(layout.pipeline):
         held = [
             name for span in layout.spans(stage) for layer in span for name in shape.layers[layer].tensors
@@ -212,8 +219,18 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter of this Hugging Face name is frozen."""
+    """Whether a parameter of this Hugging Face name is frozen by this name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
+    """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all."""
+    names = (name for layer in shape.layers for name in layer.tensors)
+    frozen = {name for name in names if is_frozen(name, patterns)} if patterns else set()
+    for tied in shape.tied:
+        if not frozen.isdisjoint(tied.names):
+            frozen.update(tied.names)
+    return frozen
 
 
 def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Layer:
     At a sequence length S a token's forward pass takes ``forward_flops_per_token`` +
     S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's), and its backward pass
     needs bytes that are counted likewise, in 16 bits and in fp32 (0 for embedding and head).
-    ``tensors`` has the elements of each parameter by its Hugging Face name; empty where a model can't
-    be split and is measured as a whole.
+    ``tensors`` has the elements of each parameter by its Hugging Face name; 0 under the further names of a
+    weight that this layer ties to itself.
     """
 
     name: str
@@ -63,9 +63,10 @@ class ModelShape:
     """What the plan needs to know of a model.
 
     ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
-    largest probability in its config. ``packing_leak`` says why documents can't share a sample, or is None,
-    ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those after them,
-    or is None.
+    largest probability in its config, ``layerdrop`` the one with which it drops whole layers. ``router_loss``
+    says whether its experts' routers add to the loss. ``packing_leak`` says why documents can't share a sample,
+    or is None, ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those
+    after them, or is None.
     """
 
     model_type: str
@@ -81,6 +82,8 @@ class ModelShape:
     tokenwise_head: bool = True
     flash_packing_leak: str | None = None
     looks_ahead: str | None = None
+    layerdrop: float = 0.0
+    router_loss: bool = False
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -121,6 +124,8 @@ class ModelShape:
             tokenwise_head=record["tokenwise_head"],
             flash_packing_leak=record["flash_packing_leak"],
             looks_ahead=record["looks_ahead"],
+            layerdrop=record["layerdrop"],
+            router_loss=record["router_loss"],
         )
 
     @classmethod

@@ -51,6 +51,11 @@ def warnings_about(
             f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
             " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
         )
+    if shape.router_loss and config.micro_batch is None:
+        found.append(
+            "the router loss of its experts is taken over a micro-batch: set --micro-batch to compare layouts"
+            f" (here {batch.micro_batch}, which follows from the layout)"
+        )
     if data.get("padding", 0.0) >= 0.005:
         found.append(
             f"{data['padding']:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"

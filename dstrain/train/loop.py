@@ -18,6 +18,7 @@ from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
 from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.interface import Engine, StepResult
+from dstrain.engine.precision import DTYPES
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.layered import LayeredModel
@@ -37,8 +38,6 @@ from dstrain.train.run_data import prepare_run_data
 from dstrain.train.sampling import continuation
 from dstrain.train.save_schedule import SaveSchedule
 from dstrain.train.weights import save_weights
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
@@ -181,7 +180,7 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
     options: dict[str, Any] = {
         "seed": config.seed,
         "attention": config.attention,
-        "dtype": _DTYPES[config.precision],
+        "dtype": DTYPES[config.precision],
         "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
     }
     model_config = load_model_config(plan.model["file"])

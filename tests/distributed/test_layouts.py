@@ -46,6 +46,7 @@ def test_covering_set(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", accepted_rows(), ids=str)
 def test_accepted_row_of_the_layout_table(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from dstrain.data.tokenizers import ByteTokenizer
 from dstrain.plan.run_folder import RunFolder, read_metrics
 from tests.e2e.conftest import LLAMA, Said
 
 pytestmark = pytest.mark.timeout(300)
 
-MODEL = LLAMA | {"a_note": {"of": "the user's"}, "eos_token_id": None}
+# As a folder of quantized weights has it; the run starts at random, and with weights of its own.
+QUANTIZED = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+MODEL = LLAMA | {"a_note": {"of": "the user's"}, "eos_token_id": None} | QUANTIZED
 GENERATION = {"max_new_tokens": 7, "eos_token_id": 256}
 ARGUMENTS = [
     *("--model", "own", "--data", "text.jsonl", "--tokenizer", "bytes", "--zero", "1", "--pipeline", "2"),
@@ -116,6 +119,7 @@ def test_configuration_tokenizer_and_generation_come_along(bench: Bench, newest:
     config = json.loads((bench.place / "out" / "config.json").read_text())
     assert config["a_note"] == MODEL["a_note"] and config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config, "from_pretrained would look for quantized weights"
     generation = GenerationConfig.from_pretrained(bench.place / "out")
     assert (generation.max_new_tokens, generation.eos_token_id) == (7, 256)
     tokenizer = AutoTokenizer.from_pretrained(bench.place / "out")
@@ -175,6 +179,105 @@ def test_a_failed_export_leaves_nothing(bench: Bench, monkeypatch: pytest.Monkey
     assert set(bench.place.iterdir()) == before
 
 
+def test_quantized_weights_are_not_announced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --no-loss checks is the folder's own config.json."""
+    from dstrain.errors import DstrainError
+    from dstrain.export import convert
+
+    write = convert._write_descriptions
+
+    def announce(folder: Path, *args: Any) -> None:
+        write(folder, *args)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | QUANTIZED))
+
+    monkeypatch.setattr(convert, "_write_descriptions", announce)
+    checkpoint = bench.run.checkpoints / "step-000006"
+    with pytest.raises(DstrainError, match="quantization_config"):
+        convert.export(bench.run, checkpoint, bench.place / "announced", with_loss=False)
+    assert not (bench.place / "announced").exists()
+
+
+def test_what_the_disk_refuses_is_one_message(bench: Bench) -> None:
+    from dstrain.errors import DstrainError
+    from dstrain.export import convert
+
+    checkpoint = bench.run.checkpoints / "step-000006"
+    below_a_file = bench.place / "text.jsonl" / "out"
+    with pytest.raises(DstrainError, match=r"can't be written: File exists .*text.jsonl") as caught:
+        convert.export(bench.run, checkpoint, below_a_file, with_loss=False)
+    assert caught.value.exit_code == 2 and caught.value.where == str(below_a_file)
+
+
+def test_without_its_data_a_run_is_exported_all_the_same(
+    bench: Bench, newest: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dstrain.export import convert
+
+    data, aside = bench.place / "text.jsonl", bench.place / "text.aside"
+    data.rename(aside)
+    try:
+        said = bench("export", "small", "dataless")
+        data.write_text(aside.read_text() * 2)
+        monkeypatch.chdir(bench.place)
+        monkeypatch.setenv("DSTRAIN_CACHE", bench.environment["DSTRAIN_CACHE"])
+        checkpoint = bench.run.checkpoints / "step-000006"
+        changed = convert.export(bench.run, checkpoint, bench.place / "changed")
+    finally:
+        data.unlink(missing_ok=True)
+        aside.rename(data)
+    assert said.code == 0, said.err
+    [line] = [line for line in said.out.splitlines() if line.startswith("held-out loss: not taken: ")]
+    assert "text.jsonl" in line
+    assert told_losses(said) == pytest.approx([losses(bench)[6]], abs=1e-6), "the run's own stands there"
+    assert changed["loss"] is None and "the data are not those" in changed["no_loss_because"]
+    weights = (bench.place / "out" / "model.safetensors").read_bytes()
+    for name in ("dataless", "changed"):
+        assert (bench.place / name / "model.safetensors").read_bytes() == weights
+
+
+def test_the_weights_of_the_start_may_be_gone(bench: Bench, newest: Said, tmp_path: Path) -> None:
+    from dstrain.export.convert import _files_at_the_start
+    from dstrain.plan.plan import Plan
+
+    record = json.loads(bench.run.plan.read_text())
+    record["config"]["init"], record["model"]["folder"] = "pretrained", str(tmp_path / "start")
+    shutil.copytree(bench.place / "out", tmp_path / "start")
+    plan = Plan.from_record(record)
+    found = _files_at_the_start(plan)
+    assert found is not None and "model.embed_tokens.weight" in found
+    (tmp_path / "start" / "model.safetensors").unlink()
+    assert _files_at_the_start(plan) is None
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "start" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert _files_at_the_start(plan) is None, "the index alone was left"
+
+
+def test_generate_ends_with_the_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from dstrain.errors import DstrainError
+    from dstrain.export.generate import generate
+
+    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    config.bos_token_id = config.eos_token_id = None
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()
+    generate(tmp_path, "x" * 60, tokens=4, temperature=0, seed=0)
+    four = capsys.readouterr()
+    assert "dstrain: " not in four.err
+    generate(tmp_path, "x" * 60, tokens=200, temperature=0, seed=0)
+    many = capsys.readouterr()
+    assert many.out == four.out
+    assert many.err.endswith(
+        "dstrain: --tokens 200 is cut to 4: the model has 64 positions, and the prompt takes 60\n"
+    )
+    with pytest.raises(DstrainError, match="64 tokens, and with the model's 64 positions nothing fits"):
+        generate(tmp_path, "x" * 64, tokens=1, temperature=0, seed=0)
+    assert not capsys.readouterr().out
+
+
 def test_a_changed_model_file_is_refused(bench: Bench) -> None:
     path = bench.place / "own" / "config.json"
     before = path.read_text()
@@ -214,6 +317,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no checkpoint": (["export", "run", "out"], ["run has no complete checkpoint", "dstrain resume run"]),
     "OUT is full": (["export", "saved", "full"], ["OUT: full is not empty", "hint"]),
     "OUT is a file": (["export", "saved", "file"], ["OUT: file is a file", "hint"]),
+    "OUT below a file": (["export", "saved", "file/er/out"], ["OUT: file/er/out can't be made", "file is a file"]),
     "step that is none": (["export", "saved", "out", "--step", "7"], ["--step", "step 7", "there are: 3, 12"]),
     "step in words": (["export", "saved", "out", "--step", "last"], ["--step", "'last'"]),
     "dtype that is none": (["export", "saved", "out", "--dtype", "int8"], ["--dtype", "'bf16'"]),
@@ -222,7 +326,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "generate no tokens": (["generate", "full", "x", "--tokens", "0"], ["--tokens", "x>=1"]),
     "generate with a cold wind": (["generate", "full", "x", "--temperature", "-1"], ["--temperature", "x>=0"]),
     "generate from an unknown model": (["generate", "odd", "x"], ["odd/config.json", "'lama'", "llama"]),
-    "generate without weights": (["generate", "bare", "x"], ["bare", "can't be loaded"]),
+    "generate without tokenizer": (["generate", "bare", "x"], ["bare: the folder has no tokenizer", "put its"]),
+    "generate with a broken tokenizer": (["generate", "torn", "x"], ["torn: the tokenizer can't be loaded"]),
+    "generate without weights": (["generate", "light", "x"], ["light: this model can't be loaded"]),
 }  # fmt: skip
 
 
@@ -238,9 +344,12 @@ def test_mistake(
         folder.mkdir(parents=True)
         (folder / "file").write_text("x")
         (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {"file": 1}}))
-    for name, content in {"full": {}, "odd": {"model_type": "lama"}, "bare": LLAMA}.items():
+    configs = {"full": {}, "odd": {"model_type": "lama"}, "bare": LLAMA, "torn": LLAMA, "light": LLAMA}
+    for name, content in configs.items():
         (place / name).mkdir()
         (place / name / "config.json").write_text(json.dumps(content))
+    (place / "torn" / "tokenizer.json").write_text("{")
+    ByteTokenizer().save_pretrained(place / "light")
     (place / "file").write_text("x")
     before = sorted(place.rglob("*"))
     check(dstrain_here(*arguments), *words)

@@ -10,11 +10,12 @@ from families import FAMILIES, tiny
 from test_model_probe import _gemma3n
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dstrain.model.architecture import load_config
 from dstrain.model.dissection.probe import dissect
 from dstrain.model.measuring.measure import FORMAT, main, measure
+from dstrain.model.trials.small import small_family
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,6 +104,44 @@ def test_a_model_that_cannot_be_split_is_measured_too():
     assert found["pipeline_refusal"]
     assert found["total_parameters"] == AutoModelForCausalLM.from_config(config).num_parameters()
     assert len(found["layers"]) == 6
+
+
+def test_a_model_in_one_piece_names_its_parameters():
+    """So that a pattern for parameters to freeze can be checked. A second name of a tied weight has no elements."""
+    config = tiny("opt", layerdrop=0.1)
+    found = measure(config)
+    model = AutoModelForCausalLM.from_config(config)
+    [whole] = found["layers"]
+    assert "layerdrop" in found["pipeline_refusal"]
+    assert set(whole["tensors"]) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert sum(whole["tensors"].values()) == whole["parameters"] == model.num_parameters()
+    names = ["model.decoder.embed_tokens.weight", "lm_head.weight"]
+    [tied] = found["tied"]
+    assert sorted(tied["names"]) == sorted(names) and tied["layers"] == [0]
+
+
+def test_no_parameter_is_left_out_of_a_model_that_cannot_be_split():
+    config = _gemma3n()
+    named = {name for layer in measure(config)["layers"] for name in layer["tensors"]}
+    model = AutoModelForCausalLM.from_config(config)
+    assert named >= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("values", "expected"), [({}, 0.0), ({"layerdrop": 0.1}, 0.1)])
+def test_layers_dropped_at_random(values, expected):
+    assert measure(tiny("opt", **values))["layerdrop"] == expected
+
+
+def test_the_router_loss_is_told_where_it_is_asked_for():
+    def told(config):
+        return measure(config)["router_loss"]
+
+    assert told(tiny("mixtral", output_router_logits=True))
+    assert not told(tiny("mixtral", output_router_logits=True, router_aux_loss_coef=0.0))
+    assert not told(tiny("mixtral")) and not told(tiny("llama", output_router_logits=True))
+    doge = small_family(CONFIG_MAPPING["doge"], is_moe=True, output_router_logits=True)
+    found = measure(doge)  # of another kind: the model stays in one piece, and its family adds the loss
+    assert found["pipeline_refusal"] and found["router_loss"]
 
 
 def test_command(tmp_path, capsys):

@@ -8,8 +8,15 @@ import pytest
 from plans import DATA, plan, shape
 
 from dstrain.errors import DstrainError
+from dstrain.plan.layout import Host
+from dstrain.plan.plan import Machines
 
 LEAK = "x lets a document see the ones before it"
+FLASH: dict[str, Any] = {
+    "settings": ("attention=flash_attention_2",),
+    "precision": "bf16",
+    "machines": Machines((Host("localhost", 1),), "cuda", flash_packages=("flash_attn",)),
+}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +26,7 @@ LEAK = "x lets a document see the ones before it"
         ({"packing_leak": LEAK, "flash_packing_leak": "f"}, {}, [LEAK]),
         (
             {"flash_packing_leak": LEAK},
-            {"settings": ("attention=flash_attention_2",)},
+            FLASH,
             [LEAK, "attention=auto"],
         ),
         (
@@ -40,7 +47,7 @@ def test_refused(changes: dict[str, Any], flags: dict[str, Any], words: list[str
     [
         ({"packing_leak": LEAK, "flash_packing_leak": LEAK}, {"pack": False}),
         ({"flash_packing_leak": LEAK}, {}),
-        ({"flash_packing_leak": LEAK}, {"pack": False, "settings": ("attention=flash_attention_2",)}),
+        ({"flash_packing_leak": LEAK}, FLASH | {"pack": False}),
     ],
 )
 def test_accepted(changes: dict[str, Any], flags: dict[str, Any]) -> None:

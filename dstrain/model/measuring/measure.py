@@ -20,10 +20,11 @@ from dstrain.model.dissection.anatomy import Anatomy
 from dstrain.model.dissection.probe import dissect
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.measuring.saved import saved_bytes
+from dstrain.model.router import router_coefficient
 from dstrain.model.trials.packing import judge_packing
 from dstrain.model.trials.tokenwise import head_is_tokenwise
 
-FORMAT = 5
+FORMAT = 6
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -38,8 +39,9 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None),
-        ``dropout`` (the largest probability in the config), ``tokenwise_head`` (see
-        ``dstrain.model.trials.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
+        ``dropout`` (the largest probability in the config), ``layerdrop`` (with which whole layers are dropped at
+        random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
+        ``tokenwise_head`` (see ``dstrain.model.trials.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
         ``looks_ahead`` (see ``dstrain.model.trials.packing.Packing``). For a model that cannot be split, the layers
         are the best guess.
 
@@ -58,6 +60,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         }
         for key, owners in anatomy.tied
     ]
+    if not anatomy.blocks:
+        tied = _tied_in_one(anatomy)
     return {
         "format": FORMAT,
         "model_type": config.model_type,
@@ -69,6 +73,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "total_parameters": anatomy.total_parameters,
         "pipeline_refusal": anatomy.refusal,
         "dropout": _largest_dropout(anatomy.config),
+        "layerdrop": _layerdrop(anatomy.config),
+        "router_loss": _has_router_loss(config, anatomy),
         "tokenwise_head": head_is_tokenwise(config),
         "packing_leak": packing.leak,
         "flash_packing_leak": packing.flash_leak,
@@ -79,7 +85,9 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
 def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
     if not anatomy.blocks:
         total = anatomy.total_parameters
-        return [_entry("whole", "block", {}, total, 2 * total)]
+        return [_entry("whole", "block", _tensors_in_one(anatomy), total, 2 * total)]
+    # What belongs to no layer, in models that can't be split: counted with the embedding.
+    stranded = {name: param.numel() for name, param in anatomy.model.named_parameters()}
     outer = outer_flops_per_token(anatomy)
     known: dict[Any, Any] = {}
     entries = []
@@ -92,7 +100,8 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
         }
         count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
         if index == 0:
-            entries.append(_entry("embed", "embed", tensors, count, outer[0]))
+            count += sum(stranded.values())
+            entries.append(_entry("embed", "embed", tensors | stranded, count, outer[0]))
         elif index == anatomy.num_blocks + 1:
             entries.append(_entry("head", "head", tensors, count, outer[1]))
         else:
@@ -102,6 +111,38 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
                 known[signature] = *block_flops(anatomy, index - 1), *saved_bytes(anatomy, index - 1)
             entries.append(_entry(f"block {index - 1}", "block", tensors, count, *known[signature]))
     return entries
+
+
+def _tensors_in_one(anatomy: Anatomy) -> dict[str, int]:
+    """Elements of each parameter by name; 0 under every name but the first of a tied weight."""
+    first = {name for name, _ in anatomy.model.named_parameters()}
+    return {
+        name: param.numel() if name in first else 0
+        for name, param in anatomy.model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _tied_in_one(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """The weights with several names in a model that is measured as one layer."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in anatomy.model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return [
+        {"key": alike[0], "parameters": param.numel(), "layers": [0], "names": alike}
+        for param, alike in names.items()
+        if len(alike) > 1
+    ]
+
+
+def _layerdrop(config: PretrainedConfig) -> float:
+    return max(float(getattr(config, name, None) or 0.0) for name in ("layerdrop", "decoder_layerdrop"))
+
+
+def _has_router_loss(config: PretrainedConfig, anatomy: Anatomy) -> bool:
+    """Whether training adds a router loss: of the layers, or of a model in one piece, whose family makes it."""
+    if anatomy.refusal is None:
+        return anatomy.router is not None and anatomy.router.coefficient != 0
+    return bool(getattr(config, "output_router_logits", False) and router_coefficient(anatomy.model))
 
 
 def _largest_dropout(config: PretrainedConfig) -> float:

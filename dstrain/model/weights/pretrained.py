@@ -1,7 +1,7 @@
 """Pretrained weights, loaded into a weightless model part by part, in memory of their own.
 
 Renamed keys, fused experts and split matrices are transformers' business: its own loader is called, with tensors that
-are read only when it asks for them. These names are private to transformers and stand in this file alone.
+are read only when it asks for them. These names are private to transformers, and stand here and in ``on_disk.py``.
 """
 
 from __future__ import annotations

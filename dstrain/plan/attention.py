@@ -1,0 +1,61 @@
+"""Which attention implementations there are, and where they run: anything else is refused with the plan."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""The Python package that holds the kernels of each kind of flash attention."""
+
+ATTENTIONS = ("auto", "sdpa", "eager", "flex_attention", *FLASH_PACKAGES)
+"""What ``attention`` may say: transformers' own names, and auto."""
+
+
+def refuse_attention(resolved: ResolvedConfig) -> None:
+    """Refuse what is no attention implementation. Raises DstrainError."""
+    attention = resolved.config.attention
+    if attention not in ATTENTIONS:
+        near = difflib.get_close_matches(attention.strip().lower(), ATTENTIONS, n=1, cutoff=0.5)
+        raise DstrainError(
+            f"{attention!r} is no way to compute attention",
+            where=str(resolved.origin("attention")),
+            hint=f"did you mean {near[0]}?" if near else f"one of: {', '.join(ATTENTIONS)}",
+        )
+
+
+def check_attention(resolved: ResolvedConfig, accelerator: str, packages: Sequence[str]) -> None:
+    """Refuse flash attention where its kernels don't run.
+
+    Args:
+        packages: the installed ones of ``FLASH_PACKAGES``.
+
+    Raises:
+        DstrainError: not on this accelerator, not in this precision, or its package is not installed.
+    """
+    config = resolved.config
+    package = FLASH_PACKAGES.get(config.attention)
+    if package is None:
+        return
+    where = str(resolved.origin("attention"))
+    if accelerator != "cuda":
+        raise DstrainError(
+            f"{config.attention} has kernels for CUDA devices only, and the run is on {accelerator}",
+            where=where,
+            hint="--set attention=auto",
+        )
+    if config.precision == "fp32":
+        raise DstrainError(
+            f"{config.attention} has kernels for bf16 and fp16 only, and the run is in fp32",
+            where=where,
+            hint="--precision bf16, or --set attention=auto",
+        )
+    if package not in packages:
+        raise DstrainError(
+            f"{config.attention} needs the Python package {package}, which is not installed",
+            where=where,
+            hint="install it, or --set attention=auto",
+        )
