@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10+ with venv, make and a C++ compiler; nothing else.
+# `make demo` needs Python 3.10+ with venv, and make; `make test` a C++ compiler too. Nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

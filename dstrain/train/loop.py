@@ -9,13 +9,13 @@ import os
 import time
 from typing import Any, TextIO
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
+from dstrain.engine.communication import start_communication
 from dstrain.engine.early_sharding import sharing_out
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.engine.precision import DTYPES
@@ -56,7 +56,7 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
+    start_communication()
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
     device = torch.device(get_accelerator().current_device_name())

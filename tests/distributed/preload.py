@@ -9,6 +9,7 @@ for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported, and compiled, by every engine
     "deepspeed.runtime.zero.stage3",
     "dstrain.engine.build",
+    "dstrain.engine.communication",
     "dstrain.model.measuring.measure",
     "dstrain.plan.plan",
     "torch.utils.checkpoint",
@@ -17,8 +18,4 @@ for name in (
 ):
     importlib.import_module(name)
 
-from deepspeed.comm.torch import build_shm_op  # noqa: E402
-
 torch.set_num_threads(1)
-# Compiled on first use and then looked up by ninja in every process: once is enough.
-SHARED_MEMORY_OPERATOR = build_shm_op()

@@ -58,14 +58,15 @@ def test_full_product(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
-@pytest.mark.heavy  # DeepSpeed compiles its disk operator first, which takes minutes
+@pytest.mark.heavy
+@pytest.mark.timeout(1200)  # DeepSpeed compiles its disk operator first, which takes minutes
 @pytest.mark.skipif(
     not has_async_io(), reason="libaio is missing: --offload nvme is refused here, and NOT TESTED"
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_optimizer_states_on_disk(precision: str, tmp_path: Path) -> None:
     case = Case(zero=3, data_parallel=2, precision=precision, offload="nvme", nvme_path=str(tmp_path))
-    assert_equal(replace(case, nvme_path=""), run(2, train_in_layout, case, timeout=540))
+    assert_equal(replace(case, nvme_path=""), run(2, train_in_layout, case, timeout=1100))
 
 
 def test_covering_set_meets_every_pair_and_is_large_enough() -> None:

@@ -104,15 +104,14 @@ def test_a_rank_s_memory_is_its_stage(big: tuple[str, int]) -> None:
 
 def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, int]:
     """Peak before, after each process has its share of the whole model; the share's bytes and the largest layer's."""
-    import deepspeed
-
+    from dstrain.engine.communication import start_communication
     from dstrain.engine.early_sharding import sharing_out
     from dstrain.engine.layers_in_one import LayersInOne
     from dstrain.model.layered import LayeredModel
     from dstrain.model.weights.pretrained import PretrainedWeights
     from dstrain.model.whole import WholeModel
 
-    deepspeed.init_distributed(verbose=False)
+    start_communication()
     case = Case(zero=3, data_parallel=4, precision="bf16")
     share_out = sharing_out(make_case_plan(case).deepspeed)
     options = {"seed": 0, "dtype": torch.bfloat16, "weights": PretrainedWeights(folder)}

@@ -235,15 +235,15 @@ def train_in_layout(
 
 def build_case_engine(case: Case) -> tuple[Any, Plan]:
     """The engine of this rank, and the plan that it was built from."""
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     from dstrain.engine.build import build_engine
+    from dstrain.engine.communication import start_communication
     from dstrain.model.layered import LayeredModel
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
-    deepspeed.init_distributed(verbose=False)
+    start_communication()
     plan = make_case_plan(case)
     engine = build_engine(
         LayeredModel(model_config(case), seed=7),
