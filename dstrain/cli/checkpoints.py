@@ -42,7 +42,7 @@ def command(run: str, verify: bool, as_json: bool) -> None:
 
 def _records(folder: RunFolder, *, verify: bool) -> list[dict[str, Any]]:
     """What is known of each checkpoint, oldest first, and of what was being written."""
-    from dstrain.plan.manifest import half_written, named_checkpoints, run_id
+    from dstrain.checkpoint.manifest import half_written, named_checkpoints, run_id
     from dstrain.plan.run_folder import read_metrics
 
     run = run_id(folder.run_id, folder.checkpoints)
@@ -62,7 +62,7 @@ def _records(folder: RunFolder, *, verify: bool) -> list[dict[str, Any]]:
 def _record(
     checkpoint: Path, run: str | None, losses: dict[int, float | None], *, verify: bool
 ) -> dict[str, Any]:
-    from dstrain.plan.manifest import damage_of, files_of, of_another_run, read_manifest, unknown_files
+    from dstrain.checkpoint.manifest import damage_of, files_of, of_another_run, read_manifest, unknown_files
 
     step = int(checkpoint.name.removeprefix("step-"))
     record = _unknown(checkpoint) | {"step": step, "loss": losses.get(step), "state": COMPLETE}
@@ -87,7 +87,7 @@ def _record(
 
 def _unknown(folder: Path) -> dict[str, Any]:
     """What can be said of any folder, with or without a manifest."""
-    from dstrain.plan.manifest import file_sizes
+    from dstrain.checkpoint.manifest import file_sizes
 
     try:
         size, saved_at = sum(file_sizes(folder).values()), folder.stat().st_mtime
@@ -110,8 +110,8 @@ def _unknown(folder: Path) -> dict[str, Any]:
 
 def _verify(checkpoint: Path) -> str | None:
     """Read every byte, with a progress line on a terminal; leave a note of what was found, for `resume`."""
-    from dstrain.plan.integrity import wrong_files
-    from dstrain.plan.manifest import files_of, forget_damage, note_damage, read_manifest
+    from dstrain.checkpoint.integrity import wrong_files
+    from dstrain.checkpoint.manifest import files_of, forget_damage, note_damage, read_manifest
 
     files = files_of(read_manifest(checkpoint))
     total = sum(file.size for file in files.values())

@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dstrain.checkpoint.identity import refuse_other, what_changes
+from dstrain.checkpoint.manifest import newest_complete
 from dstrain.cli.planning import Planned
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
@@ -20,8 +22,6 @@ from dstrain.launch.command import LaunchRequest, deepspeed_command, free_port, 
 from dstrain.launch.environment import default_environment
 from dstrain.launch.supervisor import Outcome, supervise
 from dstrain.plan.disk import check_disk
-from dstrain.plan.identity import refuse_other, what_changes
-from dstrain.plan.manifest import newest_complete
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
 from dstrain.report.live import LiveLine
@@ -196,11 +196,14 @@ def _failure(outcome: Outcome, folder: RunFolder) -> DstrainError:
     resumable = newest_complete(folder.checkpoints)
     hint = (
         f"`dstrain resume {folder.path}` goes on from {resumable.name}"
-        if resumable
+        if resumable and str(resumable) not in cause.reason  # not from the one that was at fault
         else f"the logs: {folder.logs}"
     )
+    # A rank's own message stands in its log behind "error: ", and says all; a traceback's end does not.
+    told = "\n".join(cause.log_tail).endswith(f"error: {cause.reason}")
+    what = "the run failed: " if told else f"the run failed. The end of {log}:\n{tail}"
     return DstrainError(
-        f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}",
+        f"{what}{who}{cause.reason}",
         hint=hint,
         # 2 means that nothing was started; a rank's own error ends with that code as well.
         exit_code=FAILED if outcome.exit_code == 2 else outcome.exit_code,

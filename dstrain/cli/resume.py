@@ -23,11 +23,12 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
     """
     from rich.console import Console
 
+    from dstrain.checkpoint.identity import refuse_other_batch
+    from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
     from dstrain.cli.execute import execute
     from dstrain.cli.planning import plan_for
     from dstrain.cli.show import show_plan
     from dstrain.config.loader import override, read_config
-    from dstrain.plan.manifest import choose_newest, read_manifest, run_id
     from dstrain.plan.run_folder import RunFolder
 
     folder = find_run(run)
@@ -44,6 +45,8 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
         return
     else:
         click.echo(f"{folder.name} goes on from {newest.name}")
+        config = resolved.config
+        refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
     planned = plan_for(resolved)
     console = Console()
     show_plan(planned.plan, console)

@@ -119,6 +119,9 @@ class RunConfig(BaseModel):
         0,
         description="checkpoints of steps that are a multiple of it are made, and kept for good; 0 for none",
     )
+    background_save: bool = Field(
+        True, description="write checkpoints behind the training, where host memory has room for a copy"
+    )
     prompt: str = Field("def ", description="continued by the model at the end of the run")
     sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.copies import check_copies
+from dstrain.engine.held_files import HeldFiles
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import hugging_face_name
@@ -50,11 +51,14 @@ class _DeepSpeedAdapter(Engine):
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield hugging_face_name(name), parameter.detach().float().cpu().clone()
 
-    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, state: Mapping[str, Any], held: HeldFiles | None = None) -> None:
         ours = dict(state)
         if not self.engine.zero_optimization():
             ours[PARAMETER_NAMES] = self._parameter_names()
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False)
+        with held.in_place_of_writer(self.engine) if held is not None else nullcontext():
+            self.engine.save_checkpoint(
+                str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False
+            )
 
     def _parameter_names(self) -> list[list[list[str]]]:
         """All names of each parameter, by optimizer group."""
@@ -63,9 +67,11 @@ class _DeepSpeedAdapter(Engine):
             names.setdefault(parameter, []).append(name)
         return [[names[p] for p in group["params"]] for group in self.engine.optimizer.param_groups]
 
-    def load(self, folder: Path, *, other_layout: bool = False) -> dict[str, Any]:
+    def load(
+        self, folder: Path, *, other_layout: bool = False, say: Callable[[str], None] = print
+    ) -> dict[str, Any]:
         if other_layout:
-            return restore(self.engine, SavedState(folder))
+            return restore(self.engine, SavedState(folder), say)
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")

@@ -11,7 +11,8 @@ parameters and buffers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,22 @@ from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
 from dstrain.errors import DstrainError
 
 Matched = dict[nn.Parameter, SavedParameter]
+Say = Callable[[str], None]
+
+# A long reading says this often how far it is.
+_SECONDS_BETWEEN_WORDS = 10.0
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, saved: SavedState) -> dict[str, Any]:
+def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, Any]:
     """Give the engine the state of a checkpoint, whatever layout that was saved by. Collective.
 
     The engine is as it was built: it has trained no step. Its weights, fp32 masters, optimizer states and their
-    counts of steps, frozen parameters, buffers, counters and fp16's loss scale become the checkpoint's.
+    counts of steps, frozen parameters, buffers, counters and fp16's loss scale become the checkpoint's. What the
+    layout does not change comes with the engine: the learning rate and the decay of its parameter groups.
+
+    Args:
+        say: takes a line for the user, where the reading takes long.
 
     Returns:
         What dstrain's own saving left in the checkpoint.
@@ -48,15 +57,15 @@ def restore(engine: DeepSpeedEngine, saved: SavedState) -> dict[str, Any]:
     if saved.counters["global_steps"] > saved.counters["skipped_steps"]:
         _refuse_lost_states(engine.basic_optimizer, matched, saved)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-        _fill_shards(engine.optimizer, matched)
+        _fill_shards(engine.optimizer, matched, say)
     else:
         for parameter, held in matched.items():
             if not parameter.requires_grad:
                 _whole(parameter, held).into(parameter, held.weight)
         if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-            _fill_partitions(engine.optimizer, matched)
+            _fill_partitions(engine.optimizer, matched, say)
         else:
-            _fill_plain(engine.optimizer, matched)
+            _fill_plain(engine.optimizer, matched, say)
     for name, buffer in engine.module.named_buffers():
         if hugging_face_name(name) in saved.buffers:
             buffer.copy_(saved.buffers[hugging_face_name(name)].read())
@@ -117,20 +126,41 @@ class _Share:
             here.copy_(source.part(self.start, self.numel))
 
 
+class _Progress:
+    """Says now and then how much of this rank's part is read: that of the tensors ``flats``."""
+
+    def __init__(self, flats: Iterable[torch.Tensor], say: Say) -> None:
+        self._numbers = sum(flat.numel() for flat in flats)
+        self._say = say
+        self._read = 0
+        self._said_at = time.monotonic()
+
+    def of(self, shares: Iterable[_Share]) -> Iterator[_Share]:
+        """The same shares; the caller reads each before it takes the next."""
+        for share in shares:
+            yield share
+            self._read += share.numel
+            if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_WORDS:
+                self._said_at = time.monotonic()
+                self._say(f"rank {dist.get_rank()} has read {self._read / self._numbers:.0%} of its part")
+
+
 def _whole(parameter: nn.Parameter, saved: SavedParameter) -> _Share:
     return _Share(saved, 0, parameter.numel(), 0)
 
 
-def _fill_plain(optimizer: torch.optim.Optimizer, matched: Matched) -> None:
+def _fill_plain(optimizer: torch.optim.Optimizer, matched: Matched, say: Say) -> None:
     """ZeRO-0: the optimizer's parameters are the model's, and fp32."""
+    progress = _Progress(matched, say)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             held = matched[parameter]
-            _fill(optimizer, parameter, [held], [_whole(parameter, held)])
+            _fill(optimizer, parameter, [held], progress.of([_whole(parameter, held)]))
 
 
-def _fill_partitions(optimizer: DeepSpeedZeroOptimizer, matched: Matched) -> None:
+def _fill_partitions(optimizer: DeepSpeedZeroOptimizer, matched: Matched, say: Say) -> None:
     """ZeRO-1 and 2: of each group one flat partition of fp32 weights and states; the weights follow from these."""
+    progress = _Progress(optimizer.single_partition_of_fp32_groups, say)
     for parameters, flat in zip(
         optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
     ):
@@ -140,12 +170,14 @@ def _fill_partitions(optimizer: DeepSpeedZeroOptimizer, matched: Matched) -> Non
             if mapping is not None:  # None: this rank's partition holds nothing of it
                 there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
                 shares.append(_Share(matched[parameter], there.start, there.numel, here.start))
-        _fill(optimizer.optimizer, flat, [matched[parameter] for parameter in parameters], shares)
+        members = [matched[parameter] for parameter in parameters]
+        _fill(optimizer.optimizer, flat, members, progress.of(shares))
     optimizer.update_lp_params()
 
 
-def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched) -> None:
+def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched, say: Say) -> None:
     """ZeRO-3: each parameter is cut among the replicas; a replica's shares lie one behind the other."""
+    progress = _Progress(optimizer.fp32_partitioned_groups_flat, say)
     optimizer.checkpoint_event_prologue()  # nothing stays gathered
     for index, parameters in enumerate(optimizer.fp16_groups):
         shares = []
@@ -153,7 +185,8 @@ def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched) -> 
             _, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             shares.append(_shard(parameter, matched[parameter], at))
         flat = optimizer.fp32_partitioned_groups_flat[index]
-        _fill(optimizer.optimizer, flat, [matched[parameter] for parameter in parameters], shares)
+        members = [matched[parameter] for parameter in parameters]
+        _fill(optimizer.optimizer, flat, members, progress.of(shares))
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
     for parameter, held in matched.items():
         if not parameter.requires_grad:

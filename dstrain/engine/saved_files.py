@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from dstrain.engine.safe_reading import load_safely
 from dstrain.errors import DstrainError
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
@@ -20,9 +18,6 @@ TAG = "state"
 
 PARAMETER_NAMES = "parameter_names"
 """Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
-
-# All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
-_HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 class MappedFiles:
@@ -36,12 +31,7 @@ class MappedFiles:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        try:
-            with torch.serialization.safe_globals(_HARMLESS):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged file raises nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
+        content: dict[str, Any] = load_safely(path, mapped=True)
         self._open[path] = content
         while len(self._open) > self._most:
             self._open.popitem(last=False)

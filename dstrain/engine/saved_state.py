@@ -147,7 +147,7 @@ class SavedState:
 
     @cached_property
     def buffers(self) -> dict[str, SavedTensor]:
-        """The persistent buffers of modules with weights, by Hugging Face name."""
+        """The persistent buffers, by Hugging Face name."""
         held = self._held()
         return {hugging_face_name(name): held[name] for name in self._buffer_names() if name in held}
 

@@ -40,7 +40,7 @@ def micro_batches(case: Case, replica: int, step: int) -> list[Any]:
 
 
 def checkpoints_of(folder: str, plan: Any = None, **options: Any) -> Any:
-    from dstrain.train.checkpoints import Checkpoints
+    from dstrain.train.saving.checkpoints import Checkpoints
 
     options = {"keep": 3, "run": RUN, "config": {"lr": 1.0}, **options}
     return Checkpoints(Path(folder), identity=plan.identity if plan else {}, **options)

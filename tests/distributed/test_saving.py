@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.plan.manifest import complete_checkpoints, damage_of, named_checkpoints
+from dstrain.checkpoint.manifest import complete_checkpoints, damage_of, named_checkpoints
 from tests.distributed import training
 from tests.distributed.test_injuries import micro_batches
 from tests.distributed.training import Case
@@ -27,7 +27,7 @@ RUN = "0123456789abcdef"
 class SmallEngine:
     """Saves two files a rank."""
 
-    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, state: Mapping[str, Any], held: Any = None) -> None:
         (folder / "state").mkdir(exist_ok=True)
         for part in ("model", "optimizer"):
             name = f"{part}-{os.environ['RANK']}.pt"
@@ -35,7 +35,7 @@ class SmallEngine:
 
 
 def checkpoints_in(folder: str, **options: Any) -> Any:
-    from dstrain.train.checkpoints import Checkpoints
+    from dstrain.train.saving.checkpoints import Checkpoints
 
     options = {"keep": 2, **options}
     return Checkpoints(Path(folder), identity={}, run=RUN, config={}, **options)
@@ -77,7 +77,7 @@ def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path: Path) 
 def due_steps(rank: int) -> list[int]:
     """With a clock that runs 10 times as fast on rank 1."""
     from dstrain.config.schema import RunConfig
-    from dstrain.train.save_schedule import SaveSchedule
+    from dstrain.train.saving.save_schedule import SaveSchedule
 
     now = itertools.count(0, 10 if rank else 1)
     config = RunConfig(steps=20, save_every="5s", keep_every=7)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from dstrain.checkpoint.identity import is_other_layout, refuse_other, refuse_other_batch, what_changes
+from dstrain.checkpoint.manifest import MANIFEST
 from dstrain.errors import DstrainError
-from dstrain.plan.identity import is_other_layout, refuse_other, what_changes
-from dstrain.plan.manifest import MANIFEST
 from tests.unit.plans import plan
 
 BEFORE: dict[str, Any] = {"zero": 1, "pipeline": 2, "data_parallel": 2, "micro_batch": 2, "global_batch": 16}
@@ -90,6 +90,23 @@ def test_another_training_is_refused(
     with pytest.raises(DstrainError, match=f"the checkpoint was made with {key} = ") as error:
         refuse_other(checkpoint, identity)
     assert f"resume with the same {key}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "hint"),
+    [(3, "--data-parallel 2 or 4"), (12, "--data-parallel 8 or 16"), (20, "--data-parallel 16")],
+)
+def test_replicas_that_do_not_share_the_batch(replicas: int, hint: str, checkpoint: Path) -> None:
+    with pytest.raises(DstrainError, match="and stays what it was") as error:
+        refuse_other_batch(checkpoint, global_batch=16, data_parallel=replicas)
+    assert error.value.hint == hint
+
+
+def test_another_batch_is_refused_before_the_plan(checkpoint: Path) -> None:
+    for replicas in (None, 1, 8, 16):
+        refuse_other_batch(checkpoint, global_batch=16, data_parallel=replicas)
+    with pytest.raises(DstrainError, match="made with global_batch = 16, and this run has 12"):
+        refuse_other_batch(checkpoint, global_batch=12, data_parallel=3)
 
 
 @pytest.mark.parametrize(("old", "new"), [("nvme", "none"), ("none", "nvme"), ("nvme", "cpu")])

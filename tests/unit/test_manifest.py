@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from dstrain.errors import DstrainError
-from dstrain.plan.integrity import checksum, share_out, wrong_files
-from dstrain.plan.manifest import (
+from dstrain.checkpoint.integrity import checksum, share_out, wrong_files
+from dstrain.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     choose_newest,
@@ -29,6 +28,7 @@ from dstrain.plan.manifest import (
     run_id,
     unknown_files,
 )
+from dstrain.errors import DstrainError
 
 RUN = "0123456789abcdef"
 CONTENT = {"state/weights.pt": b"abc", "state/optimizer.pt": b"defgh", "script.py": b""}

@@ -16,7 +16,7 @@ from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.disk import check_disk, in_words, most_checkpoints
-from dstrain.train.save_schedule import SaveSchedule
+from dstrain.train.saving.save_schedule import SaveSchedule
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from dstrain.plan.manifest import FileRecord
+from dstrain.checkpoint.manifest import FileRecord
 
 _CHUNK = 4 * 1024 * 1024
 
