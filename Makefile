@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIGHT := "not heavy and not full and not torture"
 
 .PHONY: demo test test-heavy torture verify-all lint docs format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
 
+# Two at a time where a test is one process; those that start ranks have the cores to themselves.
 test: lint  ## lint, then all tests but the heavy ones
-	$(BIN)/python -m pytest -m "not heavy and not full and not torture"
+	$(BIN)/python -m pytest -m $(LIGHT) -n 2 --dist loadfile tests/unit tests/data tests/model
+	$(BIN)/python -m pytest -m $(LIGHT) tests/distributed tests/e2e tests/torture
 
 test-heavy: $(READY)  ## what takes minutes
 	$(BIN)/python -m pytest -m heavy
