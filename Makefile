@@ -3,20 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIGHT := "not heavy and not full and not torture"
 
-.PHONY: demo test test-heavy verify-all lint docs format clean
+.PHONY: demo test test-heavy torture verify-all lint docs format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
 
+# Two at a time where a test is one process; those that start ranks have the cores to themselves.
 test: lint  ## lint, then all tests but the heavy ones
-	$(BIN)/python -m pytest -m "not heavy and not full"
+	$(BIN)/python -m pytest -m $(LIGHT) -n 2 --dist loadfile tests/unit tests/data tests/model
+	$(BIN)/python -m pytest -m $(LIGHT) tests/distributed tests/e2e tests/torture
 
 test-heavy: $(READY)  ## what takes minutes
 	$(BIN)/python -m pytest -m heavy
 
-verify-all: $(READY)  ## every layout with every choice, about an hour
-	$(BIN)/python -m pytest -m full tests/distributed
+torture: $(READY)  ## a hundred kills, and some with real interpreters
+	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
+
+verify-all: $(READY)  ## every layout with every choice, every family in every way; more than an hour
+	$(BIN)/python -m pytest -m full
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dstrain.checkpoint.identity import refuse_other, what_changes
+from dstrain.checkpoint.manifest import newest_complete
 from dstrain.cli.planning import Planned
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.command import LaunchRequest, deepspeed_command, free_port, runs_here, write_launch_files
 from dstrain.launch.environment import default_environment
 from dstrain.launch.supervisor import Outcome, supervise
-from dstrain.plan.manifest import newest_complete, refuse_other
+from dstrain.plan.disk import check_disk
+from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
 from dstrain.report.live import LiveLine
 
@@ -64,12 +68,15 @@ def execute(
     """Launch the plan in ``folder`` and stay until it has ended.
 
     Raises:
-        DstrainError: before anything is started: a checkpoint of another layout; at the end: the
+        DstrainError: before anything is started: a checkpoint of another training; at the end: the
             first failing rank, its host and its reason, with exit code 1 or the signal's.
     """
     newest = newest_complete(folder.checkpoints)
     if newest is not None:
         refuse_other(newest, planned.plan.identity)
+        for line in what_changes(newest, planned.plan.identity):
+            console.print(Text.assemble(("resume ", "bold"), line), soft_wrap=True)
+    refuse_full_disk(planned.plan, folder)
     request = _launch_request(planned, folder)
     console.print(
         Text.assemble(("command  ", "bold"), shlex.join(deepspeed_command(request))), soft_wrap=True
@@ -83,7 +90,21 @@ def execute(
 
 def execute_quietly(planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
     """The same without a word. Raises DstrainError as `execute` does."""
+    refuse_full_disk(planned.plan, folder)
     launch(_launch_request(planned, folder), planned, resolved, folder, lambda: None)
+
+
+def refuse_full_disk(plan: Plan, folder: RunFolder) -> None:
+    """Refuse a run whose checkpoints do not fit on its disk. Raises DstrainError."""
+    there = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    held = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
+    check_disk(
+        needed=plan.disk_bytes,
+        one=plan.checkpoint_bytes,
+        free=shutil.disk_usage(there).free,
+        held=held,
+        where=str(folder.path),
+    )
 
 
 def launch(
@@ -175,11 +196,14 @@ def _failure(outcome: Outcome, folder: RunFolder) -> DstrainError:
     resumable = newest_complete(folder.checkpoints)
     hint = (
         f"`dstrain resume {folder.path}` goes on from {resumable.name}"
-        if resumable
+        if resumable and str(resumable) not in cause.reason  # not from the one that was at fault
         else f"the logs: {folder.logs}"
     )
+    # A rank's own message stands in its log behind "error: ", and says all; a traceback's end does not.
+    told = "\n".join(cause.log_tail).endswith(f"error: {cause.reason}")
+    what = "the run failed: " if told else f"the run failed. The end of {log}:\n{tail}"
     return DstrainError(
-        f"the run failed. The end of {log}:\n{tail}{who}{cause.reason}",
+        f"{what}{who}{cause.reason}",
         hint=hint,
         # 2 means that nothing was started; a rank's own error ends with that code as well.
         exit_code=FAILED if outcome.exit_code == 2 else outcome.exit_code,

@@ -60,7 +60,7 @@ def command(run: str, out: Path, step: int | None, dtype: str | None, no_loss: b
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The newest complete checkpoint, or that of ``step``. Raises DstrainError."""
-    from dstrain.plan.manifest import complete_checkpoints, read_manifest
+    from dstrain.checkpoint.manifest import complete_checkpoints, read_manifest
 
     found = {int(read_manifest(path)["step"]): path for path in complete_checkpoints(folder.checkpoints)}
     if not found:

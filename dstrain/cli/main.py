@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("dstrain.cli.plan", "Show what `run` would do with the same arguments, and start nothing."),
     "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
     "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare."),
+    "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
     "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),
     "config": ("dstrain.cli.config", "Look at configurations."),

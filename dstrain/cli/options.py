@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _StepsOrTime(click.ParamType):
+    """Digits are steps; anything else is left to the config, which knows a length of time."""
+
+    name = "steps|time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]+", value) else value
+
+
+STEPS_OR_TIME = _StepsOrTime()
 
 # (config key, click type, help). A flag that is not given stays None and lays nothing over the file.
 _CHOICES: list[tuple[str, Any, str]] = [
@@ -32,6 +45,9 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ("model", str, "A folder with a Hugging Face config.json, a name on its hub, or a built-in shape."),
     ("init", click.Choice(["random", "pretrained"]), "Start from random weights, or from the model's own."),
     ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes. Default: the model's own."),
+    ("save_every", STEPS_OR_TIME, "Steps between checkpoints, or time: 500, 20m, 1h30m; 0: only the last."),
+    ("keep", click.IntRange(1), "Newest checkpoints that are kept."),
+    ("keep_every", click.IntRange(0), "Checkpoints of every so many steps are made, and kept for good."),
     ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
     ("time_limit", str, "After this time (90s, 20m, 3h50m) end the step, save, and leave."),
     ("name", str, "Name of the run folder."),

@@ -18,22 +18,24 @@ from dstrain.errors import DstrainError
 def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
     """Go on with RUN (a run folder, or its name below runs/) from its newest complete checkpoint.
 
-    Flags that are given change its config, for example --steps to train longer.
+    Flags that are given change its config: --steps to train longer, or --pipeline, --data-parallel, --zero and
+    their like to train the same on in another layout.
     """
     from rich.console import Console
 
+    from dstrain.checkpoint.identity import refuse_other_batch
+    from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
     from dstrain.cli.execute import execute
     from dstrain.cli.planning import plan_for
     from dstrain.cli.show import show_plan
     from dstrain.config.loader import override, read_config
-    from dstrain.plan.manifest import newest_complete, read_manifest
     from dstrain.plan.run_folder import RunFolder
 
     folder = find_run(run)
     if flags.get("name") is not None:
         raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
     resolved = override(read_config(folder.config), given(flags), settings)
-    newest = newest_complete(folder.checkpoints)
+    newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
     if newest is None:
         click.echo(f"{folder.name} has no complete checkpoint yet: it starts from step 1")
     elif read_manifest(newest)["step"] >= resolved.config.steps and folder.result.exists():
@@ -43,6 +45,8 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
         return
     else:
         click.echo(f"{folder.name} goes on from {newest.name}")
+        config = resolved.config
+        refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
     planned = plan_for(resolved)
     console = Console()
     show_plan(planned.plan, console)

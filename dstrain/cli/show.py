@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dstrain.plan.disk import in_words, most_checkpoints
 from dstrain.plan.plan import Plan
 
 # Above this many ranks the table shows one replica: the others are alike.
@@ -34,10 +35,23 @@ def show_plan(plan: Plan, console: Console) -> None:
         )
     )
     console.print(Text.assemble(("batch  ", "bold"), plan.batch.in_words()))
+    console.print(Text.assemble(("disk   ", "bold"), _disk(plan)))
     console.print(_ranks(plan))
     console.print(_choices(plan))
     for warning in plan.warnings:
         console.print(Text.assemble(("note   ", "bold yellow"), warning))
+
+
+def _disk(plan: Plan) -> str:
+    """What a checkpoint takes, and all of them at once."""
+    config = plan.run_config
+    number = most_checkpoints(config)
+    for_good = f", every {config.keep_every:,}th step's for good" if config.keep_every else ""
+    weights = ", and the last weights" if config.save_weights else ""
+    return (
+        f"about {in_words(plan.checkpoint_bytes)} a checkpoint, {in_words(plan.disk_bytes)} at most"
+        f" ({number:,} at once: keep {config.keep}{for_good}, and the one being written{weights})"
+    )
 
 
 def _ranks(plan: Plan) -> Table:

@@ -102,7 +102,9 @@ class RunConfig(BaseModel):
     runs_dir: str = Field("runs", description="folder that holds the run folders")
     eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
     eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
-    save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 for only the last")
+    save_every: int | str = Field(
+        100, description="steps between checkpoints, or time: 500, 20m, 1h30m; 0 for only the last"
+    )
     time_limit: str | None = Field(
         None, description="after this time (90s, 20m, 3h50m) the run ends its step, saves, and leaves"
     )
@@ -113,6 +115,13 @@ class RunConfig(BaseModel):
         False, description="leave the last weights as safetensors in the run folder, a file a stage"
     )
     keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    keep_every: NonNegativeInt = Field(
+        0,
+        description="checkpoints of steps that are a multiple of it are made, and kept for good; 0 for none",
+    )
+    background_save: bool = Field(
+        True, description="write checkpoints behind the training, where host memory has room for a copy"
+    )
     prompt: str = Field("def ", description="continued by the model at the end of the run")
     sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
 
@@ -138,6 +147,25 @@ class RunConfig(BaseModel):
     @property
     def time_limit_seconds(self) -> int | None:
         return None if self.time_limit is None else seconds(self.time_limit)
+
+    @field_validator("save_every", mode="before")
+    @classmethod
+    def _steps_or_time(cls, value: Any) -> Any:
+        """Steps as a number, time as a text; the text of a number is neither."""
+        if isinstance(value, str):
+            try:
+                seconds(value)
+                return value
+            except ValueError:
+                pass
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        raise ValueError("must be a number of steps, 0 or more, or a length of time like 20m or 1h30m")
+
+    @property
+    def save_every_seconds(self) -> int | None:
+        """The time between checkpoints; None where steps are counted."""
+        return seconds(self.save_every) if isinstance(self.save_every, str) else None
 
     @field_validator("deepspeed")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.copies import check_copies
+from dstrain.engine.held_files import HeldFiles
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.restore import restore
+from dstrain.engine.saved_files import PARAMETER_NAMES, TAG
+from dstrain.engine.saved_state import SavedState
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.model.asked import Asked
-
-# All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
-TAG = "state"
-
-PARAMETER_NAMES = "parameter_names"
-"""Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
 
 
 class _DeepSpeedAdapter(Engine):
@@ -53,11 +51,14 @@ class _DeepSpeedAdapter(Engine):
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield hugging_face_name(name), parameter.detach().float().cpu().clone()
 
-    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, state: Mapping[str, Any], held: HeldFiles | None = None) -> None:
         ours = dict(state)
         if not self.engine.zero_optimization():
             ours[PARAMETER_NAMES] = self._parameter_names()
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False)
+        with held.in_place_of_writer(self.engine) if held is not None else nullcontext():
+            self.engine.save_checkpoint(
+                str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False
+            )
 
     def _parameter_names(self) -> list[list[list[str]]]:
         """All names of each parameter, by optimizer group."""
@@ -66,7 +67,11 @@ class _DeepSpeedAdapter(Engine):
             names.setdefault(parameter, []).append(name)
         return [[names[p] for p in group["params"]] for group in self.engine.optimizer.param_groups]
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(
+        self, folder: Path, *, other_layout: bool = False, say: Callable[[str], None] = print
+    ) -> dict[str, Any]:
+        if other_layout:
+            return restore(self.engine, SavedState(folder), say)
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")

@@ -16,6 +16,7 @@ from dstrain.engine.interface import Engine
 from dstrain.engine.layers_in_one import LayersInOne
 from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
+from dstrain.engine.safe_reading import read_safely
 from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
 from dstrain.model.layered import LayeredModel, TiedWeight
@@ -101,7 +102,7 @@ def _make(
 ) -> Any:
     """As ``deepspeed.initialize`` does, which knows only its own engine classes."""
     document = copy.deepcopy(deepspeed)
-    return engine_class(
+    engine = engine_class(
         args=None,
         model=module,
         model_parameters=groups,
@@ -109,3 +110,5 @@ def _make(
         config=document,
         config_class=DeepSpeedConfig(document, mpu),
     )
+    read_safely(engine)
+    return engine

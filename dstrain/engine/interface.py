@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dstrain.engine.held_files import HeldFiles
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,26 @@ class Engine(ABC):
         """This stage's parameters by Hugging Face name, whole, in fp32 on CPU."""
 
     @abstractmethod
-    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Write this rank's part of a checkpoint below ``folder``; ``state`` is small and JSON-like."""
+    def save(self, folder: Path, state: Mapping[str, Any], held: HeldFiles | None = None) -> None:
+        """Write this rank's part of a checkpoint below ``folder``.
+
+        Args:
+            state: is kept with it; small and JSON-like.
+            held: takes copies of what is to be written, as far as it has room. The rest is written at once,
+                and everything where there is no ``held``.
+        """
 
     @abstractmethod
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read this rank's part back and return ``state``."""
+    def load(
+        self, folder: Path, *, other_layout: bool = False, say: Callable[[str], None] = print
+    ) -> dict[str, Any]:
+        """Read this rank's part back and return ``state``.
+
+        Args:
+            other_layout: the checkpoint was saved by another layout, of which every file can be read here. Without
+                it what is loaded is equal to the bit, padding and all.
+            say: takes a line for the user, where the reading takes long.
+
+        Raises:
+            DstrainError: a file is missing or can't be read, or names what is no data: no code of it is run.
+        """

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from dstrain.engine.safe_reading import load_safely
 from dstrain.errors import DstrainError
 
-# All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
-_HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+# All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
+TAG = "state"
+
+PARAMETER_NAMES = "parameter_names"
+"""Among the saved state: names by parameter group, with ZeRO-0, whose files of DeepSpeed have none."""
 
 
 class MappedFiles:
@@ -30,12 +31,7 @@ class MappedFiles:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        try:
-            with torch.serialization.safe_globals(_HARMLESS):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged file raises nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
+        content: dict[str, Any] = load_safely(path, mapped=True)
         self._open[path] = content
         while len(self._open) > self._most:
             self._open.popitem(last=False)
@@ -63,16 +59,29 @@ class SavedTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on CPU. May be a view of the mapped file: copy it before writing to it."""
-        parts = []
+        held, whole = sum(piece.numel for piece in self.pieces), math.prod(self.shape)
+        if held != whole:
+            raise self._incomplete(held, whole)
+        return self.part(0, whole).view(self.shape)
+
+    def part(self, start: int, numel: int) -> torch.Tensor:
+        """``numel`` of its numbers from ``start``, flat, on CPU; no others are read. A view, as above."""
+        parts, first = [], 0
         for piece in self.pieces:
-            value: Any = self.files[piece.path]
-            for key in piece.keys:
-                value = value[key]
-            parts.append(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if flat.numel() != math.prod(self.shape):
-            raise DstrainError(
-                f"the checkpoint holds {flat.numel()} of {math.prod(self.shape)} numbers of a parameter",
-                where=str(self.pieces[0].path.parent),
-            )
-        return flat.view(self.shape).to(self.dtype)
+            low, high = max(start - first, 0), min(start + numel - first, piece.numel)
+            first += piece.numel
+            if low < high:
+                value: Any = self.files[piece.path]
+                for key in piece.keys:
+                    value = value[key]
+                parts.append(value.detach().reshape(-1)[piece.start + low : piece.start + high])
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+        if flat.numel() != numel:
+            raise self._incomplete(flat.numel(), numel)
+        return flat.to(self.dtype)
+
+    def _incomplete(self, held: int, wanted: int) -> DstrainError:
+        return DstrainError(
+            f"the checkpoint holds {held} of {wanted} numbers of a parameter",
+            where=str(self.pieces[0].path.parent),
+        )

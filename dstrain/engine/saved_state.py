@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.adapters import PARAMETER_NAMES, TAG
 from dstrain.engine.parameter_groups import hugging_face_name
-from dstrain.engine.saved_files import MappedFiles, Piece, SavedTensor
+from dstrain.engine.saved_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
 from dstrain.errors import DstrainError
 
 MASTER = "master"
@@ -104,6 +103,24 @@ class SavedState:
         """Whether fp32 weights are kept beside those that the model computes with."""
         return self.zero > 0
 
+    @property
+    def ours(self) -> dict[str, Any]:
+        """What dstrain's own saving left beside DeepSpeed's state."""
+        return self._first_model(0)["dstrain"]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """The engine's counts of steps and samples, by DeepSpeed's names."""
+        record = self._first_model(0)
+        return {name: record[name] for name in ("global_steps", "global_samples", "skipped_steps")}
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scale with its counts, as it stood; None with ZeRO-0, which is fp32's alone."""
+        if not self.zero:
+            return None
+        return self._files[self._optimizers[0][0]]["optimizer_state_dict"]["loss_scaler"]
+
     @cached_property
     def parameters(self) -> dict[str, SavedParameter]:
         """By Hugging Face name."""
@@ -130,7 +147,7 @@ class SavedState:
 
     @cached_property
     def buffers(self) -> dict[str, SavedTensor]:
-        """The persistent buffers of modules with weights, by Hugging Face name."""
+        """The persistent buffers, by Hugging Face name."""
         held = self._held()
         return {hugging_face_name(name): held[name] for name in self._buffer_names() if name in held}
 

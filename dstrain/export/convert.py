@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
+from dstrain.checkpoint.manifest import read_manifest
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.engine.precision import DTYPES
 from dstrain.engine.saved_state import SavedState
@@ -27,7 +28,6 @@ from dstrain.export.tensors import ExportedTensors
 from dstrain.export.writing import refuse_full_disk, write_weights
 from dstrain.model.architecture import load_config
 from dstrain.model.weights.weight_files import WeightFiles
-from dstrain.plan.manifest import read_manifest
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
 from dstrain.train.run_data import prepare_run_data

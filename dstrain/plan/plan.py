@@ -14,6 +14,7 @@ from dstrain.plan.attention import check_attention
 from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cut import cut_as_asked, cut_by_time, stage_bytes
 from dstrain.plan.deepspeed_values import deepspeed_config
+from dstrain.plan.disk import checkpoint_bytes, disk_bytes
 from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.plan.loss_chunk import loss_chunk
 from dstrain.plan.memory import USABLE, estimate
@@ -78,6 +79,8 @@ class Plan:
         stage_memory: estimated bytes on a rank of each stage.
         imbalance: estimated time of the slowest stage over the mean.
         imbalance_of_auto: what ``partition: auto`` would reach.
+        checkpoint_bytes: estimated, of one checkpoint.
+        disk_bytes: estimated, of all that the run leaves on its disk at once, at most.
         loss_chunk: tokens whose logits are made at a time for the loss; 0: all of a micro-batch.
         warnings: what is accepted but worth knowing.
     """
@@ -97,6 +100,8 @@ class Plan:
     imbalance: float
     imbalance_of_auto: float
     loss_chunk: int = 0
+    checkpoint_bytes: int = 0
+    disk_bytes: int = 0
     warnings: tuple[str, ...] = ()
     dstrain: str = __version__
     format: int = field(default=FORMAT)
@@ -116,7 +121,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint shares with every run that may go on from it."""
+        """What the runs that go on from a checkpoint must agree with, and the layout, which may change."""
         return {
             "zero": self.config["zero"],
             "pipeline": self.layout.pipeline,
@@ -124,6 +129,7 @@ class Plan:
             "offload": self.config["offload"],
             "data_parallel": self.layout.data_parallel,
             "cut": list(self.layout.cut),
+            "micro_batch": self.batch.micro_batch,
             "precision": self.config["precision"],
             "optimizer": self.config["optimizer"],
             **{key: self.config[key] for key in ("betas", "eps", "momentum", "weight_decay", "freeze")},
@@ -235,6 +241,7 @@ def make_plan(
     check_frozen(resolved, shape, layout)
     stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
     deepspeed = deepspeed_config(resolved, layout, batch, machines.accelerator, max(stage_parameters))
+    checkpoint = checkpoint_bytes(config, shape, layout, machines.accelerator)
     return Plan(
         config=config.model_dump(),
         origins={key: str(resolved.origin(key)) for key in config.model_dump()},
@@ -262,6 +269,8 @@ def make_plan(
         imbalance=max(stage_time),
         imbalance_of_auto=max(stage_shares(replace(layout, cut=fastest), times)),
         loss_chunk=chunk,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
         warnings=(
             *warnings_about(config, layout, batch, data, shape),
             *warnings_about_memory(config, stage_memory, limit),

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+NOTE = "dstrain: note: "
+"""In front of a line of rank 0 that is for the user's eyes."""
+
 
 @dataclass(frozen=True)
 class RankStatus:
@@ -103,6 +106,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def run_id(self) -> Path:
+        """The run's id, drawn when it first starts: its checkpoints bear it."""
+        return self.path / "run-id"
+
+    @property
     def weights(self) -> Path:
         """With ``save_weights``: the last weights that were computed with, as fp32, by Hugging Face names."""
         return self.path / "weights"
@@ -114,9 +122,18 @@ class RunFolder:
         return self.logs / f"rank-{rank}.status.json"
 
     def write_status(self, status: RankStatus) -> None:
-        """Replace the rank's word by one rename, so that a reader never sees half of it."""
-        record = asdict(status) | {"time": time.time()}
-        write_atomically(self.rank_status(status.rank), json.dumps(record) + "\n")
+        """Replace the rank's word by one rename, so that a reader never sees half of it.
+
+        On a full disk it is written over the word before, which has its place there already.
+        """
+        path = self.rank_status(status.rank)
+        text = json.dumps(asdict(status) | {"time": time.time()}) + "\n"
+        try:
+            write_atomically(path, text)
+        except OSError:
+            with path.open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
 
     def read_status(self, rank: int) -> RankStatus | None:
         """The rank's last word, or None when it has not said any."""
@@ -150,8 +167,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, record: Any) -> None:

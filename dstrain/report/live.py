@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dstrain.plan.run_folder import RunFolder
+from dstrain.report.notes import Notes
 
 # Without a terminal: about this many lines in a whole run, besides those with a held-out loss.
 _PLAIN_LINES = 20
@@ -21,6 +22,7 @@ class LiveLine:
 
     def __init__(self, folder: RunFolder, console: Console, *, steps: int) -> None:
         self._path = folder.metrics
+        self._notes = Notes(folder.launcher_log)
         self._console = console
         self._steps = steps
         self._every = max(1, steps // _PLAIN_LINES)
@@ -54,6 +56,8 @@ class LiveLine:
 
     def update(self) -> None:
         """Show what has come since the last call."""
+        for note in self._notes.new():
+            self._print(Text(f"note   {note}"))
         for record in self._new_records():
             self._held_out = record.get("held_out_loss", self._held_out)
             if record["step"] == 0:

@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from dstrain.checkpoint.manifest import keep_run_id
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
 from dstrain.engine.communication import start_communication
@@ -26,15 +27,16 @@ from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.whole import WholeModel
 from dstrain.plan.plan import Plan
 from dstrain.plan.refusals import is_frozen
-from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
+from dstrain.plan.run_folder import NOTE, RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
-from dstrain.train.checkpoints import Checkpoints
 from dstrain.train.leaving import Leaving
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.run_data import prepare_run_data
 from dstrain.train.sampling import continuation
+from dstrain.train.saving.checkpoints import Checkpoints
+from dstrain.train.saving.save_schedule import SaveSchedule
 from dstrain.train.weights import save_weights
 
 
@@ -62,7 +64,16 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
     leaving = Leaving(folder.stop_request, config.time_limit_seconds)
     data = prepare_run_data(plan)
     engine = _build(plan, folder, device)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, identity=plan.identity)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        background=config.background_save,
+        identity=plan.identity,
+        run=_run_id(folder),
+        config=plan.config,
+        say=lambda line: _say(line, console),
+    )
     first = checkpoints.load_newest(engine) + 1
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
@@ -83,47 +94,63 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
         held_out_loss = engine.eval_loss(held_out.micro_batches())
         if metrics:
             metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
-    for step in range(first, config.steps + 1):
-        began = time.perf_counter()
-        # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
-        torch.manual_seed(config.seed + 1_000_003 * step + rank)
-        result = engine.train_batch(batches.micro_batches(step), lr_of(step))
-        _refuse_no_number(step, result, config.precision)
-        seconds = time.perf_counter() - began
-        record = {
-            "step": step,
-            "loss": result.loss,
-            "lr": lr_of(step),
-            "grad_norm": result.grad_norm if result.applied else None,
-            "tokens": step * plan.batch.tokens,
-            "seconds": round(seconds, 4),
-            "memory": largest_memory(device),
-        }
-        if config.precision == "fp16":
-            record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
-        if held_out is not None and _due(step, config.eval_every, config.steps):
-            record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
-        if metrics:
-            metrics.write(record)
-        if console:
-            console.write(_line(record, config.steps) + "\n")
-        if config.check_every and _due(step, config.check_every, config.steps):
-            engine.check_copies()
-        if _due(step, config.save_every, config.steps):
+    schedule = SaveSchedule(config, device)
+    with checkpoints:  # at its end the last one is complete, and an error lets it be
+        for step in range(first, config.steps + 1):
+            checkpoints.raise_if_failed()
+            began = time.perf_counter()
+            # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
+            torch.manual_seed(config.seed + 1_000_003 * step + rank)
+            result = engine.train_batch(batches.micro_batches(step), lr_of(step))
+            _refuse_no_number(step, result, config.precision)
+            seconds = time.perf_counter() - began
+            record = {
+                "step": step,
+                "loss": result.loss,
+                "lr": lr_of(step),
+                "grad_norm": result.grad_norm if result.applied else None,
+                "tokens": step * plan.batch.tokens,
+                "seconds": round(seconds, 4),
+                "memory": largest_memory(device),
+            }
+            if config.precision == "fp16":
+                record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
+            if held_out is not None and _due(step, config.eval_every, config.steps):
+                record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
             if metrics:
-                metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
-            checkpoints.save(engine, step)
-        if leaving.agreed(device) and step < config.steps:
-            if metrics:
-                metrics.flush_to_disk()
-            checkpoints.save(engine, step)
-            return step, False
+                metrics.write(record)
+            if console:
+                console.write(_line(record, config.steps) + "\n")
+            if config.check_every and _due(step, config.check_every, config.steps):
+                engine.check_copies()
+            leave = leaving.agreed(device) and step < config.steps
+            if schedule.due(step) or leave:
+                if metrics:
+                    metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
+                checkpoints.save(engine, step)
+                schedule.saved()
+            if leave:
+                return step, False
     if metrics:
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps, True
+
+
+def _run_id(folder: RunFolder) -> str:
+    """The run's id on every rank; rank 0 draws it where there is none."""
+    told = [keep_run_id(folder.run_id, folder.checkpoints) if distributed.get_rank() == 0 else ""]
+    distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _say(line: str, console: TextIO | None) -> None:
+    """For the user: into this rank's log, and to the command line, which watches for it."""
+    print(line, flush=True)
+    if console:
+        console.write(NOTE + line + "\n")
 
 
 def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:

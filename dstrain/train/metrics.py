@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import read_metrics
 
 
@@ -28,11 +29,27 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Raises DstrainError where the disk takes no more."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def flush_to_disk(self) -> None:
-        os.fsync(self._file.fileno())
+        """Raises DstrainError where the disk takes no more."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def close(self) -> None:
         self._file.close()
+
+    def _not_written(self, error: OSError) -> DstrainError:
+        return DstrainError(
+            f"the metrics could not be written: {error.strerror}",
+            where=self._file.name,
+            hint="make room on this disk; `dstrain resume` then goes on from the newest checkpoint",
+            exit_code=1,
+        )

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -32,9 +33,14 @@ def main(arguments: list[str]) -> int:
 
         last_step, reached_the_end = train(folder, console if rank == 0 else None)
     except BaseException as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        folder.write_status(_with(status, state="failed", error=_in_one_line(error)))
+        with suppress(OSError):  # a full disk takes no traceback; the rank must end all the same
+            if isinstance(error, DstrainError):  # it says all that there is to know
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            sys.stderr.flush()
+        with suppress(OSError):
+            folder.write_status(_with(status, state="failed", error=_in_one_line(error)))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.
         os._exit(error.exit_code if isinstance(error, DstrainError) else 1)
     folder.write_status(_with(status, state="done" if reached_the_end else "stopped", step=last_step))

@@ -47,6 +47,7 @@ class Case:
     loss_scale_power: int = 16  # fp16: log2 of the first loss scale
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
     loss_chunk: int = 0
+    momentum: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -82,6 +83,7 @@ class Case:
             "loss_scale_power",
             "experts",
             "loss_chunk",
+            "momentum",
         ):
             if getattr(self, name) != getattr(plain, name):
                 parts.append(f"{name}={getattr(self, name)}")
@@ -147,6 +149,7 @@ def make_case_plan(case: Case) -> Plan:
         "lr": case.lr,
         "weight_decay": WEIGHT_DECAY,
         "eps": EPS,
+        "momentum": case.momentum,
     }
     if case.offload == "nvme":
         flags["nvme_path"] = case.nvme_path
@@ -182,13 +185,20 @@ HELD_OUT = 9999  # the step whose samples are used for the held-out loss
 
 
 def train_in_layout(
-    rank: int, case: Case, save_to: str | None = None, start_from: str | None = None
+    rank: int,
+    case: Case,
+    save_to: str | None = None,
+    start_from: str | None = None,
+    other_layout: bool = False,
 ) -> Outcome:
-    """This rank's part, through dstrain's engine. Saves to, or starts from, a folder where one is named."""
+    """This rank's part, through dstrain's engine. Saves to, or starts from, a folder where one is named.
+
+    ``other_layout``: another layout than this case's has saved there.
+    """
     from dstrain.engine.interface import MicroBatch
 
     engine, plan = build_case_engine(case)
-    first = engine.load(Path(start_from))["step"] + 1 if start_from else 1
+    first = engine.load(Path(start_from), other_layout=other_layout)["step"] + 1 if start_from else 1
     replica = plan.layout.replica(rank)
 
     def micro_batches(step: int) -> list[MicroBatch]:

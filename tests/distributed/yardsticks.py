@@ -129,7 +129,7 @@ def _optimizer_of(
     ]
     if case.optimizer == "adamw":
         return master, torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
-    return master, torch.optim.SGD(groups, lr=case.lr)
+    return master, torch.optim.SGD(groups, lr=case.lr, momentum=case.momentum)
 
 
 def _loss_of(model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:

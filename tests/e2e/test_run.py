@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from dstrain.checkpoint.manifest import complete_checkpoints
 from dstrain.config.loader import read_config
 from dstrain.launch.outcome import RESUMABLE
-from dstrain.plan.manifest import complete_checkpoints
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder
 from tests.e2e.conftest import Said
@@ -213,10 +213,10 @@ def test_a_finished_run_is_not_run_again(workshop: Workshop, calm: Said) -> None
     assert (workshop.calm.result.read_text(), workshop.calm.metrics.read_text()) == before
 
 
-def test_resume_refuses_another_layout(workshop: Workshop, calm: Said) -> None:
-    said = workshop.run("resume", "calm", "--steps", str(STEPS + 1), "--zero", "1")
+def test_resume_refuses_another_training(workshop: Workshop, calm: Said) -> None:
+    said = workshop.run("resume", "calm", "--steps", str(STEPS + 1), "--seed", "5")
     assert said.code == 2
-    assert "zero = 2, and this run has 1" in said.err and "hint: resume with the same zero" in said.err
+    assert "and this run has 5" in said.err and "hint: resume with the same seed" in said.err
 
 
 @pytest.mark.parametrize("command", ["run", "resume"])

@@ -111,7 +111,7 @@ def test_output_and_environment(fake: Fake) -> None:
 
 def test_the_first_failure_is_the_cause(fake: Fake) -> None:
     rank = """
-say(rank, "running"); time.sleep(0.3 if rank == 1 else 0.5)
+say(rank, "running"); time.sleep(0.3 if rank == 1 else 0.9)
 folder.rank_log(rank).write_text(f"log of {rank}\\n")
 say(rank, "failed", "ValueError: loss is nan" if rank == 1 else "RuntimeError: closed"); sys.exit(3)
 """

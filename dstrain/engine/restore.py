@@ -1,0 +1,234 @@
+"""A checkpoint of any layout, brought into an engine of another one.
+
+Each rank opens the old layout's files and reads the numbers that it owns: its stage's layers, and of these its
+partition of the fp32 weights and the optimizer's states. Nothing is written, and nothing is kept twice.
+
+DeepSpeed's own way is a universal checkpoint: a second copy of all states on the disk, converted by a process
+that unpickles whatever the files name. It knows neither ZeRO-0 nor ZeRO-3 below a pipeline, and leaves out frozen
+parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.saved_files import SavedTensor
+from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
+from dstrain.errors import DstrainError
+
+Matched = dict[nn.Parameter, SavedParameter]
+Say = Callable[[str], None]
+
+# A long reading says this often how far it is.
+_SECONDS_BETWEEN_WORDS = 10.0
+
+
+@torch.no_grad()
+def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, Any]:
+    """Give the engine the state of a checkpoint, whatever layout that was saved by. Collective.
+
+    The engine is as it was built: it has trained no step. Its weights, fp32 masters, optimizer states and their
+    counts of steps, frozen parameters, buffers, counters and fp16's loss scale become the checkpoint's. What the
+    layout does not change comes with the engine: the learning rate and the decay of its parameter groups.
+
+    Args:
+        say: takes a line for the user, where the reading takes long.
+
+    Returns:
+        What dstrain's own saving left in the checkpoint.
+
+    Raises:
+        DstrainError: a file can't be read, or the checkpoint lacks something that this rank needs.
+    """
+    matched = _match(engine.module, saved)
+    if saved.counters["global_steps"] > saved.counters["skipped_steps"]:
+        _refuse_lost_states(engine.basic_optimizer, matched, saved)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        _fill_shards(engine.optimizer, matched, say)
+    else:
+        for parameter, held in matched.items():
+            if not parameter.requires_grad:
+                _whole(parameter, held).into(parameter, held.weight)
+        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+            _fill_partitions(engine.optimizer, matched, say)
+        else:
+            _fill_plain(engine.optimizer, matched, say)
+    for name, buffer in engine.module.named_buffers():
+        if hugging_face_name(name) in saved.buffers:
+            buffer.copy_(saved.buffers[hugging_face_name(name)].read())
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler = copy.deepcopy(saved.loss_scaler)
+    for name, count in saved.counters.items():
+        setattr(engine, name, count)
+    return saved.ours
+
+
+def _match(module: nn.Module, saved: SavedState) -> Matched:
+    """This rank's parameters and what the checkpoint holds of them. Raises DstrainError."""
+    matched = {}
+    for name, parameter in module.named_parameters():
+        held = saved.parameters.get(hugging_face_name(name))
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if held is None or held.weight.shape != shape:
+            found = "does not hold it" if held is None else f"has one of {list(held.weight.shape)}"
+            raise DstrainError(
+                f"this run's model has a parameter {hugging_face_name(name)} of {list(shape)}, and the checkpoint"
+                f" {found}",
+                where=str(saved.folder),
+                hint="resume with the model that the checkpoint was made with",
+            )
+        matched[parameter] = held
+    return matched
+
+
+def _refuse_lost_states(optimizer: torch.optim.Optimizer, matched: Matched, saved: SavedState) -> None:
+    """Refuse to train on with an optimizer that would begin anew. Raises DstrainError."""
+    needed = {"exp_avg", "exp_avg_sq"}
+    if isinstance(optimizer, torch.optim.SGD):
+        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
+        needed = {"momentum_buffer"} if with_momentum else set()
+    for parameter, held in matched.items():
+        lost = needed - held.states.keys()
+        if parameter.requires_grad and lost:
+            raise DstrainError(
+                f"the checkpoint does not tell the optimizer's {' and '.join(sorted(lost))} of {held.name}: an"
+                " earlier dstrain saved ZeRO-0's without names",
+                where=str(saved.folder),
+                hint="resume in the layout that it was made with; what is saved then can go to any other",
+            )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank keeps of a parameter: ``numel`` numbers from ``start`` of it, at ``at`` of a flat tensor."""
+
+    saved: SavedParameter
+    start: int
+    numel: int
+    at: int
+
+    def into(self, target: torch.Tensor, source: SavedTensor) -> None:
+        if self.numel:
+            here = target.data.view(-1).narrow(0, self.at, self.numel)
+            here.copy_(source.part(self.start, self.numel))
+
+
+class _Progress:
+    """Says now and then how much of this rank's part is read: that of the tensors ``flats``."""
+
+    def __init__(self, flats: Iterable[torch.Tensor], say: Say) -> None:
+        self._numbers = sum(flat.numel() for flat in flats)
+        self._say = say
+        self._read = 0
+        self._said_at = time.monotonic()
+
+    def of(self, shares: Iterable[_Share]) -> Iterator[_Share]:
+        """The same shares; the caller reads each before it takes the next."""
+        for share in shares:
+            yield share
+            self._read += share.numel
+            if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_WORDS:
+                self._said_at = time.monotonic()
+                self._say(f"rank {dist.get_rank()} has read {self._read / self._numbers:.0%} of its part")
+
+
+def _whole(parameter: nn.Parameter, saved: SavedParameter) -> _Share:
+    return _Share(saved, 0, parameter.numel(), 0)
+
+
+def _fill_plain(optimizer: torch.optim.Optimizer, matched: Matched, say: Say) -> None:
+    """ZeRO-0: the optimizer's parameters are the model's, and fp32."""
+    progress = _Progress(matched, say)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            held = matched[parameter]
+            _fill(optimizer, parameter, [held], progress.of([_whole(parameter, held)]))
+
+
+def _fill_partitions(optimizer: DeepSpeedZeroOptimizer, matched: Matched, say: Say) -> None:
+    """ZeRO-1 and 2: of each group one flat partition of fp32 weights and states; the weights follow from these."""
+    progress = _Progress(optimizer.single_partition_of_fp32_groups, say)
+    for parameters, flat in zip(
+        optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
+    ):
+        shares = []
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # None: this rank's partition holds nothing of it
+                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shares.append(_Share(matched[parameter], there.start, there.numel, here.start))
+        members = [matched[parameter] for parameter in parameters]
+        _fill(optimizer.optimizer, flat, members, progress.of(shares))
+    optimizer.update_lp_params()
+
+
+def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched, say: Say) -> None:
+    """ZeRO-3: each parameter is cut among the replicas; a replica's shares lie one behind the other."""
+    progress = _Progress(optimizer.fp32_partitioned_groups_flat, say)
+    optimizer.checkpoint_event_prologue()  # nothing stays gathered
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        shares = []
+        for parameter in parameters:
+            _, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            shares.append(_shard(parameter, matched[parameter], at))
+        flat = optimizer.fp32_partitioned_groups_flat[index]
+        members = [matched[parameter] for parameter in parameters]
+        _fill(optimizer.optimizer, flat, members, progress.of(shares))
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    for parameter, held in matched.items():
+        if not parameter.requires_grad:
+            _shard(parameter, held, 0).into(parameter.ds_tensor, held.weight)
+    optimizer.checkpoint_event_epilogue()
+
+
+def _shard(parameter: nn.Parameter, saved: SavedParameter, at: int) -> _Share:
+    """The last shares are padded, and may be padding alone."""
+    room = parameter.partition_numel()
+    start = min(room * dist.get_rank(group=parameter.ds_process_group), parameter.ds_numel)
+    return _Share(saved, start, min(room, parameter.ds_numel - start), at)
+
+
+def _fill(
+    optimizer: torch.optim.Optimizer,
+    flat: torch.Tensor,
+    members: Sequence[SavedParameter],
+    shares: Iterable[_Share],
+) -> None:
+    """Fill a tensor of the optimizer with fp32 weights, and make its states.
+
+    Args:
+        flat: what the optimizer takes for a parameter; what no share covers is padding.
+        members: all parameters of its group, those included of which this rank has no share.
+    """
+    states = {
+        key: torch.zeros_like(flat)
+        for key in sorted({key for member in members for key in member.states} - {MASTER})
+    }
+    for share in shares:
+        share.into(flat, share.saved.most_precise)
+        for key, state in states.items():
+            share.into(state, share.saved.states[key])
+    if not states:  # no step was taken yet, or the optimizer keeps nothing
+        return
+    steps = {member.step for member in members}
+    if len(steps) > 1:
+        raise ValueError(f"parameters of one group have taken different numbers of steps: {steps}")
+    [step] = steps
+    if step is not None:
+        # torch counts in a tensor, DeepSpeed's optimizer for states in host memory in a number.
+        counts_in_tensor = not isinstance(optimizer, DeepSpeedCPUAdam)
+        states["step"] = torch.tensor(step, dtype=torch.float32) if counts_in_tensor else int(step)
+    optimizer.state[flat] = states

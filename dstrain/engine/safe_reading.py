@@ -1,0 +1,61 @@
+"""Checkpoint files are read as data: what a file names is not imported, and nothing of it is run.
+
+A pickle can name any function to be called while it is read, and a checkpoint folder may come from others. DeepSpeed
+reads its files with ``weights_only=False``. All its loading that dstrain uses asks the engine's `CheckpointEngine`
+for each file, and that is where it is mended.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from dstrain.errors import DstrainError
+
+# All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
+_HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+# torch's words for a name that is not among those.
+_NAMED = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)")
+
+
+def load_safely(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
+    """What ``torch.save`` has written: tensors, plain values, and the few classes of DeepSpeed's files.
+
+    Args:
+        map_location: as for ``torch.load``.
+        mapped: the tensors are mapped into memory and not read.
+
+    Raises:
+        DstrainError: the file is missing or damaged, or names anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file raises nearly anything
+        named = _NAMED.search(str(error))
+        if named:
+            raise DstrainError(
+                f"this checkpoint file names {named[1]}, which is no part of a checkpoint: to read it could run code",
+                where=str(path),
+                hint="nothing of it was run; remove this checkpoint, and the run goes on from the one before it",
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
+
+
+def read_safely(engine: Any) -> None:
+    """Let a DeepSpeed engine read checkpoints so. Raises DstrainError where it is told to read otherwise."""
+    if engine.load_universal_checkpoint():
+        raise DstrainError(
+            "checkpoint.load_universal lets DeepSpeed run whatever a checkpoint's files name",
+            where="deepspeed",
+            hint="leave it out: `dstrain resume RUN` with another layout's flags needs no universal checkpoint",
+        )
+    engine.checkpoint_engine.load = load_safely

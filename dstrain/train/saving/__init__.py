@@ -1,0 +1,1 @@
+"""How a run is saved while it trains, and which checkpoint it goes on from."""

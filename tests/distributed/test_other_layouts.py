@@ -1,0 +1,127 @@
+"""A training that goes on in another layout is the same training: from A's checkpoint, in B, equal to the unbroken run.
+
+Two things are looked at for each pair. B's state, before it has trained a step, is A's to the bit: B saves at once, and
+both checkpoints are read offline. And B's steps are those of a plain loop that was never broken, within the bounds of
+`compare`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.elsewhere import (
+    FP32,
+    ONE,
+    ZERO1_2X2,
+    ZERO1_PP2,
+    ZERO2_DP2,
+    ZERO3_DP2,
+    Layout,
+    Trained,
+    assert_goes_on,
+    assert_same_state,
+    go_on,
+)
+from tests.distributed.training import Case
+from tests.distributed.workers import run
+
+UNTIED = replace(FP32, tied=False)
+MOMENTUM = replace(FP32, optimizer="sgd", momentum=0.5)
+PLAIN_SGD = replace(FP32, optimizer="sgd")
+PART = replace(FP32, freeze=("model.layers.0.*", "model.layers.1.mlp.*"))
+TIED_PART = replace(FP32, freeze=("model.embed_tokens.weight", "model.layers.1.mlp.*"))
+BF16 = Case(precision="bf16")  # as many steps as the bounds of 16 bits are known for
+FP16 = Case(precision="fp16")
+MIXTURE = replace(FP32, experts=4)
+
+ZERO2_DP4: Layout = {"zero": 2, "data_parallel": 4, "accumulation": 2}
+ZERO2_PP2: Layout = {"zero": 2, "pipeline": 2}
+ZERO3_2X2: Layout = {"zero": 3, "pipeline": 2, "data_parallel": 2}
+DUALPIPEV: Layout = {"zero": 2, "pipeline": 2, "schedule": "dualpipev"}
+OFFLOADED: Layout = {"zero": 2, "data_parallel": 2, "offload": "cpu"}
+
+Pair = tuple[Case, Layout, Layout]
+
+PAIRS: list[Pair] = [
+    (FP32, ONE, ZERO1_2X2),
+    (FP32, ONE, ZERO3_DP2),
+    (FP32, ONE, {"zero": 0, "pipeline": 2}),
+    (FP32, ZERO1_2X2, ONE),
+    (FP32, ZERO1_2X2, {"zero": 1, "pipeline": 4}),
+    (FP32, ZERO1_2X2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
+    (FP32, ZERO1_2X2, ZERO2_PP2),
+    (FP32, ZERO1_2X2, {"zero": 1, "data_parallel": 4}),
+    (FP32, ZERO2_DP4, ZERO3_DP2),
+    (FP32, ZERO2_DP4, ZERO1_PP2),
+    (FP32, ZERO3_DP2, ONE),
+    (FP32, ZERO3_DP2, ZERO2_DP2),
+    (FP32, ZERO3_DP2, ZERO2_PP2),
+    (FP32, DUALPIPEV, {"zero": 0, "data_parallel": 2}),
+    (FP32, OFFLOADED, {"zero": 1}),
+    (FP32, ZERO3_DP2, OFFLOADED),
+    (UNTIED, ZERO1_PP2, ZERO3_DP2),
+    (UNTIED, ZERO1_PP2, ONE),
+    (MOMENTUM, ZERO1_PP2, {"zero": 3}),
+    (MOMENTUM, ZERO1_PP2, {"zero": 0, "pipeline": 2}),
+    (PLAIN_SGD, ZERO3_DP2, ZERO1_PP2),
+    (PART, ZERO3_DP2, ZERO2_PP2),
+    (PART, ZERO3_DP2, ONE),
+    (TIED_PART, ZERO1_PP2, ZERO3_DP2),
+    (MIXTURE, ZERO1_PP2, {"zero": 3, "data_parallel": 2, "accumulation": 2}),
+]
+HEAVY: list[Pair] = [
+    (FP32, ONE, {"zero": 0, "data_parallel": 4}),
+    (FP32, ZERO1_2X2, ZERO3_2X2),
+    (FP32, ZERO1_2X2, OFFLOADED),
+    (FP32, ZERO3_DP2, {"zero": 3, "data_parallel": 4, "accumulation": 2}),
+    (FP32, DUALPIPEV, {"zero": 2, "pipeline": 4}),
+    (FP32, OFFLOADED, {"zero": 3, "data_parallel": 2, "offload": "cpu"}),
+    (UNTIED, ZERO3_2X2, {"zero": 1, "pipeline": 4}),
+    (UNTIED, ZERO3_2X2, ONE),
+    (MOMENTUM, ZERO1_2X2, ZERO3_DP2),
+    (PART, ZERO3_DP2, ZERO3_2X2),
+    (TIED_PART, ZERO3_2X2, ONE),
+    (TIED_PART, ONE, ZERO3_2X2),
+    (BF16, ZERO1_PP2, ZERO3_DP2),
+    (BF16, ZERO1_PP2, ZERO2_DP4),
+    (BF16, ZERO3_DP2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
+    (FP16, ZERO1_PP2, ZERO3_DP2),
+    (FP16, ZERO3_DP2, ZERO2_PP2),
+]
+
+
+def name_of(pair: Pair) -> str:
+    training_, *layouts = pair
+    kind = str(training_).removeprefix("zero0-pp1-dp1-").removesuffix("-accum4")
+    return f"{kind}: " + " to ".join("-".join(str(value) for value in layout.values()) for layout in layouts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=name_of)
+def test_the_training_goes_on(pair: Pair, trained: Trained, tmp_path: Path) -> None:
+    common, before, after = pair
+    a, b = replace(common, **before), replace(common, **after)
+    at_once = tmp_path / "at-once"
+    ranks = run(b.world_size, go_on, b, str(trained(a)), str(at_once))
+    assert_same_state(trained(a), at_once, b)
+    assert_goes_on(b, ranks, a.in_one_process())
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("pair", HEAVY, ids=name_of)
+def test_the_training_goes_on_from_more_layouts(pair: Pair, trained: Trained, tmp_path: Path) -> None:
+    test_the_training_goes_on(pair, trained, tmp_path)
+
+
+def test_the_pairs_are_many_and_differ() -> None:
+    layouts = [(tuple(before.items()), tuple(after.items())) for _, before, after in PAIRS]
+    assert len(PAIRS) >= 20 and all(before != after for before, after in layouts)
+    zeros = {(before["zero"], after["zero"]) for _, before, after in PAIRS + HEAVY}
+    assert zeros >= {(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (1, 3), (3, 1), (0, 3), (3, 0), (2, 0)}

@@ -1,0 +1,54 @@
+"""A training of 60 steps that is killed again and again is, in the end, the training that nobody disturbed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.torture.moments import Moments
+from tests.torture.runs import SAVE_EVERY, STEPS, Layout, Run, assert_equal_to_unbroken, assert_tidy
+
+PIPELINE = Layout(zero=1, pipeline=2, data_parallel=2)
+SHARDED = Layout(zero=3, pipeline=1, data_parallel=2)
+MORE = [
+    Layout(zero=2, pipeline=2, data_parallel=1),
+    Layout(zero=1, pipeline=1, data_parallel=2, precision="bf16"),
+    Layout(zero=3, pipeline=2, data_parallel=1),
+]
+
+
+def kill_again_and_again(run: Run, kills: int, seed: str) -> None:
+    moments = Moments(f"{seed} {run.layout}", save_every=SAVE_EVERY)
+    in_saves, left_half = 0, 0
+    for number in range(kills):
+        moment = moments.draw(STEPS - run.newest())
+        print(f"{run.attempts + 1:>3}: {moment}", flush=True)
+        began = time.monotonic()
+        told = run.kill(moment, f"{seed} {run.layout} {number}")
+        print(f"     {told}; {time.monotonic() - began:.1f} s", flush=True)
+        in_saves += moment.in_a_save
+        left_half += "'aside'" in told
+    run.finish()
+    assert in_saves >= kills // 2 - 1
+    assert left_half >= kills // 8, "too few kills have met a save"
+
+
+@pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=str)
+def test_fifteen_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
+    run = Run(place, f"killed-{layout}", layout)
+    kill_again_and_again(run, 15, seed)
+    assert_equal_to_unbroken(run, unbroken(layout))
+    assert_tidy(run)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("layout", [PIPELINE, SHARDED, *MORE], ids=str)
+def test_twenty_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
+    run = Run(place, f"killed-more-{layout}", layout)
+    kill_again_and_again(run, 20, seed)
+    assert_equal_to_unbroken(run, unbroken(layout))
+    assert_tidy(run)
