@@ -356,7 +356,7 @@ def test_no_rank_waits_for_one_that_is_gone(tmp_path: Path) -> None:
 
 def train_into_an_error(rank: int, folder: str, alone: bool) -> float:
     """An error while step 1 is written; ``alone``: the other rank has ended without a word."""
-    from dstrain.train import background_writer
+    from dstrain.train.saving import background_writer
 
     background_writer.PATIENCE = 1.0
     checkpoints = checkpoints_in(folder)
