@@ -3,20 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LIGHT := "not heavy and not full and not torture"
+# Two files at a time: a test that starts ranks waits for them half of its time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 .PHONY: demo test test-heavy torture verify-all lint docs format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
 
-# Two at a time where a test is one process; those that start ranks have the cores to themselves.
 test: lint  ## lint, then all tests but the heavy ones
-	$(BIN)/python -m pytest -m $(LIGHT) -n 2 --dist loadfile tests/unit tests/data tests/model
-	$(BIN)/python -m pytest -m $(LIGHT) tests/distributed tests/e2e tests/torture
+	$(PYTEST) -m "not heavy and not full and not torture"
 
 test-heavy: $(READY)  ## what takes minutes
-	$(BIN)/python -m pytest -m heavy
+	$(PYTEST) -m heavy
 
 torture: $(READY)  ## a hundred kills, and some with real interpreters
 	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
