@@ -28,7 +28,7 @@ def refuse_other_batch(checkpoint: Path, *, global_batch: int, data_parallel: in
 
     What the plan says of a batch that can't be shared is meant for a run that begins. Raises DstrainError.
     """
-    _refuse_another("global_batch", global_batch, checkpoint)
+    _refuse_another("global_batch", global_batch, _identity_of(checkpoint), checkpoint)
     if data_parallel is None or global_batch % data_parallel == 0:
         return
     fitting = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
@@ -46,11 +46,11 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
     Another layout is none, but where DeepSpeed keeps states in files of its own. Raises DstrainError.
     """
+    saved = _identity_of(checkpoint)
     for key, value in identity.items():
         if key not in _MAY_CHANGE:
-            _refuse_another(key, value, checkpoint)
-    saved = _identity_of(checkpoint)
-    if is_other_layout(checkpoint, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
+            _refuse_another(key, value, saved, checkpoint)
+    if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
         raise DstrainError(
             f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights lie in swap"
             " files of DeepSpeed, which only the ranks that wrote them can read",
@@ -59,11 +59,10 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_another(key: str, value: Any, checkpoint: Path) -> None:
-    saved = _identity_of(checkpoint).get(key)
-    if saved != value:
+def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    if saved.get(key) != value:
         raise DstrainError(
-            f"the checkpoint was made with {key} = {saved}, and this run has {value}",
+            f"the checkpoint was made with {key} = {saved.get(key)}, and this run has {value}",
             where=str(checkpoint),
             hint=f"resume with the same {key}{_WHY.get(key, '')}, or start a new run under another --name",
         )
@@ -71,15 +70,14 @@ def _refuse_another(key: str, value: Any, checkpoint: Path) -> None:
 
 def is_other_layout(checkpoint: Path, identity: Mapping[str, Any]) -> bool:
     """Whether another layout than this run's has saved the checkpoint, so that its ranks' files are not ours."""
-    saved = _identity_of(checkpoint)
-    return any(key in identity and saved.get(key) != identity[key] for key in _LAYOUT)
+    return _another_layout(_identity_of(checkpoint), identity)
 
 
 def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
     """In a line each, what of the layout is another than the checkpoint's. Empty where nothing is."""
     saved = _identity_of(checkpoint)
     lines = []
-    if is_other_layout(checkpoint, identity):
+    if _another_layout(saved, identity):
         before, after = _name(saved), _name(identity)
         if before == after:
             before, after = f"{before} cut at {_cut(saved)}", f"at {_cut(identity)}"
@@ -92,6 +90,10 @@ def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
             f"micro-batches of {old} -> {new}: of all sums only a mixture of experts' router loss depends on it"
         )
     return lines
+
+
+def _another_layout(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return any(key in identity and saved.get(key) != identity[key] for key in _LAYOUT)
 
 
 def _identity_of(checkpoint: Path) -> dict[str, Any]:

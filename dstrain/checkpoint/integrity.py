@@ -50,11 +50,9 @@ def wrong_files(
     for name in names:
         path, record = checkpoint / name, files[name]
         try:
-            size = path.stat().st_size
-            if size != record.size:
-                found[name] = f"{name} has {size:,} bytes and should have {record.size:,}"
-                continue
-            if checksum(path, on_bytes=on_bytes) != record.sha256 and record.sha256 is not None:
+            if why := record.wrong_size(name, path.stat().st_size):
+                found[name] = why
+            elif checksum(path, on_bytes=on_bytes) != record.sha256 and record.sha256 is not None:
                 found[name] = f"{name} holds other bytes than were saved"
         except FileNotFoundError:
             found[name] = f"{name} is missing"

@@ -30,6 +30,10 @@ class FileRecord:
     size: int
     sha256: str | None
 
+    def wrong_size(self, name: str, size: int) -> str | None:
+        """What to say of a file that has another size; None where it has this one."""
+        return None if size == self.size else f"{name} has {size:,} bytes and should have {self.size:,}"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -155,8 +159,8 @@ def missing_or_cut(checkpoint: Path, files: Mapping[str, FileRecord]) -> str | N
     for name, file in files.items():
         if name not in sizes:
             return f"{name} is missing"
-        if sizes[name] != file.size:
-            return f"{name} has {sizes[name]:,} bytes and should have {file.size:,}"
+        if why := file.wrong_size(name, sizes[name]):
+            return why
     return None
 
 

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dstrain.data.sources import Source, find_files
 from dstrain.data.token_writer import write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
+from dstrain.flushing import flush
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = "tokens.bin", "lengths.npy", "meta.json"
@@ -121,7 +121,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
         }
         (aside / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         for name in (_TOKENS, _LENGTHS, _META, "."):
-            _flush(aside / name)
+            flush(aside / name)
         _name(aside, folder, tokenizer)
     finally:
         _remove(aside)
@@ -133,7 +133,7 @@ def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:
     for _ in range(10):
         try:
             aside.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -228,12 +228,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that the rename can't survive a power cut that the content did not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

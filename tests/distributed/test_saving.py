@@ -18,7 +18,7 @@ import torch
 from dstrain.checkpoint.manifest import complete_checkpoints, damage_of, named_checkpoints
 from tests.distributed import training
 from tests.distributed.test_injuries import micro_batches
-from tests.distributed.training import Case
+from tests.distributed.training import Case, model_config
 from tests.distributed.workers import WorkerError, run
 
 RUN = "0123456789abcdef"
@@ -148,21 +148,7 @@ def test_killed_at_any_instant_of_a_save_a_whole_checkpoint_is_the_newest(tmp_pa
 
 def larger(case: Case) -> Any:
     """A Llama of half a million parameters: in a smaller one the files' own frame is most of them."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=768,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=case.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=case.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+    return model_config(case, vocab_size=768, hidden_size=128, intermediate_size=256)
 
 
 def train_and_save(rank: int, case: Case, folder: str) -> tuple[int, int]:

@@ -100,7 +100,8 @@ class Outcome:
     held_out: float = 0.0
 
 
-def model_config(case: Case) -> Any:
+def model_config(case: Case, **sizes: int) -> Any:
+    """The case's model; ``sizes`` are laid over its own."""
     from transformers import LlamaConfig, MixtralConfig
 
     family, options = LlamaConfig, {}
@@ -113,9 +114,7 @@ def model_config(case: Case) -> Any:
         family = MixtralConfig
     return family(
         **options,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, **sizes},
         num_hidden_layers=case.layers,
         num_attention_heads=4,
         num_key_value_heads=2,

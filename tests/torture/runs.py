@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from dstrain.checkpoint.integrity import wrong_files
 from dstrain.checkpoint.manifest import damage_of, files_of, named_checkpoints, read_manifest
 from dstrain.plan.run_folder import RunFolder
+from tests.e2e.conftest import LLAMA
 from tests.torture.attempt import ALL, Attempt
 from tests.torture.moments import START, STEP, Moment
 
@@ -25,20 +26,6 @@ _SLOW_SECONDS = 0.02
 # Some are computed before the guard, or the launcher, has told the ranks to end.
 _MOST_STEPS_AFTER_A_KILL = 25
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": 256,
-}
 CONFIG = {
     "model": "model",
     "data": "text.jsonl",
@@ -74,7 +61,7 @@ class Layout:
 def write_materials(place: Path) -> None:
     """A tiny model, and a text of which no two samples are equal."""
     (place / "model").mkdir()
-    (place / "model" / "config.json").write_text(json.dumps(MODEL))
+    (place / "model" / "config.json").write_text(json.dumps(LLAMA))
     draws = random.Random(1)
     texts = ["".join(draws.choices("abcdefgh ", k=200)) for _ in range(80)]
     (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -228,6 +215,13 @@ def _is_seen(moment: Moment, attempt: Attempt, world_size: int) -> bool:
     if moment.sign == STEP:
         return attempt.steps() >= moment.steps
     return moment.sign in attempt.new_marks()
+
+
+def assert_ends_as_unbroken(run: Run, unbroken: Callable[[Layout], Run]) -> None:
+    """Nobody disturbs it any more: in the end it is as the unbroken run of its layout."""
+    run.finish()
+    assert_equal_to_unbroken(run, unbroken(run.layout))
+    assert_tidy(run)
 
 
 def assert_equal_to_unbroken(run: Run, unbroken: Run) -> None:

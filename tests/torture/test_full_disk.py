@@ -13,7 +13,7 @@ import pytest
 from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import RankStatus, RunFolder
 from dstrain.train.metrics import MetricsFile
-from tests.torture.runs import Layout, Run, assert_equal_to_unbroken, assert_tidy
+from tests.torture.runs import Layout, Run, assert_ends_as_unbroken
 
 LAYOUT = Layout(zero=3, pipeline=1, data_parallel=2)
 # Less than a rank's optimizer states (168 kB), more than its log and its metrics.
@@ -39,9 +39,7 @@ def test_files_that_may_not_grow(place: Path, unbroken: Callable[[Layout], Run])
         ],
     )
     assert not list(run.folder.checkpoints.glob(".step-*")), "what was written of it is gone"
-    run.finish()
-    assert_equal_to_unbroken(run, unbroken(LAYOUT))
-    assert_tidy(run)
+    assert_ends_as_unbroken(run, unbroken)
 
 
 def test_a_small_disk(place: Path, unbroken: Callable[[Layout], Run]) -> None:
@@ -57,9 +55,7 @@ def test_a_small_disk(place: Path, unbroken: Callable[[Layout], Run]) -> None:
         )
         assert run.newest() == 10
         subprocess.run(["mount", "-o", "remount,size=4m", str(run.folder.checkpoints)], check=True)
-        run.finish()
-        assert_equal_to_unbroken(run, unbroken(LAYOUT))
-        assert_tidy(run)
+        assert_ends_as_unbroken(run, unbroken)
 
 
 def test_a_disk_that_somebody_else_fills(place: Path, unbroken: Callable[[Layout], Run]) -> None:
@@ -73,12 +69,9 @@ def test_a_disk_that_somebody_else_fills(place: Path, unbroken: Callable[[Layout
             assert attempt.wait() == 1, run.told(attempt)
             attempt.wait_until_all_have_ended()
             run.check_one_clear_error(attempt)
-            print(run.told(attempt)[-3000:])
             assert "No space left on device" in run.told(attempt).split("error: ")[1]
         (run.folder.path / "ballast").unlink()
-        run.finish()
-        assert_equal_to_unbroken(run, unbroken(LAYOUT))
-        assert_tidy(run)
+        assert_ends_as_unbroken(run, unbroken)
 
 
 def test_words_on_a_full_disk(tmp_path: Path) -> None:

@@ -6,17 +6,10 @@ import os
 import threading
 from pathlib import Path
 
+from dstrain.flushing import flush
+
 # As much as shows whether a disk takes anything at all.
 _PROBE_BYTES = 1024 * 1024
-
-
-def flush(path: Path) -> None:
-    """Bring a file's bytes, or a folder's own entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flush_folders(folder: Path) -> None:
