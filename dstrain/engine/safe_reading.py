@@ -7,6 +7,7 @@ for each file, and that is where it is mended.
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,19 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dstrain.errors import DstrainError
 
+
+def _member(kind: type, name: str) -> ZeroStageEnum:
+    """Stands in for `getattr`: Python 3.11.0 to 3.11.3 write a member of an enumeration as a call of it."""
+    if kind is not ZeroStageEnum:
+        raise pickle.UnpicklingError("Unsupported class getattr")
+    return ZeroStageEnum[name]
+
+
 # All that DeepSpeed's files hold beside tensors and plain values. These classes only carry numbers.
-_HARMLESS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+_HARMLESS: list[Any] = [
+    *(LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
+    *((_member, f"{module}.getattr") for module in ("builtins", "__builtin__")),  # by a pickle's protocol
+]
 
 # torch's words for a name that is not among those.
 _NAMED = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)")
