@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Two files at a time: a test that starts ranks waits for them half of its time.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+# Two files at a time: a test that starts ranks waits for them half of its time. In the order of their names: the
+# last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: demo test test-heavy torture verify-all lint docs format clean
 

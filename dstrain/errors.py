@@ -1,6 +1,9 @@
-"""The one exception that is meant for the user's eyes."""
+"""The one exception that is meant for the user's eyes, and the exit codes that mean something."""
 
 from __future__ import annotations
+
+RESUMABLE = 75
+"""The exit code of a run that left in order before its end: BSD's EX_TEMPFAIL, "try again later"."""
 
 
 class DstrainError(Exception):

@@ -1,4 +1,4 @@
-"""Nothing of a test is left in the user's home: caches go to a folder of this test run."""
+"""Caches go to a folder of this test run and not into the user's home; what was not tried is said loudly."""
 
 from __future__ import annotations
 
@@ -18,3 +18,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A skip is one letter among thousands; that nothing was tried between hosts deserves more."""
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if "tests/cluster/" in report.nodeid
+    ]
+    if skipped:
+        title = f"{len(skipped)} tests of tests/cluster did NOT run"
+        terminalreporter.section(title, sep="!", red=True, bold=True)
+        for reason in dict.fromkeys(str(report.longrepr[-1]) for report in skipped):
+            terminalreporter.line(reason, red=True)

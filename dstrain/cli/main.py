@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from contextlib import suppress
 
 import click
 
 from dstrain import __version__
-from dstrain.errors import DstrainError
+from dstrain.errors import RESUMABLE, DstrainError
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
 COMMANDS = {
     "run": ("dstrain.cli.run", "Train: plan, launch, watch, and say what came out."),
     "plan": ("dstrain.cli.plan", "Show what `run` would do with the same arguments, and start nothing."),
+    "submit": ("dstrain.cli.submit", "Write a Slurm batch script for a run, and submit it."),
     "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
     "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare."),
+    "doctor": ("dstrain.cli.doctor", "Look at the machines of a run: what is wrong, and what mends it."),
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
     "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),
@@ -68,6 +72,9 @@ def main() -> None:
     """Entry point: errors that are for the user become one message and an exit code."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1  # wherever it stands: it is often added to the end
+    # Slurm's warning that the job's time is nearly over, outside of a training (`supervise`): come back later.
+    with suppress(ValueError):  # called in another thread than the main one
+        signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(RESUMABLE))
     try:
         group.main(["--debug"] * debug + arguments, prog_name="dstrain", standalone_mode=False)
     except DstrainError as error:

@@ -45,10 +45,24 @@ _CHOICES: list[tuple[str, Any, str]] = [
     ("model", str, "A folder with a Hugging Face config.json, a name on its hub, or a built-in shape."),
     ("init", click.Choice(["random", "pretrained"]), "Start from random weights, or from the model's own."),
     ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes. Default: the model's own."),
-    ("save_every", STEPS_OR_TIME, "Steps between checkpoints, or time: 500, 20m, 1h30m; 0: only the last."),
+    (
+        "save_every",
+        STEPS_OR_TIME,
+        "Steps between checkpoints, or time: 500, 20m, 1h30m; 0: only the last; never.",
+    ),
     ("keep", click.IntRange(1), "Newest checkpoints that are kept."),
     ("keep_every", click.IntRange(0), "Checkpoints of every so many steps are made, and kept for good."),
     ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
+    ("launcher", str, "local, pdsh, openmpi, torchrun, slurm or none. Default: what fits the hosts."),
+    (
+        "nodes",
+        click.IntRange(1),
+        "With --launcher none: nodes that dstrain is typed on. Of submit: the job's.",
+    ),
+    ("processes", click.IntRange(1), "With --launcher none: ranks on each node. Default: its GPUs."),
+    ("master_addr", str, "Name or address at which the others reach rank 0's host."),
+    ("master_port", click.IntRange(1, 65535), "TCP port of rank 0's host on which the ranks meet."),
+    ("restarts", int, "After a failure go on from the newest checkpoint, so often in a row."),
     ("time_limit", str, "After this time (90s, 20m, 3h50m) end the step, save, and leave."),
     ("name", str, "Name of the run folder."),
     ("ds_config", str, "A DeepSpeed JSON file, laid on top of the composed one."),
@@ -66,6 +80,12 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
     function = click.option(
         "--pack/--no-pack", "pack", default=None, help="Several documents in a sample, or one."
+    )(function)
+    function = click.option(
+        "--elastic/--no-elastic",
+        "elastic",
+        default=None,
+        help="With --restarts: go on with fewer replicas on the hosts that answer.",
     )(function)
     function = click.option(
         "--activation-checkpointing/--no-activation-checkpointing",
@@ -87,6 +107,15 @@ def layers(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
     return click.option(
         "--recipe", metavar="NAME", help="A recipe of ds_configs/recipes. Default: quickstart."
+    )(function)
+
+
+def node_rank_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which node a command is typed on: of the one who types, not of the run."""
+    return click.option(
+        "--node-rank",
+        type=click.IntRange(0),
+        help="With --launcher none: which node this is, from 0 on. Left out: prepare, and say what to type.",
     )(function)
 
 

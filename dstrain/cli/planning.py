@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices, has_async_io, local_devices
-from dstrain.launch.hosts import read_hostfile
+from dstrain.launch.site import Site, find_site
 from dstrain.plan.attention import FLASH_PACKAGES
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
@@ -27,10 +28,13 @@ from dstrain.plan.shape import ModelShape
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the local devices that it was made for."""
+    """A plan, the local devices that it was made for, and where it is to run."""
 
     plan: Plan
     devices: Devices
+    site: Site
+    make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
+    """The plan of the same model and data with other choices, on other hosts of the same kind."""
 
 
 def plan_for(resolved: ResolvedConfig) -> Planned:
@@ -48,12 +52,9 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
             hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
         )
     devices = local_devices()
-    if config.hostfile is not None:
-        hosts = read_hostfile(config.hostfile)
-    else:
-        hosts = (Host("localhost", devices.count),)
+    site = find_site(resolved, devices)
+    hosts = site.hosts or (Host("localhost", devices.count),)
     flash = tuple(package for package in FLASH_PACKAGES.values() if find_spec(package))
-    machines = Machines(hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes, flash)
     model = find_model(resolved)
     shape = _measure_model(model.config_file)
     if config.init == "pretrained":
@@ -61,8 +62,24 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
     data = _prepare_data(resolved, model.tokenizer if config.tokenizer == "auto" else config.tokenizer)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None
-    plan = make_plan(resolved, machines, shape, data, str(model.config_file), fingerprint, folder)
-    return Planned(plan, devices)
+
+    def make(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> Plan:
+        machines = Machines(
+            hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes, flash
+        )
+        return make_plan(resolved, machines, shape, data, str(model.config_file), fingerprint, folder)
+
+    plan = make(resolved, hosts)
+    if site.launcher == "none" and len(plan.layout.hosts) < len(site.hosts):
+        raise DstrainError(
+            f"{plan.layout.world_size} ranks leave {len(site.hosts) - len(plan.layout.hosts)} of {len(site.hosts)}"
+            " nodes without any",
+            where=str(resolved.origin("nodes")),
+            hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
+        )
+    if site.told is not None:
+        plan = replace(plan, warnings=(*plan.warnings, site.told))
+    return Planned(plan, devices, site, make)
 
 
 def _measure_model(model_file: Path) -> ModelShape:

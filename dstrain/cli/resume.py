@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dstrain.cli.options import choices, given
+from dstrain.cli.options import choices, given, node_rank_option
 from dstrain.errors import DstrainError
 
 
@@ -15,7 +15,8 @@ from dstrain.errors import DstrainError
 @click.argument("run")
 @choices
 @click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
-def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+@node_rank_option
+def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int | None, **flags: Any) -> None:
     """Go on with RUN (a run folder, or its name below runs/) from its newest complete checkpoint.
 
     Flags that are given change its config: --steps to train longer, or --pipeline, --data-parallel, --zero and
@@ -25,24 +26,29 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
 
     from dstrain.checkpoint.identity import refuse_other_batch
     from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
-    from dstrain.cli.execute import execute
     from dstrain.cli.planning import plan_for
+    from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
+    from dstrain.cli.running.execute import execute
     from dstrain.cli.show import show_plan
     from dstrain.config.loader import override, read_config
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.plan.run_folder import RunFolder, last_step
 
     folder = find_run(run)
     if flags.get("name") is not None:
         raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
     resolved = override(read_config(folder.config), given(flags), settings)
+    node = node_of(resolved, node_rank)
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
-    if newest is None:
-        click.echo(f"{folder.name} has no complete checkpoint yet: it starts from step 1")
-    elif read_manifest(newest)["step"] >= resolved.config.steps and folder.result.exists():
+    trained = (
+        read_manifest(newest)["step"] if newest else 0 if resolved.config.saves else last_step(folder.metrics)
+    )
+    if folder.result.exists() and trained >= resolved.config.steps:
         click.echo(
             f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N trains on"
         )
         return
+    if newest is None:
+        click.echo(f"{folder.name} has no complete checkpoint yet: it starts from step 1")
     else:
         click.echo(f"{folder.name} goes on from {newest.name}")
         config = resolved.config
@@ -50,7 +56,10 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, **flags: Any) ->
     planned = plan_for(resolved)
     console = Console()
     show_plan(planned.plan, console)
-    execute(planned, resolved, RunFolder(folder.path), console, dry_run=dry_run)
+    if planned.site.launcher == "none" and node is None:
+        prepare_for_nodes(planned, resolved, folder, console, dry_run=dry_run)
+        return
+    execute(planned, resolved, RunFolder(folder.path, node or 0), console, dry_run=dry_run)
 
 
 def find_run(run: str) -> Any:

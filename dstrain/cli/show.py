@@ -45,6 +45,9 @@ def show_plan(plan: Plan, console: Console) -> None:
 def _disk(plan: Plan) -> str:
     """What a checkpoint takes, and all of them at once."""
     config = plan.run_config
+    if not config.saves:
+        weights = f" (the last weights: {in_words(plan.disk_bytes)})" if config.save_weights else ""
+        return f"no checkpoint (save_every: never): what fails or is stopped begins anew{weights}"
     number = most_checkpoints(config)
     for_good = f", every {config.keep_every:,}th step's for good" if config.keep_every else ""
     weights = ", and the last weights" if config.save_weights else ""

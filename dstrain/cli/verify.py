@@ -60,7 +60,8 @@ def command(
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=chosen)
     folder = Path(resolved.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
     quiet = {"eval_every": 0, "sample_tokens": 0, "save_every": 0, "save_weights": True, "check_every": 1}
-    quiet |= {"runs_dir": str(folder), "hostfile": None}
+    quiet |= {"runs_dir": str(folder)}
+    quiet |= {"hostfile": None, "launcher": "local", "nodes": None, "processes": None}
     if tiny:
         quiet |= {
             "model": str(shrink_model(resolved, folder / "model")),
@@ -143,7 +144,8 @@ def _plan(
 
 def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
     """Run a plan to its end; the run folder, and how many seconds it took."""
-    from dstrain.cli.execute import execute_quietly, new_run_folder
+    from dstrain.cli.running.execute import execute_quietly
+    from dstrain.cli.running.starting import new_run_folder
 
     folder = new_run_folder(config, resume=False)
     began = time.monotonic()

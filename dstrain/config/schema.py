@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from dstrain.config.duration import seconds
 
@@ -14,6 +14,11 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+# It goes into command lines: nothing that an option parser or a shell could read as anything but a name.
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:][A-Za-z0-9._:-]*$", max_length=253)]
+
+NEVER = "never"
+"""As ``save_every``: no checkpoint, not even of the last step. As ``hang_after``: however long it takes."""
 
 
 class RunConfig(BaseModel):
@@ -103,10 +108,42 @@ class RunConfig(BaseModel):
     eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
     eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
     save_every: int | str = Field(
-        100, description="steps between checkpoints, or time: 500, 20m, 1h30m; 0 for only the last"
+        100,
+        description="steps between checkpoints, or time: 500, 20m, 1h30m; 0 for only the last, never for none at all",
     )
     time_limit: str | None = Field(
         None, description="after this time (90s, 20m, 3h50m) the run ends its step, saves, and leaves"
+    )
+    launcher: Literal["local", "pdsh", "openmpi", "torchrun", "slurm", "none"] | None = Field(
+        None,
+        description="what starts the ranks; else local, pdsh where a hostfile names other machines, slurm in a job of"
+        " several; none: dstrain is typed on each node",
+    )
+    nodes: PositiveInt | None = Field(
+        None, description="with launcher: none: on how many nodes dstrain is typed; 1"
+    )
+    processes: PositiveInt | None = Field(
+        None, description="with launcher: none: ranks on each node; default: its GPUs"
+    )
+    master_addr: HostName | None = Field(
+        None,
+        description="name or address at which rank 0's host is reached; default: its name in the hostfile",
+    )
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None,
+        description="TCP port of rank 0's host on which the ranks meet; default: a free one, or 29500 with none",
+    )
+    restarts: NonNegativeInt = Field(
+        0, description="starts again from the newest checkpoint after a failure, so often without a new one"
+    )
+    elastic: bool = Field(
+        False,
+        description="with restarts: go on with fewer replicas on the hosts that answer; with all at the next restart",
+    )
+    hang_after: str | None = Field(
+        None,
+        description="a run hangs after this time (90s, 20m) without a step, or never; else 10 times the slowest, at"
+        " least 60s, or 30m for what is done between steps",
     )
     check_every: NonNegativeInt = Field(
         50, description="steps between checks that replicas and tied weights are equal to the bit; 0 for none"
@@ -137,10 +174,10 @@ class RunConfig(BaseModel):
             raise ValueError("must be 0, 1, 2 or 3")
         return value
 
-    @field_validator("time_limit")
+    @field_validator("time_limit", "hang_after")
     @classmethod
-    def _is_duration(cls, value: str | None) -> str | None:
-        if value is not None:
+    def _is_duration(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not (value == NEVER and info.field_name == "hang_after"):
             seconds(value)
         return value
 
@@ -152,6 +189,8 @@ class RunConfig(BaseModel):
     @classmethod
     def _steps_or_time(cls, value: Any) -> Any:
         """Steps as a number, time as a text; the text of a number is neither."""
+        if value == NEVER:
+            return value
         if isinstance(value, str):
             try:
                 seconds(value)
@@ -160,12 +199,27 @@ class RunConfig(BaseModel):
                 pass
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
-        raise ValueError("must be a number of steps, 0 or more, or a length of time like 20m or 1h30m")
+        raise ValueError(
+            "must be a number of steps, 0 or more, or a length of time like 20m or 1h30m, or never"
+        )
+
+    @property
+    def hang_after_seconds(self) -> float | None:
+        """None: derived from the steps; infinity for never."""
+        if self.hang_after == NEVER:
+            return float("inf")
+        return None if self.hang_after is None else seconds(self.hang_after)
 
     @property
     def save_every_seconds(self) -> int | None:
-        """The time between checkpoints; None where steps are counted."""
-        return seconds(self.save_every) if isinstance(self.save_every, str) else None
+        """The time between checkpoints; None where steps are counted, or none are made."""
+        timed = isinstance(self.save_every, str) and self.saves
+        return seconds(str(self.save_every)) if timed else None
+
+    @property
+    def saves(self) -> bool:
+        """Whether there are checkpoints at all."""
+        return self.save_every != NEVER
 
     @field_validator("deepspeed")
     @classmethod

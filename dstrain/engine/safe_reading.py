@@ -7,7 +7,6 @@ for each file, and that is where it is mended.
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dstrain.errors import DstrainError
 def _member(kind: type, name: str) -> ZeroStageEnum:
     """Stands in for `getattr`: Python 3.11.0 to 3.11.3 write a member of an enumeration as a call of it."""
     if kind is not ZeroStageEnum:
-        raise pickle.UnpicklingError("Unsupported class getattr")
+        raise ValueError("Unsupported class getattr")
     return ZeroStageEnum[name]
 
 

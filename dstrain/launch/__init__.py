@@ -1,5 +1,5 @@
-"""How a run is started and how it ends: hosts, devices, the command, the supervisor.
+"""How a run is started: hosts, devices, the command, the environment.
 
-Standard library only (with ``dstrain.errors`` and the run folder): this room must never import torch or
-DeepSpeed, since ``dstrain --help``, a plan and a bad hostfile are answered before those could load.
+This room must never import torch or DeepSpeed, since ``dstrain --help``, a plan and a bad hostfile are answered before
+those could load.
 """

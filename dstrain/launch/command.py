@@ -1,103 +1,59 @@
-"""The command that starts the ranks: DeepSpeed's own launcher, spelled out so that a person can run it."""
+"""The command that starts the ranks, spelled out in launch.sh so that a person can run it."""
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import shlex
 import socket
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from dstrain.errors import DstrainError
-from dstrain.launch.environment import check_environment, environment_text
-from dstrain.launch.hosts import is_this_host
-from dstrain.plan.layout import Host
-from dstrain.plan.run_folder import RunFolder, write_atomically
+from dstrain.launch.environment import check_environment, environment_text, forgetting
+from dstrain.launch.launchers import LAUNCHERS
+from dstrain.launch.request import LIFELINE, NODE, LaunchRequest
+from dstrain.plan.lifeline import ADDRESS
+from dstrain.plan.run_folder import NODE_RANK, RunFolder, write_atomically
 
-WORKER_MODULE = "dstrain.train.worker"
-# What DeepSpeed and pdsh hand to a remote shell without quotes.
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+_TRAVELLING = "DSTRAIN_ENV_FILE"
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.
 _PORTS = range(20000, 32768)
+USUAL_PORT = 29500
+"""torch's own default, where nobody can ask all hosts for a free one."""
 
 
-@dataclass(frozen=True)
-class LaunchRequest:
-    """All that the launch depends on.
-
-    ``hosts`` is empty without a hostfile: this machine. ``device_ids`` are the GPUs to take on this machine
-    (``Devices.ids``); empty means the first ones, and several hosts always take their first ones.
-    ``directory`` is where the ranks start: relative paths of the run config count from there.
-    """
-
-    run_folder: Path
-    hosts: tuple[Host, ...]
-    processes_per_host: int
-    accelerator: str
-    master_addr: str
-    master_port: int
-    environment: dict[str, str]
-    python: str = sys.executable
-    device_ids: tuple[int, ...] = ()
-    directory: Path = field(default_factory=Path.cwd)
-
-
-def runs_here(hosts: tuple[Host, ...]) -> bool:
-    """Whether this machine is the only one, and no ssh is needed."""
-    return not hosts or (len(hosts) == 1 and is_this_host(hosts[0].name))
-
-
-def deepspeed_command(request: LaunchRequest) -> list[str]:
-    """The argv of DeepSpeed's launcher. Several hosts, or one that is not this one, are reached through pdsh.
-
-    The module is named, not the ``deepspeed`` script: that may be missing in PATH, and its first line breaks
-    where the path of the virtual environment holds a space or is longer than the kernel's limit.
-
-    Raises:
-        DstrainError: a host has too few slots, there are too few GPUs, or a path can't pass a remote shell.
-    """
-    launcher = [request.python, "-m", "deepspeed.launcher.runner"]
-    if runs_here(request.hosts):
-        # Without this, DeepSpeed takes /job/hostfile where a machine has one. /dev/null is its "no hostfile";
-        # with a real one it would ask for ssh even to localhost.
-        launcher += ["--hostfile", os.devnull, *_devices(request), "--master_addr", "127.0.0.1"]
-    else:
-        _check_remote(request)
-        launcher += ["--hostfile", str(RunFolder(request.run_folder).hostfile), "--launcher", "pdsh"]
-        # A single remote host would be run on this machine otherwise.
-        launcher += ["--force_multi", "--master_addr", request.master_addr]
-    launcher += ["--master_port", str(request.master_port), "--no_local_rank"]
-    return [*launcher, "--module", WORKER_MODULE, str(RunFolder(request.run_folder).path)]
+def launch_command(request: LaunchRequest) -> list[str]:
+    """The argv of the request's launcher. Raises DstrainError where it can't start it."""
+    return LAUNCHERS[request.launcher](request)
 
 
 def write_launch_files(request: LaunchRequest) -> None:
     """Write launch.sh, ``environment`` and, for several hosts, ``hostfile`` into the run folder.
 
     Raises:
-        DstrainError: see :func:`deepspeed_command`; a variable that can't travel; an unwritable folder.
+        DstrainError: see :func:`launch_command`; a variable that can't travel; an unwritable folder.
     """
     folder = RunFolder(request.run_folder)
-    remote = not runs_here(request.hosts)
+    remote = request.over_ssh
     check_environment(request.environment, remote=remote)
-    command = deepspeed_command(request)
-    exported = dict(sorted(request.environment.items()))
-    if remote:
-        # An absolute path also keeps a ~/.deepspeed_env of another project out of the run.
-        exported["DS_ENV_FILE"] = str(folder.environment)
+    command = launch_command(request)
+    exported = dict(sorted((request.environment | _rendezvous(request)).items()))
     lines = [
         "#!/usr/bin/env bash",
         "# Starts this run: written by dstrain, works by hand from any folder.",
         "set -eu",
         f"cd -- {shlex.quote(str(request.directory.absolute()))}",
+        forgetting(remote=remote),
         *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
-        "exec " + shlex.join(command),
+        *_environment_file(folder, remote),
+        *_node(request),
+        # A word with it is in single quotes: these end, the variable stands in double ones, and they begin anew.
+        "exec "
+        + shlex.join(command)
+        .replace(LIFELINE, f"'\"${{{ADDRESS}:-}}\"'")
+        .replace(NODE, f'"${{{NODE_RANK}}}"'),
         "",
     ]
     try:
-        write_atomically(folder.environment, environment_text(request.environment))
+        write_atomically(folder.environment, environment_text(_travelling(request)))
         if remote:
             hosts = [f"{host.name} slots={request.processes_per_host}\n" for host in request.hosts]
             write_atomically(folder.hostfile, "".join(hosts))
@@ -109,6 +65,48 @@ def write_launch_files(request: LaunchRequest) -> None:
         raise DstrainError(
             f"the launch files can't be written: {error.strerror}.", where=str(folder.path)
         ) from error
+
+
+def supervised_environment(request: LaunchRequest, lifeline: str) -> dict[str, str]:
+    """What the supervisor sets for launch.sh: where the ranks find it. It stands in no file of the run that a
+    person would start again by hand. Raises DstrainError where the file for other hosts can't be written."""
+    told = {ADDRESS: lifeline, NODE_RANK: str(request.node)}
+    if request.over_ssh:
+        travelling = RunFolder(request.run_folder).supervised_environment
+        try:
+            write_atomically(travelling, environment_text(_travelling(request) | told))
+        except OSError as error:
+            raise DstrainError(f"it can't be written: {error.strerror}", where=str(travelling)) from error
+        told[_TRAVELLING] = str(travelling)
+    return told
+
+
+def _travelling(request: LaunchRequest) -> dict[str, str]:
+    """What is carried to other hosts. Open MPI's ranks learn their number from it, and the meeting place from us."""
+    if request.launcher != "openmpi":
+        return request.environment
+    return request.environment | _rendezvous(request)
+
+
+def _rendezvous(request: LaunchRequest) -> dict[str, str]:
+    return {"MASTER_ADDR": request.master_addr, "MASTER_PORT": str(request.master_port)}
+
+
+def _environment_file(folder: RunFolder, remote: bool) -> list[str]:
+    """What DeepSpeed carries to other hosts. An absolute path also keeps a ~/.deepspeed_env of another project out."""
+    if not remote:
+        return []
+    return [f'export DS_ENV_FILE="${{{_TRAVELLING}:-{folder.environment}}}"']
+
+
+def _node(request: LaunchRequest) -> list[str]:
+    """launch.sh is the same on every node, and is told which one it is."""
+    if request.launcher != "none":
+        return []
+    return [
+        f': "${{{NODE_RANK}:=${{1:?which node is this, from 0 on? bash launch.sh NUMBER}}}}"',
+        f"export {NODE_RANK}",
+    ]
 
 
 def free_port() -> int:
@@ -127,54 +125,4 @@ def free_port() -> int:
     raise DstrainError(
         f"no free TCP port was found from {_PORTS.start} to {_PORTS.stop - 1}.",
         hint="name one that the ranks may use",
-    )
-
-
-def _devices(request: LaunchRequest) -> list[str]:
-    """--num_gpus, or --include where the user chose GPUs: --num_gpus would take 0, 1, ... whatever
-    CUDA_VISIBLE_DEVICES says."""
-    count = request.processes_per_host
-    if request.hosts and request.hosts[0].slots < count:
-        raise _too_few_slots(request.hosts[0], count)
-    if request.accelerator != "cuda" or not request.device_ids:
-        return ["--num_gpus", str(count)]
-    if len(request.device_ids) < count:
-        raise DstrainError(
-            f"{count} processes need a GPU each, and {len(request.device_ids)} are visible.",
-            hint=f"ask for at most {len(request.device_ids)} processes a host, or see CUDA_VISIBLE_DEVICES",
-        )
-    chosen = sorted(request.device_ids[:count])
-    if chosen == list(range(count)):
-        return ["--num_gpus", str(count)]
-    return ["--include", "localhost:" + ",".join(map(str, chosen))]
-
-
-def _check_remote(request: LaunchRequest) -> None:
-    for host in request.hosts:
-        if host.slots < request.processes_per_host:
-            raise _too_few_slots(host, request.processes_per_host)
-    if len(request.hosts) > 1 and (
-        request.master_addr == "localhost" or request.master_addr.startswith(("127.", "::1"))
-    ):
-        raise DstrainError(
-            f"the other hosts can't reach rank 0 at {request.master_addr}.",
-            hint="give an address of the first host that the others reach",
-            where="master_addr",
-        )
-    for what, path in (
-        ("run folder", str(RunFolder(request.run_folder).path)),
-        ("launch folder", str(request.directory.absolute())),
-        ("python", request.python),
-    ):
-        if not _PLAIN_PATH.fullmatch(path):
-            raise DstrainError(
-                f"the path of the {what} would not survive the remote shell: {path!r}.",
-                hint="use letters, digits and @ + = : , . _ / - only",
-            )
-
-
-def _too_few_slots(host: Host, count: int) -> DstrainError:
-    return DstrainError(
-        f"host {host.name} has {host.slots} slots, and {count} processes a host are asked for.",
-        hint=f"ask for at most {host.slots} processes a host, or raise the host's slots",
     )

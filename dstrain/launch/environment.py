@@ -6,16 +6,27 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstrain.errors import DstrainError
+from dstrain.plan.layout import HOSTS
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
 _UNSAFE_REMOTELY = '"$`\\%!'
-# The user's own, where set: ssh keeps nothing, and DeepSpeed carries only PYTHON*, UCX* and, on GPUs, NCCL*.
-_CARRIED = ("DSTRAIN_CACHE", "XDG_CACHE_HOME", "GLOO_SOCKET_IFNAME")
+# The user's own, where set: ssh keeps nothing. All that begins as the latter sets how the network is used.
+_CARRIED = ("DSTRAIN_CACHE", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "GLOO_SOCKET_IFNAME")
+_CARRIED_BEGINNINGS = ("NCCL_", "UCX_")
+# What another launcher has left in the user's shell: a rank would take it for its own number or meeting place.
+_OTHER_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+)
+_OTHER_LAUNCHERS_BEGINNINGS = ("TORCHELASTIC_",)
+# What DeepSpeed hands to other hosts by itself, in the command line of pdsh, where everybody can read it
+# (MLFLOW_TRACKING_TOKEN), and with signs that a remote shell obeys.
+_CARRIED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -24,6 +35,7 @@ def default_environment(
     processes_per_host: int,
     single_host: bool,
     *,
+    hosts: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
     python: str = sys.executable,
 ) -> dict[str, str]:
@@ -33,6 +45,7 @@ def default_environment(
         accelerator: ``cuda`` or ``cpu``.
         processes_per_host: ranks that share a host's cores.
         single_host: True when all ranks run on this machine.
+        hosts: the names of all, where there are others.
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
@@ -45,7 +58,7 @@ def default_environment(
         environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
     if single_host:
         # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
-        # Which interface joins several hosts, only the user knows (below).
+        # Which interface joins several hosts, each rank finds out (train.rank_environment).
         loopback = _loopback()
         if loopback is not None:
             environment["GLOO_SOCKET_IFNAME"] = loopback
@@ -54,11 +67,25 @@ def default_environment(
         environment["PDSH_SSH_ARGS_APPEND"] = (
             environ.get("PDSH_SSH_ARGS_APPEND") or "-oServerAliveInterval=5 -oServerAliveCountMax=3"
         )
-    environment |= {name: environ[name] for name in _CARRIED if environ.get(name)}
+        if hosts:
+            environment[HOSTS] = ",".join(hosts)
+    environment |= {
+        name: value
+        for name, value in environ.items()
+        if value and (name in _CARRIED or name.startswith(_CARRIED_BEGINNINGS))
+    }
+    paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):
-        paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_PACKAGE_ROOT, *paths]))
+        paths = [_PACKAGE_ROOT, *paths]
+    if paths and (not single_host or _PACKAGE_ROOT in paths):
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
+
+
+def forgetting(*, remote: bool) -> str:
+    """A line of bash that unsets what must not reach the ranks; in front of the exports of what must."""
+    beginnings = _OTHER_LAUNCHERS_BEGINNINGS + (_CARRIED_BY_DEEPSPEED if remote else ())
+    return " ".join(["unset", *_OTHER_LAUNCHERS, *(f"${{!{beginning}@}}" for beginning in beginnings)])
 
 
 def check_environment(environment: Mapping[str, str], *, remote: bool) -> None:

@@ -15,8 +15,8 @@ from dstrain.errors import DstrainError
 from dstrain.plan.layout import Host
 
 # A name goes into the command lines of ssh and pdsh: nothing that an option parser or a shell could read
-# as anything but a name is let through.
-_NAME = re.compile(r"[A-Za-z0-9._:][A-Za-z0-9._:-]*")
+# as anything but a name is let through. Nor a colon: to pdsh `exec:n2` is a command that runs here.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SLOTS = re.compile(r"[0-9]{1,6}")
 
 
@@ -27,6 +27,11 @@ def read_hostfile(path: str | os.PathLike[str]) -> tuple[Host, ...]:
         DstrainError: the file is missing, unreadable, not UTF-8 or empty, or a line is not a host; ``where``
             is ``path:line``.
     """
+    return tuple(numbered_hosts(path))
+
+
+def numbered_hosts(path: str | os.PathLike[str]) -> dict[Host, int]:
+    """The hosts of `read_hostfile` with their lines, counted from 1. Raises DstrainError as that does."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -43,8 +48,7 @@ def read_hostfile(path: str | os.PathLike[str]) -> tuple[Host, ...]:
     except OSError as error:
         raise DstrainError(f"the hostfile can't be read: {error.strerror}.", where=str(path)) from None
 
-    hosts: list[Host] = []
-    seen: dict[str, int] = {}
+    hosts: dict[Host, int] = {}
     # Not splitlines(): that would also break lines at form feeds and Unicode separators.
     for number, raw in enumerate(text.split("\n"), start=1):
         words = raw.split("#", 1)[0].split()
@@ -52,27 +56,32 @@ def read_hostfile(path: str | os.PathLike[str]) -> tuple[Host, ...]:
             continue
         where = f"{path}:{number}"
         host = _parse(words, where)
-        first = seen.setdefault(host.name.lower(), number)
-        if first != number:
-            raise DstrainError(
-                f"host {host.name} stands in line {first} already.",
-                hint="give each host one line, with all of its slots",
-                where=where,
-            )
-        hosts.append(host)
+        for other, line in hosts.items():
+            if _one_name(host.name, other.name):
+                alias = "" if host.name == other.name else f", as {other.name}"
+                raise DstrainError(
+                    f"host {host.name} stands in line {line} already{alias}.",
+                    hint="give each host one line, with all of its slots",
+                    where=where,
+                )
+        hosts[host] = number
     if not hosts:
         raise DstrainError(
             "the hostfile names no host.", hint="write one line a machine: `name slots=N`", where=f"{path}:1"
         )
-    return tuple(hosts)
+    return hosts
 
 
 def _parse(words: list[str], where: str) -> Host:
     name = words[0]
     if not _NAME.fullmatch(name):
-        hint = "use letters, digits and . _ : - only, and no - at the start"
+        hint = "use letters, digits and . _ - only, and a letter or digit at the start"
         if "@" in name:
             hint = "put the user name for this host into ~/.ssh/config (`User ...`)"
+        elif ":" in name:
+            hint = (
+                "pdsh takes no colon: give an IPv6 address a name, and a port to ~/.ssh/config (`Port ...`)"
+            )
         raise DstrainError(f"{name!r} is not a host name.", hint=hint, where=where)
     if len(words) == 1:
         raise DstrainError(
@@ -100,19 +109,24 @@ def _parse(words: list[str], where: str) -> Host:
 
 def is_this_host(name: str) -> bool:
     """Whether ``name`` (host name or address) is the machine that asks; one that can't be resolved is not."""
-    own = socket.gethostname().lower()
-    name = name.lower()
-    if name in ("localhost", own):
-        return True
-    # A short name and a full name of one machine; two different full names are left to the resolver.
-    one_is_short = "." not in name or "." not in own
-    if one_is_short and not _is_address(name) and name.split(".")[0] == own.split(".")[0]:
+    if name.lower() == "localhost" or _one_name(name, socket.gethostname()):
         return True
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return False
     return any(_is_own_address(family, address[0]) for family, _, _, _, address in found)
+
+
+def _one_name(name: str, other: str) -> bool:
+    """Whether these are one name, or a short and a full name. Two full names are left to the resolver."""
+    name, other = name.lower(), other.lower()
+    if name == other:
+        return True
+    one_is_short = ("." in name) != ("." in other)
+    if not one_is_short or name.split(".")[0] != other.split(".")[0]:
+        return False
+    return not _is_address(name) and not _is_address(other)
 
 
 def _is_address(name: str) -> bool:

@@ -56,6 +56,8 @@ def most_checkpoints(config: RunConfig) -> int:
 
     A run that is stopped in order saves at one more step; the disk is looked at anew when it is resumed.
     """
+    if not config.saves:
+        return 0
     last, good = config.steps, config.keep_every
     # By the clock any step may be saved, as far as the plan can know.
     every = config.save_every if isinstance(config.save_every, int) else 1

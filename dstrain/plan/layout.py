@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from dstrain.errors import DstrainError
 
+HOSTS = "DSTRAIN_HOSTS"
+"""The environment variable with the names of a run's hosts, in the order of their ranks, with commas in between."""
+
 
 @dataclass(frozen=True)
 class Host:

@@ -107,12 +107,30 @@ def refuse(resolved: ResolvedConfig) -> None:
     if refusal:
         raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
     _refuse_partition(resolved)
+    _refuse_contradictions(resolved)
     refuse_attention(resolved)
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
             "nvme needs a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_contradictions(resolved: ResolvedConfig) -> None:
+    """What is asked for beside its opposite, or without what it needs."""
+    config = resolved.config
+    if config.keep_every and not config.saves:
+        raise DstrainError(
+            "checkpoints of every so many steps are to be kept, and none is made (save_every: never)",
+            where=str(resolved.origin("keep_every")),
+            hint="--save-every 0 makes those and the last one; or leave --keep-every out",
+        )
+    if config.elastic and not config.restarts:
+        raise DstrainError(
+            "elastic is how a run that failed starts again, and it is not to start again",
+            where=str(resolved.origin("elastic")),
+            hint="--restarts N as well",
         )
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 NOTE = "dstrain: note: "
 """In front of a line of rank 0 that is for the user's eyes."""
+NODE_RANK = "DSTRAIN_NODE_RANK"
+"""The environment variable that tells a rank of the launcher ``none`` the number of its node."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,14 @@ class RankStatus:
 
 
 class RunFolder:
-    """Paths inside a run folder. Holds no state and creates nothing until asked to."""
+    """Paths inside a run folder. Holds no state and creates nothing until asked to.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    ``node``: where several nodes watch their own ranks in one folder (the launcher ``none``), the number of this one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], node: int = 0) -> None:
         self.path = Path(path).absolute()
+        self.node = node
 
     @property
     def name(self) -> str:
@@ -52,7 +60,8 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        return self.path / "plan.json"
+        """Each node that watches its own ranks has made it by itself; the ranks find out whether all are the same."""
+        return self.path / (f".plan-node-{self.node}.json" if self.node else "plan.json")
 
     @property
     def deepspeed_config(self) -> Path:
@@ -65,14 +74,35 @@ class RunFolder:
         return self.path / "launch.sh"
 
     @property
+    def batch_script(self) -> Path:
+        """The Slurm job that `dstrain submit` made of the run."""
+        return self.path / "launch.sbatch"
+
+    @property
     def environment(self) -> Path:
         """``NAME=value`` lines that travel to every host (DeepSpeed's ``DS_ENV_FILE``)."""
         return self.path / "environment"
 
     @property
+    def supervised_environment(self) -> Path:
+        """The same with the address of the supervisor, for as long as that lives."""
+        return self.path / ".environment"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that watches the run, so that no second one starts in the same folder."""
-        return self.path / ".lock"
+        return self.path / (f".lock-node-{self.node}" if self.node else ".lock")
+
+    @property
+    def launch(self) -> Path:
+        """Names the launch that goes on: a rank that reads it sees the supervisor's own folder, and not one of its
+        host's at the same place."""
+        return self.path / (f".launch-node-{self.node}" if self.node else ".launch")
+
+    @property
+    def shared(self) -> Path:
+        """Written by rank 0 for the others to see, while they find out whether they share this folder."""
+        return self.path / ".shared"
 
     @property
     def stop_request(self) -> Path:
@@ -99,7 +129,7 @@ class RunFolder:
 
     @property
     def launcher_log(self) -> Path:
-        return self.logs / "launcher.log"
+        return self.logs / (f"launcher-node-{self.node}.log" if self.node else "launcher.log")
 
     @property
     def checkpoints(self) -> Path:
@@ -117,6 +147,10 @@ class RunFolder:
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
+
+    def rank_stacks(self, rank: int) -> Path:
+        """Where the rank's threads stood when the run hung."""
+        return self.logs / f"rank-{rank}.stacks.txt"
 
     def rank_status(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.status.json"
@@ -144,10 +178,10 @@ class RunFolder:
         known = {field.name for field in fields(RankStatus)}
         return RankStatus(**{key: value for key, value in record.items() if key in known})
 
-    def clear_statuses(self) -> None:
+    def clear_statuses(self, ranks: Sequence[int]) -> None:
         """Forget the words of an earlier launch, so that an old ``done`` can't be taken for a new one."""
-        for path in self.logs.glob("rank-*.status.json"):
-            path.unlink(missing_ok=True)
+        for rank in ranks:
+            self.rank_status(rank).unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -163,10 +197,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def last_step(metrics: Path) -> int:
+    """The last step that was trained, as a metrics.jsonl has it; 0 for none."""
+    return max((record["step"] for record in read_metrics(metrics)), default=0)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # containers count alike
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -18,12 +18,12 @@ class Leaving:
     """Asked after each step whether to leave. A second signal ends the process at once.
 
     Args:
-        request: a file whose existence asks for it: the supervisor's word, which needs no signal to reach this host.
+        asked: whether somebody asks this rank for it: its supervisor's word, which needs no signal to reach this host.
         limit: seconds from now on after which to leave; None for no limit.
     """
 
-    def __init__(self, request: Path, limit: float | None) -> None:
-        self._request = request
+    def __init__(self, asked: Callable[[], bool], limit: float | None) -> None:
+        self._asked = asked
         self._deadline = None if limit is None else time.monotonic() + limit
         self._rank = distributed.get_rank()
         self._signalled = False
@@ -42,6 +42,7 @@ class Leaving:
         return bool(wanted)
 
     def _wanted(self) -> bool:
-        if self._signalled or self._rank != 0:  # one clock and one look at the file system are enough
-            return self._signalled
-        return self._request.exists() or (self._deadline is not None and time.monotonic() >= self._deadline)
+        if self._signalled or self._asked():
+            return True
+        # One clock is enough.
+        return self._rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline

@@ -30,22 +30,25 @@ from dstrain.plan.refusals import is_frozen
 from dstrain.plan.run_folder import NOTE, RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.leaving import Leaving
+from dstrain.train.lifeline import Lifeline
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
-from dstrain.train.run_data import prepare_run_data
+from dstrain.train.run_data import check_model_file, prepare_run_data
 from dstrain.train.sampling import continuation
 from dstrain.train.saving.checkpoints import Checkpoints
 from dstrain.train.saving.save_schedule import SaveSchedule
+from dstrain.train.sharing import check_hosts_agree
 from dstrain.train.weights import save_weights
 
 
-def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
+def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tuple[int, bool]:
     """Train as the run folder's plan says, from its newest checkpoint if there is one.
 
     Args:
         folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
         console: where rank 0 says a line a step; None on the other ranks.
+        lifeline: tells the supervisor of each step, and may ask to stop.
 
     Returns:
         The last step, and whether it is the run's: the ranks may be asked to leave before.
@@ -55,14 +58,20 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
     """
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
+    # Before the ranks meet: a host that lacks something says so by itself, and one that tokenizes takes its time.
+    check_model_file(plan)
+    data = prepare_run_data(plan)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     start_communication()
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
     device = torch.device(get_accelerator().current_device_name())
 
-    leaving = Leaving(folder.stop_request, config.time_limit_seconds)
-    data = prepare_run_data(plan)
+    check_hosts_agree(folder, plan)
+    leaving = Leaving(
+        lambda: lifeline.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
+        config.time_limit_seconds,
+    )
     engine = _build(plan, folder, device)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -75,6 +84,8 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
         say=lambda line: _say(line, console),
     )
     first = checkpoints.load_newest(engine) + 1
+    if first > 1:
+        lifeline.ended(first - 1)  # another launch has, and this one is ready to go on
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     lr_of = LearningRate.of(config)
@@ -104,6 +115,7 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
             result = engine.train_batch(batches.micro_batches(step), lr_of(step))
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
+            lifeline.ended(step)
             record = {
                 "step": step,
                 "loss": result.loss,
@@ -116,7 +128,8 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
             if config.precision == "fp16":
                 record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
             if held_out is not None and _due(step, config.eval_every, config.steps):
-                record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
+                with lifeline.busy("held-out loss"):
+                    record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
             if metrics:
                 metrics.write(record)
             if console:
@@ -124,13 +137,16 @@ def train(folder: RunFolder, console: TextIO | None) -> tuple[int, bool]:
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_copies()
             leave = leaving.agreed(device) and step < config.steps
-            if schedule.due(step) or leave:
-                if metrics:
-                    metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
-                checkpoints.save(engine, step)
+            if schedule.due(step) or (leave and config.saves):
+                with lifeline.busy("checkpoint"):
+                    if metrics:
+                        metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
+                    checkpoints.save(engine, step)
                 schedule.saved()
             if leave:
+                lifeline.ending()
                 return step, False
+        lifeline.ending()
     if metrics:
         metrics.close()
     if config.save_weights:

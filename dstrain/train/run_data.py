@@ -1,6 +1,13 @@
-"""The data of a run, as its plan has them."""
+"""What every host must have for itself: the data of a run, and its model's config, as the plan has them.
+
+A host without a disk in common with the others needs copies of the same files; it tokenizes them by itself.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import socket
+from pathlib import Path
 
 from dstrain.config.files import cache_folder
 from dstrain.data.prepare import PackedData, prepare
@@ -9,21 +16,61 @@ from dstrain.plan.plan import Plan
 
 
 def prepare_run_data(plan: Plan) -> PackedData:
-    """The packed data, from the cache where the launch has left them. Raises DstrainError if they changed."""
+    """The packed data, from the cache of this host, which is filled where the launch has not done that.
+
+    Of the ranks of a host the first one tokenizes, and the others wait for it.
+
+    Raises:
+        DstrainError: they can't be read here, or are not those of the plan.
+    """
     config = plan.run_config
-    data = prepare(
-        config.data,
-        plan.data["tokenizer"],
-        config.seq_len,
-        config.held_out,
-        cache_folder() / "data",
-        config.pack,
-    )
+    try:
+        data = prepare(
+            config.data,
+            plan.data["tokenizer"],
+            config.seq_len,
+            config.held_out,
+            cache_folder() / "data",
+            config.pack,
+        )
+    except DstrainError as error:
+        if len(plan.layout.hosts) < 2:
+            raise
+        needed = [config.data, *([] if plan.data["tokenizer"] == "bytes" else [plan.data["tokenizer"]])]
+        raise DstrainError(
+            f"on {socket.gethostname()}: {error.message}",
+            where=error.where,
+            hint=f"every host needs {' and '.join(needed)}: copy what is missing, or name a folder that all share",
+        ) from error
     found = data.summary()["fingerprint"]
     if found != plan.data["fingerprint"]:
         raise DstrainError(
-            f"the data are not those that the plan was made for ({found} for {plan.data['fingerprint']})",
+            "the data are not those that the plan was made for"
+            f" ({found} on {socket.gethostname()}, {plan.data['fingerprint']} in the plan)",
             where=config.data,
-            hint="start a new run for changed data",
+            hint="start a new run for changed data" + _or_copy(plan),
         )
     return data
+
+
+def check_model_file(plan: Plan) -> None:
+    """Raises DstrainError where this host has no config of the model, or another one than the plan was made for."""
+    file, host = Path(plan.model["file"]), socket.gethostname()
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DstrainError(
+            f"{host} can't read the model's config: {error.strerror}",
+            where=str(file),
+            hint="copy the model's folder to the same place there, or name a folder that all hosts share",
+        ) from error
+    if plan.model["fingerprint"] and found != plan.model["fingerprint"]:
+        raise DstrainError(
+            f"the model's config on {host} is not the one that the plan was made for",
+            where=str(file),
+            hint="start a new run for a changed model" + _or_copy(plan),
+        )
+
+
+def _or_copy(plan: Plan) -> str:
+    return "; or copy the same files to this host" if len(plan.layout.hosts) > 1 else ""

@@ -1,21 +1,28 @@
 """The process of one rank: ``python -m dstrain.train.worker <run folder>``.
 
 One positional argument and no flags, since DeepSpeed's launcher eats options. Everything else stands
-in the run folder's plan.json; rank and world come from the launcher's environment.
+in the run folder's plan.json, which the supervisor sends to hosts that have no disk in common with it; rank and
+world come from the launcher's environment.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.plan.run_folder import NODE_RANK, RankStatus, RunFolder
+from dstrain.train.lifeline import Lifeline
+from dstrain.train.own_folder import keep_plan, plan_seen
+from dstrain.train.rank_environment import network_variables, rank_variables
+
+_TAIL_LINES = 20
 
 
 def main(arguments: list[str]) -> int:
@@ -23,15 +30,30 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m dstrain.train.worker RUN_FOLDER", file=sys.stderr)
         return 2
-    folder = RunFolder(Path(arguments[0]))
-    rank = int(os.environ.get("RANK", "0"))
+    folder = RunFolder(Path(arguments[0]), int(os.environ.get(NODE_RANK, 0)))
+    os.environ.update(rank_variables(os.environ))
+    os.environ.update(network_variables(os.environ))
+    rank = int(os.environ["RANK"])
     console = _log_to(folder.rank_log(rank))
     status = RankStatus(rank=rank, host=socket.gethostname(), pid=os.getpid(), state="running")
     folder.write_status(status)
+    lifeline: Lifeline | None = None
+
+    def say(state: str, *, step: int = 0, error: str | None = None) -> None:
+        word = RankStatus(status.rank, status.host, status.pid, state, step, error)
+        try:
+            folder.write_status(word)  # on a full disk this may fail; the line needs no disk
+        finally:
+            if lifeline is not None:
+                lifeline.say(word, tail=_tail(folder.rank_log(rank)) if error else [])
+                lifeline.close()
+
     try:
+        lifeline = Lifeline(os.environ, status, plan_seen(folder))
+        keep_plan(folder, lifeline, rank)
         from dstrain.train.loop import train  # the heavy imports, after the first word
 
-        last_step, reached_the_end = train(folder, console if rank == 0 else None)
+        last_step, reached_the_end = train(folder, console if rank == 0 else None, lifeline)
     except BaseException as error:
         with suppress(OSError):  # a full disk takes no traceback; the rank must end all the same
             if isinstance(error, DstrainError):  # it says all that there is to know
@@ -40,17 +62,30 @@ def main(arguments: list[str]) -> int:
                 traceback.print_exc()
             sys.stderr.flush()
         with suppress(OSError):
-            folder.write_status(_with(status, state="failed", error=_in_one_line(error)))
+            say("failed", error=_in_one_line(error))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.
         os._exit(error.exit_code if isinstance(error, DstrainError) else 1)
-    folder.write_status(_with(status, state="done" if reached_the_end else "stopped", step=last_step))
+    say("done" if reached_the_end else "stopped", step=last_step)
     return 0
+
+
+class _Console(io.TextIOWrapper):
+    """Standard output for as long as somebody reads it: an ssh that was lost is no reason to fail."""
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            super().flush()
 
 
 def _log_to(path: Path) -> TextIO:
     """Send this process's output to its own log, and give back what was standard output."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    console = os.fdopen(os.dup(1), "w", buffering=1)
+    console = _Console(io.FileIO(os.dup(1), "w"), encoding="utf-8", errors="replace", write_through=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -58,8 +93,9 @@ def _log_to(path: Path) -> TextIO:
     return console
 
 
-def _with(status: RankStatus, *, state: str, step: int = 0, error: str | None = None) -> RankStatus:
-    return RankStatus(status.rank, status.host, status.pid, state, step, error)
+def _tail(log: Path) -> list[str]:
+    """The last lines of this rank's log, which may lie on a disk that the supervisor can't see."""
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -68,5 +104,14 @@ def _in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n", 1)[0]
 
 
+def _leave(code: int) -> NoReturn:
+    """End without taking the interpreter apart: threads of torch that still run would abort the process now and then
+    ("terminate called without an active exception"), and a rank that has said its last word shall not seem to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

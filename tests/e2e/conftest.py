@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from tests.forking.program import Program
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -79,7 +83,13 @@ def place(
 def dstrain_here(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Said]:
-    """Run the command line in this process: ``dstrain_here("plan", "--zero", "2")``."""
+    """Run the command line in this process: ``dstrain_here("plan", "--zero", "2")``.
+
+    What it runs in processes of their own is forked.
+    """
+    monkeypatch.setattr(
+        "dstrain.cli.child.subprocess", SimpleNamespace(PIPE=PIPE, DEVNULL=DEVNULL, Popen=Child)
+    )
 
     def call(*arguments: str) -> Said:
         from dstrain.cli.main import main
@@ -100,15 +110,46 @@ def dstrain_here(
 def dstrain(place: Path) -> Callable[..., Said]:
     """Run the command line in a process of its own."""
 
-    def call(*arguments: str, timeout: float = 200) -> Said:
-        done = subprocess.run(
-            [sys.executable, "-m", "dstrain.cli.main", *arguments],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return Said(done.returncode, done.stdout, done.stderr)
+    def call(*arguments: str, timeout: float = 200, change: str = "") -> Said:
+        return start(place, os.environ, *arguments, change=change).said(timeout)
 
     return call
+
+
+def start(place: Path, environment: Mapping[str, str], *arguments: str, change: str = "") -> CommandLine:
+    """Start the command line in a process of its own, in which first the code ``change`` is run."""
+    program = ["-m", "dstrain.cli.main"]
+    if change:
+        program = ["-c", f"{change}\nfrom dstrain.cli.main import main\nmain()"]
+    return CommandLine([sys.executable, *program, *arguments], cwd=place, env=environment)
+
+
+class Child(Program):
+    """What `dstrain.cli.child` needs of ``Popen``."""
+
+    def __new__(cls, argv: Sequence[str], **options: Any) -> Any:
+        # It learns where the hub and its cache are when it is imported.
+        return Popen(argv, **options) if "dstrain.model.weights.hub" in argv else super().__new__(cls)
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], stdout: int | None, **_: Any) -> None:
+        super().__init__(argv, cwd=os.getcwd(), env=env)
+        self._speaks = stdout is None
+
+    @property
+    def stderr(self) -> list[str]:
+        self.wait(200)
+        if self._speaks:
+            sys.stdout.write(self.out)
+        return self.err.splitlines(keepends=True)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+
+class CommandLine(Program):
+    """A command line that was started."""
+
+    def said(self, timeout: float = 250) -> Said:
+        """Wait for its end. Raises TimeoutError."""
+        return Said(self.wait(timeout), self.out, self.err)

@@ -226,7 +226,7 @@ def test_mistake(
     prepare(place, mistake.files)
     before = entries(place)
     started: list[object] = []
-    monkeypatch.setattr("dstrain.cli.execute.supervise", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("dstrain.cli.running.attempt.supervise", lambda *a, **k: started.append(a))
     said = dstrain_here(*mistake.arguments)
     check(said, mistake.words)
     assert not started

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 
 from dstrain.data.tokenizers import ByteTokenizer
 from dstrain.plan.run_folder import RunFolder, read_metrics
-from tests.e2e.conftest import LLAMA, Said
+from tests.e2e.conftest import LLAMA, Said, start
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -39,16 +37,7 @@ class Bench:
         self.run = RunFolder(place / "runs" / "small")
 
     def __call__(self, *arguments: str) -> Said:
-        done = subprocess.run(
-            [sys.executable, "-m", "dstrain.cli.main", *arguments],
-            cwd=self.place,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-        return Said(done.returncode, done.stdout, done.stderr)
+        return start(self.place, self.environment, *arguments).said()
 
 
 @pytest.fixture(scope="module")

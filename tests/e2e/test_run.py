@@ -1,4 +1,7 @@
-"""Whole runs through DeepSpeed's launcher on CPU. A launch costs many seconds, so four serve all tests."""
+"""Whole runs through DeepSpeed's launcher on CPU: five launches serve all tests.
+
+The first one starts real interpreters all along; the others are forks of one that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,10 @@ import pytest
 
 from dstrain.checkpoint.manifest import complete_checkpoints
 from dstrain.config.loader import read_config
-from dstrain.launch.outcome import RESUMABLE
+from dstrain.errors import RESUMABLE
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder
-from tests.e2e.conftest import Said
+from tests.e2e.conftest import CommandLine, Said, start
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,20 +67,25 @@ class Workshop:
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.place / "runs" / name)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dstrain.cli.main", *arguments],
-            cwd=self.place,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *arguments: str) -> CommandLine:
+        return start(self.place, self.environment, *arguments)
 
     def run(self, *arguments: str) -> Said:
         with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=250)
-        return Said(process.returncode, out, err)
+            return process.said()
+
+    def run_for_real(self, *arguments: str) -> Said:
+        """With a new interpreter wherever one is started."""
+        done = subprocess.run(
+            [sys.executable, "-m", "dstrain.cli.main", *arguments],
+            cwd=self.place,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +102,7 @@ def workshop(
 
 @pytest.fixture(scope="module")
 def calm(workshop: Workshop) -> Iterator[Said]:
-    said = workshop.run("run", *ARGUMENTS, "--name", "calm")
+    said = workshop.run_for_real("run", *ARGUMENTS, "--name", "calm")
     assert said.code == 0, said.out + said.err
     yield said
 
@@ -151,13 +160,13 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(workshop: Workshop, 
     folder = workshop.folder("killed")
     with workshop.start("run", *ARGUMENTS, "--name", "killed") as process:
         while not complete_checkpoints(folder.checkpoints):
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.err
             time.sleep(0.005)  # between two looks
         status = folder.read_status(1)
         assert status is not None
         os.kill(status.pid, signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, None), "a run that was killed has not succeeded"
+        code, _, err = astuple(process.said(120))
+    assert code != 0, "a run that was killed has not succeeded"
     last = err.strip().splitlines()[-2:]
     assert last[0].startswith("rank 1 on ") and "SIGKILL" in last[0], err
     assert last[1].strip().startswith("hint: `dstrain resume ")
@@ -189,11 +198,11 @@ def test_a_run_that_is_told_to_stop_leaves_in_order_and_resumes_exactly(
     folder = workshop.folder("stopped")
     with workshop.start("run", *ARGUMENTS, "--name", "stopped") as process:
         while not folder.metrics.exists() or not any(r["step"] > 2 for r in records(folder)[:-1]):
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.err
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == RESUMABLE, err
+        code, _, err = astuple(process.said(120))
+    assert code == RESUMABLE, err
     [last] = records(folder)[-1:]
     assert f"stopped after step {last['step']}, which is saved" in err and "Traceback" not in err
     assert 3 <= last["step"] < STEPS, "the stop came too late to test anything"

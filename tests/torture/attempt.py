@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint.manifest import MANIFEST
-from dstrain.launch.processes import Process, family, kill, read_process
 from dstrain.plan.run_folder import RunFolder
-from tests.torture import forking, in_rank
+from dstrain.processes import Process, read_process
+from dstrain.supervise.processes import family, kill
+from tests.forking import becoming
+from tests.forking.program import Program
+from tests.torture import in_rank
 
 RANK, LAUNCHER, COMMAND, GUARD, ALL = "rank", "launcher", "command", "guard", "all"
 _MODULES = {
-    forking.RANK: RANK,
-    forking.NODE_LAUNCHER: LAUNCHER,
+    becoming.RANK: RANK,
+    becoming.NODE_LAUNCHER: LAUNCHER,
     "deepspeed.launcher.runner": LAUNCHER,
-    "dstrain.launch.guard": GUARD,
+    "dstrain.supervise.guard": GUARD,
 }
 # The guard waits 5 s for ranks that it has told to end, and the supervisor 10 s after a failure.
 _END_SECONDS = 40.0
@@ -68,14 +71,17 @@ class Attempt:
             in_rank.RECORDS: str(records),
             in_rank.ATTEMPT: str(number),
             in_rank.HINDERED: json.dumps(hindered or {}),
+            becoming.BEFORE_A_RANK: in_rank.__name__,
             "OMP_NUM_THREADS": "1",
         }
         self._roots: dict[int, Process] = {}  # the command and its guard: each leads a session
         self._seen: dict[int, Process] = {}
+        command = [sys.executable, "-m", "dstrain.cli.main", *arguments]
+        self._process: subprocess.Popen[bytes] | Program
         if real:
             with self.output.open("ab") as output:
-                self._process: Any = subprocess.Popen(
-                    [sys.executable, "-m", forking.COMMAND_LINE, *arguments],
+                self._process = subprocess.Popen(
+                    command,
                     cwd=place,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -84,15 +90,13 @@ class Attempt:
                     start_new_session=True,
                 )
         else:
-            self._process = forking.start(arguments, place=place, environment=environment, output=self.output)
+            self._process = Program(command, cwd=place, env=environment, out=self.output, err=self.output)
         self.pid: int = self._process.pid
         self._look()
 
     def exit_code(self) -> int | None:
         """Of the command itself; negative for a signal, None while it runs."""
-        if isinstance(self._process, subprocess.Popen):
-            return self._process.poll()
-        return self._process.exitcode
+        return self._process.poll()
 
     def parts(self) -> dict[str, list[Process]]:
         """The living processes by their parts in the run."""
@@ -212,19 +216,13 @@ def _new_bytes(path: Path, start: int) -> bytes:
 
 
 def _part(pid: int) -> str | None:
-    """What a process does in the run: by its name where it is a fork, by its arguments where it is not."""
+    """What a process does in the run: by its arguments."""
     try:
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return None
     for module, part in _MODULES.items():
-        if name == module.split(".", 1)[1][:15]:
-            return part
-    if not name.startswith("python"):
-        return None
-    for module, part in _MODULES.items():
-        if f"\0-m\0{module}\0" in arguments or (part == GUARD and "dstrain.launch.guard" in arguments):
+        if f" -m {module} " in arguments or (part == GUARD and f"from {module} import" in arguments):
             return part
     return None
 

@@ -11,9 +11,17 @@ import pytest
 
 from dstrain.errors import DstrainError
 from dstrain.launch import environment as environment_module
-from dstrain.launch.command import LaunchRequest, deepspeed_command, free_port, write_launch_files
+from dstrain.launch.command import (
+    free_port,
+    launch_command,
+    supervised_environment,
+    write_launch_files,
+)
 from dstrain.launch.environment import check_environment, default_environment
+from dstrain.launch.request import LaunchRequest
 from dstrain.plan.layout import Host
+from dstrain.plan.lifeline import ADDRESS
+from dstrain.train.rank_environment import rank_variables
 
 HERE = LaunchRequest(
     run_folder=Path("/runs/a"),
@@ -27,11 +35,13 @@ HERE = LaunchRequest(
     directory=Path("/work"),
 )
 # 192.0.2.0/24 is kept free for documents (RFC 5737): never this machine
-THERE = replace(HERE, hosts=(Host("192.0.2.1", 8), Host("192.0.2.2", 4)), master_addr="192.0.2.1")
+THERE = replace(
+    HERE, hosts=(Host("192.0.2.1", 8), Host("192.0.2.2", 4)), master_addr="192.0.2.1", launcher="pdsh"
+)
 
 
 def test_one_machine() -> None:
-    assert deepspeed_command(HERE) == [
+    assert launch_command(HERE) == [
         *("/venv/bin/python", "-m", "deepspeed.launcher.runner"),
         *("--hostfile", "/dev/null", "--num_gpus", "4"),
         *("--master_addr", "127.0.0.1", "--master_port", "29501", "--no_local_rank"),
@@ -40,7 +50,7 @@ def test_one_machine() -> None:
 
 
 def test_hosts() -> None:
-    assert deepspeed_command(THERE) == [
+    assert launch_command(THERE) == [
         *("/venv/bin/python", "-m", "deepspeed.launcher.runner"),
         *("--hostfile", "/runs/a/hostfile", "--launcher", "pdsh", "--force_multi"),
         *("--master_addr", "192.0.2.1", "--master_port", "29501", "--no_local_rank"),
@@ -48,9 +58,163 @@ def test_hosts() -> None:
     ]
 
 
+def test_torchrun() -> None:
+    assert launch_command(replace(HERE, launcher="torchrun")) == [
+        *("/venv/bin/python", "-m", "torch.distributed.run", "--nnodes=1", "--node-rank=0"),
+        *("--nproc-per-node=4", "--master-addr=127.0.0.1", "--master-port=29501", "--max-restarts=0"),
+        *("--module", "dstrain.train.worker", "/runs/a"),
+    ]
+
+
+def test_torchrun_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pdsh starts an agent on each; the supervisor's address gets into launch.sh as a variable."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DstrainError, match=r"pdsh.*is not installed"):
+        launch_command(replace(THERE, launcher="torchrun"))
+    fake = tmp_path / "pdsh"
+    fake.write_text('#!/bin/sh\nshift 7\nexec /bin/sh -c "$1"\n')  # what a remote shell would run
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    for file in (fake, python):
+        file.chmod(0o755)
+    request = replace(
+        THERE, launcher="torchrun", run_folder=tmp_path / "run", python=str(python), directory=tmp_path
+    )
+    request = replace(request, environment={"A": "two words; $HOME"})
+    with pytest.raises(DstrainError, match="does not keep"):
+        write_launch_files(request)
+    write_launch_files(replace(request, environment={"A": "two words"}))
+    for lifeline in ("", "ab12@10.0.0.1,127.0.0.1:4711"):
+        answer = subprocess.run(
+            ["/bin/bash", str(tmp_path / "run" / "launch.sh")],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", ADDRESS: lifeline},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        seen = json.loads(answer.stdout)
+        assert (seen["env"]["A"], seen["env"][ADDRESS]) == ("two words", lifeline)
+        assert {"--nnodes=2", "--node-rank=%n", "--master-addr=192.0.2.1"} < set(seen["argv"])
+
+
+def test_openmpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    request = replace(THERE, launcher="openmpi", run_folder=tmp_path)
+    with pytest.raises(DstrainError, match="Open MPI is not installed"):
+        launch_command(request)
+    for name in ("mpirun", "ompi_info"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    assert launch_command(request)[3:8] == [
+        *("--hostfile", f"{tmp_path}/hostfile", "--launcher", "openmpi"),
+        "--launcher_args=--map-by slot" + (" --allow-run-as-root" if os.geteuid() == 0 else ""),
+    ]
+    write_launch_files(request)
+    carried = (tmp_path / "environment").read_text()
+    assert carried == "DS_ACCELERATOR=cpu\nMASTER_ADDR=192.0.2.1\nMASTER_PORT=29501\n"
+
+
+def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(THERE, launcher="slurm")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(DstrainError, match="no Slurm allocation"):
+        launch_command(request)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert launch_command(request) == [
+        *("srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--nodelist=192.0.2.1,192.0.2.2"),
+        *("--distribution=block", "--export=ALL", "--kill-on-bad-exit=1", "--overlap", "--unbuffered"),
+        *("sh", "-c", 'trap "" TERM; exec "$@"', "sh"),
+        *("/venv/bin/python", "-u", "-m", "dstrain.train.worker", "/runs/a"),
+    ]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert "--cpus-per-task=6" in launch_command(request)
+
+
+def test_typed_on_every_node(tmp_path: Path) -> None:
+    """launch.sh is the same on all, and is told which one it is: by its argument, or by the supervisor."""
+    request = replace(
+        HERE,
+        launcher="none",
+        hosts=tuple(Host(f"node-{number}", 4) for number in range(3)),
+        master_addr="train-0.train",
+        run_folder=tmp_path / "run",
+        directory=tmp_path,
+        python=str(tmp_path / "python"),
+        node=2,
+    )
+    assert list(request.ranks) == [8, 9, 10, 11]
+    assert list(replace(request, launcher="slurm").ranks) == list(range(12))
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    write_launch_files(request)
+    assert not (tmp_path / "run" / "hostfile").exists()
+    script = ["/bin/bash", str(tmp_path / "run" / "launch.sh")]
+    bare = {"PATH": "/usr/bin:/bin"}
+    for argv, environment in ((script, supervised_environment(request, "ab@h:1")), ([*script, "2"], {})):
+        said = subprocess.run(argv, env=bare | environment, check=True, capture_output=True, text=True)
+        seen = json.loads(said.stdout)
+        assert seen["env"]["DSTRAIN_NODE_RANK"] == "2"
+        assert seen["argv"] == [
+            *("-m", "torch.distributed.run", "--nnodes=3", "--node-rank=2", "--nproc-per-node=4"),
+            *("--master-addr=train-0.train", "--master-port=29501", "--max-restarts=0"),
+            *("--module", "dstrain.train.worker", str(tmp_path / "run")),
+        ]
+    said = subprocess.run(script, env=bare, capture_output=True, text=True, check=False)
+    assert said.returncode != 0 and "which node is this" in said.stderr
+
+
+@pytest.mark.parametrize("launcher", ["local", "pdsh", "slurm", "none"])
+def test_no_secret_is_written_or_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    secret = "hf_5ecret"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    base = HERE if launcher == "local" else THERE
+    request = replace(
+        base, launcher=launcher, run_folder=tmp_path, environment=default_environment("cpu", 2, False)
+    )
+    assert secret not in " ".join(launch_command(request))
+    write_launch_files(request)
+    supervised_environment(request, "ab@h:1")
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert {"launch.sh", "environment"} <= written.keys()
+    assert not [name for name, text in written.items() if secret in text]
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, ("0", "1", "0", "1")),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0"},
+            ("3", "4", "1", None),
+        ),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"},
+            ("5", "8", "1", "4"),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            ("2", "4", "0", "2"),
+        ),
+    ],
+)
+def test_a_rank_knows_its_number(variables: dict[str, str], wanted: tuple[str | None, ...]) -> None:
+    found = rank_variables(variables)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    assert tuple(found.get(name) for name in names) == wanted
+
+
 def test_one_host_is_local_only_when_it_is_this_one() -> None:
-    assert deepspeed_command(replace(HERE, hosts=(Host("localhost", 4),))) == deepspeed_command(HERE)
-    assert "--force_multi" in deepspeed_command(replace(THERE, hosts=THERE.hosts[:1]))
+    assert launch_command(replace(HERE, hosts=(Host("localhost", 4),))) == launch_command(HERE)
+    assert "--force_multi" in launch_command(replace(THERE, hosts=THERE.hosts[:1]))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +228,7 @@ def test_one_host_is_local_only_when_it_is_this_one() -> None:
 )
 def test_chosen_gpus(ids: tuple[int, ...], argument: list[str]) -> None:
     request = replace(HERE, accelerator="cuda", processes_per_host=2, device_ids=ids)
-    assert deepspeed_command(request)[5:7] == argument
+    assert launch_command(request)[5:7] == argument
 
 
 @pytest.mark.parametrize(
@@ -82,7 +246,7 @@ def test_chosen_gpus(ids: tuple[int, ...], argument: list[str]) -> None:
 )
 def test_refused(request_: LaunchRequest, message: str) -> None:
     with pytest.raises(DstrainError, match=message.replace("$", r"\$")):
-        deepspeed_command(request_)
+        launch_command(request_)
 
 
 FAKE_PYTHON = """#!/usr/bin/python3
@@ -110,7 +274,7 @@ def test_script_runs_by_hand(name: str, tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     answer = subprocess.run([str(script)], cwd="/", check=True, capture_output=True, text=True)
     seen = json.loads(answer.stdout)
-    assert [str(fake), *seen["argv"]] == deepspeed_command(request)
+    assert [str(fake), *seen["argv"]] == launch_command(request)
     assert (seen["env"]["A"], seen["env"]["B"], seen["cwd"]) == (value, "", str(place))
     assert "DS_ENV_FILE" not in seen["env"]
     assert (place / "run" / "environment").read_text() == f"A={value}\nB=\n"
@@ -120,7 +284,8 @@ def test_script_runs_by_hand(name: str, tmp_path: Path) -> None:
 def test_files_for_hosts(tmp_path: Path) -> None:
     write_launch_files(replace(THERE, run_folder=tmp_path))
     assert (tmp_path / "hostfile").read_text() == "192.0.2.1 slots=4\n192.0.2.2 slots=4\n"
-    assert f"export DS_ENV_FILE={tmp_path}/environment\n" in (tmp_path / "launch.sh").read_text()
+    travelling = f'export DS_ENV_FILE="${{DSTRAIN_ENV_FILE:-{tmp_path}/environment}}"\n'
+    assert travelling in (tmp_path / "launch.sh").read_text()
     assert (tmp_path / "environment").read_text() == "DS_ACCELERATOR=cpu\n"
     write_launch_files(replace(HERE, run_folder=tmp_path))
     assert not (tmp_path / "hostfile").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.launch.hosts import is_this_host, read_hostfile
+from dstrain.launch.hosts import is_this_host, numbered_hosts, read_hostfile
 from dstrain.plan.layout import Host
 
 GOOD = {
@@ -15,12 +15,16 @@ GOOD = {
     "no end of line": (b"n1 slots=4", [("n1", 4)]),
     "tabs": (b"n1\t\tslots=4\t\n", [("n1", 4)]),
     "windows": (b"n1 slots=4\r\nn2 slots=2\r\n", [("n1", 4), ("n2", 2)]),
+    "old mac": (b"n1 slots=4\rn2 slots=2\r", [("n1", 4), ("n2", 2)]),
     "comments and blanks": (b"# ours\n\n  # more\nn1 slots=4\n   \n", [("n1", 4)]),
     "trailing comment": (b"n1 slots=4 # rack 3\n", [("n1", 4)]),
     "leading spaces": (b"   n1 slots=4\n", [("n1", 4)]),
     "full name": (b"gpu-01.rack_2.example.com slots=8\n", [("gpu-01.rack_2.example.com", 8)]),
     "ipv4": (b"10.0.0.1 slots=1\n", [("10.0.0.1", 1)]),
-    "ipv6": (b"fe80::1 slots=1\n", [("fe80::1", 1)]),
+    "neighbours in name": (b"n1.a.org slots=1\nn1.b.org slots=1\n", [("n1.a.org", 1), ("n1.b.org", 1)]),
+    "neighbours in address": (b"10 slots=1\n10.0.0.1 slots=1\n", [("10", 1), ("10.0.0.1", 1)]),
+    "uneven": (b"n1 slots=3\nn2 slots=2\n", [("n1", 3), ("n2", 2)]),
+    "more than there can be": (b"n1 slots=999999\n", [("n1", 999999)]),
     "leading zeros": (b"n1 slots=08\n", [("n1", 8)]),
     "byte order mark": (b"\xef\xbb\xbfn1 slots=4\n", [("n1", 4)]),
 }
@@ -54,7 +58,37 @@ BAD = {
     "other key": (b"n1 gpus=4\n", 1, "gpus=4", "n1 slots=N"),
     "duplicate": (b"n1 slots=4\n\nn1 slots=4\n", 3, "line 1", "one line"),
     "duplicate in capitals": (b"n1 slots=4\nN1 slots=2\n", 2, "line 1", "one line"),
-    "option": (b"-oProxyCommand=x slots=4\n", 1, "not a host name", "no - at the start"),
+    "duplicate, short and full": (
+        b"n1 slots=4\nn1.example.com slots=4\n",
+        2,
+        "line 1 already, as n1.",
+        "one line",
+    ),
+    "duplicate, full and short": (b"N1.example.com slots=4\nn1 slots=4\n", 2, "line 1 already", "one line"),
+    "option": (b"-oProxyCommand=x slots=4\n", 1, "not a host name", "letter or digit at the start"),
+    "dot": (b".. slots=4\n", 1, "not a host name", "letter or digit at the start"),
+    # To pdsh `exec:n2` is: run the command here, with "n2" for %h.
+    "a way for pdsh": (b"exec:n2 slots=4\n", 1, "not a host name", "no colon"),
+    "ipv6": (b"2001:db8::1 slots=1\n", 1, "not a host name", "give an IPv6 address a name"),
+    "ipv6 in brackets": (b"[2001:db8::1] slots=1\n", 1, "not a host name", "give an IPv6 address a name"),
+    "port": (b"n1:2222 slots=1\n", 1, "not a host name", "`Port ...`"),
+    "quotes": (b"'n1' slots=4\n", 1, "not a host name", "letters"),
+    "double quotes": (b'"n1" slots=4\n', 1, "not a host name", "letters"),
+    "backquotes": (b"`id` slots=4\n", 1, "not a host name", "letters"),
+    "glob": (b"n* slots=4\n", 1, "not a host name", "letters"),
+    "file for pdsh": (b"^/etc/hosts slots=4\n", 1, "not a host name", "letters"),
+    "percent": (b"n%h slots=4\n", 1, "not a host name", "letters"),
+    "pipe": (b"n1|sh slots=4\n", 1, "not a host name", "letters"),
+    "a space in a name": (b"node 1 slots=4\n", 1, "'1' stands where slots=N", "node slots=N"),
+    "a space that is none": ("n1\u200b slots=4\n".encode(), 1, "not a host name", "letters"),
+    "letters from elsewhere": ("n\u0661 slots=4\n".encode(), 1, "not a host name", "letters"),
+    "utf-16": ("n1 slots=4\n".encode("utf-16"), 1, "not UTF-8", "plain text"),
+    "two byte order marks": (b"\xef\xbb\xbf\xef\xbb\xbfn1 slots=4\n", 1, "not a host name", "letters"),
+    "plus": (b"n1 slots=+4\n", 1, "slots=+4", "whole number"),
+    "hexadecimal": (b"n1 slots=0x8\n", 1, "slots=0x8", "whole number"),
+    "a list": (b"n1 slots=0,1,2\n", 1, "slots=0,1,2", "whole number"),
+    "twice": (b"n1 slots=4 slots=2\n", 1, "'slots=2' means nothing", "n1 slots=4"),
+    "shell after slots": (b"n1 slots=4;reboot\n", 1, "slots=4;reboot", "whole number"),
     "user": (b"me@n1 slots=4\n", 1, "not a host name", ".ssh/config"),
     "semicolon": (b"n1;reboot slots=4\n", 1, "not a host name", "letters"),
     "substitution": (b"$(reboot) slots=4\n", 1, "not a host name", "letters"),
@@ -76,6 +110,11 @@ def test_bad(case: str, tmp_path: Path) -> None:
     assert caught.value.where == f"{path}:{line}"
     assert message in caught.value.message
     assert hint in (caught.value.hint or "")
+
+
+def test_lines_are_known(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("# ours\nn1 slots=4\n\nn2 slots=2\n")
+    assert numbered_hosts(tmp_path / "hostfile") == {Host("n1", 4): 2, Host("n2", 2): 4}
 
 
 def test_missing_and_folder(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import sys
 
 CODE = """
 import sys
-import dstrain.launch.hosts, dstrain.launch.devices, dstrain.launch.command, dstrain.launch.supervisor
-import dstrain.launch.guard, dstrain.launch.environment
+import dstrain.launch.hosts, dstrain.launch.devices, dstrain.launch.command, dstrain.supervise.supervisor
+import dstrain.supervise.guard, dstrain.launch.environment
 heavy = {"torch", "deepspeed", "transformers", "datasets", "numpy", "pydantic"} & set(sys.modules)
 sys.exit(f"imported: {heavy}" if heavy else 0)
 """

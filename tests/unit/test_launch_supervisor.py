@@ -13,16 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.launch.outcome import RESUMABLE, Outcome
-from dstrain.launch.supervisor import supervise
-from dstrain.launch.watch import killed_in_log, lost_in_log
+from dstrain.errors import RESUMABLE
+from dstrain.plan.lifeline import ADDRESS
 from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
+from dstrain.supervise.lifeline import Lifeline
+from dstrain.supervise.outcome import Outcome
+from dstrain.supervise.supervisor import supervise
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PREAMBLE = f"""
 import os, signal, socket, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from dstrain.plan.lifeline import ADDRESS
 from dstrain.plan.run_folder import RankStatus, RunFolder
 folder, mark = RunFolder(sys.argv[1]), sys.argv[2]
 def say(rank, state, error=None, pid=None, host=None):
@@ -62,13 +66,15 @@ class Fake:
         Path(f"{self.script}.rank").write_text(PREAMBLE + "rank = int(sys.argv[3])\n" + rank)
         return [sys.executable, str(self.script), str(self.folder.path), self.mark]
 
-    def run(self, launcher: str, rank: str = "", world_size: int = 2, **options: float) -> Outcome:
+    def run(self, launcher: str, rank: str = "", world_size: int = 2, **options: float | bool) -> Outcome:
         def tick() -> None:
             self.ticks += 1
 
+        lifeline = Lifeline(world_size)
         return supervise(
             self.command(launcher, rank),
-            environment={"FAKE": "1"},
+            environment={"FAKE": "1", ADDRESS: lifeline.address()},
+            lifeline=lifeline,
             folder=self.folder,
             world_size=world_size,
             on_tick=tick,
@@ -188,7 +194,12 @@ def test_launcher_that_dies_before_any_rank_speaks(fake: Fake) -> None:
 
 def test_launcher_that_can_not_be_started(fake: Fake) -> None:
     outcome = supervise(
-        ["/no/such/launcher"], environment={}, folder=fake.folder, world_size=1, on_tick=lambda: None
+        ["/no/such/launcher"],
+        environment={},
+        folder=fake.folder,
+        lifeline=Lifeline(1),
+        world_size=1,
+        on_tick=lambda: None,
     )
     assert outcome.exit_code == 127
     assert outcome.cause is not None
@@ -242,7 +253,10 @@ for rank in (0, 1):
     outcome = fake.run(launcher, settle_seconds=0.1)
     assert not outcome.ok
     assert outcome.cause is not None
-    assert outcome.cause.reason == "the launcher ended before its ranks (exit code 0, 2 processes left)"
+    assert outcome.cause.reason == (
+        "the launcher ended before its ranks (exit code 0, 2 processes left): a process that it had started was killed,"
+        " probably"
+    )
 
 
 def test_an_error_of_the_display_ends_the_run(fake: Fake) -> None:
@@ -251,7 +265,12 @@ def test_an_error_of_the_display_ends_the_run(fake: Fake) -> None:
 
     with pytest.raises(ZeroDivisionError):
         supervise(
-            fake.command("time.sleep(300)"), environment={}, folder=fake.folder, world_size=1, on_tick=tick
+            fake.command("time.sleep(300)"),
+            environment={},
+            folder=fake.folder,
+            lifeline=Lifeline(1),
+            world_size=1,
+            on_tick=tick,
         )
 
 
@@ -291,6 +310,18 @@ folder.write_status(RankStatus(rank, socket.gethostname(), os.getpid(), "stopped
     assert not fake.folder.stop_request.exists()
 
 
+def test_who_fails_while_it_leaves_is_not_to_start_again(fake: Fake) -> None:
+    rank = """
+say(rank, "running")
+while not folder.stop_request.exists(): time.sleep(0.05)
+say(rank, "failed", "OSError: no space left"); sys.exit(1)
+"""
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    outcome = fake.run(TWO_RANKS, rank)
+    assert outcome.by_user and outcome.cause is not None
+    assert outcome.cause.reason == "OSError: no space left"
+
+
 def test_a_second_stop_ends_at_once(fake: Fake) -> None:
     for seconds in (1.0, 1.5):
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -303,9 +334,11 @@ def test_nothing_outlives_a_killed_supervisor(fake: Fake) -> None:
     command = fake.command(TWO_RANKS, "say(rank, 'running'); time.sleep(300)")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from dstrain.launch.supervisor import supervise
+from dstrain.supervise.lifeline import Lifeline
+from dstrain.supervise.supervisor import supervise
 from dstrain.plan.run_folder import RunFolder
-supervise({command!r}, environment={{}}, folder=RunFolder(sys.argv[1]), world_size=2, on_tick=lambda: None)
+supervise({command!r}, environment={{}}, folder=RunFolder(sys.argv[1]), lifeline=Lifeline(2), world_size=2,
+    on_tick=lambda: None)
 """
     supervisor = subprocess.Popen([sys.executable, "-c", code, str(fake.folder.path)])
     _wait(lambda: all(fake.folder.read_status(rank) for rank in (0, 1)))
@@ -327,3 +360,21 @@ def test_killed_in_log() -> None:
     assert killed_in_log([error + "1", "x"]) is None
     assert killed_in_log([error + "-15", error + "-9"]) == (None, 9)
     assert killed_in_log(["n1: " + error + "1", "n2: " + error + "-11"]) == ("n2", 11)
+
+
+@pytest.mark.parametrize(
+    ("line", "killed"),
+    [
+        (
+            "n2: E1121 api.py:1010] failed (exitcode: -9) local_rank: 1 (pid: 3) of binary: /x/python",
+            ("n2", 9),
+        ),
+        ("mpirun noticed that process rank 3 with PID 7 on node n2 exited on signal 9 (Killed).", ("n2", 9)),
+        ("srun: error: n2: task 3: Killed", ("n2", 9)),
+        ("srun: error: n2: tasks 2-3: Segmentation fault (core dumped)", ("n2", 11)),
+        ("srun: error: n2: task 3: Terminated", None),
+        ("srun: error: n2: task 3: Exited with exit code 1", None),
+    ],
+)
+def test_killed_in_the_log_of_other_launchers(line: str, killed: tuple[str, int] | None) -> None:
+    assert killed_in_log(["earlier", line]) == killed

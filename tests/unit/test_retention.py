@@ -21,7 +21,13 @@ from dstrain.train.saving.save_schedule import SaveSchedule
 
 @pytest.mark.parametrize(
     ("written", "steps", "seconds"),
-    [("500", 500, None), ("0", 0, None), ("20m", "20m", 1200), ("1h30m", "1h30m", 5400)],
+    [
+        ("500", 500, None),
+        ("0", 0, None),
+        ("20m", "20m", 1200),
+        ("1h30m", "1h30m", 5400),
+        ("never", "never", None),
+    ],
 )
 def test_save_every_is_steps_or_time(
     written: str, steps: int | str, seconds: int | None, tmp_path: Path
@@ -61,6 +67,7 @@ def saved_steps(config: RunConfig, clock: Any = None, device: str = "cpu") -> li
         ({"save_every": 4, "keep_every": 3}, [3, 4, 6, 8, 9, 10]),
         ({"save_every": 0, "keep_every": 4}, [4, 8, 10]),
         ({"save_every": 100}, [10]),
+        ({"save_every": "never"}, []),
     ],
 )
 def test_steps_that_are_saved(keys: dict[str, Any], steps: list[int]) -> None:
@@ -94,6 +101,7 @@ def test_the_plan_counts_no_fewer_than_there_will_be(save_every: int, keep: int,
 def test_by_the_clock_any_step_may_be_saved() -> None:
     assert most_checkpoints(RunConfig(steps=100, save_every="20m", keep=3)) == 4
     assert most_checkpoints(RunConfig(steps=100, save_every="20m", keep=3, keep_every=10)) == 14
+    assert most_checkpoints(RunConfig(steps=100, save_every="never", keep=3)) == 0
 
 
 def test_the_plan_says_what_a_checkpoint_takes() -> None:

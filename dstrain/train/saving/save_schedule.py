@@ -15,13 +15,14 @@ class SaveSchedule:
     """Asked after each step, by all ranks together.
 
     The last step is always due, and so is every multiple of ``keep_every``: what is to be kept for good must
-    be saved. With a length of time the clock starts anew at each save.
+    be saved. With a length of time the clock starts anew at each save. With ``never`` no step is due.
     """
 
     def __init__(
         self, config: RunConfig, device: torch.device, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """``device``: where the ranks' word to each other lies. ``clock``: seconds; rank 0's decides."""
+        self._saves = config.saves
         self._last = config.steps
         self._keep_every = config.keep_every
         self._steps = config.save_every if isinstance(config.save_every, int) else 0
@@ -32,6 +33,8 @@ class SaveSchedule:
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` is saved. The same on all ranks; collective with a length of time."""
+        if not self._saves:
+            return False
         due = step == self._last or any(n > 0 and step % n == 0 for n in (self._steps, self._keep_every))
         return due or (self._seconds is not None and self._time_is_up())
 

@@ -19,27 +19,36 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from dstrain.launch.processes import Process, family, kill
+from dstrain.processes import Process
+from dstrain.supervise.processes import family, kill, signal_name
 
 _PR_SET_CHILD_SUBREAPER = 36
 LEFT_BEHIND = "dstrain: the launcher ended before its ranks"
 _POLL_SECONDS = 0.1
 _ORPHAN_SECONDS = 5.0
+# For ranks of other hosts to end with their lines, and their launchers with them.
+_LINE_SECONDS = 10.0
+_TERMINATE, _LET_END = "terminate", "let-end"
 
 
-def guarded(command: list[str]) -> list[str]:
-    """``command`` run under a guard. To be started as a session leader, with a pipe as its standard input."""
+def guarded(command: list[str], *, terminate: bool = True) -> list[str]:
+    """``command`` run under a guard. To be started as a session leader, with a pipe as its standard input.
+
+    ``terminate``: whether the launcher may get a SIGTERM, as `supervisor.supervise` has it.
+    """
     # -I: the guard itself takes nothing from PYTHONPATH or the current folder; what it starts still does.
     root = str(Path(__file__).resolve().parents[2])
     code = (
         f"import sys; sys.path.insert(0, {root!r}); "
-        "from dstrain.launch.guard import main; sys.exit(main(sys.argv[1:]))"
+        "from dstrain.supervise.guard import main; sys.exit(main(sys.argv[1:]))"
     )
-    return [sys.executable, "-I", "-c", code, *command]
+    return [sys.executable, "-I", "-c", code, _TERMINATE if terminate else _LET_END, *command]
 
 
-def main(command: list[str]) -> int:
-    """Run ``command``, wait until all it started is gone, return its exit code (128 + N for a signal)."""
+def main(arguments: list[str]) -> int:
+    """Run a command (all but the first argument), wait until all it started is gone, return its exit code (128 + N
+    for a signal)."""
+    terminate, command = arguments[0] == _TERMINATE, arguments[1:]
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -73,13 +82,21 @@ def main(command: list[str]) -> int:
             time.sleep(_POLL_SECONDS)
         elif code is not None and not stopping:
             now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-            print(f"{LEFT_BEHIND} (exit code {code}, {len(left)} processes left) at {now}", flush=True)
+            print(f"{LEFT_BEHIND} ({_how(launcher)}, {len(left)} processes left) at {now}", flush=True)
             _signal_all(signal.SIGTERM)
             deadline = time.monotonic() + _ORPHAN_SECONDS
-        elif _supervisor_is_gone() or (code is not None and _only_strays(left)):
+        elif (gone := _supervisor_is_gone()) and not terminate:
+            deadline = time.monotonic() + _LINE_SECONDS
+        elif gone or (code is not None and _only_strays(left)):
             # Nobody waits for the run any more, or all that were told to stop have.
             _signal_all(signal.SIGTERM)
             deadline = time.monotonic() + _ORPHAN_SECONDS
+
+
+def _how(launcher: subprocess.Popen[bytes]) -> str:
+    if launcher.returncode < 0:
+        return f"killed by {signal_name(-launcher.returncode)}"
+    return f"exit code {launcher.returncode}"
 
 
 def _only_strays(left: list[Process]) -> bool:

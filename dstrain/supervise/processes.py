@@ -1,45 +1,11 @@
-"""Which processes are ours, read from /proc. Nothing here finds a process by its name."""
+"""Which processes are ours. Nothing here finds a process by its name."""
 
 from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
-from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Process:
-    """One line of /proc/<pid>/stat. ``start`` (clock ticks since boot) tells a process from a later one that
-    was given the same number."""
-
-    pid: int
-    parent: int
-    session: int
-    start: int
-    zombie: bool
-    exit_code: int
-
-
-def read_process(pid: int) -> Process | None:
-    """The process with this number, or None."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The second field is the program's name in parentheses and may itself hold spaces and parentheses.
-    words = text[text.rfind(")") + 2 :].split()
-    exit_code = int(words[49]) if len(words) > 49 else 0
-    return Process(pid, int(words[1]), int(words[3]), int(words[19]), words[0] in "ZX", exit_code)
-
-
-def arguments(pid: int) -> list[str]:
-    """The argv of a process; empty when it is gone or a zombie."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [os.fsdecode(word) for word in raw.split(b"\0")]
+from dstrain.processes import Process, read_process
 
 
 def family(root: int) -> list[Process]:
@@ -73,12 +39,17 @@ def kill(process: Process, number: signal.Signals) -> None:
         return  # ended in between, or changed its user: not ours any more
 
 
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; ``signal 42`` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def in_words(number: int) -> str:
     """``SIGKILL (probably out of memory)`` for 9."""
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
+    name = signal_name(number)
     hints = {
         "SIGKILL": " (probably out of memory)",
         "SIGSEGV": " (a crash in native code)",

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dstrain.launch.guard import guarded
-from dstrain.launch.outcome import Cause, Outcome, judge
-from dstrain.launch.processes import family, kill
-from dstrain.launch.watch import LogWatch, RankWatch
 from dstrain.plan.run_folder import RunFolder
+from dstrain.supervise.guard import guarded
+from dstrain.supervise.launcher_log import LogWatch
+from dstrain.supervise.lifeline import Lifeline
+from dstrain.supervise.outcome import Cause, Outcome, judge
+from dstrain.supervise.processes import family, kill
+from dstrain.supervise.progress import HangWatch, Progress
+from dstrain.supervise.silent_ranks import kill_silent
+from dstrain.supervise.watch import RankWatch
 
 __all__ = ["Cause", "Outcome", "supervise"]
 
@@ -25,6 +29,8 @@ __all__ = ["Cause", "Outcome", "supervise"]
 _FAILURE_GRACE_SECONDS = 10.0
 # And after a second stop: the launcher may tell other hosts.
 _AT_ONCE_SECONDS = 2.0
+# For ranks to end after their lines have.
+_LINE_SECONDS = 5.0
 _KILL_SECONDS = 10.0
 _LOOKS_A_POLL = 4
 
@@ -34,8 +40,12 @@ def supervise(
     *,
     environment: Mapping[str, str],
     folder: RunFolder,
+    lifeline: Lifeline,
     world_size: int,
+    first_rank: int = 0,
     on_tick: Callable[[], None],
+    hang_seconds: float | None = None,
+    terminate: bool = True,
     poll_seconds: float = 0.2,
     leave_seconds: float = float("inf"),
     grace_seconds: float = 30.0,
@@ -48,7 +58,11 @@ def supervise(
         command: the launcher's argv, as ``["bash", str(folder.launch_script)]``.
         environment: set on top of this process's own.
         folder: its earlier rank statuses are removed first; the launcher's output is appended to its log.
-        world_size: how many ranks must say ``done``.
+        lifeline: whose address the environment tells. It is closed in the end: no rank outlives it, on any host.
+        world_size: how many ranks must say ``done``, from ``first_rank`` on.
+        hang_seconds: so long without a step is a hang (`progress.Progress`).
+        terminate: whether SIGTERM may be sent to what doesn't end by itself. Not to DeepSpeed's launcher of several
+            hosts: it would end every process on them that bears its command's name, ours or not.
         on_tick: called at each poll (the live display). What it raises ends the run and is passed on.
         leave_seconds: how long ranks may take to end their step and save, after the first SIGINT, SIGTERM, SIGHUP or
             SIGUSR1 to this process; a second signal cuts it short.
@@ -57,13 +71,15 @@ def supervise(
             a rank's last word may arrive (over NFS) after the launcher's end.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
-    folder.clear_statuses()
+    ranks = range(first_rank, first_rank + world_size)
+    folder.clear_statuses(ranks)
     folder.stop_request.unlink(missing_ok=True)
     log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
     with _stop_signals() as stops:
-        launcher = _Launcher(command, environment, folder.launcher_log)
-        watch = RankWatch(folder, world_size, lambda: launcher.pid)
+        launcher = _Launcher(command, environment, folder.launcher_log, terminate)
+        watch = RankWatch(folder, ranks, lambda: launcher.pid, lifeline.lines)
         log = LogWatch(folder.launcher_log, log_start)
+        hang = HangWatch(lifeline, Progress(hang_seconds), folder)
 
         def wait(seconds: float, until: Callable[[], bool]) -> bool:
             deadline = time.monotonic() + seconds
@@ -73,6 +89,7 @@ def supervise(
                 for _ in range(_LOOKS_A_POLL):
                     time.sleep(poll_seconds / _LOOKS_A_POLL)
                     watch.look()
+                    lifeline.poll()
                 watch.update()
                 on_tick()
             return True
@@ -81,32 +98,49 @@ def supervise(
             return bool(stops.numbers) or launcher.ended()
 
         def failed() -> bool:
-            # The ranks that lost a host without a farewell wait for it in a collective: nothing ends by itself.
-            return watch.first_failure() is not None or log.lost_host()
+            sign = hang.look()
+            if sign is not None:
+                watch.blame(sign)
+            # The ranks that lost a host without a farewell wait for it in a collective: nothing ends by itself. With
+            # every rank on its line, an ssh that was lost carried no more than the launcher's output.
+            return watch.first_failure() is not None or (log.lost_host() and watch.unheard())
 
         try:
             wait(float("inf"), lambda: stopped() or failed())
             if stops.numbers and not launcher.ended():
                 folder.stop_request.touch()
+                lifeline.tell("stop")
                 wait(leave_seconds, lambda: launcher.ended() or failed() or len(stops.numbers) > 1)
-            if not stopped():
+            first = watch.first_failure()
+            if not stopped() and not (first is not None and first.quiet):
                 wait(settle_seconds, stopped)
             own_end = launcher.ended()
             if not own_end:
                 watch.stop()
-                launcher.terminate()
                 if failed():
                     grace_seconds = min(grace_seconds, _FAILURE_GRACE_SECONDS)
                 if len(stops.numbers) > 1:
                     grace_seconds = min(grace_seconds, _AT_ONCE_SECONDS)
-                wait(grace_seconds, launcher.ended)
+                # Every rank ends with its line, on whatever host, and each node's launcher with its ranks.
+                lifeline.close()
+                kill_silent(
+                    (lifeline.lines[rank].status for rank in hang.silent if watch.is_far(rank)), folder
+                )
+                if not wait(min(grace_seconds, _LINE_SECONDS), launcher.ended) and terminate:
+                    launcher.terminate()
+                    wait(grace_seconds, launcher.ended)
         finally:
+            lifeline.poll()
+            watch.update(force=True)
+            watch.stop()  # what is killed now is no sign
             code = launcher.kill_everything(watch)
             folder.stop_request.unlink(missing_ok=True)
+        lifeline.poll()
         watch.update(force=True)
         if own_end and code == 0:
             wait(settle_seconds, lambda: not watch.unfinished() or watch.first_failure() is not None)
             watch.update(force=True)
+        lifeline.close()
     on_tick()
     return judge(folder, watch, log_start, code, own_end, stops.numbers)
 
@@ -114,10 +148,12 @@ def supervise(
 class _Launcher:
     """The launcher under its guard, which leads the session of the whole run."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminate: bool
+    ) -> None:
         with log.open("ab") as output:
             self._guard = subprocess.Popen(
-                guarded(list(command)),
+                guarded(list(command), terminate=terminate),
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=output,

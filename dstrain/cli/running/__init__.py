@@ -1,0 +1,1 @@
+"""A plan is carried out: from the folder of the run to its last words."""

@@ -1,0 +1,88 @@
+"""The Slurm allocation that this process stands in: its hosts, and how many ranks each may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dstrain.errors import DstrainError
+from dstrain.plan.layout import Host
+
+_ONE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_GROUP = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """``job``: its number. ``hosts``: in Slurm's order, with the slots of each."""
+
+    job: str
+    hosts: tuple[Host, ...]
+
+
+def names_of(node_list: str) -> list[str]:
+    """The names in a node list (``n[1-3,7]``), as Slurm's own tool spells them out. Raises DstrainError."""
+    try:
+        said = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise DstrainError(
+            "SLURM_JOB_ID is set, but Slurm's scontrol is not in PATH",
+            hint="put Slurm's commands into PATH; --launcher local stays on this machine",
+        ) from None
+    if said.returncode:
+        raise DstrainError(
+            f"scontrol does not know the hosts of this job: {said.stderr.strip()}",
+            hint="is SLURM_JOB_NODELIST what Slurm has set?",
+        )
+    return said.stdout.split()
+
+
+def slurm_allocation(
+    environ: Mapping[str, str] = os.environ, names: Callable[[str], list[str]] = names_of
+) -> Allocation | None:
+    """The allocation, or None outside of one.
+
+    A host has as many slots as tasks were asked for (``--ntasks-per-node``); where only one task was, and GPUs, as
+    many as GPUs. Sources: sbatch(1), "OUTPUT ENVIRONMENT VARIABLES".
+
+    Raises:
+        DstrainError: Slurm's variables are not whole, or its tools are missing.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    node_list = environ.get("SLURM_JOB_NODELIST")
+    if not node_list:
+        raise DstrainError(
+            "SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not",
+            hint="type the command inside sbatch or salloc, or unset SLURM_JOB_ID if this is no job",
+        )
+    # One host needs no tool of Slurm, which a container inside a job may lack.
+    hosts = [node_list] if _ONE_NAME.fullmatch(node_list) else names(node_list)
+    tasks = _tasks(environ.get("SLURM_TASKS_PER_NODE", "1"))
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if set(tasks) == {1} and "SLURM_NTASKS_PER_NODE" not in environ and gpus.isdigit() and int(gpus):
+        tasks = [int(gpus)] * len(hosts)
+    if len(tasks) != len(hosts):
+        raise DstrainError(
+            f"Slurm names {len(hosts)} hosts and the tasks of {len(tasks)}",
+            hint="type the command in the shell of salloc or in the batch script, and not under srun, which sets"
+            " SLURM_TASKS_PER_NODE anew; or name the hosts in a --hostfile",
+        )
+    return Allocation(job, tuple(Host(name, slots) for name, slots in zip(hosts, tasks, strict=True)))
+
+
+def _tasks(text: str) -> list[int]:
+    """``2(x3),1`` is 2, 2, 2, 1."""
+    found: list[int] = []
+    for group in text.split(","):
+        match = _GROUP.fullmatch(group)
+        if match is None:
+            raise DstrainError(f"SLURM_TASKS_PER_NODE is {text!r}", hint="unset it if this is no Slurm job")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found

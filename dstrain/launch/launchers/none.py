@@ -1,0 +1,14 @@
+"""dstrain is typed on each node, as Kubernetes does it: this node's ranks alone, started by torchrun."""
+
+from __future__ import annotations
+
+from dstrain.launch.launchers.torchrun import agent
+from dstrain.launch.request import NODE, LaunchRequest
+
+
+def command(request: LaunchRequest) -> list[str]:
+    """The argv, with `NODE` where the number of the node belongs.
+
+    torchrun on node 0 opens the port and waits ten minutes for the others, which may come in any order.
+    """
+    return agent(request, request.master_addr, node_rank=NODE, nodes=max(1, len(request.hosts)))

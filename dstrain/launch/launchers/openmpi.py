@@ -1,0 +1,33 @@
+"""Several machines by Open MPI: DeepSpeed's own launcher with mpirun. The ranks still talk through torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from dstrain.errors import DstrainError
+from dstrain.launch.request import LaunchRequest, check_remote
+from dstrain.plan.run_folder import RunFolder
+
+
+def command(request: LaunchRequest) -> list[str]:
+    """The argv; a rank learns its number from Open MPI's variables (`train.rank_environment`).
+
+    Raises:
+        DstrainError: Open MPI is not installed here, or something would not reach the other hosts as it is.
+    """
+    if shutil.which("mpirun") is None or shutil.which("ompi_info") is None:
+        raise DstrainError(
+            "Open MPI is not installed here (no mpirun, no ompi_info in PATH)",
+            where="--launcher",
+            hint="install it on every host (Debian: apt-get install openmpi-bin), or --launcher pdsh",
+        )
+    check_remote(request)
+    # Ranks are numbered host after host, as the plan has them. mpirun refuses to run for root unless told.
+    options = "--map-by slot" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
+    return [
+        *(request.python, "-m", "deepspeed.launcher.runner"),
+        *("--hostfile", str(RunFolder(request.run_folder).hostfile), "--launcher", "openmpi"),
+        *(f"--launcher_args={options}", "--force_multi", "--master_addr", request.master_addr),
+        *("--master_port", str(request.master_port), "--no_local_rank", "--module", *request.worker),
+    ]

@@ -1,0 +1,50 @@
+"""PyTorch's own launcher: on this machine, or one agent a host started by pdsh."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+
+from dstrain.errors import DstrainError
+from dstrain.launch.request import LIFELINE, LaunchRequest, check_remote, check_slots
+from dstrain.plan.lifeline import ADDRESS
+
+
+def command(request: LaunchRequest) -> list[str]:
+    """The argv: torchrun here, or pdsh, which starts one on each host.
+
+    The world has a fixed size: stages can't be taken away. torchrun's own restarts are off, since a pipeline that
+    lost a rank starts again as a whole (``--restarts``).
+
+    Raises:
+        DstrainError: something would not reach the other hosts as it is; pdsh is missing.
+    """
+    if request.runs_here:
+        check_slots(request)
+        return agent(request, "127.0.0.1", node_rank="0", nodes=1)
+    check_remote(request)
+    if shutil.which("pdsh") is None:
+        raise DstrainError(
+            "pdsh, which starts torchrun on each host, is not installed here",
+            where="--launcher",
+            hint="install it (Debian: apt-get install pdsh), or start launch.sh's command on each host by hand",
+        )
+    # pdsh puts the number of the host, from 0 in the order of -w, in place of %n.
+    started = shlex.join(agent(request, request.master_addr, node_rank="%n", nodes=len(request.hosts)))
+    exported = "".join(
+        f"export {name}={shlex.quote(value)}; " for name, value in sorted(request.environment.items())
+    )
+    exported += f"export {ADDRESS}={LIFELINE}; "
+    names = ",".join(host.name for host in request.hosts)
+    place = shlex.quote(str(request.directory.absolute()))
+    return ["pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", names, f"{exported}cd {place} && exec {started}"]
+
+
+def agent(request: LaunchRequest, master: str, *, node_rank: str, nodes: int) -> list[str]:
+    """torchrun for the ranks of one node. ``master``: where node 0 is reached."""
+    return [
+        *(request.python, "-m", "torch.distributed.run"),
+        *(f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--nproc-per-node={request.processes_per_host}"),
+        *(f"--master-addr={master}", f"--master-port={request.master_port}", "--max-restarts=0"),
+        *("--module", *request.worker),
+    ]

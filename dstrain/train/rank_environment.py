@@ -1,0 +1,87 @@
+"""What a rank learns from its environment, and what it must find out itself: its number, and its network card."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+
+import psutil
+
+from dstrain.plan.layout import HOSTS
+
+# RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
+_OTHERS = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+# Any port does: a UDP socket that is connected sends nothing.
+_NO_PORT = 9
+# Reserved for documentation (RFC 5737): the way there is the way to the outside.
+_OUTSIDE = "192.0.2.1"
+
+
+def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torch wants them; those of one process where nobody says.
+
+    Sources: Open MPI, "Environment variables for MPI processes"; Slurm, srun(1) "OUTPUT ENVIRONMENT VARIABLES".
+    """
+    if "RANK" in environ:
+        return {name: environ[name] for name in _NAMES if name in environ}
+    for names in _OTHERS:
+        if names[0] in environ:
+            return {ours: environ[name] for ours, name in zip(_NAMES, names, strict=True) if name in environ}
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def network_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The network card that the ranks of several hosts talk through, for gloo and NCCL; what is set already is kept.
+
+    gloo listens at the address of the own host name. Debian writes 127.0.1.1 for that into /etc/hosts: no other
+    host finds it there, and all wait (``connectFullMesh``). So each rank names the card behind which the master is;
+    on the master's own host, the card that owns its address. Where that is a loopback address, only others know the
+    master by the right one, and the card is that to the next host (``DSTRAIN_HOSTS``), or to the outside.
+
+    A run of one host has GLOO_SOCKET_IFNAME from its launch. Nothing is set where no card is found.
+    """
+    master = environ.get("MASTER_ADDR")
+    if not master or environ.get(_GLOO):
+        return {}
+    places = [master, *environ.get(HOSTS, "").split(","), _OUTSIDE]
+    card = next((found for place in places if place and (found := card_towards(place))), None)
+    if card is None:
+        return {}
+    # NCCL reads the beginning of a name, unless it is told that it is all of it.
+    return {_GLOO: card} if environ.get(_NCCL) else {_GLOO: card, _NCCL: f"={card}"}
+
+
+def card_towards(place: str) -> str | None:
+    """The network interface by which packets to ``place`` (name or IPv4 address) leave, or that owns it.
+
+    None where it has no address, no way leads there, or it is this machine under a loopback address.
+    """
+    try:
+        found = socket.getaddrinfo(place, _NO_PORT, socket.AF_INET, socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return None
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.connect(address)
+            except OSError:
+                continue
+            own = probe.getsockname()[0]
+        if not own.startswith("127."):
+            return _owner(own)
+    return None
+
+
+def _owner(address: str) -> str | None:
+    cards = psutil.net_if_addrs().items()
+    return next((name for name, held in cards if any(one.address == address for one in held)), None)

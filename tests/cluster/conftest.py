@@ -1,0 +1,60 @@
+"""Three hosts for all tests of this folder, and what a user has set there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Cluster
+from tests.cluster.needs import require_cluster
+from tests.e2e.conftest import cache, materials, repository_root
+from tests.forking.program import HOOK
+
+__all__ = ["cache", "materials", "repository_root"]  # fixtures of the command line's tests, of use here too
+
+
+@pytest.fixture(scope="session")
+def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    require_cluster()
+    with Cluster(tmp_path_factory.mktemp("hosts") / "cluster", 3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
+    """n1, n2 and n3: up, in the network, and nothing runs there."""
+    yield session_cluster
+    session_cluster.restore()
+
+
+@pytest.fixture(scope="session")
+def real_environment(session_cluster: Cluster, cache: Path, repository_root: Path) -> dict[str, str]:
+    """What a user of n1 has set, to run this checkout on CPUs. Nothing of it is there behind an ssh."""
+    login = session_cluster.login_environment()
+    return {
+        **login,
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), login["PATH"]]),
+        "PYTHONPATH": str(repository_root),
+        "DSTRAIN_CACHE": str(cache),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def environment(real_environment: dict[str, str]) -> dict[str, str]:
+    """The same with forks in place of new interpreters: see tests/forking."""
+    path = os.pathsep.join([str(HOOK), real_environment["PYTHONPATH"]])
+    return {**real_environment, "PYTHONPATH": path}
+
+
+def dstrain_argv(*arguments: str) -> list[str]:
+    """The command line of this checkout, with the python of the tests."""
+    return [sys.executable, "-m", "dstrain.cli.main", *arguments]

@@ -1,0 +1,135 @@
+"""`dstrain run --hostfile` on two hosts with two ranks each, through DeepSpeed's launcher and pdsh.
+
+A launch costs many seconds, so four serve all tests: one with a hostfile, one on a single host to compare with, one
+that loses a rank, and its launch.sh typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.checkpoint.manifest import complete_checkpoints
+from dstrain.plan.run_folder import RunFolder
+from tests.cluster.commands import Command, Result
+from tests.cluster.conftest import dstrain_argv
+from tests.cluster.hosts import Cluster
+from tests.cluster.processes import Process
+from tests.cluster.runs import END_SECONDS, lay_out, numbers
+from tests.cluster.waiting import wait_until
+
+# `cluster`: nothing runs on the hosts after a test, whatever came of it.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("cluster")]
+
+STEPS, SAVE_EVERY = 12, 2
+ARGUMENTS = [
+    *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--pipeline", "2", "--data-parallel", "2"),
+    *("--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--steps", str(STEPS)),
+    *("--save-every", str(SAVE_EVERY), "--set", "held_out=0.2", "--set", "sample_tokens=4"),
+]
+
+
+class Site:
+    """The folder on the shared disk where this file's runs lie, and the hosts that they run on."""
+
+    def __init__(self, cluster: Cluster, environment: dict[str, str], place: Path) -> None:
+        self.cluster, self._environment, self.place = cluster, environment, place
+        (place / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.place / "runs" / name)
+
+    def start(self, name: str, *arguments: str) -> Command:
+        argv = dstrain_argv("run", *ARGUMENTS, "--name", name, *arguments)
+        return self.cluster.start("n1", argv, env=self._environment, cwd=self.place)
+
+    def left(self) -> list[Process]:
+        return [process for host in self.cluster.names for process in self.cluster.processes(host)]
+
+    def numbers(self, name: str) -> list[dict[str, Any]]:
+        return numbers(self.folder(name))
+
+
+@pytest.fixture(scope="module")
+def site(
+    session_cluster: Cluster,
+    environment: dict[str, str],
+    materials: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Site:
+    place = tmp_path_factory.mktemp("site")
+    lay_out(materials, place)
+    return Site(session_cluster, environment, place)
+
+
+@pytest.fixture(scope="module")
+def near(site: Site) -> Result:
+    """The same layout on one host."""
+    said = site.start("near").wait(200)
+    assert said.code == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def far(site: Site) -> Result:
+    said = site.start("far", "--hostfile", "hosts").wait(200)
+    assert said.code == 0, f"{said}\n{site.folder('far').launcher_log.read_text()}"
+    wait_until(lambda: not site.left(), 5, what="the end of all processes")
+    return said
+
+
+def test_the_ranks_are_on_the_hosts_of_the_plan(site: Site, far: Result) -> None:
+    hosts = []
+    for rank in range(4):
+        status = site.folder("far").read_status(rank)
+        assert status is not None and (status.state, status.step) == ("done", STEPS)
+        hosts.append(status.host)
+    assert hosts == ["n1", "n1", "n2", "n2"]
+
+
+def test_losses_and_norms_are_those_of_one_host(site: Site, far: Result, near: Result) -> None:
+    assert len(site.numbers("near")) == STEPS + 1
+    assert site.numbers("far") == site.numbers("near")
+    results = [json.loads(site.folder(name).result.read_text()) for name in ("far", "near")]
+    assert results[0] == results[1]
+
+
+def test_launch_sh_is_the_command_that_was_shown(site: Site, far: Result) -> None:
+    shown = next(line for line in far.out.splitlines() if line.startswith("command"))
+    script = site.folder("far").launch_script.read_text().splitlines()
+    assert shlex.split(script[-1])[1:] == shlex.split(shown)[1:]
+    assert "deepspeed.launcher.runner" in script[-1] and "--hostfile" in script[-1]
+
+
+def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Site, near: Result) -> None:
+    cluster, folder = site.cluster, site.folder("killed")
+    command = site.start("killed", "--hostfile", "hosts")
+    wait_until(
+        lambda: complete_checkpoints(folder.checkpoints) or not command.running(), 200, what="a checkpoint"
+    )
+    status = folder.read_status(3)
+    assert status is not None and status.host == "n2" and status.state == "running", command.err
+    [victim] = [process for process in cluster.processes("n2") if process.pid == status.pid]
+    assert cluster.kill("n2", victim)
+    killed = time.monotonic()
+    said = command.wait(120)
+    seconds = time.monotonic() - killed
+    left = site.left()
+    assert said.code not in (0, None)
+    cause, hint = said.err.strip().splitlines()[-2:]
+    assert cause.startswith("rank 3 on n2: ") and "SIGKILL" in cause, said
+    assert hint.strip().startswith("hint: `dstrain resume ")
+    assert seconds < END_SECONDS
+    assert not left, "a run that has ended leaves nothing behind"
+    assert len(site.numbers("killed")) < STEPS + 1, "the kill came too late to test anything"
+
+    # As typed by hand: from another folder, with nothing but what a login gives. It goes on where the run was saved.
+    by_hand = cluster.run("n1", ["bash", folder.launch_script], cwd=Path("/"), timeout=200)
+    assert by_hand.code == 0, by_hand
+    assert site.numbers("killed") == site.numbers("near")
+    wait_until(lambda: not site.left(), 5, what="the end of all processes")

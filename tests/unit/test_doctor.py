@@ -1,0 +1,463 @@
+"""What doctor makes of what it finds; finding it on real hosts is in tests/cluster/test_doctor.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dstrain.cli.doctor import command as doctor
+from dstrain.doctor import before, host
+from dstrain.doctor.conversation import Conversation, NoAnswerError, ask_all
+from dstrain.doctor.facts import facts
+from dstrain.doctor.findings import (
+    FAILED,
+    OK,
+    WARNING,
+    Check,
+    judge_clock,
+    judge_facts,
+    judge_folders,
+    judge_names,
+)
+from dstrain.doctor.network import judge_exchange
+from dstrain.errors import DstrainError
+from dstrain.launch.reach import Trouble, ssh_command, trouble
+from dstrain.launch.request import LaunchRequest
+from dstrain.plan.layout import Host
+
+VERSIONS = {"dstrain": "0.1.0 (ab)", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
+FACTS: dict[str, Any] = {
+    "hostname": "n1",
+    "machine": "boot/n1",
+    "python": "3.11.7",
+    "versions": VERSIONS,
+    "driver": "570.1",
+    "own_addresses": ["10.0.0.1"],
+    "cores": 8,
+    "memory": 10**11,
+    "shared_memory": 10**10,
+    "disk": 10**12,
+    "directory": True,
+    "sees_runs": True,
+    "devices": {"kind": "cuda", "count": 4, "names": ["H100"] * 4},
+}
+CPU = {"devices": {"kind": "cpu", "count": 0, "names": ["x"]}, "driver": None}
+
+
+def test_a_host_that_is_well() -> None:
+    checks = [*judge_facts("n1", 4, FACTS, FACTS, gpus=True), *judge_folders("n1", "/w", "/w/runs", FACTS)]
+    assert {check.status for check in checks} == {OK}
+    assert not [check for check in checks if check.fix]
+    assert [check.check for check in checks] == [
+        *("python", "dstrain", "torch", "deepspeed", "transformers", "driver", "devices"),
+        *("memory", "disk", "shared memory", "own name", "run folder"),
+    ]
+
+
+def versions(**changed: str | None) -> dict[str, Any]:
+    return {"versions": {**VERSIONS, **changed}}
+
+
+# what is different from a host that is well; the slots; the check that tells, its status, words, and words of the fix
+ODD: dict[str, tuple[dict[str, Any], int, str, str, str, str]] = {
+    "other python": ({"python": "3.12.1"}, 4, "python", FAILED, "3.12.1, and 3.11.7 here", "the same"),
+    "nearly the same python": ({"python": "3.11.9"}, 4, "python", WARNING, "3.11.9, and", "the same"),
+    "other dstrain": (
+        versions(dstrain="0.1.0 (cd)"),
+        4,
+        "dstrain",
+        FAILED,
+        "(cd), and 0.1.0 (ab)",
+        "the same",
+    ),
+    "other torch": (versions(torch="2.12.0"), 4, "torch", FAILED, "2.12.0, and 2.13.0 here", "the same"),
+    "no deepspeed": (versions(deepspeed=None), 4, "deepspeed", FAILED, "not installed", "deepspeed 0.19.8"),
+    "other transformers": (versions(transformers="6"), 4, "transformers", FAILED, "6, and 5.23", "the same"),
+    "other driver": ({"driver": "535.2"}, 4, "driver", WARNING, "535.2, and 570.1 here", "the same"),
+    "too few GPUs": ({}, 8, "devices", FAILED, "slots=8, and 4 GPUs", "`n1 slots=4`"),
+    "no GPU where others have some": (CPU, 4, "devices", FAILED, "no GPU is seen", "nvidia-smi"),
+    "nonsense for devices": (
+        {"devices": None, "devices_error": "CUDA_VISIBLE_DEVICES: can't\n  hint: x"},
+        *(4, "devices", FAILED, "CUDA_VISIBLE_DEVICES: can't hint: x", "nvidia-smi"),
+    ),
+    "little memory": ({"memory": 10**9}, 4, "memory", WARNING, "1 GB free: little", "fewer slots"),
+    "little disk": ({"disk": 10**9}, 4, "disk", WARNING, "1 GB free: little", "make room"),
+    "disk not known": ({"disk": None}, 4, "disk", WARNING, "not known", ""),
+    "a container's /dev/shm": (
+        {"shared_memory": 2**26},
+        4,
+        "shared memory",
+        WARNING,
+        "67.1 MB",
+        "--shm-size",
+    ),
+    "Debian's own name": (
+        {"own_addresses": ["127.0.1.1"]},
+        *(4, "own name", WARNING, "n1 is 127.0.1.1 to itself", "/etc/hosts of n1"),
+    ),
+    "a name without address": (
+        {"own_addresses": []},
+        4,
+        "own name",
+        WARNING,
+        "n1 has no address",
+        "/etc/hosts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_host_that_is_odd(case: str) -> None:
+    different, slots, name, status, message, fix = ODD[case]
+    checks = judge_facts("n1", slots, {**FACTS, **different}, FACTS, gpus=True)
+    [found] = [check for check in checks if check.check == name]
+    assert found.status == status
+    assert message in found.message and fix in found.fix
+    assert [check for check in checks if check.status != OK and check != found] == [
+        check for check in checks if different is CPU and check.check == "driver"
+    ]
+
+
+def test_processors() -> None:
+    for slots, status in ((8, OK), (9, WARNING)):
+        checks = judge_facts("n1", slots, {**FACTS, **CPU}, {**FACTS, **CPU}, gpus=False)
+        assert [check.status for check in checks if check.check == "devices"] == [status]
+        assert "shared memory" not in {check.check for check in checks}
+
+
+def test_folders_that_are_not_shared() -> None:
+    facts = {**FACTS, "directory": False, "sees_runs": False}
+    folder, runs = judge_folders("n2", "/w", "/w/runs", facts)
+    assert folder.status == runs.status == WARNING
+    assert "there is no /w" in folder.message
+    assert "checkpoints" in runs.message and "--save-every never" in runs.fix
+
+
+def test_clocks() -> None:
+    assert judge_clock("n2", -0.9, 0.01).status == OK
+    assert judge_clock("n2", 3.0, 2.5).status == OK, "nobody knows"
+    late = judge_clock("n2", -3.0, 0.01)
+    assert (late.status, late.message.split(":")[0]) == (WARNING, "-3.000 s (± 0.010)")
+    assert "timedatectl" in late.fix
+
+
+def test_one_machine_under_two_names() -> None:
+    [found] = judge_names({"n1": "boot/n1", "n2": "boot/n2", "10.0.0.1": "boot/n1"})
+    assert (found.host, found.status) == ("10.0.0.1", FAILED)
+    assert "same machine as n1" in found.message
+
+
+def rank(*said: dict[str, Any], error: str | None = None) -> dict[str, Any]:
+    return {"said": [{"doing": "meeting", "card": "eth0"}, *said], "error": error}
+
+
+REDUCING = {"doing": "all-reduce"}
+REDUCED = {"done": "all-reduce", "bytes_per_second": 2e9}
+
+
+def sending(peer: int) -> dict[str, Any]:
+    return {"doing": "send", "peer": peer}
+
+
+def sent(peer: int, speed: float = 1e9) -> dict[str, Any]:
+    return {"done": "send", "peer": peer, "bytes_per_second": speed}
+
+
+def test_an_exchange_that_went_well() -> None:
+    answers = [
+        rank(REDUCING, REDUCED, sending(1), sent(1, 1e9), sending(2), sent(2, 1.5e9)),
+        rank(REDUCING, REDUCED, sending(0), sent(0, 1e9), sending(2), sent(2, 1e8)),
+    ]
+    checks = judge_exchange(["n1", "n2", "n3"], [*answers, rank(REDUCING, REDUCED, sent(0, 1.5e9))], "gloo")[
+        :4
+    ]
+    assert [(check.host, check.check, check.status) for check in checks] == [
+        ("n1", "all-reduce", OK),
+        ("n1", "send", OK),
+        ("n2", "all-reduce", OK),
+        ("n2", "send", WARNING),
+    ]
+    assert checks[0].message == "2.00 GB/s (gloo, eth0)"
+    assert checks[1].message == "1.00 GB/s with n2, the slowest"
+    assert "0.10 GB/s with n3" in checks[3].message and "1.50 GB/s" in checks[3].message
+
+
+FAILURES = {
+    "no torch": ({"said": [], "error": "no libcudart.so"}, "all-reduce", "torch did not start: no libcudart"),
+    "no meeting": (rank(error="timed out"), "all-reduce", "it did not meet the others at n1: timed out"),
+    "no sum": (rank(REDUCING, error="wait timeout"), "all-reduce", "the all-reduce: wait timeout"),
+    "a pair": (
+        rank(REDUCING, REDUCED, sending(0), error="connection closed"),
+        *("send", "between n1 and n2: connection closed"),
+    ),
+    "a host that is lost": (Trouble("no answer within 5 s", "look"), "all-reduce", "no answer within 5 s"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_an_exchange_that_failed(case: str) -> None:
+    answer, name, message = FAILURES[case]
+    well = rank(REDUCING, REDUCED, sending(1), sent(1))
+    checks = judge_exchange(["n1", "n2"], [well, answer], "NCCL")  # type: ignore[list-item]
+    [failed] = [check for check in checks if check.status == FAILED]
+    assert (failed.host, failed.check) == ("n2", name)
+    assert failed.message.startswith(message)
+    assert failed.fix
+
+
+# What ssh ends with, and says (OpenSSH 9.2)
+TROUBLES = {
+    "no key": (
+        255,
+        "me@n2: Permission denied (publickey).\n",
+        "Permission denied (publickey)",
+        "ssh-copy-id n2",
+    ),
+    "key not known": (255, "Host key verification failed.\r\n", "does not know the key", "once by hand"),
+    "other key": (
+        255,
+        "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.\n",
+        *("not the one that this machine knows", "ssh-keygen -R n2"),
+    ),
+    "no such name": (
+        255,
+        "ssh: Could not resolve hostname n2: Name or service not known\n",
+        *("Could not resolve", "correct the name n2"),
+    ),
+    "refused": (255, "ssh: connect to host n2 port 22: Connection refused\n", "refused", "start sshd on n2"),
+    "silent": (255, "ssh: connect to host n2 port 22: Connection timed out\n", "timed out", "n2 is on"),
+    "no way": (255, "ssh: connect to host n2 port 22: No route to host\n", "No route", "n2 is on"),
+    "something else": (255, "Too many authentication failures\n", "Too many", "ssh -oBatchMode=yes n2 true"),
+    "no python": (
+        127,
+        "env: '/v/python': No such file or directory\n",
+        "no python at /v/python",
+        "path on n2",
+    ),
+    "python for others": (
+        126,
+        "env: '/v/python': Permission denied\n",
+        "no python at /v/python",
+        "path on n2",
+    ),
+    "no dstrain": (
+        1,
+        "/v/python: Error while finding module specification for 'dstrain.doctor.host' (ModuleNotFoundError: "
+        "No module named 'dstrain')\n",
+        *("no dstrain, or an older one", "the same dstrain"),
+    ),
+    "old dstrain": (1, "/v/python: No module named dstrain.doctor\n", "or an older one", "the same dstrain"),
+    "no psutil": (1, "ModuleNotFoundError: No module named 'psutil'\n", "does not start", "ssh n2 /v/python"),
+    "without a word": (3, "", "exit code 3", "ssh n2 /v/python"),
+}
+
+
+@pytest.mark.parametrize("case", TROUBLES)
+def test_why_a_host_does_not_answer(case: str) -> None:
+    code, errors, message, fix = TROUBLES[case]
+    found = trouble("n2", code, errors, "/v/python")
+    assert message in found.message
+    assert fix in found.fix
+
+
+def test_nothing_that_ssh_gets_is_an_option_of_the_hosts_or_split_by_its_shell() -> None:
+    argv = ssh_command("n2", "true; 'x'")
+    assert argv[-3:] == ["--", "n2", "true; 'x'"]
+    assert "-oBatchMode=yes" in argv
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ssh whose remote shell is one here; ``folder/before`` is what a login says and does first."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    (folder / "before").write_text("")
+    (folder / "ssh").write_text(
+        f'#!/bin/sh\n. {folder}/before\nfor line; do :; done\nprintf %s "$line" >{folder}/line\nexec sh -c "$line"\n'
+    )
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "X": "a b'c\"$HOME`id`;*\\ %h !"}
+
+
+def test_a_conversation(fake_ssh: Path, tmp_path: Path) -> None:
+    """Whatever the login says, and whatever the names are."""
+    (fake_ssh / "before").write_text("echo Welcome; echo '{\"time\": 0}'; echo oh >&2\n")
+    odd = tmp_path / "it's $(a) folder; `x`"
+    odd.mkdir()
+    with Conversation("n2", environment=ENVIRONMENT, directory=str(odd)) as talk:
+        assert abs(talk.ask("time", seconds=60)["time"] - time.time()) < 60
+        words = shlex.split((fake_ssh / "line").read_text())
+        assert words[:5] == ["cd", str(odd), ";", "exec", "env"]
+        assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} == set(words[5:7])
+        facts = talk.ask("facts", seconds=60, directory=str(odd), runs=str(odd), token="none")
+        assert facts["directory"] is True and facts["sees_runs"] is False
+        assert facts["versions"]["torch"] and facts["python"].startswith("3.")
+        ports = talk.ask("listen", seconds=30)["ports"]
+        here = {"name": "here", "hosts": ["127.0.0.1"], "ports": ports}
+        nobody = {"name": "nobody", "hosts": ["no-such-host.invalid"], "ports": ports}
+        [unreached] = talk.ask("reach", seconds=30, targets=[here, nobody])["unreached"]
+        assert unreached["name"] == "nobody" and "not known" in unreached["why"]
+
+
+def test_a_host_that_does_not_answer_is_given_up(fake_ssh: Path) -> None:
+    (fake_ssh / "before").write_text("exec sleep 1000\n")
+    with Conversation("n2", environment={}, directory="/") as talk:
+        started = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(NoAnswerError, match="no answer within 1 s"):
+                talk.ask("time", seconds=1)
+    assert time.monotonic() - started < 20
+
+
+def test_one_that_fails_does_not_hide_the_others(fake_ssh: Path) -> None:
+    with (
+        Conversation("n1", environment=ENVIRONMENT, directory="/") as well,
+        Conversation("n2", environment=ENVIRONMENT, directory="/", python="/no/python") as ill,
+    ):
+        first, second = ask_all([well, ill], "time", seconds=60)
+    assert isinstance(first, dict) and first["time"] > 0
+    assert isinstance(second, Trouble) and "no python at /no/python" in second.message
+
+
+def test_ctrl_c_does_not_wait_for_answers(fake_ssh: Path) -> None:
+    (fake_ssh / "before").write_text("exec sleep 1000\n")
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with Conversation("n2", environment={}, directory="/") as talk:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(KeyboardInterrupt):
+                ask_all([talk], "time", seconds=1000)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+FAKE_SMI = """#!/bin/sh
+case "$1" in
+*driver*) echo 570.86; echo 570.86 ;;
+*) echo "0, GPU-aa, H100, 81559"; echo "1, GPU-bb, H100, 81559" ;;
+esac
+"""
+
+
+# CUDA_VISIBLE_DEVICES, the devices that are found
+VISIBLE = {
+    "nothing said": (None, {"kind": "cuda", "count": 2, "names": ("H100", "H100")}),
+    "one": ("1", {"kind": "cuda", "count": 1, "names": ("H100",)}),
+    "a slice": ("MIG-1", None),
+}
+
+
+@pytest.mark.parametrize("case", VISIBLE)
+def test_the_devices_of_a_host(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, wanted = VISIBLE[case]
+    (tmp_path / "nvidia-smi").write_text(FAKE_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    found = facts(str(tmp_path), str(tmp_path), "nvidia-smi")
+    assert found["driver"] == "570.86"
+    assert found["devices"] == wanted
+    assert ("MIG" in found.get("devices_error", "")) == (wanted is None)
+    assert found["directory"] is found["sees_runs"] is True
+
+
+def request(**changed: Any) -> LaunchRequest:
+    kept = {
+        "run_folder": Path("/runs/a"),
+        "hosts": (Host("192.0.2.1", 1), Host("192.0.2.2", 1)),  # RFC 5737: never this machine
+        "processes_per_host": 1,
+        "accelerator": "cpu",
+        "master_addr": "192.0.2.1",
+        "master_port": 29501,
+        "environment": {},
+        "launcher": "pdsh",
+    }
+    return LaunchRequest(**{**kept, **changed})
+
+
+def test_pdsh_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DstrainError, match=r"pdsh.*is not installed"):
+        before.refuse_unfit_hosts(request(), None)
+
+
+def test_a_run_on_this_machine_looks_at_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "examine_hosts", None)  # a call would fail
+    before.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
+
+
+def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pdsh").write_text("")
+    (tmp_path / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "hosts").write_text("# ours\n192.0.2.1 slots=8\n192.0.2.2 slots=8\n")
+    asked: list[Host] = []
+
+    def examined(hosts: list[Host], **_: Any) -> list[Check]:
+        asked.extend(hosts)
+        return [
+            Check("192.0.2.1", "ssh", OK, "answers"),
+            Check("192.0.2.1", "clock", WARNING, "late", "wind it"),
+            Check("192.0.2.2", "devices", FAILED, "slots=8, and 4 GPUs are there", "`192.0.2.2 slots=4`"),
+        ]
+
+    monkeypatch.setattr(before, "examine_hosts", examined)
+    with pytest.raises(DstrainError) as caught:
+        before.refuse_unfit_hosts(request(), str(tmp_path / "hosts"))
+    assert [host.slots for host in asked] == [8, 8]
+    assert caught.value.where == f"{tmp_path}/hosts:3"
+    assert caught.value.message == (
+        "1 of 2 hosts can't take part in this run\n"
+        "  192.0.2.2: devices: slots=8, and 4 GPUs are there\n    fix: `192.0.2.2 slots=4`"
+    )
+
+
+def test_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    said = CliRunner().invoke(doctor, ["--json"])
+    found = json.loads(said.output)
+    assert said.exit_code == 0 and found["ok"] is True, said.output
+    checks = {check["check"]: check["status"] for check in found["checks"]}
+    assert checks["all-reduce"] == checks["send"] == OK
+    assert {"ssh", "clock", "ports", "own name"}.isdisjoint(checks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hostfile_that_is_bad_is_refused_by_doctor(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("-oProxyCommand=x slots=1\n")
+    said = CliRunner().invoke(doctor, ["--hostfile", str(tmp_path / "hosts")])
+    assert isinstance(said.exception, DstrainError)
+
+
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "numpy")
+
+
+def test_what_runs_on_a_host_is_light(repository: Path) -> None:
+    """It is started over ssh, on disks that may be slow, before every run."""
+    code = f"import sys, {host.__name__}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,215 @@
+"""What reaches the ranks of what stands in the user's environment: unchanged, or refused, or left out."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from dstrain.errors import DstrainError
+from dstrain.launch.environment import (
+    check_environment,
+    default_environment,
+    environment_text,
+    forgetting,
+)
+from dstrain.train import rank_environment
+from dstrain.train.rank_environment import card_towards, network_variables
+
+SECRETS = {
+    "HF_TOKEN": "s1",
+    "HUGGING_FACE_HUB_TOKEN": "s2",
+    "AWS_SECRET_ACCESS_KEY": "s3",
+    "WANDB_API_KEY": "s4",
+    "MLFLOW_TRACKING_TOKEN": "s5",
+    "MLFLOW_TRACKING_PASSWORD": "s6",
+    "PYTHON_KEYRING_PASSWORD": "s7",
+    "OPENAI_API_KEY": "s8",
+}
+
+
+@pytest.mark.parametrize("single_host", [True, False])
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_no_secret_travels(accelerator: str, single_host: bool) -> None:
+    found = default_environment(accelerator, 2, single_host, environ={"PATH": "/bin", **SECRETS})
+    assert not set(SECRETS) & set(found)
+    assert not set(SECRETS.values()) & set(found.values())
+
+
+def test_what_sets_the_network_travels() -> None:
+    own = {
+        "NCCL_IB_HCA": "mlx5",
+        "NCCL_DEBUG": "INFO",
+        "UCX_NET_DEVICES": "eth0",
+        "TORCH_EXTENSIONS_DIR": "/x",
+    }
+    found = default_environment("cuda", 8, False, environ={"PATH": "/bin", **own}, hosts=["n1", "n2"])
+    assert own.items() <= found.items()
+    assert found["DSTRAIN_HOSTS"] == "n1,n2"
+    assert "DSTRAIN_HOSTS" not in default_environment("cuda", 8, True, environ={"PATH": "/bin"}, hosts=["n1"])
+
+
+def test_pythonpath_travels_and_means_the_same_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = default_environment("cpu", 1, False, environ={"PATH": "/bin", "PYTHONPATH": "/mine::mine"})
+    assert found["PYTHONPATH"].split(":")[-2:] == ["/mine", str(tmp_path / "mine")]
+
+
+# Values of a variable that travels, as a user may have set it; whether they reach other hosts.
+VALUES = {
+    "plain": ("eth0", True),
+    "empty": ("", True),
+    "list": ("eth0,ib1", True),
+    "path": ("/a/b.c-d_e:/f", True),
+    "two words": ("two words", True),
+    "comment sign": ("a # b", True),
+    "assignment": ("a=b=c", True),
+    "semicolon": ("a; touch /tmp/x", True),
+    "glob": ("*?[a]", True),
+    "tilde": ("~root", True),
+    "single quote": ("it's", True),
+    "umlaut": ("ü", True),
+    "parentheses": ("(a) {b} <c> & |", True),
+    "tab": ("a\tb", True),
+    "double quotes": ('a "b"', False),
+    "variable": ("$HOME", False),
+    "substitution": ("$(id)", False),
+    "backquotes": ("`id`", False),
+    "backslash": ("a\\nb", False),
+    "percent": ("%h", False),
+    "history": ("a!b", False),
+    "spaces in front": (" a", False),
+    "spaces behind": ("a ", False),
+    "line end": ("a\nb", False),
+    "windows": ("a\r", False),
+    "nul": ("a\0b", False),
+}
+
+
+@pytest.mark.parametrize("case", [name for name, (_, travels) in VALUES.items() if not travels])
+def test_a_value_that_would_be_altered_is_refused(case: str) -> None:
+    value, _ = VALUES[case]
+    with pytest.raises(DstrainError) as caught:
+        check_environment({"NCCL_X": value}, remote=True)
+    assert caught.value.where == "environment: NCCL_X"
+    assert "file" in (caught.value.hint or "")
+
+
+def test_all_others_arrive_as_they_are_through_deepspeeds_own_hands(tmp_path: Path) -> None:
+    """Its parser of the file, its quoting, and a shell, as an ssh has it."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    environment = {f"NCCL_{n}": value for n, (value, travels) in enumerate(VALUES.values()) if travels}
+    check_environment(environment, remote=True)
+    world = base64.urlsafe_b64encode(json.dumps({"n1": [0]}).encode()).decode()
+    runner = PDSHRunner(
+        Namespace(
+            user_args=[],
+            user_script="x",
+            ssh_port=None,
+            launcher_args="",
+            master_addr="n1",
+            master_port=1,
+            venv_script=None,
+            no_python=False,
+            module=False,
+            no_local_rank=True,
+            save_pid=False,
+            enable_each_rank_log=None,
+        ),
+        world,
+    )
+    for line in environment_text(environment).splitlines(keepends=True):  # as runner.main does
+        runner.add_export(*line.split("=", maxsplit=1))
+    command, _, _ = runner.get_cmd({}, {"n1": [0]})
+    exports = next(word for word in command if word.startswith("export "))
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{exports} env -0"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    seen = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+    assert {name: seen[name] for name in environment} == environment
+    assert list(tmp_path.iterdir()) == []
+
+
+LEFT_BEHIND = {
+    "RANK": "7",
+    "WORLD_SIZE": "9",
+    "LOCAL_RANK": "3",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "203.0.113.1",
+    "MASTER_PORT": "1",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "ROLE_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "x",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+CARRIED_BY_DEEPSPEED = {
+    "MLFLOW_TRACKING_TOKEN": "s",
+    "PYTHONSTARTUP": "$(id)",
+    "MV2_X": "`id`",
+    "UCX_X": '"',
+    "NCCL_X": "$X",
+}
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_what_another_launcher_has_left_is_forgotten(remote: bool) -> None:
+    environment = {"PATH": os.defpath, "KEPT": "1", **LEFT_BEHIND, **CARRIED_BY_DEEPSPEED}
+    done = subprocess.run(
+        ["bash", "-c", f"set -eu\n{forgetting(remote=remote)}\nenv"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    left = set(re.findall(r"^(\w+)=", done.stdout, re.MULTILINE))
+    assert "KEPT" in left
+    assert not left & set(LEFT_BEHIND)
+    assert left & set(CARRIED_BY_DEEPSPEED) == (set() if remote else set(CARRIED_BY_DEEPSPEED))
+
+
+def test_with_nothing_to_forget() -> None:
+    line = forgetting(remote=True)
+    subprocess.run(["bash", "-c", f"set -eu\n{line}"], env={"PATH": os.defpath}, check=True)
+
+
+# environment, the cards that lead to each place, what is set
+CARDS = {
+    "the way to the master": ({"MASTER_ADDR": "n1"}, {"n1": "ib0"}, ("ib0", "=ib0")),
+    "on the master, as Debian names it": (
+        {"MASTER_ADDR": "n1", "DSTRAIN_HOSTS": "n1,n2"},
+        {"n2": "eth1", "192.0.2.1": "eth0"},
+        ("eth1", "=eth1"),
+    ),
+    "nobody else is known": ({"MASTER_ADDR": "n1"}, {"192.0.2.1": "eth0"}, ("eth0", "=eth0")),
+    "no way anywhere": ({"MASTER_ADDR": "n1"}, {}, (None, None)),
+    "the user's": ({"MASTER_ADDR": "n1", "GLOO_SOCKET_IFNAME": "x"}, {"n1": "ib0"}, (None, None)),
+    "the user's for NCCL": (
+        {"MASTER_ADDR": "n1", "NCCL_SOCKET_IFNAME": "x"},
+        {"n1": "ib0"},
+        ("ib0", None),
+    ),
+    "one process": ({}, {"192.0.2.1": "eth0"}, (None, None)),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_the_network_card(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, cards, wanted = CARDS[case]
+    monkeypatch.setattr(rank_environment, "card_towards", cards.get)
+    found = network_variables(environment)
+    assert (found.get("GLOO_SOCKET_IFNAME"), found.get("NCCL_SOCKET_IFNAME")) == wanted
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1", "127.0.1.1", "localhost", "no-such-host.invalid", "a" * 300])
+def test_no_card_leads_there(place: str) -> None:
+    assert card_towards(place) is None

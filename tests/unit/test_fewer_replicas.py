@@ -1,0 +1,172 @@
+"""`elastic`: the plan of a run that lost hosts."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from plans import DATA, MINIMAL, shape
+from rich.console import Console
+
+from dstrain.cli.planning import Planned
+from dstrain.cli.running.restarting import Restarting, fewer_replicas
+from dstrain.cli.running.starting import refuse_elastic_alone
+from dstrain.config.loader import ResolvedConfig, load_config
+from dstrain.errors import DstrainError
+from dstrain.launch.devices import Devices
+from dstrain.launch.site import Site
+from dstrain.plan.layout import Host
+from dstrain.plan.plan import Machines, Plan, make_plan
+from dstrain.plan.run_folder import RunFolder
+
+HOSTS = tuple(Host(f"n{number}", 2) for number in range(1, 5))
+
+
+def planned(hosts: tuple[Host, ...] = HOSTS, **flags: object) -> tuple[Planned, ResolvedConfig]:
+    resolved = load_config(config_file=str(MINIMAL), flags={"restarts": 3, "elastic": True} | flags)
+
+    def make(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> Plan:
+        return make_plan(resolved, Machines(hosts, "cuda"), shape(), DATA, "/models/tiny/config.json")
+
+    devices = Devices("cuda", 2, ("a GPU", "a GPU"), memory_bytes=None)
+    return Planned(make(resolved, hosts), devices, Site(hosts, "pdsh"), make), resolved
+
+
+@pytest.mark.parametrize(
+    ("flags", "silent", "hosts", "replicas"),
+    [
+        ({"pipeline": 2, "global_batch": 24}, ["n4"], ["n1", "n2", "n3"], 3),
+        ({"pipeline": 2, "global_batch": 24}, ["n1"], ["n2", "n3", "n4"], 3),
+        ({"pipeline": 2, "global_batch": 24}, ["n1", "n3"], ["n2", "n4"], 2),
+        ({"pipeline": 4, "global_batch": 24}, ["n2"], ["n1", "n3"], 1),
+        ({"pipeline": 1, "global_batch": 24}, ["n4"], ["n1", "n2", "n3"], 6),
+        # 32 samples are not shared by 6 or 5 replicas, and 5 would fill the hosts unevenly.
+        ({"pipeline": 1, "global_batch": 32}, ["n4"], ["n1", "n2"], 4),
+        # The run has two of the three replicas that are left; it never grows beyond what was asked for.
+        ({"pipeline": 2, "data_parallel": 2, "global_batch": 24}, ["n2"], ["n1", "n3"], 2),
+        # A host that stood idle takes the place of the one that is gone.
+        ({"pipeline": 2, "data_parallel": 3, "global_batch": 24}, ["n1"], ["n2", "n3", "n4"], 3),
+    ],
+)
+def test_as_many_replicas_as_the_other_hosts_hold(
+    flags: dict[str, int], silent: list[str], hosts: list[str], replicas: int, tmp_path: Path
+) -> None:
+    before, resolved = planned(**flags)
+    after = fewer_replicas(before, resolved, dict.fromkeys(silent, "down"), RunFolder(tmp_path))
+    layout, full = after.plan.layout, before.plan.layout
+    assert [host.name for host in layout.hosts] == hosts
+    assert (layout.data_parallel, layout.pipeline, layout.cut) == (replicas, full.pipeline, full.cut)
+    assert after.plan.batch.global_batch == before.plan.batch.global_batch
+    assert not {host.name for host in after.site.hosts} & set(silent)
+    changed = {key for key, value in after.plan.identity.items() if value != before.plan.identity[key]}
+    assert changed <= {"data_parallel", "micro_batch"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "silent", "why"),
+    [
+        ({"pipeline": 8, "global_batch": 24}, ["n4"], "don't hold the 8 stages of a replica"),
+        (
+            {"pipeline": 2, "global_batch": 24},
+            ["n1", "n2", "n3", "n4"],
+            "don't hold the 2 stages of a replica",
+        ),
+    ],
+)
+def test_a_missing_stage_is_waited_for(
+    flags: dict[str, int], silent: list[str], why: str, tmp_path: Path
+) -> None:
+    before, resolved = planned(**flags)
+    with pytest.raises(DstrainError, match=why):
+        fewer_replicas(before, resolved, dict.fromkeys(silent, "down"), RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(("silent", "address"), [("n4", "10.0.0.1"), ("n1", None)])
+def test_the_first_hosts_address_is_not_another_ones(
+    silent: str, address: str | None, tmp_path: Path
+) -> None:
+    before, resolved = planned(pipeline=2, global_batch=24, master_addr="10.0.0.1")
+    after = fewer_replicas(before, resolved, {silent: "down"}, RunFolder(tmp_path))
+    assert after.plan.run_config.master_addr == address
+
+
+def test_micro_batches_stay_as_they_were_asked_for(tmp_path: Path) -> None:
+    """Three replicas would have 8 samples each, which micro-batches of 6 don't divide."""
+    before, resolved = planned(pipeline=2, global_batch=24, micro_batch=6)
+    after = fewer_replicas(before, resolved, {"n4": "down"}, RunFolder(tmp_path))
+    assert after.plan.layout.data_parallel == 2
+    assert (after.plan.batch.micro_batch, after.plan.batch.accumulation) == (6, 2)
+
+
+class Hosts:
+    """What ssh says of them, each time it is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, str]) -> None:
+        self.answers = list(answers)
+        monkeypatch.setattr("dstrain.cli.running.restarting.silent_hosts", lambda hosts: self.answers.pop(0))
+        monkeypatch.setattr("dstrain.cli.running.restarting.time.sleep", lambda seconds: None)
+
+
+def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = Hosts(monkeypatch, {"n3": "No route to host"}, {})
+    before, resolved = planned(pipeline=2, global_batch=24)
+    console = Console(file=io.StringIO(), width=200)
+    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    smaller = restarting.next_attempt(DstrainError("n3 is gone"), trained=True)
+    assert smaller.plan.layout.data_parallel == 3 and len(hosts.answers) == 1
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+    assert restarting.next_attempt(DstrainError("a rank was killed"), trained=True) is before
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "elastic on n1, n2, n4: 24 samples a step" in said and "without n3: No route to host" in said
+    assert "restart 2 of 3" in said
+
+
+def test_it_waits_where_it_can_not_shrink_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = {"n4": "No route to host"}
+    hosts = Hosts(monkeypatch, down, down, {})
+    before, resolved = planned(pipeline=8, global_batch=24)
+    console = Console(file=io.StringIO(), width=200)
+    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    assert restarting.next_attempt(DstrainError("x"), trained=True) is before
+    assert hosts.answers == []
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    waiting = "waiting for n4: No route to host (the other hosts don't hold the 8 stages of a replica)"
+    assert said.count(waiting) == 1
+
+
+def test_a_host_that_the_run_does_not_use_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = Hosts(monkeypatch, {"n4": "No route to host"})
+    before, resolved = planned(pipeline=2, data_parallel=3, global_batch=24)
+    console = Console(file=io.StringIO(), width=200)
+    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    assert restarting.next_attempt(DstrainError("x"), trained=True) is before
+    assert hosts.answers == []
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "none", "local"])
+def test_elastic_needs_several_hosts_that_can_be_asked(launcher: str) -> None:
+    _, resolved = planned()
+    refuse_elastic_alone(Site(HOSTS, "pdsh"), resolved)
+    hosts = HOSTS[:1] if launcher == "local" else HOSTS
+    with pytest.raises(DstrainError, match="no hostfile with several hosts"):
+        refuse_elastic_alone(Site(hosts, launcher), resolved)
+
+
+@pytest.mark.parametrize("flags", [{"elastic": True}, {"elastic": True, "restarts": 0}])
+def test_elastic_is_about_restarts(flags: dict[str, object]) -> None:
+    resolved = load_config(config_file=str(MINIMAL), flags=flags)
+    with pytest.raises(DstrainError, match="it is not to start again"):
+        make_plan(resolved, Machines(HOSTS, "cuda"), shape(), DATA, "/models/tiny/config.json")
+
+
+def test_checkpoints_to_keep_need_checkpoints() -> None:
+    resolved = load_config(config_file=str(MINIMAL), flags={"save_every": "never", "keep_every": 10})
+    with pytest.raises(DstrainError, match="none is made"):
+        make_plan(resolved, Machines(HOSTS, "cuda"), shape(), DATA, "/models/tiny/config.json")
