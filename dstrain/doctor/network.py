@@ -6,9 +6,9 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from dstrain.addresses import own_addresses
 from dstrain.doctor.conversation import Conversation, ask_all, ask_each
 from dstrain.doctor.findings import FAILED, OK, WARNING, Check
-from dstrain.launch.addresses import own_addresses
 from dstrain.launch.reach import Trouble
 
 HERE = "this machine"

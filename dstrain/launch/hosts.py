@@ -11,6 +11,7 @@ import re
 import socket
 from pathlib import Path
 
+from dstrain.addresses import address_towards
 from dstrain.errors import DstrainError
 from dstrain.plan.layout import Host
 
@@ -140,15 +141,10 @@ def _is_address(name: str) -> bool:
 
 
 def _is_own_address(family: int, address: str | int) -> bool:
-    """The kernel reaches an own address from that same address; connecting a UDP socket sends nothing.
+    """The kernel reaches an own address from that same address.
 
     Trying to bind would be shorter, but succeeds for any address where ip_nonlocal_bind is set.
     """
     if family == socket.AF_INET and str(address).startswith("127."):
         return True  # all of 127.0.0.0/8, though the kernel answers from 127.0.0.1
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))
-            return bool(probe.getsockname()[0] == address)
-    except OSError:
-        return False
+    return address_towards(family, str(address)) == address

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dstrain.launch.addresses import own_addresses
+from dstrain.addresses import own_addresses
 from dstrain.plan.lifeline import SILENCE_SECONDS, keep_alive, plan_digest
 from dstrain.plan.run_folder import RankStatus
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import psutil
 
+from dstrain.addresses import OUTSIDE, address_towards
 from dstrain.plan.layout import HOSTS
 
 # RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
@@ -21,10 +22,6 @@ _OTHERS = (
 )
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-# Any port does: a UDP socket that is connected sends nothing.
-_NO_PORT = 9
-# Reserved for documentation (RFC 5737): the way there is the way to the outside.
-_OUTSIDE = "192.0.2.1"
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -53,7 +50,7 @@ def network_variables(environ: Mapping[str, str]) -> dict[str, str]:
     master = environ.get("MASTER_ADDR")
     if not master or environ.get(_GLOO):
         return {}
-    places = [master, *environ.get(HOSTS, "").split(","), _OUTSIDE]
+    places = [master, *environ.get(HOSTS, "").split(","), OUTSIDE]
     card = next((found for place in places if place and (found := card_towards(place))), None)
     if card is None:
         return {}
@@ -67,17 +64,12 @@ def card_towards(place: str) -> str | None:
     None where it has no address, no way leads there, or it is this machine under a loopback address.
     """
     try:
-        found = socket.getaddrinfo(place, _NO_PORT, socket.AF_INET, socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(place, None, socket.AF_INET, socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return None
-    for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            try:
-                probe.connect(address)
-            except OSError:
-                continue
-            own = probe.getsockname()[0]
-        if not own.startswith("127."):
+    for family, _, _, _, address in found:
+        own = address_towards(family, str(address[0]))
+        if own is not None and not own.startswith("127."):
             return _owner(own)
     return None
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cluster.hosts import Cluster
 from tests.cluster.needs import require_cluster
+from tests.cluster.runs import lay_out
 from tests.e2e.conftest import cache, materials, repository_root
 from tests.forking.program import HOOK
 
@@ -53,6 +54,14 @@ def environment(real_environment: dict[str, str]) -> dict[str, str]:
     """The same with forks in place of new interpreters: see tests/forking."""
     path = os.pathsep.join([str(HOOK), real_environment["PYTHONPATH"]])
     return {**real_environment, "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="module")
+def shared_place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on the hosts' shared disk with ``model`` and ``text.jsonl``, for the runs of one file."""
+    place = tmp_path_factory.mktemp("site")
+    lay_out(materials, place)
+    return place
 
 
 def dstrain_argv(*arguments: str) -> list[str]:

@@ -21,7 +21,7 @@ from dstrain.plan.run_folder import RunFolder
 from tests.cluster.commands import Command, Result
 from tests.cluster.conftest import dstrain_argv
 from tests.cluster.hosts import Cluster
-from tests.cluster.runs import END_SECONDS, lay_out, numbers
+from tests.cluster.runs import END_SECONDS, numbers
 from tests.cluster.small_run import argv as small_argv
 from tests.cluster.waiting import wait_until
 
@@ -244,15 +244,8 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(
-    session_cluster: Cluster,
-    environment: dict[str, str],
-    materials: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Site:
-    place = tmp_path_factory.mktemp("site")
-    lay_out(materials, place)
-    return Site(session_cluster, environment, place)
+def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Site:
+    return Site(session_cluster, environment, shared_place)
 
 
 @pytest.fixture(scope="module")

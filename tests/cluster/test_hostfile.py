@@ -20,7 +20,7 @@ from tests.cluster.commands import Command, Result
 from tests.cluster.conftest import dstrain_argv
 from tests.cluster.hosts import Cluster
 from tests.cluster.processes import Process
-from tests.cluster.runs import END_SECONDS, lay_out, numbers
+from tests.cluster.runs import END_SECONDS, numbers
 from tests.cluster.waiting import wait_until
 
 # `cluster`: nothing runs on the hosts after a test, whatever came of it.
@@ -56,15 +56,8 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(
-    session_cluster: Cluster,
-    environment: dict[str, str],
-    materials: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Site:
-    place = tmp_path_factory.mktemp("site")
-    lay_out(materials, place)
-    return Site(session_cluster, environment, place)
+def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Site:
+    return Site(session_cluster, environment, shared_place)
 
 
 @pytest.fixture(scope="module")

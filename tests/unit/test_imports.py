@@ -51,6 +51,14 @@ def test_these_rooms_are_light(module: str, repository: Path) -> None:
     assert not loaded_by(f"import {module}", repository) & HEAVY
 
 
+def test_launch_and_supervise_know_no_pydantic_either(repository: Path) -> None:
+    modules = (
+        "dstrain.launch.hosts, dstrain.launch.devices, dstrain.launch.command, dstrain.launch.environment"
+    )
+    code = f"import {modules}, dstrain.supervise.supervisor, dstrain.supervise.guard"
+    assert not loaded_by(code, repository) & (HEAVY | {"pydantic"})
+
+
 def test_the_command_line_imports_no_more_than_click(repository: Path) -> None:
     loaded = loaded_by("import dstrain.cli.main", repository)
     assert "click" in loaded

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.launch.addresses import own_addresses
+from dstrain.addresses import own_addresses
 from dstrain.plan.lifeline import ADDRESS
 from dstrain.plan.run_folder import RankStatus, RunFolder
 from dstrain.supervise.lifeline import Lifeline
