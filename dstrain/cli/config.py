@@ -25,7 +25,7 @@ def show(
     """Show the final DeepSpeed JSON of these arguments."""
     from dstrain.cli.planning import plan_for
     from dstrain.config.loader import load_config
-    from dstrain.plan.deepspeed_json import leaves
+    from dstrain.plan.deepspeed.composed import leaves
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     plan = plan_for(resolved).plan

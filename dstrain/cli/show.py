@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.plan.disk import in_words, most_checkpoints
+from dstrain.plan.estimates.disk import in_words, most_checkpoints
 from dstrain.plan.plan import Plan
 
 # Above this many ranks the table shows one replica: the others are alike.

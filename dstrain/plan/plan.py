@@ -12,12 +12,13 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.attention import check_attention
 from dstrain.plan.batch import Batch, make_batch
-from dstrain.plan.cut import cut_as_asked, cut_by_time, stage_bytes
-from dstrain.plan.deepspeed_values import deepspeed_config
-from dstrain.plan.disk import checkpoint_bytes, disk_bytes
+from dstrain.plan.cutting.cut import cut_as_asked, cut_by_time, stage_bytes
+from dstrain.plan.cutting.stage_time import attended_share, layer_times, stage_shares
+from dstrain.plan.deepspeed.values import deepspeed_config
+from dstrain.plan.estimates.disk import checkpoint_bytes, disk_bytes
+from dstrain.plan.estimates.memory import USABLE, estimate
 from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.plan.loss_chunk import loss_chunk
-from dstrain.plan.memory import USABLE, estimate
 from dstrain.plan.refusals import (
     check_batch,
     check_frozen,
@@ -28,7 +29,6 @@ from dstrain.plan.refusals import (
     refuse,
 )
 from dstrain.plan.shape import ModelShape
-from dstrain.plan.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.warnings import warnings_about, warnings_about_memory
 
 FORMAT = 4

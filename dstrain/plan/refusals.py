@@ -11,8 +11,8 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.attention import refuse_attention
 from dstrain.plan.batch import Batch
+from dstrain.plan.cutting.partition import WORDS, blocks_of_spans, even_blocks
 from dstrain.plan.layout import Layout, count_spans
-from dstrain.plan.partition import WORDS, blocks_of_spans, even_blocks
 from dstrain.plan.shape import ModelShape
 
 

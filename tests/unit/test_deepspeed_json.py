@@ -18,7 +18,7 @@ import pytest
 from plans import plan, shape
 
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed_json import leaves
+from dstrain.plan.deepspeed.composed import leaves
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan
 

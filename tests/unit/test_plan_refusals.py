@@ -14,8 +14,8 @@ from dstrain.config.files import is_hub_name, model_config_file
 from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.estimates.memory import estimate
 from dstrain.plan.layout import Host
-from dstrain.plan.memory import estimate
 from dstrain.plan.plan import Machines
 from dstrain.plan.shape import ModelShape, Tied
 

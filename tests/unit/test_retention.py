@@ -15,7 +15,7 @@ from dstrain.cli.options import choices, given
 from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.disk import check_disk, in_words, most_checkpoints
+from dstrain.plan.estimates.disk import check_disk, in_words, most_checkpoints
 from dstrain.train.saving.save_schedule import SaveSchedule
 
 

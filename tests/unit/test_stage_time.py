@@ -15,13 +15,13 @@ from plans import DATA, plan
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.cutting.partition import cut_by_cost
+from dstrain.plan.cutting.stage_time import attended_share, layer_times, stage_shares
+from dstrain.plan.estimates.memory import Memory, estimate, micro_batches_in_flight, state_bytes
 from dstrain.plan.layout import Host, Layout
 from dstrain.plan.loss_chunk import loss_chunk
-from dstrain.plan.memory import Memory, estimate, micro_batches_in_flight, state_bytes
-from dstrain.plan.partition import cut_by_cost
 from dstrain.plan.plan import Machines
 from dstrain.plan.shape import Layer, ModelShape, Tied
-from dstrain.plan.stage_time import attended_share, layer_times, stage_shares
 
 GB = 10**9
 EMBEDDING = 128_256 * 2048

@@ -14,7 +14,7 @@ from dstrain.checkpoint.manifest import newest_complete
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.site import Site
-from dstrain.plan.disk import check_disk
+from dstrain.plan.estimates.disk import check_disk
 from dstrain.plan.plan import Plan
 from dstrain.plan.run_folder import RunFolder
 

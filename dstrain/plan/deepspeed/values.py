@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.plan.batch import Batch
-from dstrain.plan.deepspeed_json import DeepSpeedConfig, Derived, compose
+from dstrain.plan.deepspeed.composed import DeepSpeedConfig, Derived, compose
 from dstrain.plan.layout import Layout
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dstrain.plan.layout import count_spans
-from dstrain.plan.memory import Memory
-from dstrain.plan.partition import (
+from dstrain.plan.cutting.partition import (
     Farthest,
     blocks_of_spans,
     cut_by_blocks,
@@ -17,6 +15,8 @@ from dstrain.plan.partition import (
     cut_folded,
     even_blocks,
 )
+from dstrain.plan.estimates.memory import Memory
+from dstrain.plan.layout import count_spans
 from dstrain.plan.shape import ModelShape
 
 

@@ -1,0 +1,1 @@
+"""Where the layers of a run are cut into stages."""

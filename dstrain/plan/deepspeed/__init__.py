@@ -1,0 +1,1 @@
+"""The DeepSpeed JSON of a plan: composed from fragments, each key with its origin."""
