@@ -30,7 +30,8 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## the pages that are written by the code
+docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code
+	$(BIN)/python -m dstrain.engine.known_keys.table > dstrain/config/deepspeed_keys.json
 	$(BIN)/python -m dstrain.plan.layout_table > docs/layouts.md
 	$(BIN)/python -m dstrain.model.trials.families > docs/models.md
 

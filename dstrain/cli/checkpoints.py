@@ -143,7 +143,7 @@ def _show(name: str, records: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dstrain.plan.estimates.disk import in_words
+    from dstrain.plan.words import in_words
 
     table = Table(title=f"checkpoints of {escape(name)}")
     for heading in ("step", "size", "layout", "loss", "saved at", "state"):

@@ -23,7 +23,7 @@ COMMANDS = {
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
     "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),
-    "config": ("dstrain.cli.config", "Look at configurations."),
+    "config": ("dstrain.cli.config.group", "Make, check, describe, show and compare configurations."),
 }
 
 
@@ -88,11 +88,16 @@ def main() -> None:
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is None:  # what the parser says names no command
+            command = next((word for word in arguments if word in COMMANDS), "")
+            click.echo(f"Try '{f'dstrain {command}'.strip()} --help' for help.\n", err=True)
         error.show()
         sys.exit(error.exit_code)
 
 
 def _say(message: str) -> None:
+    # What the user typed or wrote may stand in it: nothing of that is for the terminal to carry out.
+    message = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in message)
     click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
 
 

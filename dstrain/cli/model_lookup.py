@@ -6,27 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.cli.child import run_module
 from dstrain.config.files import cache_folder, is_hub_name, model_config_file, model_shapes
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.text_file import read_text
+from dstrain.data.tokenizer_files import VOCABULARY_FILES
 from dstrain.errors import DstrainError
-
-VOCABULARY_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-    "tekken.json",
-)
-"""A folder with one of these has a tokenizer. As in dstrain.data.tokenizers, which this side may not import."""
 
 _SHOWN = 3  # names in one line
 
@@ -64,6 +51,7 @@ def find_model(resolved: ResolvedConfig) -> FoundModel:
     if is_hub_name(model):
         model = str(_fetch(model, "weights" if config.init == "pretrained" else "config", where))
     file = model_config_file(model, where=where).absolute()
+    _refuse_no_config(file, where)
     found = FoundModel(file, None if config.model in model_shapes() else file.parent)
     if config.init == "pretrained" and config.tokenizer == "auto" and found.tokenizer == "bytes":
         raise DstrainError(
@@ -74,7 +62,33 @@ def find_model(resolved: ResolvedConfig) -> FoundModel:
     return found
 
 
+def _refuse_no_config(file: Path, where: str) -> None:
+    """What can be told of a config.json without transformers. Raises DstrainError."""
+    hint = 'a Hugging Face config.json is one JSON object: {"model_type": "llama", ...}'
+    text = read_text(file, where=where)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DstrainError(
+            f"malformed JSON: {error.msg}", where=f"{file}:{error.lineno}", hint=hint
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DstrainError(f"malformed JSON: {error}", where=str(file), hint=hint) from None
+    if not isinstance(values, dict):
+        raise DstrainError("expected a JSON object", where=str(file), hint=hint)
+    if not isinstance(values.get("model_type"), str):
+        raise DstrainError(
+            "the configuration has no model_type",
+            where=str(file),
+            hint='the family of the model, for instance "model_type": "llama"',
+        )
+
+
 def _fetch(name: str, what: str, where: str) -> Path:
+    import tempfile
+
+    from dstrain.cli.child import run_module
+
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "folder.json"
         try:
@@ -99,6 +113,8 @@ def check_pretrained(model: FoundModel) -> None:
     content = f"{version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
     if not kept.exists():
+        from dstrain.cli.child import run_module
+
         kept.parent.mkdir(parents=True, exist_ok=True)
         run_module(
             "dstrain.model.weights.check_weights", str(model.config_file), str(model.folder), str(kept)

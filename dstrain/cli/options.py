@@ -57,7 +57,7 @@ _CHOICES: list[tuple[str, Any, str]] = [
     (
         "nodes",
         click.IntRange(1),
-        "With --launcher none: nodes that dstrain is typed on. Of submit: the job's.",
+        "With --launcher none: nodes that dstrain is typed on. Of submit: the job's. Of plan --device: how many.",
     ),
     ("processes", click.IntRange(1), "With --launcher none: ranks on each node. Default: its GPUs."),
     ("master_addr", str, "Name or address at which the others reach rank 0's host."),

@@ -8,26 +8,68 @@ from typing import Any
 import click
 
 from dstrain.cli.options import choices, given, layers
+from dstrain.errors import DstrainError
 
 
 @click.command("plan")
 @layers
 @choices
+@click.option("--explain", "explained", metavar="KEY", help="What a key does, its value here, and why.")
+@click.option(
+    "--fit", is_flag=True, help="Search the layouts that suit these devices best, and what to type."
+)
+@click.option(
+    "--device",
+    metavar="NAME|FILE",
+    help="Plan for devices that are not here: h100-80g, a100-40g, ..., or a file. With --nodes or --hostfile.",
+)
+@click.option("--gpus-per-node", type=click.IntRange(1), help="With --device: devices of each node.")
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def command(
-    recipe: str | None, config_file: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    explained: str | None,
+    as_json: bool,
+    fit: bool,
+    device: str | None,
+    gpus_per_node: int | None,
+    **flags: Any,
 ) -> None:
     """Show what `dstrain run` would do with the same arguments, and start nothing."""
+    from dstrain.cli.machines import elsewhere
     from dstrain.cli.planning import plan_for
     from dstrain.config.loader import load_config
 
+    if fit and explained is not None:
+        raise DstrainError(
+            "--fit compares layouts, and --explain is about one",
+            where="--explain",
+            hint="leave one of the two out",
+        )
+    if explained is not None:
+        from dstrain.plan.deepspeed.explain import keys_meant
+
+        keys_meant(explained)  # refuses what is no key, before the model and the data are looked at
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
-    plan = plan_for(resolved).plan
+    described = elsewhere(device, gpus_per_node)
+    if fit:
+        from dstrain.cli.fitting import fitted_for
+        from dstrain.cli.showing.fit import show_fit
+
+        show_fit(fitted_for(resolved, described), as_json=as_json)
+        return
+    plan = plan_for(resolved, described).plan
+    if explained is not None:
+        from dstrain.cli.showing.explanation import show_explanation
+
+        show_explanation(plan, explained, as_json=as_json)
+        return
     if as_json:
         click.echo(json.dumps(plan.to_record(), indent=2))
         return
     from rich.console import Console
 
-    from dstrain.cli.show import show_plan
+    from dstrain.cli.showing.plan import show_plan
 
     show_plan(plan, Console())

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dstrain.cli.child import run_module
+from dstrain.cli.machines import Elsewhere, find_machines
 from dstrain.cli.model_lookup import check_pretrained, find_model
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
+from dstrain.data.kept_summary import read_summary, summary_file, tokenizer_state
+from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
-from dstrain.launch.devices import Devices, has_async_io, local_devices
-from dstrain.launch.site import Site, find_site
-from dstrain.plan.attention import FLASH_PACKAGES
+from dstrain.launch.devices import Devices
+from dstrain.launch.site import Site
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
 from dstrain.plan.refusals import refuse
+from dstrain.plan.shape import FORMAT as SHAPE_FORMAT
 from dstrain.plan.shape import ModelShape
 
 
@@ -37,24 +37,54 @@ class Planned:
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
 
 
-def plan_for(resolved: ResolvedConfig) -> Planned:
+@dataclass(frozen=True)
+class Prepared:
+    """All that a plan follows from but the choices: the model's shape, its data, the machines."""
+
+    devices: Devices
+    site: Site
+    shape: ModelShape
+    machines: Machines
+    make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
+    """The plan of these choices on these hosts."""
+
+
+def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Planned:
     """Make the plan, measuring the model and preparing the data where that was not done before.
+
+    Args:
+        described: machines that are not here; None: those that are.
 
     Raises:
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
-    config = resolved.config
     refuse(resolved)  # before the model and the data are looked at: this needs neither
-    if config.offload == "nvme" and not has_async_io():
+    prepared = prepare(resolved, described)
+    site = prepared.site
+    plan = prepared.make(resolved, prepared.machines.hosts)
+    if site.launcher == "none" and described is None and len(plan.layout.hosts) < len(site.hosts):
         raise DstrainError(
-            "DeepSpeed writes to the disk through libaio, which is not installed",
-            where=str(resolved.origin("offload")),
-            hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
+            f"{plan.layout.world_size} ranks leave {len(site.hosts) - len(plan.layout.hosts)} of {len(site.hosts)}"
+            " nodes without any",
+            where=str(resolved.origin("nodes")),
+            hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
         )
-    devices = local_devices()
-    site = find_site(resolved, devices)
-    hosts = site.hosts or (Host("localhost", devices.count),)
-    flash = tuple(package for package in FLASH_PACKAGES.values() if find_spec(package))
+    if site.told is not None:
+        plan = replace(plan, warnings=(*plan.warnings, site.told))
+    return Planned(plan, prepared.devices, site, prepared.make)
+
+
+def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Prepared:
+    """Look at the machines, measure the model and prepare the data, where that was not done before.
+
+    Args:
+        described: machines that are not here; None: those that are.
+
+    Raises:
+        DstrainError: one of them can't be used.
+    """
+    config = resolved.config
+    devices, site, machines = find_machines(resolved, described)
     model = find_model(resolved)
     shape = _measure_model(model.config_file)
     if config.init == "pretrained":
@@ -64,42 +94,50 @@ def plan_for(resolved: ResolvedConfig) -> Planned:
     folder = str(model.folder) if model.folder else None
 
     def make(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> Plan:
-        machines = Machines(
-            hosts, devices.kind, devices.names, devices.precisions, devices.memory_bytes, flash
-        )
-        return make_plan(resolved, machines, shape, data, str(model.config_file), fingerprint, folder)
+        on = replace(machines, hosts=hosts)
+        return make_plan(resolved, on, shape, data, str(model.config_file), fingerprint, folder)
 
-    plan = make(resolved, hosts)
-    if site.launcher == "none" and len(plan.layout.hosts) < len(site.hosts):
-        raise DstrainError(
-            f"{plan.layout.world_size} ranks leave {len(site.hosts) - len(plan.layout.hosts)} of {len(site.hosts)}"
-            " nodes without any",
-            where=str(resolved.origin("nodes")),
-            hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
-        )
-    if site.told is not None:
-        plan = replace(plan, warnings=(*plan.warnings, site.told))
-    return Planned(plan, devices, site, make)
+    return Prepared(devices, site, shape, machines, make)
 
 
 def _measure_model(model_file: Path) -> ModelShape:
     """The model's shape: measured once for a config file and a version of transformers, then kept."""
     version = importlib.metadata.version("transformers")
-    key = hashlib.sha256(version.encode() + model_file.read_bytes()).hexdigest()[:24]
+    key = hashlib.sha256(f"{SHAPE_FORMAT} {version} ".encode() + model_file.read_bytes()).hexdigest()[:24]
     kept = cache_folder() / "shapes" / f"{key}.json"
     if kept.exists():
         try:
             return ModelShape.read(kept)
-        except (ValueError, KeyError):  # written by another version: measured again
-            kept.unlink()
+        except (ValueError, KeyError):  # damaged: measured again
+            kept.unlink(missing_ok=True)
+    from dstrain.cli.child import run_module
+
     kept.parent.mkdir(parents=True, exist_ok=True)
     run_module("dstrain.model.measuring.measure", str(model_file), str(kept))
     return ModelShape.read(kept)
 
 
 def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
-    """Tokenise the data into the cache, where the ranks will find them, and say what they hold."""
+    """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
+
+    What was found out about the same data before is read instead, where their tokens are still as they were.
+    """
     config = resolved.config
+    kept = summary_file(
+        cache_folder() / "data",
+        find_files(config.data),
+        tokenizer_state(tokenizer),
+        seq_len=config.seq_len,
+        held_out=config.held_out,
+        pack=config.pack,
+    )
+    known = read_summary(kept)
+    if known is not None:
+        return known
+    import tempfile
+
+    from dstrain.cli.child import run_module
+
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "summary.json"
         request.write_text(

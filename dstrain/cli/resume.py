@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
     from dstrain.cli.planning import plan_for
     from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
     from dstrain.cli.running.execute import execute
-    from dstrain.cli.show import show_plan
+    from dstrain.cli.showing.plan import show_plan
     from dstrain.config.loader import override, read_config
     from dstrain.plan.run_folder import RunFolder, last_step
 
@@ -64,11 +65,13 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
 
 def find_run(run: str) -> Any:
     """The run folder that RUN means. Raises DstrainError."""
+    from dstrain.config.text_file import shown
     from dstrain.plan.run_folder import RunFolder
 
-    for path in (Path(run), Path("runs") / run):
-        if (path / "config.yaml").is_file():
-            return RunFolder(path)
+    with suppress(OSError):  # a name that no folder can have
+        for path in (Path(run), Path("runs") / run):
+            if (path / "config.yaml").is_file():
+                return RunFolder(path)
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
     hint = f"below runs/ there are: {', '.join(known[-8:])}" if known else "`dstrain run` makes one"
-    raise DstrainError(f"{run!r} is no run folder (it has no config.yaml)", where="RUN", hint=hint)
+    raise DstrainError(f"{shown(run)!r} is no run folder (it has no config.yaml)", where="RUN", hint=hint)

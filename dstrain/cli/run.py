@@ -35,7 +35,7 @@ def command(
     from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
     from dstrain.cli.running.execute import execute
     from dstrain.cli.running.starting import new_run_folder
-    from dstrain.cli.show import show_plan
+    from dstrain.cli.showing.plan import show_plan
     from dstrain.config.loader import load_config
     from dstrain.plan.run_folder import RunFolder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from functools import lru_cache
@@ -27,13 +28,21 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in (ds_configs() / "recipes").glob("*.yaml"))
 
 
-def recipe_path(name: str) -> Path:
+def recipe_path(name: str, *, where: str = "--recipe") -> Path:
     """The file of a recipe. Raises DstrainError for an unknown name."""
     if name not in recipes():
         raise DstrainError(
-            f"there is no recipe {name!r}", where="--recipe", hint=f"known: {', '.join(recipes())}"
+            f"there is no recipe {name!r}",
+            where=where,
+            hint=f"{_near(name, recipes())}known: {', '.join(recipes())}; a file of your own: --config FILE",
         )
     return ds_configs() / "recipes" / f"{name}.yaml"
+
+
+def _near(name: str, names: list[str]) -> str:
+    """The name that was meant, if one is near, in front of a hint."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def model_shapes() -> list[str]:
@@ -72,7 +81,8 @@ def model_config_file(model: str, *, where: str) -> Path:
     raise DstrainError(
         f"{model!r} is neither a folder nor a built-in shape, nor like org/name on the hub",
         where=where,
-        hint=f"a folder with a Hugging Face config.json, org/name, or one of: {', '.join(model_shapes())}",
+        hint=f"{_near(model, model_shapes())}a folder with a Hugging Face config.json, org/name, or one of:"
+        f" {', '.join(model_shapes())}",
     )
 
 

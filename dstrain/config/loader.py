@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dstrain.config.files import recipe_path
+from dstrain.config.deepspeed_keys import find, homes_of
+from dstrain.config.files import recipe_path, recipes
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
@@ -28,21 +29,21 @@ _ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "did you mean micro_batch?",
     "zero_stage": "did you mean zero?",
 }
-# Top-level keys of DeepSpeed's JSON that are no choice of dstrain's under another name.
-_OF_DEEPSPEED = (
-    "zero_optimization", "fp16", "bf16", "scheduler", "communication_data_type", "checkpoint", "comms_logger",
-    "steps_per_print", "wall_clock_breakdown", "flops_profiler", "aio", "tensorboard", "wandb", "csv_monitor",
-)  # fmt: skip
+_MOST_SHOWN = 100  # characters of a value
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A run config and the origin of each of its keys (of each leaf, inside ``deepspeed``)."""
+    """A run config and the origin of each of its keys (of each leaf, inside ``deepspeed``).
+
+    ``blocks``: where the mappings inside ``deepspeed`` begin in a file.
+    """
 
     config: RunConfig
     origins: Mapping[Path_, Origin]
+    blocks: Mapping[Path_, Origin] = field(default_factory=dict)
 
     def origin(self, *path: str) -> Origin:
         """The origin of a key; of its nearest parent, where the key itself has none."""
@@ -61,6 +62,21 @@ class ResolvedConfig:
             lines.append(f"{first}  # {place if place.isprintable() else ascii(place)}")
             lines.extend(rest)
         return "\n".join(lines) + "\n"
+
+
+class ConfigError(DstrainError):
+    """All that is wrong with a config at once. Shown as the first; `dstrain config check` shows them all.
+
+    Attributes:
+        errors: each with its own place and hint.
+        rest: the config without what is wrong: the defaults stand for it.
+    """
+
+    def __init__(self, errors: Sequence[DstrainError], rest: ResolvedConfig) -> None:
+        first = errors[0]
+        super().__init__(first.message, hint=first.hint, where=first.where)
+        self.errors = tuple(errors)
+        self.rest = rest
 
 
 def load_config(
@@ -84,61 +100,75 @@ def load_config(
     """
     values: dict[str, Any] = {}
     origins: dict[Path_, Origin] = {}
+    blocks: dict[Path_, Origin] = {}
 
     def lay(document: Document, kind: str, name: str) -> None:
+        blocks.update({path: Origin(kind, f"{name}:{line}") for path, line in document.lines.items()})
         for path, value in _leaves(document.values):
             line = document.lines.get(path)
             place = f"{name}:{line}" if line else name
             _put(values, origins, path, value, Origin(kind, place))
 
+    where_named = "--recipe"
     own = read_yaml(Path(config_file), where="--config") if config_file is not None else None
     if own is not None:
         named = own.values.pop("recipe", None)
         if named is not None and not isinstance(named, str):
-            raise DstrainError("recipe must be a name", where=f"{config_file}:{own.lines[('recipe',)]}")
-        recipe = recipe or named
+            raise DstrainError(
+                "recipe must be a name",
+                where=f"{config_file}:{own.lines[('recipe',)]}",
+                hint=f"known: {', '.join(recipes())}",
+            )
+        if recipe is None and named is not None:
+            recipe, where_named = named, f"{config_file}:{own.lines[('recipe',)]}"
     if recipe is None and own is None:
         recipe = DEFAULT_RECIPE
     if recipe is not None:
-        path = recipe_path(recipe)
+        path = recipe_path(recipe, where=where_named)
         lay(read_yaml(path, where="--recipe"), "recipe", path.name)
     if own is not None:
         lay(own, "file", str(config_file))
-    return _finish(values, origins, settings, flags or {})
+    return _finish(values, origins, settings, flags or {}, blocks)
 
 
 def read_config(path: Path) -> ResolvedConfig:
     """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
     document = read_yaml(path, where=str(path))
     origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
-    return _finish(document.values, origins, (), {})
+    return _finish(document.values, origins, (), {}, origins)
 
 
 def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[str] = ()) -> ResolvedConfig:
     """The same config with some values laid on top (a resumed run's own flags)."""
     values = json.loads(base.config.model_dump_json())
     origins = dict(base.origins)
-    return _finish(values, origins, settings, flags)
+    return _finish(values, origins, settings, flags, base.blocks)
 
 
 def _finish(
-    values: dict[str, Any], origins: dict[Path_, Origin], settings: Sequence[str], flags: Mapping[str, Any]
+    values: dict[str, Any],
+    origins: dict[Path_, Origin],
+    settings: Sequence[str],
+    flags: Mapping[str, Any],
+    blocks: Mapping[Path_, Origin],
 ) -> ResolvedConfig:
     """Lay ``--set`` and the flags on top, refuse unknown keys, check the values."""
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise DstrainError(
-                f"{setting!r} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
+                f"{_shown(setting)} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
             )
         for path, value in _leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
         _put(values, origins, (key,), value, flag_origin(key))
-    for key in values:
-        if key not in field_names():
-            raise _unknown_key(key, origins)
-    return ResolvedConfig(_validate(values, origins), origins)
+    known = {key: value for key, value in values.items() if key in field_names()}
+    found = [_unknown_key(key, origins) for key in values if key not in known]
+    config, wrong = _validate(known, origins)
+    if found or wrong:
+        raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks))
+    return ResolvedConfig(config, origins, blocks)
 
 
 def _leaves(values: Mapping[str, Any], path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
@@ -181,33 +211,54 @@ def _unknown_key(key: str, origins: Mapping[Path_, Origin]) -> DstrainError:
     origin = next((origin for path, origin in origins.items() if path[0] == key), None)
     if key in _ELSEWHERE:
         hint = _ELSEWHERE[key]
-    elif key in _OF_DEEPSPEED:
+    elif find((key,)) is not None:
         hint = f"DeepSpeed's own keys stand below `deepspeed:` (--set deepspeed.{key}...)"
     else:
-        near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(field_names())}"
+        near = difflib.get_close_matches(key.lower(), [*field_names(), *_ELSEWHERE], n=1)
+        homes = homes_of(key)
+        if len(homes) == 1:
+            hint = f"DeepSpeed's own keys stand below `deepspeed:` (--set deepspeed.{'.'.join(homes[0])}=...)"
+        else:
+            hint = f"the keys are: {', '.join(field_names())}"
+            if near:
+                hint = _ELSEWHERE.get(near[0], f"did you mean {near[0]}?")
     return DstrainError(f"unknown key {key!r}", where=str(origin) if origin else None, hint=hint)
 
 
-def _validate(values: Mapping[str, Any], origins: Mapping[Path_, Origin]) -> RunConfig:
-    """Check types and ranges; the first error becomes one message with its place."""
+def _validate(
+    values: Mapping[str, Any], origins: Mapping[Path_, Origin]
+) -> tuple[RunConfig, list[DstrainError]]:
+    """Check types and ranges. The config of what is right, and one error with its place for each key that is not."""
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(dict(values)), []
     except ValidationError as errors:
-        error = errors.errors()[0]
-        path = tuple(str(part) for part in error["loc"])
-        field = path[0]
-        origin = origins.get(path[:1]) or next(
-            (origin for known, origin in origins.items() if known[0] == field), DEFAULT
-        )
-        given = values[field]
-        raise DstrainError(
-            f"{field} = {given!r}: {_in_words(error)}", where=str(origin), hint=_hint(field, given)
-        ) from None
+        wrong = {str(error["loc"][0]): error for error in reversed(errors.errors())}
+    found = [_wrong_value(field, wrong[field], values[field], origins) for field in values if field in wrong]
+    right = {field: value for field, value in values.items() if field not in wrong}
+    return RunConfig.model_validate(right), found
+
+
+def _wrong_value(field: str, error: Any, given: Any, origins: Mapping[Path_, Origin]) -> DstrainError:
+    origin = origins.get((field,)) or next(
+        (origin for known, origin in origins.items() if known[0] == field), DEFAULT
+    )
+    return DstrainError(
+        f"{field} = {_shown(given)}: {_in_words(error)}", where=str(origin), hint=_hint(field, given, error)
+    )
+
+
+def _shown(given: Any) -> str:
+    """A value for a message: all of it, unless that would fill the screen."""
+    text = repr(given)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _in_words(error: Any) -> str:
     """pydantic's message in the tone of the others."""
+    if error["type"] == "string_pattern_mismatch":  # of host names alone
+        return "must be a host name or an address: letters, digits and . _ : - only"
+    if error["type"] in ("too_short", "too_long"):
+        return f"must have {error['ctx'].get('min_length') or error['ctx']['max_length']} items"
     message = (
         str(error["msg"])
         .removeprefix("Value error, ")
@@ -218,11 +269,16 @@ def _in_words(error: Any) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _hint(field: str, given: Any) -> str:
+def _hint(field: str, given: Any, error: Any) -> str:
     info = RunConfig.model_fields[field]
-    if info.annotation in (str, str | None) and isinstance(given, (bool, int, float)):
+    if error["type"] == "string_type" and isinstance(given, (bool, int, float)):
         return f'write it in quotes: {field}: "{given}"'
     if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):
         return "write the number without quotes"
-    example = f"for example {dump_yaml({field: info.default}).strip()}"
+    if info.default is None:
+        return str(info.description)
+    example = dump_yaml({field: info.default}).strip()
+    if isinstance(info.default, list | dict):
+        example = f"{field}: {json.dumps(info.default)}"  # in one line
+    example = f"for example {example}"
     return f"{info.description}; {example}" if info.description else example

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from dstrain.config.duration import seconds
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 10**12
+"""Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -62,10 +64,12 @@ class RunConfig(BaseModel):
     micro_batch: PositiveInt | None = Field(
         None, description="samples a replica works on at once; derived when left out"
     )
-    seed: NonNegativeInt = Field(1234, description="decides initial weights, data order and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        1234, description="decides initial weights, data order and dropout"
+    )
 
     # The optimizer.
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what updates the weights")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     lr_final: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -93,7 +97,7 @@ class RunConfig(BaseModel):
     )
     precision: Precision = Field("fp32", description="of parameters and activations")
     schedule: Literal["1f1b", "dualpipev"] = Field(
-        "1f1b", description="order of a pipeline's work; dualpipev: two stages a rank, half the bubble"
+        "1f1b", description="order of a pipeline's work; dualpipev: two stages a rank, a smaller bubble"
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none", description="where optimizer states live: on the device, in host memory, on disk (ZeRO-3)"

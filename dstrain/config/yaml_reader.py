@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dstrain.config.text_file import read_text, shown
 from dstrain.errors import DstrainError
 
 _IMPLICIT = {
@@ -31,6 +32,20 @@ _IMPLICIT = {
 
 class _Loader(yaml.SafeLoader):
     """Takes plain words for numbers, booleans and null by the table above."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """yaml's own, with a place for what Python says of a value that is not what its tag or its look promises."""
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number with {len(node.value):,} digits", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            tag = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {tag}, as its tag (!) says", node.start_mark
+            ) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -51,6 +66,25 @@ def _text_in_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
+_MOST_VALUES = 100_000
+_MOST_DIGITS = 400
+_FORM = "write KEY: VALUE lines, as in ds_configs/recipes/"
+# Words of the YAML library's message, and what to do. {line}: where what it speaks of began.
+_WAYS_OUT = (
+    ("\\t", "indent with spaces, not with tabs"),
+    ("quoted scalar", "close the quote of line {line}"),
+    ("mapping values are not allowed", 'put a text with a colon into quotes: "a: b"'),
+    ("flow sequence", "close the bracket [ of line {line}"),
+    ("flow mapping", "close the brace { of line {line}"),
+    ("undefined alias", "*NAME stands for what &NAME names before it; put a text with a star into quotes"),
+    ("single document", "leave the line --- out: one file holds one config"),
+    ("constructor for the tag", "leave the tag (!...) out: a plain value will do"),
+    ("tag (!)", "leave the tag out, or write what it says"),
+    ("digits", "write a smaller number"),
+    ("a simple key", "KEY: VALUE, with a colon and a space behind the key"),
+    ("block mapping", "give all keys of one level the same indentation"),
+)
+_MAPPING_TAG = "tag:yaml.org,2002:map"
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _Dumper.add_representer(str, _text_in_one_line)
 
@@ -70,17 +104,7 @@ def read_yaml(path: Path, *, where: str) -> Document:
         DstrainError: the file is missing, unreadable, not UTF-8, not YAML, not a mapping, or has a
             key twice; ``where`` names the file and the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DstrainError(f"there is no file {path}", where=where, hint="check the path") from None
-    except IsADirectoryError:
-        raise DstrainError(f"{path} is a folder, not a file", where=where) from None
-    except UnicodeDecodeError as error:
-        raise DstrainError(f"{path} is not UTF-8 text ({error.reason})", where=where) from None
-    except OSError as error:
-        raise DstrainError(f"can't read {path}: {error.strerror}", where=where) from None
-    return parse_yaml(text, name=str(path))
+    return parse_yaml(read_text(path, where=where), name=shown(path))
 
 
 def parse_yaml(text: str, *, name: str) -> Document:
@@ -88,28 +112,75 @@ def parse_yaml(text: str, *, name: str) -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            raise DstrainError("the file is empty", where=name, hint=_FORM)
+        if not isinstance(node, yaml.MappingNode) or node.tag != _MAPPING_TAG:
+            raise DstrainError(
+                "expected KEY: VALUE lines at top level",
+                where=f"{name}:{node.start_mark.line + 1}",
+                hint=_FORM,
+            )
+        _count(node, name, {}, set())
+        lines: dict[tuple[str, ...], int] = {}
+        _walk(node, (), lines, name)
+        return Document(values=loader.construct_document(node), lines=lines)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}" if mark else name
-        raise DstrainError(f"not valid YAML: {error.problem}", where=place) from None
-    except yaml.YAMLError as error:
-        raise DstrainError(f"not valid YAML: {error}", where=name) from None
-    if node is None:
+        raise _broken(error, name) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
         raise DstrainError(
-            "the file is empty", where=name, hint="write KEY: VALUE lines, as in ds_configs/recipes/"
-        )
-    if not isinstance(node, yaml.MappingNode):
+            f"not valid YAML: the character {chr(error.character)!a} can't stand in it",
+            where=f"{name}:{line}",
+            hint='take it out, or write it as an escape in double quotes: "\\x1b"',
+        ) from None
+    except RecursionError:
         raise DstrainError(
-            "expected KEY: VALUE lines at top level", where=f"{name}:{node.start_mark.line + 1}"
-        )
-    lines: dict[tuple[str, ...], int] = {}
-    _walk(node, (), lines, name)
-    try:
-        values = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        place = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
-        raise DstrainError(f"not valid YAML: {error.problem}", where=place) from None
-    return Document(values=values, lines=lines)
+            "not valid YAML: brackets in brackets without end", where=name, hint=_FORM
+        ) from None
+
+
+def _broken(error: yaml.MarkedYAMLError, name: str) -> DstrainError:
+    """What the YAML library found, with a way out."""
+    mark = error.problem_mark or error.context_mark
+    problem, context = str(error.problem), str(error.context)
+    if problem.startswith("but "):
+        problem = f"{context}, {problem}"
+    hint = next((way for words, way in _WAYS_OUT if words in problem or words in context), _FORM)
+    if error.context_mark is not None:
+        hint = hint.replace("{line}", str(error.context_mark.line + 1))
+    place = f"{name}:{mark.line + 1}" if mark else name
+    return DstrainError(f"not valid YAML: {problem}", where=place, hint=hint)
+
+
+def _count(node: yaml.Node, name: str, known: dict[int, int], above: set[int]) -> int:
+    """The values below a node, those behind an alias as often as it stands there.
+
+    Raises:
+        DstrainError: they are more than anybody means, or an alias stands inside of what it stands for.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    parts: list[tuple[yaml.Node, yaml.Node]] = []  # what is below, and the node whose line is told of it
+    if isinstance(node, yaml.MappingNode):
+        parts = [(value, key) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = [(value, node) for value in node.value]
+    above.add(id(node))
+    total = 1
+    for part, at in parts:
+        where = f"{name}:{at.start_mark.line + 1}"
+        if id(part) in above:
+            raise DstrainError("this alias (*) holds itself", where=where, hint="write it out")
+        total += _count(part, name, known, above)
+        if total > _MOST_VALUES:
+            raise DstrainError(
+                f"aliases (*) make more than {_MOST_VALUES:,} values of this",
+                where=where,
+                hint="write it out",
+            )
+    above.remove(id(node))
+    known[id(node)] = total
+    return total
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -122,7 +193,7 @@ def parse_scalar(text: str) -> Any:
     """What YAML makes of ``text``; the text itself where it is no YAML."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -134,8 +205,6 @@ def _walk(
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _KEY_TAGS:
             raise DstrainError("a key must be a word", where=f"{name}:{line}", hint="write KEY: VALUE")
-        if value_node.start_mark.index < key_node.start_mark.index < value_node.end_mark.index:
-            raise DstrainError("this alias (*) holds itself", where=f"{name}:{line}", hint="write it out")
         here = (*path, str(key_node.value))
         if here in lines:
             raise DstrainError(

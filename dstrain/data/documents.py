@@ -13,6 +13,7 @@ from dstrain.data.sources import Source, SourceFile
 from dstrain.errors import DstrainError
 
 TEXT_FIELD = "text"
+_LINE = 'each line is one object: {"text": "..."}'
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _GZIP_MARK = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -44,7 +45,11 @@ def read_documents(source: Source) -> Iterator[Document]:
                 for document in _read_json_lines(file):
                     yield Document(document.text, before + document.bytes_read)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DstrainError(f"this is no complete gzip file: {error}", where=file.path) from error
+            raise DstrainError(
+                f"this is no complete gzip file: {error}",
+                hint="was it copied whole? `gzip -t` checks it",
+                where=file.path,
+            ) from error
         except OSError as error:
             raise DstrainError(f"can't be read: {error.strerror or error}", where=file.path) from error
         before += file.size
@@ -89,7 +94,7 @@ def _text_of(line: bytes, number: int, where: str) -> str:
     except json.JSONDecodeError as error:
         raise DstrainError(
             f"this line is not JSON: {error.msg} at column {error.colno}",
-            hint='each line is one object: {"text": "..."}',
+            hint=_LINE,
             where=where,
         ) from None
     except RecursionError:
@@ -97,17 +102,21 @@ def _text_of(line: bytes, number: int, where: str) -> str:
     if not isinstance(value, dict):
         raise DstrainError(
             f"this line holds {_name(value)}, not an object",
-            hint='each line is one object: {"text": "..."}',
+            hint=_LINE,
             where=where,
         )
     if TEXT_FIELD not in value:
         keys = ", ".join(repr(key) for key in list(value)[:12]) or "none"
-        raise DstrainError(f"this line has no field {TEXT_FIELD!r}; its fields are {keys}", where=where)
+        raise DstrainError(
+            f"this line has no field {TEXT_FIELD!r}; its fields are {keys}", hint=_LINE, where=where
+        )
     text = value[TEXT_FIELD]
     if not isinstance(text, str):
         keys = ", ".join(repr(key) for key in list(value)[:12])
         raise DstrainError(
-            f"the field {TEXT_FIELD!r} holds {_name(text)}, not a string (fields: {keys})", where=where
+            f"the field {TEXT_FIELD!r} holds {_name(text)}, not a string (fields: {keys})",
+            hint=_LINE,
+            where=where,
         )
     try:
         text.encode("utf-8")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.data.kept_summary import keep_summary, summary_file, tokenizer_state
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream
@@ -37,7 +38,8 @@ class PackedData:
     """The rows to train on, and those to evaluate on (None if nothing is held out).
 
     `fingerprint` is a hash of the tokens, the sequence length, the split and whether rows are packed, not of file
-    names or times: hosts with equal fingerprints hold the same rows under the same numbers.
+    names or times: hosts with equal fingerprints hold the same rows under the same numbers. `folder` is that of the
+    token cache in which they lie.
     """
 
     train: Rows
@@ -49,6 +51,7 @@ class PackedData:
     held_out_documents: int
     empty_documents: int
     tokens: int
+    folder: Path
 
     def summary(self) -> dict[str, Any]:
         """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens; `padding` is the
@@ -127,6 +130,7 @@ def prepare(
         held_out_documents=int(held.lengths.size) if held is not None else 0,
         empty_documents=tokens.empty_documents,
         tokens=tokens.stream.size,
+        folder=tokens.folder,
     )
 
 
@@ -177,8 +181,19 @@ def main(argv: Sequence[str]) -> int:
     # Nothing here needs the network, and a library that asks for it should fail rather than hang.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     try:
-        data = prepare(**_request(Path(argv[0])))
+        request = _request(Path(argv[0]))
+        state = tokenizer_state(request["tokenizer"])  # before it is read
+        data = prepare(**request)
         out = Path(argv[1])
+        kept = summary_file(
+            Path(request["cache_dir"]).expanduser(),
+            data.source,
+            state,
+            seq_len=request["seq_len"],
+            held_out=request["held_out"],
+            pack=request["pack"],
+        )
+        keep_summary(kept, data.folder, data.summary())
         try:
             aside = out.with_name(f"{out.name}.{os.getpid()}.part")
             aside.write_text(json.dumps(data.summary(), indent=1) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dstrain.data.kept_summary import TOKEN_FILES
 from dstrain.data.packing import TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.token_writer import write_tokens
@@ -31,18 +32,21 @@ from dstrain.errors import DstrainError
 from dstrain.flushing import flush
 
 FORMAT = 1
-_TOKENS, _LENGTHS, _META = "tokens.bin", "lengths.npy", "meta.json"
+_TOKENS, _LENGTHS, _META = TOKEN_FILES
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenized corpus: its stream, how many documents were empty, and a hash of the stream's content."""
+    """A tokenized corpus: its stream, how many documents were empty, a hash of the stream's content, and where it
+    lies.
+    """
 
     stream: TokenStream
     empty_documents: int
     content: str
+    folder: Path
 
 
 def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
@@ -167,7 +171,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         ):
             return None
         stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths)
-        return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]))
+        return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 

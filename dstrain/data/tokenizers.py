@@ -10,28 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.errors import DstrainError
-
-BYTES = "bytes"
-
-# The files that can decide what a Hugging Face tokenizer does (chat templates and weights can't).
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-    "tekken.json",
-)
-_VOCABULARY_FILES = tuple(
-    name for name in _TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "added_tokens.json"))
-)
 
 
 class Tokenizer(ABC):
@@ -146,20 +126,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
-    folder = Path(name).expanduser()
-    if not name.strip() or not folder.is_dir():
-        raise DstrainError(
-            f"there is no tokenizer folder {name!r}",
-            hint="name 'bytes' or a folder with a tokenizer.json; nothing is downloaded: "
-            "`hf download NAME --local-dir FOLDER` fetches one",
-            where=str(folder),
-        )
-    if not any((folder / file).is_file() for file in _VOCABULARY_FILES):
-        raise DstrainError(
-            "there is no tokenizer in this folder",
-            hint=f"looked for {', '.join(_VOCABULARY_FILES)}; `tokenizer.save_pretrained(folder)` writes one",
-            where=str(folder),
-        )
+    folder = tokenizer_folder(name)
     # transformers takes seconds to import, and the byte tokenizer does without it.
     from transformers import AutoTokenizer
 
@@ -167,7 +134,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a broken file raises, the user wants to know which folder it was
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DstrainError(f"transformers can't load this tokenizer: {reason}", where=str(folder)) from error
+        raise DstrainError(
+            f"transformers can't load this tokenizer: {reason}",
+            hint="`tokenizer.save_pretrained(folder)` writes a whole one",
+            where=str(folder),
+        ) from error
     if tokenizer.eos_token_id is None:
         raise DstrainError(
             "this tokenizer has no end-of-sequence token, and it is what ends a document",
@@ -190,7 +161,7 @@ def _byte_characters() -> list[str]:
 
 def _fingerprint(folder: Path, kind: str, end_of_document: int) -> str:
     digest = hashlib.sha256(f"{kind}\n{end_of_document}\n".encode())
-    for file in _TOKENIZER_FILES:
+    for file in TOKENIZER_FILES:
         path = folder / file
         if path.is_file():
             content = path.read_bytes()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.doctor.facts import PACKAGES
-from dstrain.plan.estimates.disk import in_words
+from dstrain.plan.words import in_words
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 # A rank holds this much before it has a model: torch, DeepSpeed and transformers.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from shutil import which
 
 from dstrain.errors import DstrainError
 from dstrain.plan.layout import Host
@@ -25,15 +25,16 @@ class Allocation:
 
 def names_of(node_list: str) -> list[str]:
     """The names in a node list (``n[1-3,7]``), as Slurm's own tool spells them out. Raises DstrainError."""
-    try:
-        said = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
+    if which("scontrol") is None:
         raise DstrainError(
             "SLURM_JOB_ID is set, but Slurm's scontrol is not in PATH",
             hint="put Slurm's commands into PATH; --launcher local stays on this machine",
-        ) from None
+        )
+    import subprocess
+
+    said = subprocess.run(
+        ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False
+    )
     if said.returncode:
         raise DstrainError(
             f"scontrol does not know the hosts of this job: {said.stderr.strip()}",

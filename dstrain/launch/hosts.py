@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 from dstrain.addresses import address_towards
+from dstrain.config.text_file import read_text, shown
 from dstrain.errors import DstrainError
 from dstrain.plan.layout import Host
 
@@ -33,22 +34,13 @@ def read_hostfile(path: str | os.PathLike[str]) -> tuple[Host, ...]:
 
 def numbered_hosts(path: str | os.PathLike[str]) -> dict[Host, int]:
     """The hosts of `read_hostfile` with their lines, counted from 1. Raises DstrainError as that does."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    if not Path(path).exists():
         raise DstrainError(
             "there is no such hostfile.",
             hint="write one line a machine: `name slots=N`, N being its number of GPUs",
-            where=str(path),
-        ) from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DstrainError(
-            "the hostfile is not UTF-8 text.", hint="save it as plain text", where=f"{path}:{line}"
-        ) from None
-    except OSError as error:
-        raise DstrainError(f"the hostfile can't be read: {error.strerror}.", where=str(path)) from None
-
+            where=shown(path),
+        )
+    text = read_text(Path(path), where="the hostfile")
     hosts: dict[Host, int] = {}
     # Not splitlines(): that would also break lines at form feeds and Unicode separators.
     for number, raw in enumerate(text.split("\n"), start=1):

@@ -48,7 +48,8 @@ def find_site(resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, 
             raise DstrainError(
                 f"{key} is for --launcher none, where dstrain is typed on every node",
                 where=str(resolved.origin(key)),
-                hint="name the hosts in a --hostfile, use a Slurm allocation (dstrain submit), or --launcher none",
+                hint="name the hosts in a --hostfile, use a Slurm allocation (dstrain submit), or --launcher none;"
+                " dstrain plan --device NAME is for nodes that are not here",
             )
     if config.hostfile is not None and config.launcher == "slurm":
         raise DstrainError(

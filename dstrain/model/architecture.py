@@ -106,4 +106,8 @@ def _parse(values: dict[str, Any], *, where: str) -> PretrainedConfig:
         return CONFIG_MAPPING[kind].from_dict(values)
     except Exception as error:  # each family's class checks its values with its own exception types
         text = " ".join(str(error).split())
-        raise DstrainError(f"the {kind} configuration is refused: {text}", where=where) from error
+        raise DstrainError(
+            f"the {kind} configuration is refused: {text}",
+            where=where,
+            hint=f"compare it with the config.json of a {kind} model on the hub",
+        ) from error

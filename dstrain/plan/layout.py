@@ -7,8 +7,10 @@ it fits there, and the replicas, which meet less often, lie on different machine
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from dstrain.errors import DstrainError
 
@@ -74,6 +76,20 @@ class Layout:
     def replica(self, rank: int) -> int:
         return rank // self.pipeline
 
+    def host(self, rank: int) -> int:
+        """The position of a rank's host in ``hosts``."""
+        return bisect_right(self._ends, rank)
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The ranks on each host."""
+        return tuple(host.slots for host in self.hosts)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The first rank behind each host."""
+        return list(itertools.accumulate(self.slots))
+
     def spans(self, stage: int) -> tuple[range, ...]:
         """The layers of a stage, as ranges of positions in [embed, block 0, ..., head]."""
         indices = [stage]
@@ -94,7 +110,8 @@ def count_spans(pipeline: int, schedule: str) -> int:
     return 2 * pipeline if schedule == "dualpipev" and pipeline > 1 else pipeline
 
 
-def fill_hosts(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
+@lru_cache(maxsize=1024)
+def fill_hosts(hosts: tuple[Host, ...], ranks: int) -> tuple[Host, ...]:
     """The first ``ranks`` slots of ``hosts``; hosts that stay empty are left out."""
     filled = []
     for host in hosts:

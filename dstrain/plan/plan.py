@@ -12,11 +12,15 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.attention import check_attention
 from dstrain.plan.batch import Batch, make_batch
-from dstrain.plan.cutting.cut import cut_as_asked, cut_by_time, stage_bytes
+from dstrain.plan.cutting.cut import cut_as_asked, cut_by_time
 from dstrain.plan.cutting.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.deepspeed.values import deepspeed_config
+from dstrain.plan.estimates.device import Device
 from dstrain.plan.estimates.disk import checkpoint_bytes, disk_bytes
-from dstrain.plan.estimates.memory import USABLE, estimate
+from dstrain.plan.estimates.memory import USABLE, StageMemory, estimate, stage_memory
+from dstrain.plan.estimates.time import StepTime, step_time
+from dstrain.plan.estimates.traffic import Traffic
+from dstrain.plan.estimates.verdict import memory_verdict
 from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.plan.loss_chunk import loss_chunk
 from dstrain.plan.refusals import (
@@ -29,9 +33,15 @@ from dstrain.plan.refusals import (
     refuse,
 )
 from dstrain.plan.shape import ModelShape
-from dstrain.plan.warnings import warnings_about, warnings_about_memory
+from dstrain.plan.warnings import (
+    warnings_about,
+    warnings_about_balance,
+    warnings_about_devices,
+    warnings_about_memory,
+    warnings_about_time,
+)
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Machines:
         precisions: what the devices can compute in.
         memory_bytes: of the smallest device, other hosts' taken to be alike; None: not known.
         flash_packages: the installed ones of ``FLASH_PACKAGES``.
+        device: how fast these devices are; None: not known.
     """
 
     hosts: tuple[Host, ...]
@@ -54,6 +65,7 @@ class Machines:
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
     memory_bytes: int | None = None
     flash_packages: tuple[str, ...] = ()
+    device: Device | None = None
 
     @property
     def slots(self) -> int | None:
@@ -76,7 +88,11 @@ class Plan:
         data: what the prepared data hold: rows, tokens, vocabulary, fingerprint.
         stage_parameters: parameters that each stage holds.
         stage_time: estimated time of each stage over the mean of all.
-        stage_memory: estimated bytes on a rank of each stage.
+        stage_memory: estimated bytes on a rank of each stage, by what they hold.
+        memory_bytes: of one device; on CPUs of the machine, which its ranks share; None: not known.
+        memory_verdict: ``fits``, ``tight`` or ``does not fit``, and by how much; empty where the memory is not known.
+        device: what the devices are called.
+        time: estimated, of a step and of the run; None where the devices' speed is not known.
         imbalance: estimated time of the slowest stage over the mean.
         imbalance_of_auto: what ``partition: auto`` would reach.
         checkpoint_bytes: estimated, of one checkpoint.
@@ -96,9 +112,13 @@ class Plan:
     data: dict[str, Any]
     stage_parameters: tuple[int, ...]
     stage_time: tuple[float, ...]
-    stage_memory: tuple[int, ...]
+    stage_memory: tuple[StageMemory, ...]
     imbalance: float
     imbalance_of_auto: float
+    memory_bytes: int | None = None
+    memory_verdict: str = ""
+    device: str = ""
+    time: StepTime | None = None
     loss_chunk: int = 0
     checkpoint_bytes: int = 0
     disk_bytes: int = 0
@@ -113,6 +133,8 @@ class Plan:
     def to_record(self) -> dict[str, Any]:
         """As JSON-serialisable data, with the rank table spelled out for a reader."""
         record = asdict(self)
+        for stage, need in zip(record["stage_memory"], self.stage_memory, strict=True):
+            stage["total"] = need.total
         record["layout"]["ranks"] = [
             asdict(place) | {"spans": [[span.start, span.stop] for span in place.spans]}
             for place in self.layout.places()
@@ -163,7 +185,8 @@ class Plan:
                 "batch": Batch(**record["batch"]),
                 "stage_parameters": tuple(record["stage_parameters"]),
                 "stage_time": tuple(record["stage_time"]),
-                "stage_memory": tuple(record["stage_memory"]),
+                "stage_memory": tuple(_stage_memory(stage) for stage in record["stage_memory"]),
+                "time": _step_time(record["time"]),
                 "warnings": tuple(record["warnings"]),
             }
         )
@@ -194,7 +217,10 @@ def make_plan(
     """
     config = resolved.config
     refuse(resolved)
-    check_precision(resolved, machines.precisions, machines.accelerator)
+    name = (
+        machines.device.name if machines.device and machines.accelerator == "cuda" else machines.accelerator
+    )
+    check_precision(resolved, machines.precisions, name)
     check_attention(resolved, machines.accelerator, machines.flash_packages)
     check_model(shape, resolved, data["vocab_size"])
     check_partition(resolved, shape)
@@ -210,6 +236,7 @@ def make_plan(
         pipeline=config.pipeline,
         seq_len=config.seq_len,
         where=str(resolved.origin("micro_batch" if config.micro_batch else "global_batch")),
+        where_global=str(resolved.origin("global_batch")),
     )
     check_batch(resolved, batch)
     chunk = loss_chunk(batch.micro_batch, config.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
@@ -233,15 +260,20 @@ def make_plan(
     if machines.accelerator == "cuda" and machines.memory_bytes is not None:
         limit = USABLE * machines.memory_bytes
     fastest = cut_by_time(times, config.pipeline, config.schedule, memory, limit)
+    even = fastest if limit is None else cut_by_time(times, config.pipeline, config.schedule, memory, None)
     asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
     layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
     stage_time = stage_shares(layout, times)
-    stage_memory = stage_bytes(layout.cut, config.pipeline, config.schedule, memory)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
     stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
-    deepspeed = deepspeed_config(resolved, layout, batch, machines.accelerator, max(stage_parameters))
+    deepspeed = deepspeed_config(resolved, batch, machines.accelerator, max(stage_parameters))
     checkpoint = checkpoint_bytes(config, shape, layout, machines.accelerator)
+    needs = stage_memory(config, shape, layout, batch, machines.accelerator, deepspeed.values)
+    verdict = memory_verdict(layout, needs, machines.memory_bytes, machines.accelerator)
+    time = None
+    if machines.device is not None and config.precision in machines.device.flops:
+        time = step_time(config, shape, layout, batch, machines.device, deepspeed=deepspeed.values)
     return Plan(
         config=config.model_dump(),
         origins={key: str(resolved.origin(key)) for key in config.model_dump()},
@@ -265,17 +297,43 @@ def make_plan(
         data=dict(data),
         stage_parameters=stage_parameters,
         stage_time=stage_time,
-        stage_memory=stage_memory,
+        stage_memory=needs,
         imbalance=max(stage_time),
         imbalance_of_auto=max(stage_shares(replace(layout, cut=fastest), times)),
+        memory_bytes=machines.memory_bytes,
+        memory_verdict=verdict,
+        device=machines.device.name if machines.device else ", ".join(dict.fromkeys(machines.device_names)),
+        time=time,
         loss_chunk=chunk,
         checkpoint_bytes=checkpoint,
         disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
         warnings=(
-            *warnings_about(config, layout, batch, data, shape),
-            *warnings_about_memory(config, stage_memory, limit),
+            *warnings_about(config, layout, batch, data, shape, time),
+            *warnings_about_balance(
+                config, max(stage_time), max(stage_shares(replace(layout, cut=even), times))
+            ),
+            *warnings_about_memory(
+                config, layout, batch, shape, needs, machines.memory_bytes, machines.accelerator
+            ),
+            *(warnings_about_time(config, shape, layout, batch, time) if time else ()),
+            *warnings_about_devices(_gpu_names(machines), machines.device, config.precision),
         ),
     )
+
+
+def _gpu_names(machines: Machines) -> tuple[str, ...]:
+    return machines.device_names if machines.accelerator == "cuda" else ()
+
+
+def _stage_memory(record: Mapping[str, Any]) -> StageMemory:
+    return StageMemory(**{key: value for key, value in record.items() if key != "total"})
+
+
+def _step_time(record: Mapping[str, Any] | None) -> StepTime | None:
+    if record is None:
+        return None
+    sent = tuple(Traffic(**part) for part in record["traffic"])
+    return StepTime(**{**record, "traffic": sent, "assumptions": tuple(record["assumptions"])})
 
 
 def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:

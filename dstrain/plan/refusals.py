@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.attention import refuse_attention
-from dstrain.plan.batch import Batch
+from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cutting.partition import WORDS, blocks_of_spans, even_blocks
+from dstrain.plan.deepspeed.own_keys import mistakes
+from dstrain.plan.deepspeed.values import contradictions_of_config
 from dstrain.plan.layout import Layout, count_spans
 from dstrain.plan.shape import ModelShape
 
@@ -42,7 +44,7 @@ def refusal_of(
         return Refusal(
             "bf16 with ZeRO-0 accumulates gradients in bf16 without a pipeline, and can't load its own"
             " checkpoints with one",
-            "--zero 1, which keeps fp32 master weights and sends no more bytes",
+            "--zero 1, which keeps fp32 master weights and sends a quarter more bytes",
             "zero",
         )
     if zero == 0 and precision == "fp16":
@@ -96,6 +98,36 @@ def refusal_of(
 
 def refuse(resolved: ResolvedConfig) -> None:
     """Refuse what no model, data or machine could make right. Raises DstrainError."""
+    for error in refusals(resolved):
+        raise error
+
+
+def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
+    """All that `refuse` could say of a config: of each kind the first."""
+    return [
+        *_raised(resolved, _refuse_combination, _refuse_partition),
+        *refusals_in_any_layout(resolved),
+        *contradictions_of_config(resolved),
+    ]
+
+
+def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
+    """Those of them that no other layout would mend."""
+    of_choices = _raised(resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme)
+    return [*of_choices, *mistakes(resolved)]
+
+
+def _raised(resolved: ResolvedConfig, *checks: Callable[[ResolvedConfig], None]) -> list[DstrainError]:
+    found = []
+    for check in checks:
+        try:
+            check(resolved)
+        except DstrainError as error:
+            found.append(error)
+    return found
+
+
+def _refuse_combination(resolved: ResolvedConfig) -> None:
     config = resolved.config
     refusal = refusal_of(
         zero=config.zero,
@@ -106,9 +138,28 @@ def refuse(resolved: ResolvedConfig) -> None:
     )
     if refusal:
         raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
-    _refuse_partition(resolved)
-    _refuse_contradictions(resolved)
-    refuse_attention(resolved)
+
+
+def refuse_batch(resolved: ResolvedConfig) -> None:
+    """Where the number of replicas is chosen, the batch can be shared out without a look at the machines.
+
+    A plan looks at the machines first: whether they hold so many replicas matters more. Raises DstrainError.
+    """
+    config = resolved.config
+    if config.data_parallel is not None:
+        make_batch(
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            data_parallel=config.data_parallel,
+            pipeline=config.pipeline,
+            seq_len=config.seq_len,
+            where=str(resolved.origin("micro_batch")),
+            where_global=str(resolved.origin("global_batch")),
+        )
+
+
+def _refuse_nvme(resolved: ResolvedConfig) -> None:
+    config = resolved.config
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
             "nvme needs a folder on a local disk",
@@ -117,8 +168,7 @@ def refuse(resolved: ResolvedConfig) -> None:
         )
 
 
-def _refuse_contradictions(resolved: ResolvedConfig) -> None:
-    """What is asked for beside its opposite, or without what it needs."""
+def _refuse_keep_every(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.keep_every and not config.saves:
         raise DstrainError(
@@ -126,6 +176,10 @@ def _refuse_contradictions(resolved: ResolvedConfig) -> None:
             where=str(resolved.origin("keep_every")),
             hint="--save-every 0 makes those and the last one; or leave --keep-every out",
         )
+
+
+def _refuse_elastic(resolved: ResolvedConfig) -> None:
+    config = resolved.config
     if config.elastic and not config.restarts:
         raise DstrainError(
             "elastic is how a run that failed starts again, and it is not to start again",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Layer:
 
     At a sequence length S a token's forward pass takes ``forward_flops_per_token`` +
     S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's), and its backward pass
-    needs bytes that are counted likewise, in 16 bits and in fp32 (0 for embedding and head).
+    needs bytes that are counted likewise, in 16 bits and in fp32: ``saved`` from the forward pass on, and
+    ``working`` beside these for a moment. Logits are not among them.
     ``tensors`` has the elements of each parameter by its Hugging Face name; 0 under the further names of a
     weight that this layer ties to itself.
     """
@@ -29,6 +30,8 @@ class Layer:
     forward_flops_per_token_and_position: float = 0.0
     saved_bytes_per_token: tuple[int, int] = (0, 0)
     saved_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
+    working_bytes_per_token: tuple[int, int] = (0, 0)
+    working_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
 
     def forward_flops(self, seq_len: int, attended: float = 1.0) -> float:
         """FLOPs of the forward pass of one sample of ``seq_len`` tokens.
@@ -43,6 +46,12 @@ class Layer:
         column = precision == "fp32"
         square = self.saved_bytes_per_token_and_position[column]
         return round(seq_len * (self.saved_bytes_per_token[column] + seq_len * square))
+
+    def working_bytes(self, seq_len: int, precision: str) -> int:
+        """What its forward or backward pass of one sample takes beside that, at its fullest moment."""
+        column = precision == "fp32"
+        square = self.working_bytes_per_token_and_position[column]
+        return round(seq_len * (self.working_bytes_per_token[column] + seq_len * square))
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ class ModelShape:
                     forward_flops_per_token_and_position=layer["forward_flops_per_token_and_position"],
                     saved_bytes_per_token=tuple(layer["saved_bytes_per_token"]),
                     saved_bytes_per_token_and_position=tuple(layer["saved_bytes_per_token_and_position"]),
+                    working_bytes_per_token=tuple(layer["working_bytes_per_token"]),
+                    working_bytes_per_token_and_position=tuple(layer["working_bytes_per_token_and_position"]),
                 )
                 for layer in record["layers"]
             ),

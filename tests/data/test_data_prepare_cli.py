@@ -37,7 +37,9 @@ def test_two_processes_at_once_share_the_work_and_keep_to_the_cache_folder(tmp_p
     summaries = [json.loads((tmp_path / f"out{number}.json").read_text()) for number in range(2)]
     assert summaries[0] == summaries[1]
     assert summaries[0]["tokens"] == summaries[0]["bytes"] + summaries[0]["documents"]
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(folders) == 2 and tmp_path / "cache" / "summaries" in folders
+    assert len(list((tmp_path / "cache" / "summaries").iterdir())) == 1
     assert list((tmp_path / "home").iterdir()) == []
 
 
@@ -47,7 +49,9 @@ def test_the_command_line_says_one_thing_about_an_error(tmp_path, capsys):
     assert main([str(write_request(tmp_path, source=str(path))), str(tmp_path / "out.json")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == f"{path}:2: this line has no field 'text'; its fields are 'body'\n"
+    problem, hint = said.err.splitlines()
+    assert problem == f"{path}:2: this line has no field 'text'; its fields are 'body'"
+    assert hint == '  hint: each line is one object: {"text": "..."}'
     assert not (tmp_path / "out.json").exists()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 

@@ -123,7 +123,7 @@ def test_missing_paths_are_refused(tmp_path):
     assert "nothing is downloaded" in refused("roneneldan/TinyStories").hint
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "leads nowhere" in refused(tmp_path / "link").message
-    assert "empty" in refused(" ").message
+    assert "no data source" in refused(" ").message
     assert "can't be read" in refused("a\0b").message
 
 

@@ -246,8 +246,8 @@ def train_in_layout(
     return outcome
 
 
-def build_case_engine(case: Case) -> tuple[Any, Plan]:
-    """The engine of this rank, and the plan that it was built from."""
+def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
+    """The engine of this rank, and the plan that it was built from: the case's own, where none is given."""
     from deepspeed.accelerator import get_accelerator
 
     from dstrain.engine.build import build_engine
@@ -257,7 +257,7 @@ def build_case_engine(case: Case) -> tuple[Any, Plan]:
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
     start_communication()
-    plan = make_case_plan(case)
+    plan = plan or make_case_plan(case)
     engine = build_engine(
         LayeredModel(model_config(case), seed=7),
         deepspeed=plan.deepspeed,

@@ -41,6 +41,15 @@ class Said:
     err: str
 
 
+def one_message(said: Said, words: Sequence[str]) -> None:
+    """It ended with one message to the user, which holds these words."""
+    assert said.code == 2, said
+    assert "Traceback" not in said.err + said.out
+    assert sum(line.startswith("error:") for line in said.err.lower().splitlines()) == 1, said.err
+    assert len(said.err) < 1200, "one message"
+    assert not [word for word in words if word not in said.err], said.err
+
+
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return Path(__file__).resolve().parents[2]

@@ -151,7 +151,7 @@ def test_a_disk_that_is_too_small_is_refused(
     arguments = ("--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--name", "x", "--dry-run")
     said = dstrain_here("run", *arguments, "--save-every", "1", "--keep", "9")
     assert said.code == 2 and "are left for them" in said.err and "hint: --keep " in said.err, said.err
-    assert "disk   about " in said.out and "(10 at once: keep 9, and the one being written)" in said.out
+    assert "disk    about " in said.out and "(10 at once: keep 9, and the one being written)" in said.out
     assert dstrain_here("run", *arguments, "--save-every", "0", "--keep", "1").code == 0
 
 

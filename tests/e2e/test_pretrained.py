@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import LLAMA, Said
-from tests.e2e.test_cli_errors import check
+from tests.e2e.conftest import LLAMA, Said, one_message
 
 GOOD = ["--data", "text.jsonl", "--seq-len", "32", "--name", "x", "--global-batch", "4"]
 
@@ -97,8 +96,10 @@ def test_a_name_on_the_hub_is_its_folder_in_the_cache(
 
 def test_a_name_that_the_cache_lacks(hub: Path, dstrain_here: Callable[..., Said]) -> None:
     words = ["--model", "'tiny/other' is no folder", "HF_HUB_OFFLINE", "hint"]
-    check(dstrain_here("plan", *GOOD, "--model", "tiny/other"), words)
-    check(dstrain_here("plan", *GOOD, "--model", "tiny/llama@v9"), ["'tiny/llama@v9'", "HF_HUB_OFFLINE"])
+    one_message(dstrain_here("plan", *GOOD, "--model", "tiny/other"), words)
+    one_message(
+        dstrain_here("plan", *GOOD, "--model", "tiny/llama@v9"), ["'tiny/llama@v9'", "HF_HUB_OFFLINE"]
+    )
 
 
 def test_a_hub_that_can_not_be_reached(
@@ -107,7 +108,7 @@ def test_a_hub_that_can_not_be_reached(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens at the discard port
     said = dstrain_here("plan", *GOOD, "--model", "tiny/other")
-    check(said, ["--model", "'tiny/other' is no folder here", "can't be reached", "127.0.0.1:9"])
+    one_message(said, ["--model", "'tiny/other' is no folder here", "can't be reached", "127.0.0.1:9"])
     # What the cache holds is used all the same.
     assert dstrain_here("plan", *GOOD, "--model", "tiny/llama").code == 0
 
@@ -117,7 +118,7 @@ def test_weights_of_the_hub_that_were_not_fetched(hub: Path, dstrain_here: Calla
         path.unlink()
     assert dstrain_here("plan", *GOOD, "--model", "tiny/llama").code == 0
     said = dstrain_here("plan", *GOOD, "--model", "tiny/llama", "--init", "pretrained")
-    check(said, ["no weights in this folder", str(hub)])
+    one_message(said, ["no weights in this folder", str(hub)])
 
 
 def test_damaged_weights_start_nothing(
@@ -129,15 +130,15 @@ def test_damaged_weights_start_nothing(
     assert dstrain_here("plan", *arguments[1:]).code == 0  # and the good result is kept
     shard = sorted(trained.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
-    check(dstrain_here(*arguments), ["cut off", shard.name, "hint"])
+    one_message(dstrain_here(*arguments), ["cut off", shard.name, "hint"])
     shard.unlink()
-    check(dstrain_here(*arguments), ["is missing", shard.name])
+    one_message(dstrain_here(*arguments), ["is missing", shard.name])
     assert not started and not (place / "runs").exists()
 
 
 def test_a_built_in_shape_has_no_weights(dstrain_here: Callable[..., Said]) -> None:
     said = dstrain_here("plan", *GOOD, "--model", "quickstart", "--init", "pretrained")
-    check(said, ["--init", "quickstart is a shape without weights", "--init random"])
+    one_message(said, ["--init", "quickstart is a shape without weights", "--init random"])
 
 
 def test_superfluous_tensors_are_named_in_one_line(trained: Path, dstrain_here: Callable[..., Said]) -> None:
@@ -166,10 +167,3 @@ def test_tokenizer_auto(trained: Path, dstrain_here: Callable[..., Said]) -> Non
     assert tokenizer("--model", "trained", "--tokenizer", "bytes") == "bytes"
     assert tokenizer("--model", "model") == "bytes"  # a folder without one
     assert tokenizer("--model", "quickstart") == "bytes"
-
-
-def test_the_same_files_make_a_tokenizer_on_both_sides() -> None:
-    from dstrain.cli.model_lookup import VOCABULARY_FILES
-    from dstrain.data import tokenizers
-
-    assert set(VOCABULARY_FILES) == set(tokenizers._VOCABULARY_FILES)

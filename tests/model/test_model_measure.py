@@ -52,7 +52,7 @@ def test_built_in_llama_1b():
         assert block["parameters"] == matrices + 2 * hidden == 60_821_504
         assert block["forward_flops_per_token"] == 2 * matrices == 121_634_816
         assert block["forward_flops_per_token_and_position"] == 4 * hidden
-        assert block["saved_bytes_per_token"] == [112_648, 208_904]
+        assert block["saved_bytes_per_token"] == [108_680, 200_840]
         assert block["saved_bytes_per_token_and_position"] == [0, 0]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dstrain.config.files import recipes
 from dstrain.config.loader import ResolvedConfig, load_config, override, read_config
 from dstrain.config.origins import Origin
-from dstrain.config.schema import RunConfig, field_names
+from dstrain.config.schema import LARGEST, RunConfig, field_names
 from dstrain.config.yaml_reader import dump_yaml, parse_scalar, parse_yaml
 from dstrain.errors import DstrainError
 
@@ -84,23 +84,9 @@ def test_a_file_may_name_its_recipe(tmp_path: Path) -> None:
     assert "recipe" not in resolved.config.model_dump()
 
 
-def test_recipe_in_a_file_that_does_not_exist(tmp_path: Path) -> None:
-    assert "quickstart" in (refused(config_file=write(tmp_path, "recipe: nothing\n")).hint or "")
-
-
-def test_recipe_in_a_file_must_be_a_name(tmp_path: Path) -> None:
-    own = write(tmp_path, "steps: 1\nrecipe: 5\n")
-    assert refused(config_file=own).where == f"{own}:2"
-
-
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_that_comes_along_is_valid(recipe: str) -> None:
     load_config(recipe=recipe)
-
-
-def test_unknown_recipe_lists_the_known() -> None:
-    error = refused(recipe="quickstrat")
-    assert error.where == "--recipe" and "quickstart" in (error.hint or "")
 
 
 # --- the deepspeed mapping
@@ -193,34 +179,7 @@ def test_settings(setting: str, key: str, value: Any) -> None:
     assert getattr(load_config(settings=[setting]).config, key) == value
 
 
-@pytest.mark.parametrize("setting", ["steps", "=3", ""])
-def test_a_setting_is_key_equals_value(setting: str) -> None:
-    error = refused(settings=[setting])
-    assert error.where == "--set" and "--set lr=" in (error.hint or "")
-
-
 # --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("key", "hint"),
-    [
-        ("stpes", "did you mean steps?"),
-        ("zero_stage", "zero"),
-        ("learning_rate", "did you mean lr?"),
-        ("batch_size", "global_batch"),
-        ("gradient_accumulation_steps", "micro_batch"),
-        ("zero_optimization", "deepspeed:"),
-        ("fp16", "deepspeed:"),
-        ("xyzzy", "micro_batch"),
-    ],
-)
-def test_unknown_key_names_file_line_and_the_nearest(tmp_path: Path, key: str, hint: str) -> None:
-    own = write(tmp_path, f"lr: 0.1\n\n{key}: 3\n")
-    error = refused(config_file=own)
-    assert error.where == f"{own}:3"
-    assert repr(key) in error.message
-    assert hint in (error.hint or "")
 
 
 @pytest.mark.parametrize("key", ["DIM", "Steps", "seq-len"])
@@ -228,103 +187,8 @@ def test_keys_are_spelled_exactly(key: str) -> None:
     assert key in refused(settings=[f"{key}=1"]).message
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("steps: many", "an integer"),
-        ("steps: 3.0", "an integer"),
-        ("steps: true", "an integer"),
-        ("steps: 0", "greater than 0"),
-        ("steps: -1", "greater than 0"),
-        ("steps: '3'", "an integer"),
-        ("steps: [3]", "an integer"),
-        ("steps: {a: 3}", "an integer"),
-        ("steps:", "an integer"),
-        ("steps: 010", "an integer"),
-        ("lr: true", "a number"),
-        ("lr: '3e-4'", "a number"),
-        ("lr: fast", "a number"),
-        ("lr: 0", "greater than 0"),
-        ("lr: .inf", "finite"),
-        ("lr: .nan", ""),
-        ("lr_final: 1.5", "less than or equal to 1"),
-        ("held_out: 1.0", "less than 1"),
-        ("zero: true", "0, 1, 2 or 3"),
-        ("zero: 4", "0, 1, 2 or 3"),
-        ("zero: 1.0", "0, 1, 2 or 3"),
-        ("zero: '1'", "0, 1, 2 or 3"),
-        ("precision: fp64", "'fp32', 'bf16' or 'fp16'"),
-        ("precision: BF16", "'fp32', 'bf16' or 'fp16'"),
-        ("activation_checkpointing: 1", "boolean"),
-        ("activation_checkpointing: yes", "boolean"),
-        ("name: 123", "string"),
-        ("data: null", "string"),
-        ("betas: [0.9]", "2 items"),
-        ("betas: [0.9, 1.5]", "less than 1"),
-        ("betas: 0.9", "list"),
-        ("deepspeed: 3", "dictionary"),
-    ],
-)
-def test_wrong_values_name_their_line(tmp_path: Path, line: str, words: str) -> None:
-    own = write(tmp_path, f"# first\n{line}\n")
-    error = refused(config_file=own)
-    assert error.where == f"{own}:2"
-    assert words in error.message
-    assert error.message.startswith(line.partition(":")[0] + " = ")
-    assert error.hint
-
-
-def test_a_number_in_quotes_is_told_so(tmp_path: Path) -> None:
-    assert "without quotes" in (refused(config_file=write(tmp_path, "lr: '3e-4'\n")).hint or "")
-    assert 'name: "123"' in (refused(config_file=write(tmp_path, "name: 123\n")).hint or "")
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "words"),
-    [
-        ("steps: 3\nlr: 0.1\nsteps: 4\n", 3, "twice (first in line 1)"),
-        ("deepspeed:\n  a: 1\n  b: 2\n  a: 1\n", 4, "deepspeed.a stands twice"),
-        ("steps: 3\nlr: [0.1\n", 3, "not valid YAML"),
-        ("steps: 3\n\tlr: 1\n", 2, "not valid YAML"),
-        ("steps: 3: 4\n", 1, "not valid YAML"),
-        ("- steps\n- lr\n", 1, "KEY: VALUE"),
-        ("# only words\nsteps 3\n", 2, "KEY: VALUE"),
-        ("1: 2\n", 1, "a key must be a word"),
-        ("[a, b]: 2\n", 1, "a key must be a word"),
-        ("deepspeed:\n  true: 1\n", 2, "a key must be a word"),
-        ("deepspeed: &a\n  b: *a\n", 2, "holds itself"),
-        ("prompt: !!python/object:os.system x\n", 1, "not valid YAML"),
-        ("steps: 1\n--- \nsteps: 2\n", 2, "not valid YAML"),
-    ],
-)
-def test_bad_yaml_names_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
-    own = write(tmp_path, text)
-    error = refused(config_file=own)
-    assert error.where == f"{own}:{line}"
-    assert words in error.message
-
-
-@pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n"])
-def test_empty_file(tmp_path: Path, text: str) -> None:
-    own = write(tmp_path, text)
-    error = refused(config_file=own)
-    assert error.where == own and "empty" in error.message and error.hint
-
-
-@pytest.mark.parametrize("content", [b"prompt: caf\xe9\n", b"\xff\xfe\x00s", b"prompt: a\x00b\n"])
-def test_what_is_no_text(tmp_path: Path, content: bytes) -> None:
-    own = write(tmp_path, content)
-    assert own in str(refused(config_file=own))
-
-
 def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
     assert load_config(config_file=write(tmp_path, b"\xef\xbb\xbfsteps: 3\n")).config.steps == 3
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert refused(config_file=str(tmp_path / "none.yaml")).where == "--config"
-    assert "folder" in refused(config_file=str(tmp_path)).message
-    assert "folder" in refused(config_file="").message  # --config "$UNSET" must not mean the quickstart
 
 
 # --- config.yaml
@@ -376,7 +240,7 @@ CONFIGS = st.builds(
     betas=st.lists(FRACTION, min_size=2, max_size=2),
     held_out=FRACTION,
     zero=st.sampled_from([0, 1, 2, 3]),
-    micro_batch=st.none() | st.integers(1),
+    micro_batch=st.none() | st.integers(1, LARGEST),
     activation_checkpointing=st.booleans(),
     deepspeed=st.dictionaries(TEXT, JSON, max_size=4),
 )

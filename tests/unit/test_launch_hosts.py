@@ -82,7 +82,7 @@ BAD = {
     "a space in a name": (b"node 1 slots=4\n", 1, "'1' stands where slots=N", "node slots=N"),
     "a space that is none": ("n1\u200b slots=4\n".encode(), 1, "not a host name", "letters"),
     "letters from elsewhere": ("n\u0661 slots=4\n".encode(), 1, "not a host name", "letters"),
-    "utf-16": ("n1 slots=4\n".encode("utf-16"), 1, "not UTF-8", "plain text"),
+    "utf-16": ("n1 slots=4\n".encode("utf-16"), 1, "UTF-16, not UTF-8", "iconv"),
     "two byte order marks": (b"\xef\xbb\xbf\xef\xbb\xbfn1 slots=4\n", 1, "not a host name", "letters"),
     "plus": (b"n1 slots=+4\n", 1, "slots=+4", "whole number"),
     "hexadecimal": (b"n1 slots=0x8\n", 1, "slots=0x8", "whole number"),
@@ -95,8 +95,8 @@ BAD = {
     "two names": (b"n1,n2 slots=4\n", 1, "not a host name", "letters"),
     "pdsh range": (b"n[1-4] slots=4\n", 1, "not a host name", "letters"),
     "slots first": (b"slots=4 n1\n", 1, "not a host name", "letters"),
-    "nul": (b"n\x001 slots=4\n", 1, "not a host name", "letters"),
-    "no utf-8": (b"n1 slots=4\nn\xff slots=4\n", 2, "not UTF-8", "plain text"),
+    "nul": (b"n\x001 slots=4\n", 1, "binary, not text", "another file"),
+    "no utf-8": (b"n1 slots=4\nn\xff slots=4\n", 2, "not UTF-8", "iconv"),
 }
 
 
@@ -120,7 +120,7 @@ def test_lines_are_known(tmp_path: Path) -> None:
 def test_missing_and_folder(tmp_path: Path) -> None:
     with pytest.raises(DstrainError, match="no such hostfile"):
         read_hostfile(tmp_path / "nowhere")
-    with pytest.raises(DstrainError, match="can't be read"):
+    with pytest.raises(DstrainError, match="is a folder"):
         read_hostfile(tmp_path)
 
 

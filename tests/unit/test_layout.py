@@ -80,7 +80,7 @@ def test_the_slots_are_the_ranks() -> None:
     [(1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (9, [4, 4, 1]), (12, [4, 4, 4])],
 )
 def test_fill_hosts(ranks: int, filled: list[int]) -> None:
-    hosts = fill_hosts([Host("a", 4), Host("b", 4), Host("c", 4)], ranks)
+    hosts = fill_hosts((Host("a", 4), Host("b", 4), Host("c", 4)), ranks)
     assert [host.slots for host in hosts] == filled
     assert [host.name for host in hosts] == ["a", "b", "c"][: len(filled)]
 

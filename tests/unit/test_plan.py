@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from plans import DATA, plan, shape
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import Host
+from dstrain.plan.batch import Batch
+from dstrain.plan.estimates.device import find_device
+from dstrain.plan.estimates.memory import StageMemory
+from dstrain.plan.layout import Host, Layout
 from dstrain.plan.plan import Machines, Plan
 from dstrain.plan.shape import FORMAT, ModelShape
+from dstrain.plan.warnings import warnings_about_memory
 
 
 def through_json(made: Plan) -> Plan:
@@ -47,7 +52,7 @@ def test_json_round_trip(**choices: Any) -> None:
         {"zero": 0},
         {"pipeline": 2, "schedule": "dualpipev"},
         {"zero": 1, "offload": "cpu"},
-        {"settings": ("deepspeed.zero_optimization.x=[1, {a: null}]", "deepspeed.steps_per_print=10")},
+        {"settings": ("deepspeed.comms_logger.prof_ops=[1, {a: null}]", "deepspeed.steps_per_print=10")},
     ],
 )
 def test_json_round_trip_of_rarer_plans(flags: dict[str, Any]) -> None:
@@ -113,6 +118,59 @@ def test_warnings(flags: dict[str, Any], words: str) -> None:
     assert any(words in warning for warning in found), found
 
 
+def on(device: str, nodes: int, slots: int) -> Machines:
+    found = find_device(device, "test")
+    hosts = tuple(Host(f"node-{number}", slots) for number in range(nodes))
+    return Machines(hosts, "cuda", memory_bytes=found.memory_bytes, device=found)
+
+
+@pytest.mark.parametrize(
+    ("device", "nodes", "slots", "flags", "words"),
+    [
+        # 6 blocks in 2 stages: 2 replicas all-reduce 351,200 parameters, 7 micro-batches more than once
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "9.8 MB a step from each rank more than"),
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB a step"),
+        ("h100-80g", 2, 2, {"pipeline": 4}, "pipelines cross from host to host (2 ranks on each, 4 stages): 6.6 MB"),
+        ("t4", 4, 1, {"zero": 3, "micro_batch": 1}, "of the time is lost to it; --zero 1 and stages inside each host"),
+        ("t4", 8, 1, {"zero": 2, "micro_batch": 1}, "--zero 1 reduces gradients once a step"),
+        ("t4", 8, 1, {"zero": 1}, "a larger --global-batch computes more between two reductions"),
+        ("h100-80g", 1, 1, {"zero": 1, "offload": "cpu", "global_batch": 1}, "the offloaded update is expected"),
+    ],
+)  # fmt: skip
+def test_warnings_with_numbers(
+    device: str, nodes: int, slots: int, flags: dict[str, Any], words: str
+) -> None:
+    model = shape(blocks=6)
+    if "offload" in flags or device == "t4":  # large layers of little work
+        model = replace(
+            model,
+            layers=tuple(replace(x, parameters=10**8, forward_flops_per_token=10) for x in model.layers),
+        )
+    found = plan(machines=on(device, nodes, slots), model=model, **flags).warnings
+    assert any(words in warning for warning in found), found
+
+
+@pytest.mark.parametrize(
+    ("flags", "largest", "helps"),
+    [
+        ({"micro_batch": 8}, "activations", "--activation-checkpointing or a smaller --micro-batch"),
+        ({"micro_batch": 8, "activation_checkpointing": True}, "activations", "a smaller --micro-batch"),
+        ({"micro_batch": 1, "zero": 0}, "optimizer", "--zero 1 or --offload cpu or --pipeline 2 helps"),
+        ({"micro_batch": 1, "activation_checkpointing": True}, "activations", "more or larger devices"),
+    ],
+)
+def test_what_helps_where_it_does_not_fit(flags: dict[str, Any], largest: str, helps: str) -> None:
+    classes = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
+    need = dict.fromkeys(classes, 10**9)
+    needs = [StageMemory(**need | {largest: 9 * 10**9}, host=0)]
+    layout = Layout((Host("a", 2),), 1, 2, (0, 8))
+    size = flags["micro_batch"]
+    batch = Batch(32, micro_batch=size, accumulation=16 // size, data_parallel=2, seq_len=256)
+    [found] = warnings_about_memory(RunConfig(**flags), layout, batch, shape(), needs, 10**10, "cuda")
+    verb = "takes" if largest == "optimizer" else "take"
+    assert found.startswith(f"{largest} {verb} most of the memory: {helps}")
+
+
 def test_nothing_to_warn_of() -> None:
     assert plan(zero=0, steps=5).warnings == ()
 
@@ -121,7 +179,7 @@ def test_nothing_to_warn_of() -> None:
 def test_a_pipeline_across_hosts_is_told(accelerator: str) -> None:
     machines = Machines((Host("a", 3), Host("b", 3)), accelerator)
     found = plan(machines=machines, pipeline=2, global_batch=48).warnings
-    assert any("crosses from a" in warning for warning in found)
+    assert sum("pipelines cross from host to host" in warning for warning in found) == 1
 
 
 # --- what the model or the data can't do

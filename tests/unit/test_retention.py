@@ -15,7 +15,8 @@ from dstrain.cli.options import choices, given
 from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.estimates.disk import check_disk, in_words, most_checkpoints
+from dstrain.plan.estimates.disk import check_disk, most_checkpoints
+from dstrain.plan.words import in_words
 from dstrain.train.saving.save_schedule import SaveSchedule
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from dstrain.checkpoint.identity import refuse_other, what_changes
 from dstrain.checkpoint.manifest import newest_complete
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
 from dstrain.launch.site import Site
 from dstrain.plan.estimates.disk import check_disk
@@ -38,10 +39,7 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
             where=str(resolved.origin("name")),
             hint="up to 100 letters and digits, no slash and no dot in front; --set runs_dir=FOLDER says where",
         )
-    if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
-        raise DstrainError(
-            f"{config.runs_dir} is a file, not a folder", where=str(resolved.origin("runs_dir"))
-        )
+    _refuse_no_folder(Path(config.runs_dir), str(resolved.origin("runs_dir")))
     folder = RunFolder(Path(config.runs_dir) / name)
     if folder.path.exists() and not resume:
         raise DstrainError(
@@ -50,6 +48,17 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
             hint=f"--resume to go on with it, or another --name (`dstrain resume {folder.name}` keeps its config)",
         )
     return folder
+
+
+def _refuse_no_folder(runs: Path, where: str) -> None:
+    """Refuse a place for run folders that is none and can't become one. Raises DstrainError."""
+    hint = "--set runs_dir=FOLDER names another place"
+    try:
+        above = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise DstrainError(f"there can be no such folder: {error.strerror}", where=where, hint=hint) from None
+    if not above.is_dir():
+        raise DstrainError(f"{shown(above)} is a file, not a folder", where=where, hint=hint)
 
 
 def refuse_other_training(plan: Plan, folder: RunFolder, console: Console) -> None:

@@ -19,12 +19,12 @@ from dstrain.model.architecture import load_config
 from dstrain.model.dissection.anatomy import Anatomy
 from dstrain.model.dissection.probe import dissect
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
-from dstrain.model.measuring.saved import saved_bytes
+from dstrain.model.measuring.saved import Activations, block_activations, outer_activations
 from dstrain.model.router import router_coefficient
 from dstrain.model.trials.packing import judge_packing
 from dstrain.model.trials.tokenwise import head_is_tokenwise
 
-FORMAT = 6
+FORMAT = 7
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
         elements of each parameter by its Hugging Face name,
         ``forward_flops_per_token``: multiply and add are two, ``saved_bytes_per_token``: what the backward pass
-        needs, in 16 bits and in fp32, and both with ``_and_position``: attention's part, to be multiplied by the
+        needs, ``working_bytes_per_token``: what the layer takes beside that for a moment, in 16 bits and in fp32,
+        and all with ``_and_position``: attention's part, to be multiplied by the
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None),
@@ -89,6 +90,7 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
     # What belongs to no layer, in models that can't be split: counted with the embedding.
     stranded = {name: param.numel() for name, param in anatomy.model.named_parameters()}
     outer = outer_flops_per_token(anatomy)
+    before, behind = outer_activations(anatomy)
     known: dict[Any, Any] = {}
     entries = []
     for index in range(anatomy.num_blocks + 2):
@@ -101,14 +103,14 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
         count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
         if index == 0:
             count += sum(stranded.values())
-            entries.append(_entry("embed", "embed", tensors | stranded, count, outer[0]))
+            entries.append(_entry("embed", "embed", tensors | stranded, count, outer[0], 0.0, before))
         elif index == anatomy.num_blocks + 1:
-            entries.append(_entry("head", "head", tensors, count, outer[1]))
+            entries.append(_entry("head", "head", tensors, count, outer[1], 0.0, behind))
         else:
             block = next(iter(modules.values()))
             signature = _signature(block)
             if signature not in known:
-                known[signature] = *block_flops(anatomy, index - 1), *saved_bytes(anatomy, index - 1)
+                known[signature] = *block_flops(anatomy, index - 1), block_activations(anatomy, index - 1)
             entries.append(_entry(f"block {index - 1}", "block", tensors, count, *known[signature]))
     return entries
 
@@ -162,9 +164,9 @@ def _entry(
     parameters: int,
     flops: int,
     flops_of_position: float = 0.0,
-    saved: tuple[int, int] = (0, 0),
-    saved_of_position: tuple[float, float] = (0.0, 0.0),
+    activations: Activations | None = None,
 ) -> dict[str, Any]:
+    activations = activations or Activations()
     return {
         "name": name,
         "kind": kind,
@@ -172,8 +174,10 @@ def _entry(
         "tensors": tensors,
         "forward_flops_per_token": flops,
         "forward_flops_per_token_and_position": flops_of_position,
-        "saved_bytes_per_token": list(saved),
-        "saved_bytes_per_token_and_position": list(saved_of_position),
+        "saved_bytes_per_token": list(activations.saved),
+        "saved_bytes_per_token_and_position": list(activations.saved_of_position),
+        "working_bytes_per_token": list(activations.working),
+        "working_bytes_per_token_and_position": list(activations.working_of_position),
     }
 
 

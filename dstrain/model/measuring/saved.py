@@ -1,18 +1,24 @@
-"""What a block keeps of its forward pass for the backward pass, in bytes, found on meta: no weights, no memory."""
+"""What a layer's forward pass keeps for its backward pass, and what both need for a moment beside it, in bytes,
+found on meta: no weights, no memory.
+"""
 
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dstrain.model.dissection.anatomy import Anatomy, Refused
-from dstrain.model.dissection.driver import Call, to_meta
+from dstrain.model.dissection.driver import Call, Switch, to_meta
 from dstrain.model.dissection.meta_run import NoData, to_meta_kwargs
 from dstrain.model.dissection.probe import Trial
 from dstrain.model.measuring.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
@@ -27,41 +33,99 @@ Source: Korthikanti et al. 2022, Reducing Activation Recomputation in Large Tran
 """
 
 
-def saved_bytes(anatomy: Anatomy, index: int) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Bytes that a block's backward pass needs, for a token: in 16 bits and in fp32.
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one layer, in 16 bits and in fp32, for a token, and for a token and each position of the sequence.
 
-    Returns:
-        The fixed parts, and the parts for each position of the sequence: 0 with sdpa and flash attention, which
-        keep no square of scores.
+    Attributes:
+        saved: what its backward pass needs of its forward pass, its input with it.
+        working: what its forward or its backward pass takes beside that, at its fullest moment.
     """
+
+    saved: tuple[int, int] = (0, 0)
+    saved_of_position: tuple[float, float] = (0.0, 0.0)
+    working: tuple[int, int] = (0, 0)
+    working_of_position: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Of one sequence."""
+
+    saved: int = 0
+    working: int = 0
+
+
+def block_activations(anatomy: Anatomy, index: int) -> Activations:
+    """Bytes of a block. With sdpa and flash attention its parts for each position are 0: they keep no square."""
     config = anatomy.config
-    fixed, share = [], []
+    found = []
     for dtype in DTYPES:
         try:
-            both = [_saved(anatomy, index, length, dtype) for length in (LENGTH, 2 * LENGTH)]
+            both = [_of_block(anatomy, index, length, dtype) for length in (LENGTH, 2 * LENGTH)]
         except Refused:
-            fixed.append(BY_FORMULA * config.hidden_size * dtype.itemsize // 2)
-            share.append(0.0)
+            width = config.hidden_size * dtype.itemsize
+            found.append((BY_FORMULA * width / 2, 0.0, 2 * width, 0.0))
             continue
-        part, part_of_position = per_token(*both)
+        part, part_of_position = per_token(*(one.saved for one in both))
         if loops_over_experts(anatomy):
             # None is chosen on meta. A matrix keeps its input: parameters / hidden size elements, as two of an
             # expert's three matrices are as wide as that, and its activation functions one half again.
             met = expert_parameters_met(anatomy.blocks[index][1], config)
             part += 1.5 * dtype.itemsize * met / config.hidden_size
-        fixed.append(round(part))
-        share.append(part_of_position)
-    return (fixed[0], fixed[1]), (share[0], share[1])
+        found.append((part, part_of_position, *per_token(*(one.working for one in both))))
+    return _both_types(found)
+
+
+def outer_activations(anatomy: Anatomy) -> tuple[Activations, Activations]:
+    """Bytes of what runs before the blocks, and behind them: of its modules, without what lies between these.
+
+    Logits are not counted: what they take depends on the loss.
+    """
+    before, after = [], []
+    for dtype in DTYPES:
+        trials = [_Outer(anatomy, length, dtype) for length in (LENGTH, 2 * LENGTH)]
+        try:
+            for trial in trials:
+                trial.run()
+        except Refused:
+            width = anatomy.config.hidden_size * dtype.itemsize
+            before.append((0.0,) * 4)
+            after.append((2.0 * width, 0.0, 2.0 * width, 0.0))
+            continue
+        for place, found in (("before", before), ("after", after)):
+            sums = [trial.found[place] for trial in trials]
+            found.append(
+                (*per_token(*(one.saved for one in sums)), *per_token(*(one.working for one in sums)))
+            )
+    return _both_types(before), _both_types(after)
+
+
+def _both_types(found: Sequence[tuple[float, ...]]) -> Activations:
+    saved, saved_of_position, working, working_of_position = zip(*found, strict=True)
+    return Activations(
+        tuple(map(round, saved)), saved_of_position, tuple(map(round, working)), working_of_position
+    )
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps: its inputs and its output. On meta torch would keep the square of scores."""
+    """What a fused kernel keeps: its inputs, its output and a number a row. On meta torch would keep the square of
+    scores.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output)
+        batch, heads, length, _ = query.shape
+        # As the kernels lay it out, so that the families bring the heads together without a copy.
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(batch, heads, length, dtype=torch.float32)
+        )
         return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 class _Fused(TorchFunctionMode):
@@ -73,34 +137,116 @@ class _Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _saved(anatomy: Anatomy, index: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of a block's forward for one sequence, beside weights and what all blocks share.
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are alive, and the most that there were at a time.
 
-    Raises:
-        Refused: the block does not run so.
+    Args:
+        shapes: of parameters: storages of these shapes are gradients of theirs, and not counted.
     """
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._shapes = shapes
+        self._known: dict[int, weakref.ref] = {}
+
+    def leave_out(self, tensors: Any) -> None:
+        for tensor in tensors:
+            self._known[_storage(tensor)] = weakref.ref(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_meta and leaf.shape not in self._shapes:
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known and self._known[key]() is storage:
+            return
+
+        def end(_: Any) -> None:
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, end)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def _of_block(anatomy: Anatomy, index: int, length: int, dtype: torch.dtype) -> _Bytes:
+    """Of a block and one sequence, beside weights and what all blocks share. Raises Refused: it does not run so."""
     call = Trial(anatomy, extras=anatomy.driver.extras, rows=1, length=length, stop_at=index).run()[index]
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    args, kwargs = tree_map(cast, to_meta(call.args)), tree_map(cast, to_meta_kwargs(call.kwargs))
+    args, kwargs = _cast(to_meta(call.args), dtype), _cast(to_meta_kwargs(call.kwargs), dtype)
     block = copy.deepcopy(anatomy.blocks[index][1]).to("meta", dtype).train()
-    shared = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    not_counted = {_storage(tensor) for tensor in (*block.parameters(), *block.buffers(), *shared)}
+    hidden = torch.empty(1, length, *anatomy.hidden, device="meta", dtype=dtype, requires_grad=True)
+    return _of_module(block, lambda given: Call(args, kwargs).apply(block, given), hidden, (args, kwargs))
+
+
+def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, shared: Any) -> _Bytes:
+    """Of a module that is run with ``hidden``. ``shared``: what else it is given, which is not counted."""
+    others = [x for x in tree_flatten(shared)[0] if isinstance(x, Tensor)]
+    not_counted = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *others)}
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
         kept.setdefault(_storage(tensor), tensor)
         return tensor
 
-    hidden = torch.empty(1, length, *anatomy.hidden, device="meta", dtype=dtype, requires_grad=True)
+    alive = _Alive({parameter.shape for parameter in module.parameters()})
+    alive.leave_out((*module.parameters(), *module.buffers(), *others, hidden))
+    own = hidden.untyped_storage().nbytes()
     try:
-        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor), NoData(), _Fused():
-            Call(args, kwargs).apply(block, hidden)
+        with torch.enable_grad(), NoData(), _Fused(), alive:
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                output = run(hidden)
+            saved = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in not_counted)
+            keeps_input = _storage(hidden) in kept
+            forward = alive.most + own  # the input is there, kept or not
+            output = output if isinstance(output, Tensor) else output[0]
+            stays = _storage(output) in kept
+            kept.clear()
+            # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.
+            alive.most = alive.now
+            output.backward(torch.empty_like(output))
+            backward = alive.most + own * keeps_input - output.untyped_storage().nbytes() * (not stays)
     except Exception as error:  # whatever a family's code runs into without values
         raise Refused(f"its block does not run without its weights ({type(error).__name__})") from error
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in not_counted)
+    return _Bytes(saved, max(0, forward - saved, backward - saved))
+
+
+class _Outer(Trial):
+    """A run that measures the modules before and behind the blocks, each by itself."""
+
+    def __init__(self, anatomy: Anatomy, length: int, dtype: torch.dtype) -> None:
+        super().__init__(anatomy, extras=anatomy.driver.extras, rows=1, length=length)
+        self.dtype = dtype
+        self.found = {"before": _Bytes(), "after": _Bytes()}
+
+    def on_meta(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = "after" if self.calls else "before"
+        output = super().on_meta(switch, args, kwargs)
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.is_floating_point() and isinstance(output, Tensor):
+            one = self._measured(switch, first, args[1:], kwargs, output)
+            sums = self.found[place]
+            self.found[place] = _Bytes(sums.saved + one.saved, max(sums.working, one.working))
+        return output
+
+    def _measured(self, switch: Switch, first: Tensor, args: Any, kwargs: Any, output: Tensor) -> _Bytes:
+        module = copy.deepcopy(switch._twin).to(self.dtype).train()
+        hidden = torch.empty(first.shape, device="meta", dtype=self.dtype, requires_grad=True)
+        others = _cast((to_meta(args), to_meta(kwargs)), self.dtype)
+        if output.shape[-1] == getattr(self.anatomy.config, "vocab_size", None):
+            return _Bytes(hidden.untyped_storage().nbytes())  # the matrix multiplication keeps its input
+        return _of_module(module, lambda given: module(given, *others[0], **others[1]), hidden, others)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, values)
 
 
 def _storage(tensor: Tensor) -> int:

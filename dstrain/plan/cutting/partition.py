@@ -37,8 +37,8 @@ def cut_by_cost(
     Returns:
         First layer of each span, and ``len(costs)`` at the end; None where no cut fits.
 
-    Source: the linear partition problem (Skiena, The Algorithm Design Manual, section 10.7), with a search over
-    the largest cost in place of its first table.
+    Source: the ordered partition problem (Skiena, The Algorithm Design Manual, third edition, section 10.7), with
+    a search over the largest cost in place of its first table.
     """
     count = len(costs)
     if not 1 <= spans <= count:
@@ -50,16 +50,21 @@ def cut_by_cost(
 
     def ends(limit: float) -> list[list[int]]:
         """For each span and first layer, the end of the longest span that costs and weighs little enough."""
-        table = []
-        for span in range(spans):
+        rows: dict[float, list[int]] = {}
+        for weight in set(beside):
             row, end = [], 0
             for start in range(count):
                 end = max(end, start)
-                while end < count and beside[span] + (total[end + 1] - total[start]) <= limit:
+                while end < count and weight + (total[end + 1] - total[start]) <= limit:
                     end += 1
-                row.append(end if farthest is None else min(end, farthest(span, start)))
-            table.append(row)
-        return table
+                row.append(end)
+            rows[weight] = row
+        if farthest is None:
+            return [rows[weight] for weight in beside]
+        return [
+            [min(end, farthest(span, start)) for start, end in enumerate(rows[weight])]
+            for span, weight in enumerate(beside)
+        ]
 
     # The evenest cut under a limit is made of evenest cuts under the same limit, but the least largest cost
     # is not a limit for the layers in front: a heavy span behind may excuse one there. So first the limit.
@@ -72,6 +77,13 @@ def cut_by_cost(
 
 def _reaches_the_end(ends: list[list[int]], count: int) -> bool:
     """Whether spans that go at most this far, one after the other, can hold all layers."""
+    distinct = {id(row): row for row in ends}.values()
+    if all(end > start for row in distinct for start, end in enumerate(row)):
+        # Any span may be one layer long: what can be reached is all that lies before the farthest.
+        farthest = 0
+        for row in ends:
+            farthest = row[farthest] if farthest < count else count
+        return farthest == count
     starts = {0}
     for row in ends:
         starts = {end for start in starts if start < count for end in range(start + 1, row[start] + 1)}

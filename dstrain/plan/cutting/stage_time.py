@@ -31,7 +31,8 @@ def layer_times(
         blocks_recomputed: ``activation_checkpointing``.
         head_recomputed: its loss works in chunks, see `dstrain.plan.loss_chunk`.
 
-    Source: Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU Clusters, appendix.
+    Source: Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM,
+    appendix.
     """
 
     def passes(layer: Layer) -> int:

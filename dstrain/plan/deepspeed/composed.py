@@ -8,16 +8,15 @@ tune; a key that a choice of dstrain's decides can't be changed behind its back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from dstrain.config.deepspeed_keys import KeyPath, canonical, what_is_wrong
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
-
-KeyPath = tuple[str, ...]
+from dstrain.plan.deepspeed.own_keys import OwnKey, leaves, mistakes, own_keys
 
 # DeepSpeed keys that a run-config key decides: changing them elsewhere would break the plan's word.
 OWNED: dict[KeyPath, str] = {
@@ -28,7 +27,6 @@ OWNED: dict[KeyPath, str] = {
     ("zero_optimization", "stage"): "zero",
     ("zero_optimization", "offload_optimizer"): "offload",
     ("zero_optimization", "offload_param"): "offload",
-    ("zero_optimization", "cpu_offload"): "offload",
     ("fp16", "enabled"): "precision",
     ("bf16", "enabled"): "precision",
     ("data_types",): "precision",
@@ -66,8 +64,49 @@ def compose(
         resolved: the run config, whose ``ds_config`` file and ``deepspeed`` mapping are laid on top.
 
     Raises:
-        DstrainError: the user's file can't be read, or a key of it contradicts the plan.
+        DstrainError: the user's file can't be read, a key is wrong, or contradicts the plan.
     """
+    for mistake in mistakes(resolved):
+        raise mistake
+    composed = _from_fragments(fragments, derived)
+    for key in own_keys(resolved):
+        _lay_on_top(key, composed, resolved)
+    return composed
+
+
+def contradictions(
+    fragments: Sequence[str],
+    derived: Mapping[str, Derived],
+    resolved: ResolvedConfig,
+    undecided: Sequence[KeyPath],
+) -> list[DstrainError]:
+    """Every one of the user's keys that contradicts the plan, but for those that are not decided yet.
+
+    Keys that are wrong in themselves, and a file that can't be read, are not among them: see `mistakes`.
+    """
+    try:
+        keys = list(own_keys(resolved))
+    except DstrainError:
+        return []
+    if not keys:
+        return []
+    composed, found = _from_fragments(fragments, derived), []
+    for key in keys:
+        if canonical(key.path) in undecided or what_is_wrong(key.path, key.value):
+            continue
+        try:
+            _lay_on_top(key, composed, resolved)
+        except DstrainError as error:
+            found.append(error)
+    return found
+
+
+def owner_of(path: KeyPath) -> str | None:
+    """The run-config key that decides this key of DeepSpeed's, if one does."""
+    return next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
+
+
+def _from_fragments(fragments: Sequence[str], derived: Mapping[str, Derived]) -> DeepSpeedConfig:
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     for name in fragments:
@@ -79,62 +118,17 @@ def compose(
                 value, origin = chosen.value, chosen.origin
             _set(values, path, value)
             origins[path] = origin
-    for path, value, origin in _laid_on_top(resolved):
-        if value == "auto":  # Hugging Face's word for "as derived"; DeepSpeed would drop it silently
-            continue
-        if _is_decided(path, value, origin, values, resolved):
-            continue
-        _set(values, path, value)
-        origins[path] = origin
     return DeepSpeedConfig(values, origins)
 
 
-def leaves(values: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value that is no non-empty mapping, by its path of keys."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _laid_on_top(resolved: ResolvedConfig) -> Iterator[tuple[KeyPath, Any, str]]:
-    """The user's own DeepSpeed keys: the file first, the config's mapping over it."""
-    name = resolved.config.ds_config
-    if name is not None:
-        where = str(resolved.origin("ds_config"))
-        try:
-            document = json.loads(
-                Path(name).read_text(encoding="utf-8-sig"),
-                object_pairs_hook=_no_duplicates,
-                parse_constant=_no_constant,
-            )
-        except OSError as error:
-            raise DstrainError(f"can't read {name}: {error.strerror}", where=where) from None
-        except UnicodeDecodeError as error:
-            raise DstrainError(f"{name} is not UTF-8 text ({error.reason})", where=where) from None
-        except json.JSONDecodeError as error:
-            raise DstrainError(f"not valid JSON: {error.msg}", where=f"{name}:{error.lineno}") from None
-        except ValueError as error:
-            raise DstrainError(str(error), where=name) from None
-        if not isinstance(document, dict):
-            raise DstrainError("expected a JSON object", where=name)
-        for path, value in leaves(document):
-            yield path, value, name
-    for path, value in leaves(resolved.config.deepspeed):
-        yield path, value, str(resolved.origin("deepspeed", *path))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice:
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return dict(pairs)
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
+def _lay_on_top(key: OwnKey, composed: DeepSpeedConfig, resolved: ResolvedConfig) -> None:
+    """Put one of the user's keys into the JSON. Raises DstrainError if it contradicts the plan."""
+    if key.value == "auto":  # Hugging Face's word for "as derived"; DeepSpeed would drop it silently
+        return
+    path = canonical(key.path)
+    if not _is_decided(path, key.value, key.place, composed.values, resolved):
+        _set(composed.values, path, key.value)
+        composed.origins[path] = key.place
 
 
 def _is_decided(
@@ -156,7 +150,7 @@ def _is_decided(
         )
     if value == {} and isinstance(decided, dict):
         return True
-    owner = next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
+    owner = owner_of(path)
     if owner is None:
         return False
     if decided is not None and decided == value:

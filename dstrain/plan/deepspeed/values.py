@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.schema import RunConfig
+from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch
-from dstrain.plan.deepspeed.composed import DeepSpeedConfig, Derived, compose
-from dstrain.plan.layout import Layout
+from dstrain.plan.deepspeed.composed import DeepSpeedConfig, Derived, compose, contradictions
 
 
 def deepspeed_config(
-    resolved: ResolvedConfig, layout: Layout, batch: Batch, accelerator: str, stage_parameters: int
+    resolved: ResolvedConfig, batch: Batch, accelerator: str, stage_parameters: int
 ) -> DeepSpeedConfig:
-    """The DeepSpeed JSON of this plan."""
+    """The DeepSpeed JSON of this plan. Raises DstrainError for a key of the user's that contradicts it."""
+    derived = _derived(resolved, batch, accelerator, stage_parameters)
+    return compose(_fragments(resolved.config), derived, resolved)
+
+
+def contradictions_of_config(resolved: ResolvedConfig) -> list[DstrainError]:
+    """The user's DeepSpeed keys that contradict the run config itself, whatever the model and the machine.
+
+    What the machine decides, the micro-batch or the number of replicas, is compared when a plan is made.
+    """
+    config = resolved.config
+    micro, replicas, undecided = config.micro_batch, config.data_parallel, []
+    if micro is None:
+        undecided.append(("train_micro_batch_size_per_gpu",))
+    share = (micro or 1) * (replicas or 1)
+    if micro is None or replicas is None or config.global_batch % share:
+        undecided.append(("gradient_accumulation_steps",))
+    batch = Batch(
+        config.global_batch, micro or 1, config.global_batch // share, replicas or 1, config.seq_len
+    )
+    return contradictions(_fragments(config), _derived(resolved, batch, "cpu", 1), resolved, undecided)
+
+
+def _derived(
+    resolved: ResolvedConfig, batch: Batch, accelerator: str, stage_parameters: int
+) -> dict[str, Derived]:
+    """The value and reason of each ``$name`` in the fragments."""
     config = resolved.config
 
     def chosen(key: str) -> Derived:
@@ -21,7 +48,7 @@ def deepspeed_config(
     # of one million parameters.
     bucket = min(2 * ((stage_parameters + 1) // 2), 200_000_000)
     sized = f"the largest stage's {stage_parameters:,} parameters"
-    derived = {
+    return {
         "global_batch": chosen("global_batch"),
         "micro_batch": Derived(batch.micro_batch, f"micro_batch ({resolved.origin('micro_batch')})"),
         "accumulation": Derived(batch.accumulation, "global_batch / (micro_batch x replicas)"),
@@ -45,6 +72,10 @@ def deepspeed_config(
             f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
         ),
     }
+
+
+def _fragments(config: RunConfig) -> list[str]:
+    """The fragments of these choices, later ones over earlier ones."""
     fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
     if config.offload == "none":
         fragments.append(f"optimizer/{config.optimizer}")
@@ -52,6 +83,6 @@ def deepspeed_config(
         # DeepSpeed has a vectorised AdamW for states in host memory; SGD is torch's own.
         suffix = "-offloaded" if config.optimizer == "adamw" else ""
         fragments += [f"offload/{config.offload}", f"optimizer/{config.optimizer}{suffix}"]
-    if layout.pipeline > 1:
+    if config.pipeline > 1:
         fragments.append("pipeline/stages")
-    return compose(fragments, derived, resolved)
+    return fragments

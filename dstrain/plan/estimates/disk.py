@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
+from dstrain.plan.estimates.memory_stage import frozen_parameters
 from dstrain.plan.layout import Layout
-from dstrain.plan.refusals import is_frozen
 from dstrain.plan.shape import ModelShape
+from dstrain.plan.words import in_words
 
 # Beside the numbers themselves, measured with DeepSpeed 0.19.8: two scripts that it lays beside the state,
 # each rank's files, and the name and place of each tensor.
@@ -30,7 +30,7 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     moments = 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
     stages = [layout.spans(stage) for stage in range(layout.pipeline)]
     held = sum(shape.parameters_of(spans) for spans in stages)
-    frozen = sum(_frozen(shape, spans, config.freeze) for spans in stages)
+    frozen = sum(frozen_parameters(shape, spans, config.freeze) for spans in stages)
     # One file a layer with stages: two layers that share a weight both write it.
     weights = sum(layer.parameters for layer in shape.layers) if layout.pipeline > 1 else held
     total = (moments + 4 * (config.zero > 0)) * (held - frozen)
@@ -95,27 +95,3 @@ def check_disk(*, needed: int, one: int, free: int, held: int, where: str) -> No
         where=where,
         hint=instead,
     )
-
-
-def in_words(size: float) -> str:
-    """Bytes as people read them: three digits, and more only of terabytes."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.0f} TB" if size >= 100 else f"{size:.3g} TB"
-
-
-def _frozen(shape: ModelShape, spans: Sequence[range], patterns: Sequence[str]) -> int:
-    """Frozen parameters that a stage holds; a weight that two of its layers tie counts once."""
-    if not patterns:
-        return 0
-    tied = {name: weight.key for weight in shape.tied for name in weight.names}
-    sizes = {
-        tied.get(name, name): number
-        for span in spans
-        for layer in span
-        for name, number in shape.layers[layer].tensors.items()
-        if is_frozen(name, patterns)
-    }
-    return sum(sizes.values())

@@ -1,29 +1,146 @@
-"""What a stage needs of its device's memory: an estimate, to keep the cut from asking for more than there is.
+"""What a rank needs of its device's memory, by class: for a given cut, and layer by layer for the search of one.
 
 Left out: the accelerator's own context, the communication library's buffers and fragmentation, for which
-`USABLE` leaves room.
+`USABLE` leaves room. Compared with every tensor of real ranks in tests/distributed/test_memory.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.plan.loss_chunk import loss_chunk
+from dstrain.plan.batch import Batch
+from dstrain.plan.estimates.memory_activations import (
+    hidden_bytes,
+    layer_kept,
+    layer_working,
+    loss_bytes,
+    masks_held,
+    micro_batches_in_flight,
+    spans_in_flight,
+    stage_activations,
+)
+from dstrain.plan.estimates.memory_moments import LARGEST_BUCKET
+from dstrain.plan.estimates.memory_stage import stage_parameters, weight_bytes
+from dstrain.plan.estimates.memory_states import StateBytes, state_bytes, states
+from dstrain.plan.layout import Layout
 from dstrain.plan.refusals import frozen_names
 from dstrain.plan.shape import Layer, ModelShape
+
+__all__ = [
+    "USABLE",
+    "Memory",
+    "StageMemory",
+    "StateBytes",
+    "estimate",
+    "micro_batches_in_flight",
+    "stage_memory",
+    "state_bytes",
+]
 
 USABLE = 0.92
 """Fraction of a device's memory that the estimate may fill."""
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes of one parameter's states on one rank, and of a frozen one's."""
+class StageMemory:
+    """Bytes on a rank of one stage, each class at its own fullest moment of a step.
 
-    trained: float
-    frozen: float
+    Attributes:
+        parameters: weights in the precision that is computed with; with ZeRO-3 the rank's shard.
+        gradients: what holds gradients between micro-batches, fp32 accumulators included.
+        optimizer: fp32 masters and moments on the device.
+        activations: kept for the backward pass, of all micro-batches in flight, what the passes of one block take
+            beside them, its recomputation included, and masks.
+        loss: logits, softmax and their gradients.
+        buffers: buckets of reductions, the pipeline's buffers, gathered parameters, temporaries of the step.
+        host: bytes of host memory that offloading takes; not part of ``total``.
+        together: of all classes at their common fullest moment. Less than their sum, as the activations are gone when
+            the optimizer works; 0: not known.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    buffers: int
+    host: int
+    together: int = 0
+
+    @property
+    def total(self) -> int:
+        """The most that is needed at a time."""
+        return self.together or (
+            self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.buffers
+        )
+
+
+def stage_memory(
+    config: RunConfig,
+    shape: ModelShape,
+    layout: Layout,
+    batch: Batch,
+    accelerator: str,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> tuple[StageMemory, ...]:
+    """What a rank of each stage needs, for a given cut.
+
+    Args:
+        accelerator: ``cuda`` or ``cpu``, where what is offloaded stays in the same memory.
+        deepspeed: the composed JSON, whose buckets may be the user's own; None: those that a plan derives.
+    """
+    options = (deepspeed or {}).get("zero_optimization", {})
+    largest = max(shape.parameters_of(layout.spans(stage)) for stage in range(layout.pipeline))
+    bucket = int(options.get("reduce_bucket_size", min(2 * ((largest + 1) // 2), LARGEST_BUCKET)))
+    found = []
+    for stage in range(layout.pipeline):
+        parameters = stage_parameters(
+            shape,
+            layout.spans(stage),
+            config.freeze,
+            bucket=bucket,
+            replicas=layout.data_parallel,
+            alone=layout.pipeline == 1,
+        )
+        passes = stage_activations(config, shape, layout, batch, stage)
+        several = batch.accumulation > 1
+        later = batch.accumulation > max(spans_in_flight(layout, stage, batch.accumulation))
+        if layout.schedule == "dualpipev" and layout.pipeline > 1:
+            later = several  # one span's gradients are there while the other's activations gather
+        held = states(config, parameters, accelerator, options, several=several, later=later)
+        moments = held.moments
+        always = held.parameters + held.optimizer + passes.pipeline + passes.masks
+        together = always + max(
+            moments.loss.total + passes.received + passes.kept + passes.head + passes.loss,
+            moments.backward.total + passes.received + passes.fullest,
+            # Without gradients at first, with them when the next micro-batch's turn comes.
+            0 if later else moments.reduction.gradients + passes.waiting + passes.working,
+            # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight.
+            moments.reduction.total + (passes.waiting if config.zero >= 2 else 0),
+            moments.step.total,
+        )
+        found.append(
+            StageMemory(
+                parameters=held.parameters,
+                gradients=moments.gradients,
+                optimizer=held.optimizer,
+                activations=passes.fullest + passes.masks,
+                loss=passes.loss,
+                buffers=passes.pipeline
+                + max(
+                    moments.loss.buffers + passes.received,
+                    moments.backward.buffers + passes.received,
+                    moments.reduction.buffers,
+                    moments.step.buffers,
+                ),
+                host=held.host,
+                together=together,
+            )
+        )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -35,7 +152,7 @@ class Memory:
         once: what a layer needs for one micro-batch at a time: the head's logits.
         kept: what a layer keeps of each micro-batch in flight, for the backward pass.
         boundary: what a stage keeps of each micro-batch in flight at its ends.
-        working: what any stage needs beside: one block's recomputation, gathered parameters, buckets.
+        working: what any stage needs beside: one block's recomputation, masks, gathered parameters, buckets.
         in_flight: micro-batches in flight on each stage.
     """
 
@@ -53,42 +170,6 @@ class Memory:
         return round(fixed + self.in_flight[stage] * kept)
 
 
-def state_bytes(config: RunConfig, replicas: int, *, device_is_host: bool = False) -> StateBytes:
-    """Parameters, gradients and optimizer states of one parameter on one rank.
-
-    In 16 bits with AdamW: 2 + 2 + 12, of which ZeRO-1 shares out the 12 among the replicas, ZeRO-2 the gradients'
-    2 too, ZeRO-3 all. In fp32 DeepSpeed's ZeRO keeps a second fp32 copy of the weights as well.
-
-    Args:
-        device_is_host: on CPUs offloaded states stay in the same memory.
-
-    Source: Rajbhandari et al. 2020, ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, figure 1.
-    """
-    weight = 4 if config.precision == "fp32" else 2
-    moments = 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
-    offloaded = config.offload != "none" and not device_is_host
-    parameters = weight / (replicas if config.zero == 3 else 1)
-    gradients = weight / (replicas if config.zero >= 2 else 1)
-    optimizer = (moments + 4 * (config.zero > 0)) / (replicas if config.zero >= 1 else 1)
-    if offloaded:
-        optimizer = 0.0
-        gradients = 0.0 if config.zero >= 2 else gradients
-    return StateBytes(parameters + gradients + optimizer, parameters)
-
-
-def micro_batches_in_flight(pipeline: int, schedule: str, accumulation: int) -> tuple[float, ...]:
-    """How many micro-batches each stage keeps activations of, for each of its spans.
-
-    1f1b: stage i has started pipeline - i of them before it ends the first one. dualpipev: 2 x pipeline + 1 spans'
-    worth on every rank, which holds two.
-
-    Source: Narayanan et al. 2021, section 2.2; DeepSeek's DualPipe, table of its README.
-    """
-    if schedule == "dualpipev" and pipeline > 1:
-        return tuple(min(pipeline + 0.5, accumulation) for _ in range(pipeline))
-    return tuple(float(min(pipeline - stage, accumulation)) for stage in range(pipeline))
-
-
 def estimate(
     config: RunConfig,
     shape: ModelShape,
@@ -98,45 +179,39 @@ def estimate(
     accumulation: int,
     device_is_host: bool = False,
 ) -> Memory:
-    """What each layer and stage need on a rank of this run.
+    """What each layer and stage need on a rank of this run, in a form that adds up over layers.
 
-    A tied weight counts with its first owner only where one rank holds all of its owners.
+    It is for the search of the cut: `stage_memory` at the moment when the last micro-batch's backward pass begins,
+    with buffers as of a stage of middle size. A tied weight counts with its first owner only where one rank holds all
+    of its owners.
     """
-    per_parameter = state_bytes(config, replicas, device_is_host=device_is_host)
-    weight = 4 if config.precision == "fp32" else 2
-    saved = [micro_batch * layer.saved_bytes(config.seq_len, config.precision) for layer in shape.layers]
-    hidden = micro_batch * config.seq_len * shape.hidden_size * weight
-    if config.activation_checkpointing:
-        kept = [hidden if layer.kind == "block" else 0 for layer in shape.layers]
-    else:
-        kept = saved
+    per_parameter = state_bytes(config, replicas, device_is_host=device_is_host, gradient=4)
+    weight = weight_bytes(config)
+    hidden = hidden_bytes(config, shape, micro_batch)
 
     frozen = frozen_names(shape, config.freeze)
-    states = [_states(layer, per_parameter, frozen) for layer in shape.layers]
+    sizes = [_states(layer, per_parameter, frozen) for layer in shape.layers]
     if config.pipeline == 1 or config.schedule == "dualpipev":
         for tied in shape.tied:
             ends = {0, len(shape.layers) - 1}
             if config.pipeline == 1 or ends.issuperset(tied.layers):
                 own = per_parameter.frozen if frozen.intersection(tied.names) else per_parameter.trained
                 for layer in tied.layers[1:]:
-                    states[layer] -= round(tied.parameters * own)
+                    sizes[layer] -= round(tied.parameters * own)
 
-    # Logits, their softmax and their gradient, of the micro-batch or of a chunk of its tokens.
-    tokens = micro_batch * config.seq_len
-    chunk = loss_chunk(micro_batch, config.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
-    logits = (chunk or tokens) * shape.vocab_size * 4
-    once = [3 * logits if layer.kind == "head" else 0 for layer in shape.layers]
-
-    largest = max(layer.parameters for layer in shape.layers)
-    gathered = 2 * largest * weight if config.zero == 3 else 0
-    bucket = min(shape.total_parameters // config.pipeline, 200_000_000) * weight if config.zero else 0
-    again = max(saved) if config.activation_checkpointing else 0
+    mean = shape.total_parameters // config.pipeline
+    bucket = min(mean, LARGEST_BUCKET) * (4 if config.zero in (1, 3) else weight) if config.zero else 0
+    gathered = weight * mean if config.zero == 3 and replicas > 1 else 0
+    loss = loss_bytes(config, shape, micro_batch)
     return Memory(
-        states=tuple(states),
-        once=tuple(once),
-        kept=tuple(kept),
+        states=tuple(sizes),
+        once=tuple(loss if layer.kind == "head" else 0 for layer in shape.layers),
+        kept=tuple(layer_kept(config, layer, micro_batch, hidden) for layer in shape.layers),
         boundary=2 * hidden if config.pipeline > 1 else 0,
-        working=gathered + bucket + again,
+        working=gathered
+        + bucket
+        + masks_held(config, shape.layers, micro_batch)
+        + max(layer_working(config, layer, micro_batch) for layer in shape.layers),
         in_flight=micro_batches_in_flight(config.pipeline, config.schedule, accumulation),
     )
 

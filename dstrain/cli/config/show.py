@@ -1,4 +1,4 @@
-"""``dstrain config``: look at configurations."""
+"""``dstrain config show``: the final DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import click
 from dstrain.cli.options import choices, given, layers
 
 
-@click.group("config")
-def command() -> None:
-    """Look at configurations."""
-
-
-@command.command("show")
+@click.command("show")
 @layers
 @choices
 @click.option("--origins", is_flag=True, help="With the origin of every key.")
-def show(
+def command(
     recipe: str | None, config_file: str | None, settings: tuple[str, ...], origins: bool, **flags: Any
 ) -> None:
     """Show the final DeepSpeed JSON of these arguments."""
     from dstrain.cli.planning import plan_for
     from dstrain.config.loader import load_config
-    from dstrain.plan.deepspeed.composed import leaves
+    from dstrain.plan.deepspeed.own_keys import leaves
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     plan = plan_for(resolved).plan

@@ -1,0 +1,1 @@
+"""``dstrain config``: a file a command."""

@@ -1,0 +1,16 @@
+"""``dstrain config``: make, check, describe, show and compare configurations."""
+
+from __future__ import annotations
+
+import click
+
+from dstrain.cli.config import check, diff, init, schema, show
+
+
+@click.group("config")
+def command() -> None:
+    """Make, check, describe, show and compare configurations."""
+
+
+for each in (init, check, schema, show, diff):
+    command.add_command(each.command)

@@ -1,0 +1,1 @@
+"""A plan for the eyes: what `dstrain plan` and `dstrain run` show of it."""

@@ -1,0 +1,35 @@
+"""The choices that a plan was made from, each with the place that it comes from."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from dstrain.plan.plan import Plan
+
+_SHOWN = (
+    "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision",
+    "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
+    "gradient_clipping", "activation_checkpointing", "seed",
+)  # fmt: skip
+
+
+def choices(plan: Plan) -> Table:
+    """Key, value and origin of what decides most."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("choice", style="bold")
+    table.add_column("value")
+    table.add_column("from", style="dim")
+    separate = () if plan.config["pack"] else ("pack",)
+    for key in (*_SHOWN, *separate):
+        value = plan.config[key]
+        if key == "data_parallel" and value is None:
+            table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")
+        elif key == "micro_batch" and value is None:
+            table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
+        elif key == "tokenizer" and value == "auto":
+            table.add_row(key, str(plan.data["tokenizer"]), f"auto ({plan.origins[key]})")
+        elif key in ("init", "partition") and plan.origins[key] == "default":
+            continue
+        else:
+            table.add_row(key, str(value), plan.origins[key])
+    return table

@@ -1,0 +1,57 @@
+"""``dstrain plan --explain KEY``: a key of DeepSpeed's or dstrain's, for the eyes or as JSON."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+import click
+
+from dstrain.plan.deepspeed.explain import Explanation, explain
+from dstrain.plan.plan import Plan
+
+_WIDTH = 110
+
+
+def show_explanation(plan: Plan, name: str, *, as_json: bool) -> None:
+    """Print what ``name`` does, its value in this plan, why, and its origin. Raises DstrainError for no such key."""
+    found = explain(plan, name)
+    if as_json:
+        click.echo(json.dumps([each.to_record() for each in found], indent=2))
+        return
+    click.echo("\n\n".join(in_words(each) for each in found))
+
+
+def in_words(found: Explanation) -> str:
+    """An explanation as lines of a heading and a text."""
+    of_deepspeed = found.key.startswith("deepspeed.")
+    is_block = found.takes.startswith("keys of its own")
+    default = ("in DeepSpeed" if of_deepspeed else "by default", _value(found.default))
+    absent = of_deepspeed and not found.set
+    here = _value(found.value)
+    rows = [
+        ("does", found.does),
+        ("takes", found.takes),
+        *([] if is_block else [default]),
+        ("here", ("not set" if is_block else f"not set: {here}") if absent else here),
+        ("why", found.why),
+        ("from", found.origin),
+    ]
+    if found.decided_by:
+        rows.append(("change", f"dstrain decides it by {found.decided_by}"))
+    rows += [
+        ("decides" if number == 0 else "", f"deepspeed.{key} = {_value(value)}")
+        for number, (key, value) in enumerate(found.decides)
+    ]
+    width = max(len(heading) for heading, _ in rows) + 2
+    lines = [found.key]
+    for heading, text in rows:
+        first, *rest = textwrap.wrap(text, _WIDTH - width - 2) or [""]
+        lines.append(f"  {heading:<{width}}{first}".rstrip())
+        lines += [" " * (width + 2) + line for line in rest]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value)

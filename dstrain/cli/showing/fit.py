@@ -1,0 +1,84 @@
+"""The best layouts as a table, what to type for each, and why the others fell."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dstrain.cli.fitting import Fitted, Row
+from dstrain.cli.showing.words import duration_in_words, headed
+from dstrain.plan.words import count, in_words
+
+
+def show_fit(fitted: Fitted, *, as_json: bool) -> None:
+    """Print what was found, for the eyes or for programs."""
+    if as_json:
+        click.echo(json.dumps(fitted.to_record(), indent=2))
+        return
+    console, fit = Console(), fitted.fit
+    console.print(headed("on", fitted.machines))
+    if fitted.fixed:
+        console.print(headed("as you", f"chose: {', '.join(fitted.fixed)}"))
+    console.print()
+    if not fit.fits:
+        console.print(headed("memory", _nothing_fits(fitted), "bold red"))
+        console.print()
+    console.print(_table(fitted))
+    if fit.limit is not None:
+        console.print(Text(f"100% of the memory is what may be filled: {in_words(fit.limit)}", style="dim"))
+    console.print(Text("times within 2 % count as equal: the simpler layout comes first", style="dim"))
+    console.print()
+    console.print(headed("type", "the same arguments, and for"))
+    for number, row in enumerate(fitted.rows, start=1):
+        flags = row.flags or "nothing more: it is what you have chosen"
+        console.print(headed(f"{number:>7}", f"{flags}  ({row.scored.binds})"))
+    console.print()
+    console.print(headed("found", f"among {count(fit.looked_at, 'candidate')}; the others fell:", "dim"))
+    for reason, number in fit.fallen.items():
+        console.print(headed(f"{number:>7,}", reason, "dim"))
+
+
+def _table(fitted: Fitted) -> Table:
+    table = Table(box=None, pad_edge=False)
+    # Ranks on CPUs share their host's memory.
+    fullest = "memory\nof a host" if fitted.rows[0].plan.accelerator == "cpu" else "memory of\nfullest rank"
+    for heading in ("", "\nlayout", "micro-\nbatch", "recom-\npute", "\na step", "\ntokens/s", fullest):
+        left, wraps = heading == "\nlayout", heading == fullest
+        table.add_column(heading, justify="left" if left else "right", header_style="bold", no_wrap=not wraps)
+    for number, row in enumerate(fitted.rows, start=1):
+        candidate, time = row.scored.candidate, row.scored.time
+        table.add_row(
+            str(number),
+            candidate.layout.name,
+            str(candidate.micro_batch),
+            "yes" if candidate.activation_checkpointing else "no",
+            duration_in_words(time.total),
+            f"{time.tokens_per_second:,.0f}",
+            _memory(row, fitted.fit.limit),
+        )
+    return table
+
+
+def _memory(row: Row, limit: float | None) -> str:
+    if limit is None:
+        return in_words(row.scored.memory)
+    tight = ", tight" if row.plan.memory_verdict.startswith("tight") else ""
+    return f"{in_words(row.scored.memory)}, {row.scored.memory / limit:.0%}{tight}"
+
+
+def _nothing_fits(fitted: Fitted) -> str:
+    """By how much, and what would help."""
+    fit, nearest = fitted.fit, fitted.rows[0]
+    limit = fit.limit or 0.0
+    on = "on a host" if nearest.plan.accelerator == "cpu" else "on a rank"
+    text = (
+        f"nothing fits. The nearest needs {in_words(nearest.scored.memory)} {on}, and {in_words(limit)} may be"
+        f" filled: {in_words(nearest.scored.memory - limit)} more. "
+    )
+    if fitted.helps:
+        return text + f"Without {' or without '.join(fitted.helps)} there is one that fits."
+    return text + "More or larger devices help, a smaller --seq-len, or a smaller model."

@@ -1,0 +1,66 @@
+"""The whole plan, part by part: the arithmetic, the picture, memory, time, the choices, and what to know."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from dstrain.cli.showing.choices import choices
+from dstrain.cli.showing.picture import picture
+from dstrain.cli.showing.stages import memory, stages
+from dstrain.cli.showing.time import time
+from dstrain.cli.showing.words import headed
+from dstrain.plan.estimates.disk import most_checkpoints
+from dstrain.plan.plan import Plan
+from dstrain.plan.words import in_words
+
+_VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    model, data = plan.model, plan.data
+    console.print(
+        headed("model", f"{model['type']}, {model['parameters']:,} parameters, {len(model['layers'])} layers")
+    )
+    console.print(
+        headed(
+            "data",
+            f"{data['source']}: {data['documents']:,} documents, {data['tokens']:,} tokens,"
+            f" {data['train_rows']:,} samples to train on, {data['held_out_rows']:,} held out",
+        )
+    )
+    console.print(headed("batch", plan.batch.in_words()))
+    console.print(headed("disk", _disk(plan)))
+    console.print()
+    console.print(picture(plan, console))
+    console.print()
+    console.print(stages(plan))
+    console.print()
+    console.print(memory(plan))
+    if plan.memory_verdict:
+        colour = next(
+            colour for verdict, colour in _VERDICTS.items() if plan.memory_verdict.startswith(verdict)
+        )
+        console.print(headed("memory", plan.memory_verdict, f"bold {colour}"))
+    console.print()
+    if plan.time is not None:
+        console.print(time(plan, plan.time))
+        console.print()
+    console.print(choices(plan))
+    for warning in plan.warnings:
+        console.print(headed("note", warning, "bold yellow"))
+
+
+def _disk(plan: Plan) -> str:
+    """What a checkpoint takes, and all of them at once."""
+    config = plan.run_config
+    if not config.saves:
+        weights = f" (the last weights: {in_words(plan.disk_bytes)})" if config.save_weights else ""
+        return f"no checkpoint (save_every: never): what fails or is stopped begins anew{weights}"
+    number = most_checkpoints(config)
+    for_good = f", every {config.keep_every:,}th step's for good" if config.keep_every else ""
+    weights = ", and the last weights" if config.save_weights else ""
+    return (
+        f"about {in_words(plan.checkpoint_bytes)} a checkpoint, {in_words(plan.disk_bytes)} at most"
+        f" ({number:,} at once: keep {config.keep}{for_good}, and the one being written{weights})"
+    )

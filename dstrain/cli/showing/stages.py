@@ -1,0 +1,83 @@
+"""The stages as a table: layers, parameters, share of the time; and the bytes that a rank of each needs."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dstrain.cli.showing.words import layers_in_words
+from dstrain.plan.plan import Plan
+from dstrain.plan.words import in_words
+
+# More stages than these are left out of the middle.
+_SHOWN = 16
+# With the headings that they have: two lines, so that all stand side by side in 80 columns.
+_CLASSES = {
+    "parameters": "para-\nmeters",
+    "gradients": "gradi-\nents",
+    "optimizer": "opti-\nmizer",
+    "activations": "activa-\ntions",
+    "loss": "\nloss",
+    "buffers": "\nbuffers",
+}
+
+
+def stages(plan: Plan) -> RenderableType:
+    """Layers, parameters and estimated time of each stage."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "layers", "parameters", "time"):
+        table.add_column(heading, justify="left" if heading == "layers" else "right", header_style="bold")
+    names = plan.model["layers"]
+    for stage in _stages(plan):
+        if stage is None:
+            table.add_row("...", "", "", "")
+            continue
+        table.add_row(
+            str(stage),
+            ", ".join(layers_in_words(names, span) for span in plan.layout.spans(stage)),
+            f"{plan.stage_parameters[stage]:,}",
+            f"{plan.stage_time[stage]:.2f}",
+        )
+    if plan.layout.pipeline == 1:
+        return table
+    return Group(table, Text(_balance(plan), style="dim"))
+
+
+def _balance(plan: Plan) -> str:
+    """How even the cut is expected to be, and what ``auto`` would reach where something else was asked for."""
+    text = f"estimated time of the slowest stage: {plan.imbalance:.2f} x the mean"
+    if plan.config["partition"] == "auto":
+        return text
+    return f"{text} (--partition auto: {plan.imbalance_of_auto:.2f} x)"
+
+
+def memory(plan: Plan) -> RenderableType:
+    """Bytes on a rank of each stage, class by class."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory\nof a rank", justify="left", header_style="bold", no_wrap=True)
+    used = [name for name in _CLASSES if any(getattr(need, name) for need in plan.stage_memory)]
+    for heading in (*(_CLASSES[name] for name in used), "\ntotal"):
+        table.add_column(heading, justify="right", header_style="bold", no_wrap=True)
+    for stage in _stages(plan):
+        if stage is None:
+            table.add_row(*["..."] * (len(used) + 2))
+            continue
+        need = plan.stage_memory[stage]
+        table.add_row(f"stage {stage}", *(_bytes(getattr(need, name)) for name in used), _bytes(need.total))
+    notes = ["each class at its own fullest moment; total: the most at any one moment, less than their sum"]
+    if host := max(need.host for need in plan.stage_memory):
+        notes.append(f"and up to {in_words(host)} of its host's memory for what is offloaded")
+    return Group(table, Text("\n".join(notes), style="dim"))
+
+
+def _bytes(size: int) -> str:
+    return in_words(size) if size else "-"
+
+
+def _stages(plan: Plan) -> list[int | None]:
+    """The stages to show; None for those that are left out."""
+    number = plan.layout.pipeline
+    if number <= _SHOWN:
+        return list(range(number))
+    return [*range(_SHOWN // 2), None, *range(number - _SHOWN // 2, number)]

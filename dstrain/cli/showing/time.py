@@ -1,0 +1,63 @@
+"""How long a step and the run are expected to take, what travels, and what that assumes."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dstrain.cli.showing.words import duration_in_words, headed
+from dstrain.plan.estimates.time import StepTime
+from dstrain.plan.plan import Plan
+from dstrain.plan.words import count, in_words
+
+_PARTS = {
+    "compute": "computing",
+    "overhead": "launching and waiting for messages",
+    "bubble": "idle in the bubble",
+    "pipeline": "between stages",
+    "data_parallel": "between replicas",
+    "optimizer": "updating weights",
+}
+_LINKS = {"inside": "inside a host", "between": "between hosts", "host": "to the host's memory"}
+
+
+def time(plan: Plan, step: StepTime) -> RenderableType:
+    """The parts of a step, what they make of the run, the traffic, and the assumptions."""
+    steps = plan.run_config.steps
+    lines: list[RenderableType] = [
+        headed("time", f"{duration_in_words(step.total)} a step, estimated: {_parts(plan, step)}"),
+        headed(
+            "",
+            f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} of the peak;"
+            f" {count(steps, 'step')}: {duration_in_words(step.run_seconds)}",
+        ),
+    ]
+    if step.traffic:
+        lines.append(_traffic(step))
+    lines += [
+        headed("assumes" if number == 0 else "", text, "dim") for number, text in enumerate(step.assumptions)
+    ]
+    return Group(*lines)
+
+
+def _parts(plan: Plan, step: StepTime) -> str:
+    """What takes a hundredth of the step or more, the longest first."""
+    parts = {what: getattr(step, name) for name, what in _PARTS.items()}
+    told = sorted((p for p in parts.items() if p[1] >= 0.01 * step.total), key=lambda part: -part[1])
+    slowest = " in the slowest stage" if plan.layout.pipeline > 1 else ""
+    return ", ".join(
+        f"{seconds / step.total:.0%} {what}{slowest if what == _PARTS['compute'] else ''}"
+        for what, seconds in told
+    )
+
+
+def _traffic(step: StepTime) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("traffic of a step", header_style="bold")
+    table.add_column("over the link", header_style="bold")
+    table.add_column("of a rank", justify="right", header_style="bold")
+    table.add_column("because", style="dim")
+    for traffic in step.traffic:
+        table.add_row(traffic.what, _LINKS[traffic.link], in_words(traffic.bytes), Text(traffic.reason))
+    return table

@@ -1,0 +1,36 @@
+"""Numbers and layers in words, as all parts of a shown plan write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+
+def headed(heading: str, text: str, style: str = "bold") -> Table:
+    """A text with its heading in front: ``batch  16 samples a step ...``; further lines stay beside the heading."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=7, style=style)
+    grid.add_column()
+    grid.add_row(heading, Text(text))
+    return grid
+
+
+def layers_in_words(names: Sequence[str], span: range) -> str:
+    """The layers of a span: ``embed .. block 7``."""
+    first, last = names[span[0]], names[span[-1]]
+    return first if first == last else f"{first} .. {last}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """A time with the two units that matter: ``0.82 s``, ``3 min 20 s``, ``2 h 5 min``, ``12.4 days``."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if seconds < 2 * 86400:
+        return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
+    return f"{seconds / 86400:,.1f} days"

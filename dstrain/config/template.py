@@ -1,0 +1,52 @@
+"""A commented YAML to start from: every key with its meaning and its default."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+from dstrain import __version__
+from dstrain.config.schema import RunConfig
+from dstrain.config.words import type_in_words
+from dstrain.config.yaml_reader import dump_yaml
+
+_WIDTH = 100
+GROUPS = {
+    "model": "What is trained, on what.",
+    "steps": "How long, and in which steps.",
+    "optimizer": "The optimizer.",
+    "zero": "How it is split.",
+    "name": "What is kept and said.",
+    "ds_config": "DeepSpeed's own configuration, laid on top of what the plan composes.",
+}
+"""The headings, each with the key that it stands in front of: those of `RunConfig`."""
+
+_HEAD = f"""\
+# A run of dstrain {__version__}: every key, its meaning, and its default.
+# `dstrain config check FILE` finds mistakes, `dstrain plan --config FILE` shows what would run,
+# `dstrain run --config FILE` trains. A key that is left out keeps its default.
+# A recipe that stands below (recipe: NAME) is overruled by each key that is given here.
+"""
+_EXAMPLES = {"deepspeed": "# deepspeed:\n#   zero_optimization:\n#     reduce_bucket_size: 5.0e+7\n"}
+
+
+def template() -> str:
+    """YAML that means the defaults. Keys whose default is null, which stands for "derived", are commented out."""
+    lines = [_HEAD]
+    for key, field in RunConfig.model_fields.items():
+        if key in GROUPS:
+            lines.append(f"\n# --- {GROUPS[key]}\n\n")
+        value = field.get_default()
+        words = type_in_words(field.rebuild_annotation()).removesuffix(" or null").removesuffix(",")
+        text = f"{field.description} ({words})" if field.description else words
+        lines += [f"# {line}\n" for line in textwrap.wrap(text, _WIDTH - 2)]
+        lines.append(_EXAMPLES.get(key) or _line(key, value))
+        lines.append("\n")
+    return "".join(lines).rstrip("\n") + "\n"
+
+
+def _line(key: str, value: Any) -> str:
+    if value is None:
+        return f"# {key}:\n"
+    return f"{key}: {json.dumps(value)}\n" if isinstance(value, list) else dump_yaml({key: value})

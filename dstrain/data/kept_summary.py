@@ -1,0 +1,99 @@
+"""What was found out about data that are prepared already, kept beside their tokens: the next plan need not ask.
+
+``<cache_dir>/summaries/<key>.json`` holds the summary and the state of the token files that it speaks of. Whoever
+looks makes the key anew from the listing of the source, so a file that changed has another key; and a summary whose
+token files are gone or were written since is passed over. The ranks look at the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dstrain import __version__
+from dstrain.data.sources import Source
+from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
+
+TOKEN_FILES = ("tokens.bin", "lengths.npy", "meta.json")
+"""What a folder of the token cache holds: `dstrain.data.token_cache`."""
+
+State = list[list[Any]]
+"""Files as [name, bytes, time of the last change of the content, and of anything, in ns]."""
+
+
+def tokenizer_state(tokenizer: str) -> State:
+    """What decides a tokenizer: its files, and the version of transformers that reads them.
+
+    To be taken before the tokenizer is read: what changes meanwhile has another state afterwards.
+
+    Raises:
+        DstrainError: there is no such tokenizer.
+    """
+    if tokenizer == BYTES:
+        return []
+    return [
+        [tokenizer, importlib.metadata.version("transformers")],  # the summary says its name
+        # Where the tokenizer's own files do not name its class, the model's do.
+        *_state(tokenizer_folder(tokenizer), (*TOKENIZER_FILES, "config.json")),
+    ]
+
+
+def summary_file(
+    cache_dir: Path, source: Source, tokenizer: State, *, seq_len: int, held_out: float, pack: bool
+) -> Path:
+    """Where the summary of these choices is kept, if it is.
+
+    Another version of dstrain has another: also one of a checkout that was changed, so that no number needs to be
+    raised by hand.
+    """
+    here = Path(__file__).parent
+    content = json.dumps(
+        [
+            __version__,
+            _state(here, sorted(path.name for path in here.glob("*.py"))),
+            source.name,
+            source.root,
+            [(file.relative, file.kind, file.size, file.mtime_ns) for file in source.files],
+            tokenizer,
+            [seq_len, held_out, pack],
+        ]
+    )
+    return cache_dir / "summaries" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+
+
+def read_summary(file: Path) -> dict[str, Any] | None:
+    """The summary in ``file``; None where there is none, or its token files are not those that it speaks of."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        state = _state(file.parents[1] / kept["tokens"], TOKEN_FILES)
+        if len(state) == len(TOKEN_FILES) and state == kept["state"]:
+            summary: dict[str, Any] = kept["summary"]
+            return summary
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def keep_summary(file: Path, tokens: Path, summary: dict[str, Any]) -> None:
+    """Leave ``summary`` of the tokens in the folder ``tokens`` for others, where the cache can be written."""
+    aside = file.with_name(f"{file.name}.{os.urandom(8).hex()}.part")
+    with suppress(OSError):
+        kept = {"tokens": tokens.name, "state": _state(tokens, TOKEN_FILES), "summary": summary}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        aside.replace(file)
+
+
+def _state(folder: Path, names: tuple[str, ...] | list[str]) -> State:
+    """Of those of the files that are there."""
+    found = []
+    for name in names:
+        with suppress(FileNotFoundError):
+            status = (folder / name).stat()
+            found.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return found

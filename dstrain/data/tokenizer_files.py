@@ -1,0 +1,53 @@
+"""Which files make a folder a tokenizer: known without numpy, so that the command line can look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+
+BYTES = "bytes"
+"""The tokenizer that needs no file."""
+
+# The files that can decide what a Hugging Face tokenizer does (chat templates and weights can't).
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+)
+VOCABULARY_FILES = tuple(
+    name for name in TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "added_tokens.json"))
+)
+"""A folder with one of these has a tokenizer."""
+
+
+def tokenizer_folder(name: str) -> Path:
+    """The folder that a tokenizer other than `BYTES` means.
+
+    Raises:
+        DstrainError: there is no such folder, or no tokenizer in it.
+    """
+    folder = Path(name).expanduser()
+    if not name.strip() or not folder.is_dir():
+        raise DstrainError(
+            f"there is no tokenizer folder {name!r}",
+            hint="name 'bytes' or a folder with a tokenizer.json; nothing is downloaded: "
+            "`hf download NAME --local-dir FOLDER` fetches one",
+            where=str(folder),
+        )
+    if not any((folder / file).is_file() for file in VOCABULARY_FILES):
+        raise DstrainError(
+            "there is no tokenizer in this folder",
+            hint=f"looked for {', '.join(VOCABULARY_FILES)}; `tokenizer.save_pretrained(folder)` writes one",
+            where=str(folder),
+        )
+    return folder

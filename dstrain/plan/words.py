@@ -1,0 +1,17 @@
+"""Numbers as people read them, in what a plan says and in what is said of it."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str) -> str:
+    """``1 stage``, ``1,000 stages``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def in_words(size: float) -> str:
+    """Bytes as people read them: three digits, and more only of terabytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.0f} TB" if size >= 100 else f"{size:.3g} TB"

@@ -1,0 +1,114 @@
+"""What differs between two runs: the keys that were chosen, and what followed from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.plan.run_folder import RunFolder
+
+# Of a run itself, not of what it trains: two runs always differ in them.
+_OF_THE_RUN = ("name", "runs_dir")
+# What is compared of a plan beside DeepSpeed's keys; `layout`'s table of ranks follows from the rest of it.
+_FOLLOWS: Mapping[str, tuple[str, ...]] = {
+    "layout": ("hosts", "pipeline", "data_parallel", "schedule", "cut"),
+    "batch": ("global_batch", "micro_batch", "accumulation", "seq_len"),
+    "model": ("type", "parameters", "fingerprint"),
+    "data": ("source", "fingerprint", "tokens", "train_rows", "held_out_rows", "tokenizer"),
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a key is on one side, and the place that decided it; ``None`` on both where it is not there."""
+
+    value: Any = None
+    origin: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key that is not the same on both sides. ``part``: config, deepspeed, layout, batch, model, data, versions."""
+
+    part: str
+    key: str
+    a: Value
+    b: Value
+
+
+Side = Mapping[tuple[str, str], Value]
+"""All that is compared of one side, by part and key."""
+
+
+def chosen(resolved: ResolvedConfig) -> dict[tuple[str, str], Value]:
+    """The side of a config alone."""
+    values = {}
+    for path, value in _leaves(resolved.config.model_dump()):
+        if path[0] not in _OF_THE_RUN:
+            values["config", ".".join(path)] = Value(value, str(resolved.origin(*path)))
+    return values
+
+
+def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str], Value]:
+    """The side of a run folder: its config with the origins that it had, its plan, and what its checkpoints say.
+
+    Raises:
+        DstrainError: its plan is damaged.
+    """
+    side = chosen(resolved)
+    if not folder.plan.exists():
+        return side
+    try:
+        plan = json.loads(folder.plan.read_text(encoding="utf-8"))
+        for part, key in list(side):
+            origin = plan["origins"].get(key)
+            if key.startswith("deepspeed."):
+                origin = plan["deepspeed_origins"].get(key.removeprefix("deepspeed."))
+            if origin:
+                side[part, key] = Value(side[part, key].value, origin)
+        for path, value in _leaves(plan["deepspeed"]):
+            dotted = ".".join(path)
+            side["deepspeed", dotted] = Value(value, plan["deepspeed_origins"].get(dotted))
+        for part, keys in _FOLLOWS.items():
+            for key in keys:
+                side[part, key] = Value(plan[part].get(key))
+        side["layout", "accelerator"] = Value(plan["accelerator"])
+        side["versions", "dstrain"] = Value(plan["dstrain"])
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise DstrainError(
+            "this is no plan",
+            where=str(folder.plan),
+            hint="the run folder is damaged: compare its config.yaml",
+        ) from None
+    newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
+    for name, version in (read_manifest(newest).get("versions", {}) if newest else {}).items():
+        side["versions", name] = Value(version)
+    return side
+
+
+def differences(a: Side, b: Side) -> list[Difference]:
+    """Every key that differs; of a part that only one side can tell of, none."""
+    told_by_both = {part for part, _ in a} & {part for part, _ in b}
+    found = []
+    for part, key in dict.fromkeys([*a, *b]):
+        of_a, of_b = a.get((part, key), Value()), b.get((part, key), Value())
+        one_is_silent = ((part, key) in a) != ((part, key) in b)
+        if part not in told_by_both or (one_is_silent and part == "versions"):
+            continue
+        if one_is_silent or of_a.value != of_b.value:
+            found.append(Difference(part, key, of_a, of_b))
+    return found
+
+
+def _leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value that is no mapping, by its path of keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
