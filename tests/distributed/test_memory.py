@@ -60,7 +60,6 @@ HEAVY = [
     Counting(zero=1, data_parallel=2, precision="bf16"),
     Counting(zero=1, pipeline=2, schedule="dualpipev", layers=6, tied=True),
     Counting(zero=1, pipeline=4, layers=6, precision="bf16"),
-    Counting(zero=2, data_parallel=2),
     Counting(zero=2, precision="bf16", tied=True),
     Counting(zero=2, pipeline=4, layers=6, precision="bf16"),
     Counting(zero=2, pipeline=2, schedule="dualpipev", layers=6, data_parallel=2, precision="bf16"),
