@@ -15,8 +15,11 @@ from dstrain.config.files import cache_folder, is_hub_name, model_config_file, m
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 
-VOCABULARY_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -26,7 +29,12 @@ VOCABULARY_FILES = (
     "tiktoken.model",
     "tekken.json",
 )
-"""A folder with one of these has a tokenizer. As in dstrain.data.tokenizers, which this side may not import."""
+"""What can decide what a tokenizer does. As in dstrain.data.tokenizers, which this side may not import."""
+
+VOCABULARY_FILES = tuple(
+    name for name in TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "added_tokens.json"))
+)
+"""A folder with one of these has a tokenizer."""
 
 _SHOWN = 3  # names in one line
 

@@ -64,6 +64,10 @@ class RunConfig(BaseModel):
     )
     seed: NonNegativeInt = Field(1234, description="decides initial weights, data order and dropout")
 
+    deterministic: bool = Field(
+        False, description="the same bits each time on the same kind of device; what can't be so is an error"
+    )
+
     # The optimizer.
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")

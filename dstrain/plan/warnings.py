@@ -40,6 +40,12 @@ def warnings_about(
                 found.append(
                     f"a pipeline crosses from {host.name} to another host ({host.slots} ranks there)"
                 )
+    if config.deterministic:
+        found.append(
+            "deterministic: kernels that add in one order take the place of faster ones (attention's and the"
+            " embedding's backward pass, matrix products), memory is filled before it is used, and what has no such"
+            " kernel stops the run with its name"
+        )
     if config.warmup_steps >= config.steps:
         found.append(
             f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"

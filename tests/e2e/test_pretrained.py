@@ -169,7 +169,8 @@ def test_tokenizer_auto(trained: Path, dstrain_here: Callable[..., Said]) -> Non
 
 
 def test_the_same_files_make_a_tokenizer_on_both_sides() -> None:
-    from dstrain.cli.model_lookup import VOCABULARY_FILES
+    from dstrain.cli.model_lookup import TOKENIZER_FILES, VOCABULARY_FILES
     from dstrain.data import tokenizers
 
-    assert set(VOCABULARY_FILES) == set(tokenizers._VOCABULARY_FILES)
+    assert TOKENIZER_FILES == tokenizers._TOKENIZER_FILES
+    assert VOCABULARY_FILES == tokenizers._VOCABULARY_FILES
