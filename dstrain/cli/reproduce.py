@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -25,7 +26,14 @@ _SHOWN = 12  # differences in full; there may be hundreds of packages
 @click.command("reproduce")
 @click.argument("run")
 @choices
-def command(run: str, settings: tuple[str, ...], **flags: Any) -> None:
+@click.option(
+    "--image",
+    is_flag=False,
+    flag_value="",
+    metavar="[NAME]",
+    help="In the container image that RUN was made in, or in this one.",
+)
+def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any) -> None:
     """Train RUN (a run folder, or its name below runs/) again beside it, and compare step by step.
 
     Bit-equal on the same kind of device; else the first step that differs, and what was recorded of RUN that is
@@ -43,6 +51,8 @@ def command(run: str, settings: tuple[str, ...], **flags: Any) -> None:
     folder = find_run(run)
     launches = read_launches(folder)
     first = _first_launch(launches)
+    if image is not None:
+        _in_image(folder, image or first["image"], settings, given(flags))
     resolved = _again(folder, first, given(flags), settings)
     again = new_run_folder(resolved, resume=False)
     console = Console()
@@ -53,6 +63,38 @@ def command(run: str, settings: tuple[str, ...], **flags: Any) -> None:
     execute(planned, resolved, again, console, dry_run=False)
     found = differences(first, _first_launch(read_launches(again)))
     _conclude(folder, again, found, launches, console)
+
+
+def _in_image(
+    folder: RunFolder, image: str | None, settings: tuple[str, ...], flags: dict[str, Any]
+) -> NoReturn:
+    """Become the same command in a container. Raises DstrainError."""
+    from dstrain.launch.container import in_image
+
+    if image is None:
+        raise DstrainError(
+            f"{folder.name} was not made in an image, or nobody told it in which",
+            where="--image",
+            hint="--image NAME; or leave it out, and the run is repeated with what is installed here",
+        )
+    try:
+        run = folder.path.relative_to(Path.cwd())
+    except ValueError:
+        raise DstrainError(
+            f"{folder.path} is not below this folder, which is all that the container sees",
+            where="--image",
+            hint="change to the folder that the run was started from",
+        ) from None
+    words = ["reproduce", str(run), *(word for setting in settings for word in ("--set", setting))]
+    for key, value in flags.items():
+        name = key.replace("_", "-")
+        words += (
+            [f"--{name}" if value else f"--no-{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
+    argv, environment = in_image(image, words)
+    os.execvpe(argv[0], argv, environment)
 
 
 def _first_launch(launches: list[dict[str, Any]]) -> dict[str, Any]:
