@@ -70,6 +70,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/r
     && pip install -c constraints.txt -r requirements.txt
 COPY ds_configs ds_configs
 COPY dstrain dstrain
+COPY launch/docker.sh launch/
 RUN PYTHONPATH=/tools pip install --no-deps --no-build-isolation --no-index .
 # What nothing runs: headers, and the tests of others.
 WORKDIR /opt/dstrain/lib
