@@ -1,43 +1,109 @@
-# dstrain on CPUs, in a container:
+# dstrain in a container, for GPUs and for CPUs:
 #
 #     docker build -t dstrain .
-#     docker run --rm dstrain run --zero 2 --pipeline 4
+#     launch/docker.sh run --zero 2 --pipeline 4
 #
-# -v "$PWD/work:/work" keeps the run folders (and the cache of prepared data); the user is 10001, so make that
-# folder writable for it, or add --user "$(id -u):$(id -g)".
+# launch/docker.sh types the `docker run` that a training wants; launch/README.md says what goes where, and how to
+# train on several machines. Every Python package has the version of constraints.txt. Nothing here needs a newer
+# engine than Docker 20.10 or podman 4.
 #
-# There is no compiler inside: --offload, whose optimizer DeepSpeed compiles on first use, does not work here.
+# BASE_IMAGE may be any Debian or Ubuntu whose own Python is 3.11 or newer (Debian 12, Ubuntu 24.04).
 #
-# BASE_IMAGE may be any Debian or Ubuntu with Python 3.10 or newer, its headers and its venv module.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+# torch comes from where pip finds it. PyPI's build for Linux brings CUDA's libraries along, as packages that it names to
+# the digit: so the base needs none of them, only what lets a GPU in. It also runs where there is no GPU. For a smaller
+# one for CPUs, or one for other GPUs, name a base and hand pip a configuration that names the index of those wheels;
+# it does not stay in the image:
+#
+#     docker build -t dstrain --build-arg BASE_IMAGE=debian:bookworm-slim --secret id=pip,src=pip.conf .
+#
+# CUDA 13.0 is what torch 2.13.0 is built with.
+ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181cad9310f6fd31b6bb21816ade15fc9c1e1e927a5c1
 
-FROM ${BASE_IMAGE} AS build
-# pip reads these from its environment: say --build-arg PIP_EXTRA_INDEX_URL=... for wheels of another index.
-ARG PIP_INDEX_URL
-ARG PIP_EXTRA_INDEX_URL
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONDONTWRITEBYTECODE=1
+
+# What the build and the finished image both stand on.
+FROM ${BASE_IMAGE} AS base
+# libaio: for --offload nvme; its name ends in t64 on newer systems. openssh and pdsh: for runs on several nodes. The host
+# keys that Debian makes are thrown away: who has the image has them too.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates '^libaio1(t64)?$' openssh-client openssh-server pdsh python3 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/* /etc/ssh/ssh_host_*
+
+
+FROM base AS build
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ccache g++ libaio-dev python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/dstrain
-ENV PATH=/opt/dstrain/bin:$PATH
+ENV PATH=/opt/dstrain/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY constraints.txt .
-RUN pip install -c constraints.txt torch numpy ninja psutil py-cpuinfo setuptools wheel
-RUN DS_ACCELERATOR=cpu pip install --no-build-isolation -c constraints.txt deepspeed
+
+# What other packages are built with stays out of the image: it lies in a folder of its own.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache \
+    pip install -c constraints.txt --target /tools hatchling \
+    && pip install -c constraints.txt torch numpy ninja psutil py-cpuinfo setuptools
+
+# DeepSpeed compiles its CPU operators on first use, with a compiler that the image does not have. So those that dstrain
+# calls are built in: CPU Adam for --offload cpu and nvme, and the reading and writing of nvme. DeepSpeed loads them only
+# where the accelerator is of the kind that it was built for: GPUs with a torch for GPUs, CPUs with one for CPUs.
+# It builds for the processor at hand; image/c++ makes that one which others have too. Its link line forgets libaio.
+COPY image/c++ /usr/local/bin/c++
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache \
+    case "$(python -c 'import torch; print(torch.version.cuda or torch.version.hip)')" in \
+        None) export DS_ACCELERATOR=cpu ;; \
+        *) export DS_ACCELERATOR=cuda ;; \
+    esac \
+    # pip unpacks it under another name each time, which would spoil the compiler's cache.
+    && export CCACHE_DIR=/root/.cache/ccache CCACHE_BASEDIR=/tmp CCACHE_NOHASHDIR=1 \
+    && CXX=/usr/local/bin/c++ LDFLAGS='-Wl,--no-as-needed -laio' DS_ENABLE_NINJA=1 \
+        DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=1 \
+        pip install -c constraints.txt --no-build-isolation --no-cache-dir --no-binary deepspeed deepspeed \
+    && ccache --show-stats
+
+# The other packages before the source: they are not fetched again for each change of it.
 COPY pyproject.toml README.md LICENSE ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache \
+    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+        > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt
 COPY ds_configs ds_configs
 COPY dstrain dstrain
-RUN pip install -c constraints.txt . \
-    && pip uninstall -y setuptools wheel \
-    && rm -rf /opt/dstrain/lib/python3*/site-packages/torch/include /opt/dstrain/lib/python3*/site-packages/torch/share
+COPY launch/docker.sh launch/
+RUN PYTHONPATH=/tools pip install --no-deps --no-build-isolation --no-index .
+# What nothing runs: headers, and the tests of others.
+WORKDIR /opt/dstrain/lib
+RUN rm -rf python3*/site-packages/torch/include python3*/site-packages/torch/share python3*/site-packages/torch/test \
+        python3*/site-packages/torch/bin/*[tT]est* python3*/site-packages/pandas/tests \
+        python3*/site-packages/pyarrow/tests python3*/site-packages/pyarrow/include \
+    && pip check
 
-FROM ${BASE_IMAGE}
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home dstrain \
-    && install -d -o dstrain -g dstrain /work
-COPY --from=build /opt/dstrain /opt/dstrain
-# HOME and USER: the libraries ask for both, and with --user there may be neither.
-ENV PATH=/opt/dstrain/bin:$PATH DSTRAIN_CACHE=/work/cache HOME=/tmp USER=dstrain \
+
+FROM base
+# HOME and USER: the libraries ask for both, and with --user there may be neither. All that is written goes to /work and
+# /tmp: mount those, and the rest may be read-only.
+ENV PATH=/opt/dstrain/bin:$PATH HOME=/tmp USER=dstrain DSTRAIN_CACHE=/work/cache HF_HOME=/work/cache/huggingface \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /bin/bash dstrain \
+    && install -d -m 1777 /work
+COPY image/ssh_config /etc/ssh/ssh_config.d/dstrain.conf
+COPY image/sshd_config /etc/ssh/dstrain_sshd_config
+COPY image/dstrain-node image/dstrain-healthy /usr/local/bin/
+COPY --from=build /opt/dstrain /opt/dstrain
+# An image in which something is missing is found here and not on a cluster.
+RUN python -c 'import torch, deepspeed.ops.adam.cpu_adam_op, deepspeed.ops.aio.async_io_op'
+# The version is compared with dstrain's own by the tests.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="dstrain" \
+      org.opencontainers.image.description="A configuration-driven trainer on DeepSpeed" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+ENV DSTRAIN_REVISION=$REVISION
 WORKDIR /work
 USER 10001
+HEALTHCHECK --interval=1m --timeout=20s --start-period=30s CMD ["dstrain-healthy"]
 ENTRYPOINT ["dstrain"]
 CMD ["--help"]

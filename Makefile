@@ -29,6 +29,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	# SC1091, SC2329: slurm.sbatch reads a file that is not here, and has a function that a signal calls
+	$(BIN)/shellcheck --exclude=SC1091,SC2329 .ci/run launch/docker.sh launch/slurm.sbatch image/c++ image/dstrain-*
 
 docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code
 	$(BIN)/python -m dstrain.engine.known_keys.table > dstrain/config/deepspeed_keys.json

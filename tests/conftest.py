@@ -26,12 +26,13 @@ def repository() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A skip is one letter among thousands; that nothing was tried between hosts deserves more."""
-    skipped = [
-        report for report in terminalreporter.stats.get("skipped", []) if "tests/cluster/" in report.nodeid
-    ]
-    if skipped:
-        title = f"{len(skipped)} tests of tests/cluster did NOT run"
-        terminalreporter.section(title, sep="!", red=True, bold=True)
-        for reason in dict.fromkeys(str(report.longrepr[-1]) for report in skipped):
-            terminalreporter.line(reason, red=True)
+    """A skip is one letter among thousands; that nothing was tried between hosts, or in the image, deserves more."""
+    for room in ("tests/cluster", "tests/image"):
+        skipped = [
+            report for report in terminalreporter.stats.get("skipped", []) if f"{room}/" in report.nodeid
+        ]
+        if skipped:
+            title = f"{len(skipped)} tests of {room} did NOT run"
+            terminalreporter.section(title, sep="!", red=True, bold=True)
+            for reason in dict.fromkeys(str(report.longrepr[-1]) for report in skipped):
+                terminalreporter.line(reason, red=True)

@@ -20,8 +20,9 @@ FAILED_CODE = 1
     "--hostfile", type=click.Path(), help="The machines: `NAME slots=N` lines. Without it: this one."
 )
 @click.option("--runs-dir", default="runs", show_default=True, help="Where the run folders will lie.")
+@click.option("--quick", is_flag=True, help="Without the exchange, which needs torch: a second or two.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(hostfile: str | None, runs_dir: str, as_json: bool) -> None:
+def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> None:
     """Look at the machines that a run would use, and at what is between them.
 
     Logins, versions, devices, memory, disks, clocks, names, ports, and a real all-reduce and send over the network.
@@ -46,11 +47,12 @@ def command(hostfile: str | None, runs_dir: str, as_json: bool) -> None:
     if not accelerator:
         del environment["DS_ACCELERATOR"]  # each host says what it has
     if alone:
+        slots = sum(host.slots for host in hosts)
         checks = examine_this_machine(
-            environment=environment, runs=Path(runs_dir), slots=sum(host.slots for host in hosts)
+            environment=environment, runs=Path(runs_dir), slots=slots, thorough=not quick
         )
     else:
-        checks = examine_hosts(hosts, environment=environment, runs=Path(runs_dir))
+        checks = examine_hosts(hosts, environment=environment, runs=Path(runs_dir), thorough=not quick)
     failed = any(check.status == FAILED for check in checks)
     if as_json:
         click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=1))

@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
     "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare."),
     "doctor": ("dstrain.cli.doctor", "Look at the machines of a run: what is wrong, and what mends it."),
+    "reproduce": ("dstrain.cli.reproduce", "Train a run again, and compare it step by step, bit by bit."),
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
     "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),

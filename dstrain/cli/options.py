@@ -88,6 +88,12 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         help="With --restarts: go on with fewer replicas on the hosts that answer.",
     )(function)
     function = click.option(
+        "--deterministic/--no-deterministic",
+        "deterministic",
+        default=None,
+        help="The same bits each time on the same kind of device.",
+    )(function)
+    function = click.option(
         "--activation-checkpointing/--no-activation-checkpointing",
         "activation_checkpointing",
         default=None,

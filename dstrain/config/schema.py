@@ -68,6 +68,10 @@ class RunConfig(BaseModel):
         1234, description="decides initial weights, data order and dropout"
     )
 
+    deterministic: bool = Field(
+        False, description="the same bits each time on the same kind of device; what can't be so is an error"
+    )
+
     # The optimizer.
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what updates the weights")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")

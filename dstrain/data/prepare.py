@@ -70,6 +70,7 @@ class PackedData:
             "held_out_rows": len(self.held_out) if self.held_out is not None else 0,
             "padding": self.train.padding,
             "tokenizer": self.tokenizer.name,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             "fingerprint": self.fingerprint,
         }

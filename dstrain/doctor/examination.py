@@ -101,8 +101,10 @@ def examine_hosts(
     return sorted(checks, key=lambda check: places.get(check.host, -1))
 
 
-def examine_this_machine(*, environment: Mapping[str, str], runs: Path, slots: int = 0) -> list[Check]:
-    """Look at this machine alone, with an exchange between its GPUs, or two processes of it."""
+def examine_this_machine(
+    *, environment: Mapping[str, str], runs: Path, slots: int = 0, thorough: bool = True
+) -> list[Check]:
+    """Look at this machine alone; ``thorough``: with an exchange between its GPUs, or two processes of it."""
     name, directory = socket.gethostname(), os.getcwd()
     with ExitStack() as stack:
         folder, token, checks = stack.enter_context(_token_in(runs))
@@ -112,6 +114,8 @@ def examine_this_machine(*, environment: Mapping[str, str], runs: Path, slots: i
         checks += [check for check in found if check.check != "own name"]
         devices = here["devices"] or {"kind": "cpu", "count": 0}
         ranks = devices["count"] if devices["kind"] == "cuda" else 2
+        if not thorough:
+            return checks
         talks = []
         for _ in range(ranks):
             talk = Conversation(name, environment=environment, directory=directory, over_ssh=False)

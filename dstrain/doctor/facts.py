@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,9 +13,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-import dstrain
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import local_devices
+from dstrain.record.versions import own_version
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 _DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -38,7 +37,7 @@ def facts(directory: str, runs: str, token: str) -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "machine": _machine(),
         "python": platform.python_version(),
-        "versions": {"dstrain": _own_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"dstrain": own_version(), **{name: _version(name) for name in PACKAGES}},
         "driver": _driver(),
         "own_addresses": _addresses(socket.gethostname()),
         "cores": os.cpu_count() or 1,
@@ -62,15 +61,6 @@ def _machine() -> str:
     except OSError:
         boot = ""
     return f"{boot}/{socket.gethostname()}"
-
-
-def _own_version() -> str:
-    """The number, and a hash of the source: a checkout that was not updated has the same number."""
-    root = Path(dstrain.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return f"{dstrain.__version__} ({digest.hexdigest()[:8]})"
 
 
 def _version(package: str) -> str | None:

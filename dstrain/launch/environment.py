@@ -27,6 +27,13 @@ _OTHER_LAUNCHERS_BEGINNINGS = ("TORCHELASTIC_",)
 # What DeepSpeed hands to other hosts by itself, in the command line of pdsh, where everybody can read it
 # (MLFLOW_TRACKING_TOKEN), and with signs that a remote shell obeys.
 _CARRIED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+# cuBLAS works in one order of additions with this workspace (its guide, section 2.1.4); flash attention's backward
+# pass is told by transformers; NVLink's switches add in the order in which the numbers come.
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "NCCL_NVLS_ENABLE": "0",
+}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -36,6 +43,7 @@ def default_environment(
     single_host: bool,
     *,
     hosts: Sequence[str] = (),
+    deterministic: bool = False,
     environ: Mapping[str, str] = os.environ,
     python: str = sys.executable,
 ) -> dict[str, str]:
@@ -46,6 +54,7 @@ def default_environment(
         processes_per_host: ranks that share a host's cores.
         single_host: True when all ranks run on this machine.
         hosts: the names of all, where there are others.
+        deterministic: what is read before a rank could choose it, for the same bits each time.
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
@@ -56,6 +65,8 @@ def default_environment(
     else:
         # So that GPU 2 is the same one here, in nvidia-smi and in the plan: CUDA's default order is by speed.
         environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
+    if deterministic and accelerator == "cuda":
+        environment |= _DETERMINISTIC
     if single_host:
         # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
         # Which interface joins several hosts, each rank finds out (train.rank_environment).

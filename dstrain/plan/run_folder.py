@@ -124,6 +124,26 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def record(self) -> Path:
+        """What the newest launch is made of: versions, data, model, choices."""
+        return self.path / "record.json"
+
+    @property
+    def source_diff(self) -> Path:
+        """What the user's folder had beside its git revision when the newest launch was made."""
+        return self.path / "source.diff"
+
+    @property
+    def launches(self) -> Path:
+        """A line for each launch that came as far as to train: its record, its first step and its devices."""
+        return self.path / "launches.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """A copy of the model's config, and of the tokenizer's files where it has any."""
+        return self.path / "model"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -29,6 +29,12 @@ def warnings_about(
     found: list[str] = []
     if layout.pipeline > 1:
         found += _about_the_pipeline(config, layout, batch, shape, time)
+    if config.deterministic:
+        found.append(
+            "deterministic: kernels that add in one order take the place of faster ones (attention's and the"
+            " embedding's backward pass, matrix products), memory is filled before it is used, and what has no such"
+            " kernel stops the run with its name"
+        )
     if config.warmup_steps >= config.steps:
         found.append(
             f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"

@@ -29,6 +29,8 @@ from dstrain.plan.plan import Plan
 from dstrain.plan.refusals import is_frozen
 from dstrain.plan.run_folder import NOTE, RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
+from dstrain.train.determinism import be_deterministic
+from dstrain.train.launch_record import record_launch
 from dstrain.train.leaving import Leaving
 from dstrain.train.lifeline import Lifeline
 from dstrain.train.lr_schedule import LearningRate
@@ -61,6 +63,8 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     # Before the ranks meet: a host that lacks something says so by itself, and one that tokenizes takes its time.
     check_model_file(plan)
     data = prepare_run_data(plan)
+    if config.deterministic:
+        be_deterministic()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     start_communication()
     rank = distributed.get_rank()
@@ -86,6 +90,7 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     first = checkpoints.load_newest(engine) + 1
     if first > 1:
         lifeline.ended(first - 1)  # another launch has, and this one is ready to go on
+    record_launch(folder, first, device)
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     lr_of = LearningRate.of(config)

@@ -445,6 +445,19 @@ def test_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_this_machine_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch; a folder that no run can be written into is what the image's health check looks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    said = CliRunner().invoke(doctor, ["--quick", "--json"])
+    found = json.loads(said.output)
+    assert said.exit_code == 0 and "devices" in {check["check"] for check in found["checks"]}
+    assert {"all-reduce", "send"}.isdisjoint(check["check"] for check in found["checks"])
+    said = CliRunner().invoke(doctor, ["--quick", "--json", "--runs-dir", "/proc/self"])
+    [failed] = [check for check in json.loads(said.output)["checks"] if check["status"] == FAILED]
+    assert said.exit_code == 1 and failed["check"] == "run folder"
+
+
 def test_a_hostfile_that_is_bad_is_refused_by_doctor(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("-oProxyCommand=x slots=1\n")
     said = CliRunner().invoke(doctor, ["--hostfile", str(tmp_path / "hosts")])

@@ -96,7 +96,7 @@ def test_kubernetes_fits_the_image(manifests: dict[str, Any], repository: Path) 
     }
     assert json.loads(said["ENTRYPOINT"]) == ["dstrain"] and "command" not in container
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {said["WORKDIR"], "/dev/shm"} and container["workingDir"] == said["WORKDIR"]
+    assert mounts == {said["WORKDIR"], "/tmp", "/dev/shm"} and container["workingDir"] == said["WORKDIR"]
     assert {volume["name"] for volume in pod["volumes"]} == {
         mount["name"] for mount in container["volumeMounts"]
     }

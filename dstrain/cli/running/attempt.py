@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable
 
 from dstrain.cli.planning import Planned
+from dstrain.cli.running.model_files import keep_model_files
 from dstrain.cli.running.starting import not_writable
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
@@ -13,6 +15,7 @@ from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment
 from dstrain.launch.environment import default_environment
 from dstrain.launch.request import LaunchRequest, runs_here
 from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
+from dstrain.record.record import write_record
 from dstrain.supervise.lifeline import Lifeline
 from dstrain.supervise.supervisor import Outcome, supervise
 
@@ -77,6 +80,8 @@ def prepare(request: LaunchRequest, planned: Planned, resolved: ResolvedConfig, 
         if folder.node == 0 or not folder.config.exists():
             write_atomically(folder.config, resolved.to_yaml())
             write_json(folder.deepspeed_config, planned.plan.deepspeed)
+            write_record(folder, planned.plan, os.environ | request.environment)
+            keep_model_files(folder, planned.plan)
         write_json(folder.plan, planned.plan.to_record())
         write_launch_files(request)
         folder.result.unlink(missing_ok=True)
@@ -103,6 +108,7 @@ def launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
             processes,
             len(hosts) == 1 if by_hand else runs_here(hosts),
             hosts=() if by_hand else [host.name for host in hosts],
+            deterministic=config.deterministic,
         ),
         launcher=planned.site.launcher,
         device_ids=planned.devices.ids,

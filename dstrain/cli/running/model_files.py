@@ -1,0 +1,25 @@
+"""Copies of the model's config and of the tokenizer's files in the run folder: small, and needed to repeat the run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES
+from dstrain.plan.plan import Plan
+from dstrain.plan.run_folder import RunFolder
+
+
+def keep_model_files(folder: RunFolder, plan: Plan) -> None:
+    """Copy them once; what a resumed run finds there stays. Raises OSError."""
+    folder.model.mkdir(parents=True, exist_ok=True)
+    wanted = {"config.json": Path(plan.model["file"])}
+    if plan.data["tokenizer"] != BYTES:
+        tokenizer = Path(plan.data["tokenizer"]).expanduser()
+        wanted |= {name: tokenizer / name for name in TOKENIZER_FILES}
+    for name, source in wanted.items():
+        kept = folder.model / name
+        if source.is_file() and not kept.exists():
+            aside = kept.with_name(f".{name}.tmp")
+            shutil.copyfile(source, aside)
+            aside.replace(kept)

@@ -1,0 +1,105 @@
+"""The record of a launch, and the history of a run's launches.
+
+Before the ranks start, ``record.json`` is written: what they will be made of. Rank 0 adds what only the ranks know,
+the step that they begin with and their devices, and appends it all to ``launches.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import DstrainError
+from dstrain.plan.plan import Plan
+from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
+from dstrain.record.source import source_of
+from dstrain.record.surroundings import image, variables
+from dstrain.record.versions import own_version, packages, python_version
+
+FORMAT = 1
+
+
+def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) -> None:
+    """Write ``record.json``, and the diff of the user's folder beside it. Raises OSError.
+
+    Args:
+        environment: what the ranks are given.
+    """
+    source = source_of(Path.cwd(), besides=folder.path.parent)
+    record = {
+        "format": FORMAT,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "dstrain": own_version(),
+        "python": python_version(),
+        "packages": packages(),
+        "variables": variables(environment),
+        "image": image(),
+        "source": {key: value for key, value in asdict(source).items() if key != "diff"} if source else None,
+        "data": {key: plan.data.get(key) for key in ("source", "fingerprint", "tokens", "documents")},
+        "tokenizer": {"name": plan.data["tokenizer"], "fingerprint": plan.data.get("tokenizer_fingerprint")},
+        "model": {key: plan.model[key] for key in ("type", "file", "folder", "fingerprint", "parameters")},
+        "config": plan.config,
+        "layout": {
+            "pipeline": plan.layout.pipeline,
+            "data_parallel": plan.layout.data_parallel,
+            "schedule": plan.layout.schedule,
+            "cut": list(plan.layout.cut),
+            "ranks_a_host": [host.slots for host in plan.layout.hosts],
+        },
+        "batch": asdict(plan.batch),
+        "loss_chunk": plan.loss_chunk,
+        "deepspeed": plan.deepspeed,
+    }
+    write_json(folder.record, record)
+    if source is not None and source.diff:
+        write_atomically(folder.source_diff, source.diff)
+    else:
+        folder.source_diff.unlink(missing_ok=True)
+
+
+def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[str, Any]]) -> None:
+    """Rank 0's word: the ranks have met, and begin with this step on these devices. Raises OSError.
+
+    A rank 0 that does not see the folder that the run was started from knows only its own part.
+    """
+    try:
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        record = {"format": FORMAT}
+    line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
+    with folder.launches.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every launch of a run that came as far as to train, in their order.
+
+    Raises:
+        DstrainError: there is none, or it is of another format.
+    """
+    try:
+        lines = folder.launches.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    launches = []
+    for line in lines:
+        try:
+            launches.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # half a line of a launch that was killed
+    if not launches or "config" not in launches[0]:
+        raise DstrainError(
+            "the run has no record of what it was made of: it never came as far as to train, or an earlier dstrain"
+            " made it",
+            where=str(folder.launches),
+        )
+    if launches[0]["format"] != FORMAT:
+        raise DstrainError(
+            f"the record is of format {launches[0]['format']}, and this dstrain reads {FORMAT}",
+            where=str(folder.launches),
+        )
+    return launches

@@ -1,0 +1,39 @@
+"""What lies around a run and can change its numbers: environment variables, and the image that it runs in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+IMAGE = "DSTRAIN_IMAGE"
+"""The environment variable in which ``launch/docker.sh`` tells a container which image it was made from."""
+
+# Threads decide in which order a CPU adds; the others choose kernels, algorithms and precisions.
+_NAMES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "DS_ACCELERATOR"),
+    "FLASH_ATTENTION_DETERMINISTIC",
+)
+_BEGINNINGS = (
+    *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NCCL_"),
+    *("ATEN_", "MKL_", "ONEDNN_", "DNNL_"),
+)
+# Where something lies, and which card happens to be free, is not what is computed.
+_NOT = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH", "CUDA_VERSION"),
+    *("TORCH_EXTENSIONS_DIR", "TORCH_HOME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG"),
+)
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``environment`` that can change a run's numbers, sorted."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if value and name not in _NOT and (name in _NAMES or name.startswith(_BEGINNINGS))
+    }
+
+
+def image(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The digest of the image that this container was made from; None outside, or where nobody told it."""
+    told = environ.get(IMAGE)
+    return None if told in (None, "", "unknown") else told

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# dstrain's image with what people forget: GPUs, shared memory, limits, your own user, folders that outlive the container.
+#
+#   launch/docker.sh run --zero 2 --pipeline 4    any dstrain command, on this machine
+#
+# Several machines, with this folder on a disk that all of them have, under the same path:
+#
+#   launch/docker.sh keys                         once: a key for you and one for the nodes, in ./ssh
+#   launch/docker.sh node node1                   on each machine, with its own name: the image's sshd, until stopped
+#   docker exec -it node1 dstrain run --hostfile hostfile --pipeline 4    on the first; hostfile: `node1 slots=8` ...
+#   docker rm --force node1                       on each: the end
+#
+# The current folder is /work in the container: configs, data and models below it are found by relative paths, and
+# runs/ and cache/ appear in it. What else it takes from the environment:
+#
+#   DOCKER=podman             the engine (docker, else podman, as found)
+#   IMAGE=dstrain             the image
+#   MOUNT=/texts:/models      folders elsewhere, to be read under the same path
+#   SHM_SIZE=8g               /dev/shm, through which NCCL and torch's workers talk; an engine gives 64 MB
+#   NETWORK=host              of nodes: the machine's own, where its names hold, or one that was made with `docker network
+#                             create`: a bridge for nodes on one machine, an overlay for several; node names are known in it
+#   PORT=2222                 of the nodes' sshd, when keys are made
+#   DOCKER_OPTIONS="..."      more options of `docker run`
+set -euo pipefail
+
+fail() {
+    echo "docker.sh: $1" >&2
+    exit 2
+}
+
+DOCKER=${DOCKER:-$(command -v docker || command -v podman || true)}
+[ -n "$DOCKER" ] || fail "neither docker nor podman is installed"
+IMAGE=${IMAGE:-dstrain}
+[ $# -gt 0 ] || fail "see the first lines of $0"
+
+# Files get your own user as their owner; root's containers run as the image's user.
+user=$(id -u) group=$(id -g)
+[ "$user" != 0 ] || user=10001 group=10001
+own() { [ "$(id -u)" != 0 ] || chown "$user:$group" "$@"; }
+
+mkdir -p runs cache
+own runs cache
+options=(
+    --rm
+    --user "$user:$group"
+    --volume "$PWD:/work"
+    # Nothing else is written: not into the image, and not with rights that a training needs.
+    --read-only --tmpfs "/tmp:exec,mode=1777"
+    --cap-drop ALL --security-opt no-new-privileges
+    --shm-size "${SHM_SIZE:-8g}"
+    # A rank opens a file for each part of the data and a socket for each neighbour.
+    --ulimit "nofile=$(ulimit -Hn)"
+)
+case "$("$DOCKER" --version)" in
+    podman*)
+        # Without this the user in the container is another one outside, and SELinux keeps it from the folders.
+        options+=(--security-opt label=disable)
+        [ "$(id -u)" = 0 ] || options+=(--userns=keep-id)
+        gpus=(--device nvidia.com/gpu=all)
+        ;;
+    *) gpus=(--gpus all) ;;
+esac
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    options+=("${gpus[@]}")
+fi
+# InfiniBand: NCCL locks memory for it.
+[ ! -d /dev/infiniband ] || options+=(--device /dev/infiniband --ulimit memlock=-1)
+IFS=: read -ra mounts <<<"${MOUNT:-}"
+for folder in "${mounts[@]}"; do
+    [ -e "$folder" ] || fail "MOUNT: there is no $folder"
+    options+=(--volume "$folder:$folder:ro")
+done
+# Which image it is can't be seen from inside.
+options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || echo unknown)")
+for name in DS_ACCELERATOR HF_TOKEN; do
+    [ -z "${!name:-}" ] || options+=(--env "$name") # by its name: the value stands in no command line
+done
+read -ra more <<<"${DOCKER_OPTIONS:-}"
+options+=("${more[@]}")
+
+case $1 in
+    keys)
+        [ ! -e ssh ] || fail "./ssh is there already"
+        command -v ssh-keygen >/dev/null || fail "there is no ssh-keygen (Debian: apt-get install openssh-client)"
+        mkdir -m 700 ssh
+        ssh-keygen -q -t ed25519 -N '' -C dstrain -f ssh/id_ed25519
+        ssh-keygen -q -t ed25519 -N '' -C dstrain-node -f ssh/host_ed25519_key
+        cp ssh/id_ed25519.pub ssh/authorized_keys
+        # Whatever its name, a node is one that has this key.
+        echo "* $(cut -d' ' -f1,2 ssh/host_ed25519_key.pub)" >ssh/known_hosts
+        echo "Port ${PORT:-2222}" >ssh/config
+        # sshd and ssh look up who they run as.
+        printf 'root:x:0:0:root:/root:/bin/sh\ndstrain:x:%s:%s::/tmp:/bin/bash\n' "$user" "$group" >ssh/passwd
+        own ssh ssh/*
+        ;;
+    node)
+        [ $# = 2 ] || fail "node wants one word more: the name by which the others find this machine"
+        [ -d ssh ] || fail "there is no ./ssh: \`docker.sh keys\` makes it"
+        network=${NETWORK:-host}
+        [ "$network" = host ] || options+=(--hostname "$2")
+        exec "$DOCKER" run "${options[@]}" --detach --name "$2" --network "$network" --volume "$PWD/ssh:/ssh:ro" \
+            --volume "$PWD/ssh/passwd:/etc/passwd:ro" --entrypoint dstrain-node "$IMAGE"
+        ;;
+    *)
+        [ ! -t 0 ] || [ ! -t 1 ] || options+=(--interactive --tty)
+        exec "$DOCKER" run "${options[@]}" "$IMAGE" "$@"
+        ;;
+esac

@@ -1,0 +1,271 @@
+"""The image, really built and really run. One build and one more, and four short trainings, serve all tests.
+
+All of them stand in one file, so that one worker builds and runs them with one engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dstrain
+from dstrain.plan.run_folder import RunFolder
+from tests.cluster.runs import numbers
+from tests.cluster.waiting import wait_until
+from tests.e2e.conftest import materials, repository_root
+from tests.image.engine import Engine, NoEngineError, engine
+
+__all__ = ["materials", "repository_root"]  # fixtures of the command line's tests, of use here too
+
+# Of a build: an hour on a machine that does ten other things.
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
+
+IMAGE = "localhost/dstrain:test"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+NETWORK = "dstrain-test"
+USER = 10001
+SMALL = [
+    *("run", "--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "8"),
+    *("--micro-batch", "2", "--steps", "6", "--set", "held_out=0.2", "--set", "sample_tokens=4"),
+]
+
+
+@pytest.fixture(scope="module")
+def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    try:
+        with engine(tmp_path_factory.mktemp("docker")) as found:
+            yield found
+    except NoEngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def image(docker: Engine, repository_root: Path) -> str:
+    docker.build(repository_root, IMAGE, "--build-arg", f"REVISION={REVISION}")
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to stand in, with ``model`` and ``text.jsonl``, that the image's user can write to."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(materials / "model", folder / "model")
+    shutil.copy(materials / "text.jsonl", folder)
+    reachable(folder)
+    return folder
+
+
+def reachable(folder: Path) -> None:
+    """pytest's folders are for their owner alone; the image's user is another."""
+    for one in (folder, *folder.parents[:2]):
+        one.chmod(one.stat().st_mode | 0o755)
+
+
+@pytest.fixture
+def script(docker: Engine, image: str, repository_root: Path, place: Path) -> Any:
+    """launch/docker.sh, typed in ``place``."""
+
+    def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [str(repository_root / "launch" / "docker.sh"), *words]
+        return docker.call(
+            command, cwd=place, **{"DOCKER": "docker", "IMAGE": image, "SHM_SIZE": "1g"} | more
+        )
+
+    return call
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, f"{done.args}: {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_the_entry_point_is_dstrain(docker: Engine, image: str) -> None:
+    assert (
+        docker.run("run", "--rm", "--network", "none", image, "--version").split()[-1] == dstrain.__version__
+    )
+    assert "Usage: dstrain" in docker.run("run", "--rm", "--network", "none", image)
+
+
+def test_the_labels_say_which_version_and_revision(docker: Engine, image: str) -> None:
+    config = json.loads(docker.run("image", "inspect", image))[0]["Config"]
+    labels = {key.split(".")[-1]: value for key, value in config["Labels"].items()}
+    assert labels["version"] == dstrain.__version__ and labels["revision"] == REVISION
+    assert config["User"] == str(USER)
+
+
+def test_there_is_no_compiler_no_key_and_no_password(docker: Engine, image: str) -> None:
+    look = """
+        for tool in cc c++ gcc g++ clang ld as make; do ! command -v $tool || exit 1; done
+        ! ls /etc/ssh/ssh_host_* /etc/pip.conf /root/.cache 2>/dev/null || exit 2
+        ! cut -d: -f2 /etc/shadow | grep -v '^[*!]' || exit 3
+        id -u
+    """
+    words = ("--rm", "--network", "none", "--user", "0", "--entrypoint", "sh", image, "-c", look)
+    assert docker.run("run", *words).split() == ["0"]
+
+
+def test_the_main_job_by_docker_sh(script: Any, place: Path) -> None:
+    """Read-only, without capabilities and without a network; shortened."""
+    arguments = [
+        "--zero",
+        "2",
+        "--pipeline",
+        "4",
+        "--steps",
+        "2",
+        "--name",
+        "main",
+        "--set",
+        "eval_samples=4",
+    ]
+    out = said(script("run", *arguments, DOCKER_OPTIONS="--network none"))
+    assert "held-out loss" in out
+    assert len(numbers(RunFolder(place / "runs" / "main"))) == 3
+    owners = {path.stat().st_uid for path in (place / "runs").rglob("*")}
+    assert owners == {USER if os.getuid() == 0 else os.getuid()}
+
+
+def test_docker_sh_gives_no_rights_that_a_training_needs_not(script: Any) -> None:
+    look = "cat /proc/self/status; touch /opt/dstrain/x || echo read-only; df -m /dev/shm; ulimit -n"
+    out = said(script("-c", look, DOCKER_OPTIONS="--entrypoint sh"))
+    status = dict(line.split(":\t", 1) for line in out.splitlines() if ":\t" in line)
+    assert (status["CapEff"].strip("0"), status["CapPrm"].strip("0"), status["NoNewPrivs"]) == ("", "", "1")
+    assert "read-only" in out.splitlines()
+    assert " 1024 " in out, "the shared memory that was asked for"
+
+
+def test_offload_without_a_compiler_by_any_user(docker: Engine, image: str, place: Path) -> None:
+    """Docker's own options, no folder of ours: a user whom nobody knows writes into the container."""
+    user = ("run", "--rm", "--user", "4711:4712", "--network", "none")
+    read = (
+        "--volume",
+        f"{place}/model:/work/model:ro",
+        "--volume",
+        f"{place}/text.jsonl:/work/text.jsonl:ro",
+    )
+    for choice in (["--offload", "cpu", "--zero", "1"], ["--offload", "nvme", "--zero", "3"]):
+        more = ["--set", "nvme_path=/tmp/swap", "--save-every", "never"] if "nvme" in choice else []
+        out = docker.run(*user, *read, image, *SMALL, *choice, *more, "--set", "runs_dir=/tmp/runs")
+        assert "held-out loss" in out, out
+
+
+def health(docker: Engine, name: str) -> str:
+    return docker.run("inspect", "--format", "{{.State.Health.Status}}", name).strip()
+
+
+def test_the_health_check_tells_a_machine_that_is_fit_from_one_that_is_not(
+    docker: Engine, image: str, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    work.chmod(0o777)
+    reachable(tmp_path)
+    often = ("--health-interval", "1s", "--health-retries", "1", "--network", "none")
+    name = docker.start(*often, "--volume", f"{work}:/work", "--entrypoint", "sleep", image, "600")
+
+    def wait_for(state: str) -> None:
+        wait_until(lambda: health(docker, name) == state, 120, what=state)
+
+    wait_for("healthy")
+    work.chmod(0o555)  # no run can write its folder any more
+    wait_for("unhealthy")
+    work.chmod(0o777)
+    wait_for("healthy")
+    process = int(docker.run("inspect", "--format", "{{.State.Pid}}", name))
+    os.kill(process, signal.SIGSTOP)
+    wait_for("unhealthy")
+    os.kill(process, signal.SIGCONT)
+    wait_for("healthy")
+
+
+@pytest.fixture(scope="module")
+def network(docker: Engine) -> Iterator[str]:
+    """A bridge: what is in it finds the others by name, and nothing beyond."""
+    docker.run("network", "create", "--internal", "--subnet", "10.77.8.0/24", NETWORK)
+    yield NETWORK
+    docker.end_all()
+    docker.run("network", "rm", NETWORK)
+
+
+@pytest.fixture
+def nodes(docker: Engine, script: Any, network: str, place: Path) -> Iterator[list[str]]:
+    """Two nodes, as launch/docker.sh starts them on two machines with this folder on a shared disk."""
+    said(script("keys"))
+    names = ["node1", "node2"]
+    for name in names:
+        said(script("node", name, NETWORK=network))
+    (place / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
+    yield names
+    for name in names:
+        docker.run("rm", "--force", name)
+
+
+def test_two_nodes_by_hostfile(docker: Engine, script: Any, nodes: list[str], place: Path) -> None:
+    for name in nodes:
+        wait_until(
+            lambda name=name: docker.tried("exec", name, "dstrain-healthy").returncode == 0, 60, what="sshd"
+        )
+        status = docker.run("exec", name, "cat", "/proc/1/status")
+        assert f"Uid:\t{USER}\t" in status or os.getuid() != 0, status
+    # Another host key, or another user's key: no way in.
+    ssh = ("exec", nodes[0], "ssh", "-oConnectTimeout=5")
+    assert docker.run(*ssh, nodes[1], "hostname").strip() == nodes[1]
+    other = docker.tried(*ssh, "-oUserKnownHostsFile=/dev/null", nodes[1], "true")
+    assert other.returncode == 255 and "verification failed" in other.stderr
+    other = docker.tried(
+        *ssh, "-F/dev/null", "-oStrictHostKeyChecking=no", "-oBatchMode=yes", "-p2222", nodes[1]
+    )
+    assert other.returncode == 255 and "Permission denied" in other.stderr
+
+    layout = ["--zero", "2", "--pipeline", "2"]
+    # One thread a rank: two would add up in another order than one.
+    threads = ("--env", "OMP_NUM_THREADS=1")
+    docker.run(
+        "exec", *threads, nodes[0], "dstrain", *SMALL, *layout, "--name", "far", "--hostfile", "hostfile"
+    )
+    folder = RunFolder(place / "runs" / "far")
+    statuses = [folder.read_status(rank) for rank in range(2)]
+    assert [status.host for status in statuses if status is not None] == nodes
+    said(script(*SMALL, *layout, "--name", "near", DOCKER_OPTIONS=" ".join(threads)))
+    assert len(numbers(folder)) == 7
+    assert numbers(folder) == numbers(RunFolder(place / "runs" / "near"))
+
+    # A node whose sshd hangs is no node.
+    process = int(docker.run("inspect", "--format", "{{.State.Pid}}", nodes[1]))
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert docker.tried("exec", nodes[1], "dstrain-healthy").returncode != 0
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def packages(docker: Engine, image: str) -> list[str]:
+    look = "/opt/dstrain/bin/pip freeze --all && dpkg-query --show && python --version"
+    words = ("--rm", "--network", "none", "--entrypoint", "sh", image, "-c", look)
+    return sorted(docker.run("run", *words).splitlines())
+
+
+def test_a_second_build_holds_the_same_packages(docker: Engine, image: str, repository_root: Path) -> None:
+    """Nothing of the first one is used again but what was fetched and compiled. Each is the one of constraints.txt."""
+    again = "localhost/dstrain:again"
+    started = time.monotonic()
+    docker.build(repository_root, again, "--no-cache", "--build-arg", f"REVISION={REVISION}")
+    print(f"second build: {time.monotonic() - started:.0f} s")
+    found = packages(docker, image)
+    assert packages(docker, again) == found
+    text = (repository_root / "constraints.txt").read_text().lower().replace("_", "-")
+    wanted = dict(line.split("==") for line in text.splitlines() if "==" in line)
+    installed = dict(line.lower().replace("_", "-").split("==") for line in found if "==" in line)
+    del installed["pip"]  # comes with the base's Python
+    assert len(installed) > 40
+    for name, version in installed.items():
+        assert version.split("+")[0] == wanted[name], name

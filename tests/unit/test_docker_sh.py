@@ -1,0 +1,127 @@
+"""What launch/docker.sh types, with a program in place of the engine. tests/image runs it for real."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+Call = Callable[..., list[str]]
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def typed(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The words that the engine gets, as ``docker.sh WORDS`` types them; its first ones are ``run`` and options."""
+    work, programs = tmp_path / "work", tmp_path / "programs"
+    for folder in (work, programs):
+        folder.mkdir()
+    for name, version in (("docker", "Docker version 28.2.2"), ("podman", "podman version 4.3.1")):
+        answer = (
+            f"case $1 in --version) echo {version};; image) echo sha256:12;; *) printf '%s\\n' \"$@\";; esac"
+        )
+        program(programs, name, answer)
+    program(programs, "nvidia-smi", "exit 9")  # no driver
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    for name in (
+        "DOCKER",
+        "IMAGE",
+        "MOUNT",
+        "SHM_SIZE",
+        "NETWORK",
+        "DOCKER_OPTIONS",
+        "HF_TOKEN",
+        "DS_ACCELERATOR",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words: str, code: int = 0, **more: str) -> list[str]:
+        done = subprocess.run(
+            [repository / "launch" / "docker.sh", *words],
+            env={**os.environ, "PATH": path, **more},
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done
+        return (done.stdout if code == 0 else done.stderr).splitlines()
+
+    return call
+
+
+def option(words: list[str], name: str) -> list[str]:
+    """All values of an option."""
+    return [after for word, after in pairwise(words) if word == name]
+
+
+def test_a_run(typed: Call, tmp_path: Path) -> None:
+    words = typed("run", "--zero", "2", "--name", "a b")
+    assert words[0] == "run" and words[words.index("dstrain") :] == [
+        "dstrain",
+        "run",
+        "--zero",
+        "2",
+        "--name",
+        "a b",
+    ]
+    assert option(words, "--volume") == [f"{tmp_path}/work:/work"]
+    user, group = (os.getuid(), os.getgid()) if os.getuid() else (10001, 10001)
+    assert option(words, "--user") == [f"{user}:{group}"]
+    assert option(words, "--shm-size") == ["8g"] and option(words, "--cap-drop") == ["ALL"]
+    assert "--read-only" in words and "--tty" not in words and "--gpus" not in words
+    for name in ("runs", "cache"):
+        assert (tmp_path / "work" / name).stat().st_uid == user
+
+
+def test_what_the_environment_says(typed: Call, tmp_path: Path) -> None:
+    place = tmp_path / "my texts"
+    place.mkdir()
+    more = {"IMAGE": "mine:1", "SHM_SIZE": "2g", "MOUNT": f"{place}:/usr", "HF_TOKEN": "secret"}
+    words = typed("plan", **more, DOCKER_OPTIONS="--network none --memory 4g")
+    assert words[words.index("mine:1") :] == ["mine:1", "plan"]
+    assert option(words, "--volume")[1:] == [f"{place}:{place}:ro", "/usr:/usr:ro"]
+    assert option(words, "--shm-size") == ["2g"] and option(words, "--memory") == ["4g"]
+    assert "HF_TOKEN" in option(words, "--env") and not any("secret" in word for word in words)
+    [said] = typed("plan", code=2, MOUNT="/nowhere/at/all")
+    assert said == "docker.sh: MOUNT: there is no /nowhere/at/all"
+
+
+def test_gpus_where_there_are_any(typed: Call, tmp_path: Path) -> None:
+    program(tmp_path / "programs", "nvidia-smi", "exit 0")
+    assert option(typed("run"), "--gpus") == ["all"]
+    words = typed("run", DOCKER="podman")
+    assert "--gpus" not in words and option(words, "--device")[0] == "nvidia.com/gpu=all"
+    assert "--userns=keep-id" in words or os.getuid() == 0
+
+
+def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) -> None:
+    [said] = typed("node", "node1", code=2)
+    assert "`docker.sh keys`" in said
+    typed("keys", PORT="2345")
+    keys = tmp_path / "work" / "ssh"
+    for name in (".", "id_ed25519", "host_ed25519_key"):
+        assert not stat.S_IMODE((keys / name).stat().st_mode) & 0o077, name
+    assert (keys / "config").read_text() == "Port 2345\n"
+    known, host = (
+        (keys / "known_hosts").read_text().split(),
+        (keys / "host_ed25519_key.pub").read_text().split(),
+    )
+    assert known == ["*", *host[:2]]
+    assert typed("keys", code=2) == ["docker.sh: ./ssh is there already"]
+
+    words = typed("node", "node1")
+    assert option(words, "--network") == ["host"] and "--hostname" not in words
+    assert option(words, "--name") == ["node1"] and option(words, "--entrypoint") == ["dstrain-node"]
+    assert f"{keys}:/ssh:ro" in option(words, "--volume") and words[-1] == "dstrain"
+    words = typed("node", "node1", NETWORK="mine")
+    assert option(words, "--network") == ["mine"] and option(words, "--hostname") == ["node1"]
