@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def typed(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def option(words: list[str], name: str) -> list[str]:
     """All values of an option."""
-    return [after for word, after in zip(words, words[1:], strict=False) if word == name]
+    return [after for word, after in pairwise(words) if word == name]
 
 
 def test_a_run(typed: Call, tmp_path: Path) -> None:
