@@ -104,9 +104,9 @@ def test_the_labels_say_which_version_and_revision(docker: Engine, image: str) -
 
 def test_there_is_no_compiler_no_key_and_no_password(docker: Engine, image: str) -> None:
     look = """
-        for tool in cc c++ gcc g++ clang ld as make; do ! command -v $tool || exit 1; done
-        ! ls /etc/ssh/ssh_host_* /etc/pip.conf /root/.cache 2>/dev/null || exit 2
-        ! cut -d: -f2 /etc/shadow | grep -v '^[*!]' || exit 3
+        for tool in cc c++ gcc g++ clang ld as make ccache; do command -v $tool; done
+        ls -d /etc/ssh/ssh_host_* /root/.cache /root/.ssh /tmp/* 2>/dev/null
+        cut -d: -f2 /etc/shadow | grep -v '^[*!]'
         id -u
     """
     words = ("--rm", "--network", "none", "--user", "0", "--entrypoint", "sh", image, "-c", look)
