@@ -63,11 +63,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/r
     && ccache --show-stats
 
 # The other packages before the source: they are not fetched again for each change of it.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml .
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache \
     python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
+COPY README.md LICENSE ./
 COPY ds_configs ds_configs
 COPY dstrain dstrain
 RUN PYTHONPATH=/tools pip install --no-deps --no-build-isolation --no-index .
