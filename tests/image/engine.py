@@ -84,12 +84,12 @@ class Engine:
         self._started.append(name)
         return name
 
-    def build(self, context: Path, tag: str, *words: str) -> None:
-        """``docker build WORDS``, with the packages that pip finds on this machine."""
+    def build(self, context: Path, tag: str, *words: str, base: str | None = None) -> None:
+        """``docker build WORDS``, with the packages that pip finds on this machine; ``base`` by default our own."""
         with pip_sources(self.folder) as pip_conf:
             said = self.tried(
                 *("build", "--network", "host", "--progress", "plain", "--tag", tag),
-                *("--build-arg", f"BASE_IMAGE={self.base}", "--secret", f"id=pip,src={pip_conf}"),
+                *("--build-arg", f"BASE_IMAGE={base or self.base}", "--secret", f"id=pip,src={pip_conf}"),
                 *(*words, str(context)),
                 timeout=3600,
             )
