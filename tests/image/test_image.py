@@ -1,4 +1,4 @@
-"""The image, really built and really run. One build and one more, and four short trainings, serve all tests.
+"""The image, really built and really run. One build and one more, and five short trainings, serve all tests.
 
 All of them stand in one file, so that one worker builds and runs them with one engine.
 """
