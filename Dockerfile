@@ -63,11 +63,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/r
     && ccache --show-stats
 
 # The other packages before the source: they are not fetched again for each change of it.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml .
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache \
     python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
+COPY README.md LICENSE ./
 COPY ds_configs ds_configs
 COPY dstrain dstrain
 COPY launch/docker.sh launch/
@@ -91,8 +92,9 @@ COPY image/ssh_config /etc/ssh/ssh_config.d/dstrain.conf
 COPY image/sshd_config /etc/ssh/dstrain_sshd_config
 COPY image/dstrain-node image/dstrain-healthy /usr/local/bin/
 COPY --from=build /opt/dstrain /opt/dstrain
-# An image in which something is missing is found here and not on a cluster.
-RUN python -c 'import torch, deepspeed.ops.adam.cpu_adam_op, deepspeed.ops.aio.async_io_op'
+# An image in which something is missing is found here and not on a cluster. One operator takes symbols from another.
+RUN python -c 'import ctypes, torch, deepspeed.ops.adam.cpu_adam_op, deepspeed.ops.pin_memory.pin_memory_op as pin; \
+    ctypes.CDLL(pin.__file__, ctypes.RTLD_GLOBAL); import deepspeed.ops.aio.async_io_op'
 # The version is compared with dstrain's own by the tests.
 ARG VERSION=0.1.0
 ARG REVISION=unknown

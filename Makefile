@@ -24,13 +24,13 @@ torture: $(READY)  ## a hundred kills, and some with real interpreters
 verify-all: $(READY)  ## every layout with every choice, every family in every way; more than an hour
 	$(BIN)/python -m pytest -m full
 
+# ShellCheck's SC1091 and SC2329: slurm.sbatch reads a file that is not here, and has a function that a signal calls.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	# SC1091, SC2329: slurm.sbatch reads a file that is not here, and has a function that a signal calls
 	$(BIN)/shellcheck --exclude=SC1091,SC2329 .ci/run launch/docker.sh launch/slurm.sbatch image/c++ image/dstrain-*
 
 docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code

@@ -53,19 +53,19 @@ class Engine:
     folder: Path
     _started: list[str] = field(default_factory=list)
 
-    def run(self, *words: str, timeout: float = 300) -> str:
+    def run(self, *words: str, timeout: float = 900) -> str:
         """``docker WORDS``: what it prints. Raises AssertionError, with all that it said, where it fails."""
         done = self.tried(*words, timeout=timeout)
         said = f"{done.stdout[-6000:]}{done.stderr[-6000:]}"
         assert done.returncode == 0, f"docker {' '.join(words)}: exit code {done.returncode}\n{said}"
         return done.stdout
 
-    def tried(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def tried(self, *words: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """``docker WORDS``, whatever comes of it."""
         return self.call(["docker", *words], timeout=timeout)
 
     def call(
-        self, argv: Sequence[str], *, timeout: float = 300, cwd: Path | None = None, **more: str
+        self, argv: Sequence[str], *, timeout: float = 900, cwd: Path | None = None, **more: str
     ) -> subprocess.CompletedProcess[str]:
         """A command that may use the engine; ``more`` goes into its environment."""
         return subprocess.run(
@@ -84,12 +84,12 @@ class Engine:
         self._started.append(name)
         return name
 
-    def build(self, context: Path, tag: str, *words: str) -> None:
-        """``docker build WORDS``, with the packages that pip finds on this machine."""
+    def build(self, context: Path, tag: str, *words: str, base: str | None = None) -> None:
+        """``docker build WORDS``, with the packages that pip finds on this machine; ``base`` by default our own."""
         with pip_sources(self.folder) as pip_conf:
             said = self.tried(
                 *("build", "--network", "host", "--progress", "plain", "--tag", tag),
-                *("--build-arg", f"BASE_IMAGE={self.base}", "--secret", f"id=pip,src={pip_conf}"),
+                *("--build-arg", f"BASE_IMAGE={base or self.base}", "--secret", f"id=pip,src={pip_conf}"),
                 *(*words, str(context)),
                 timeout=3600,
             )
