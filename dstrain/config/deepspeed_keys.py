@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dstrain.config.nested import KeyPath
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
 
-KeyPath = tuple[str, ...]
 Node = Mapping[str, Any]
 
 GONE = frozenset({"removed", "deprecated", "same_as"})

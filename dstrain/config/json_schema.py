@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstrain.config.deepspeed_keys import GONE, Node, deepspeed_version, top_level
+from dstrain.config.deepspeed_keys import Node, deepspeed_version, top_level
 from dstrain.config.files import recipes
 from dstrain.config.schema import RunConfig
 
@@ -54,7 +54,7 @@ def _block(keys: Mapping[str, Node], *, free: bool) -> dict[str, Any]:
     properties = {
         name: _node(keys[node["same_as"]] if "same_as" in node else node)
         for name, node in keys.items()
-        if not {"removed", "deprecated"} & GONE & set(node)
+        if not {"removed", "deprecated"} & set(node)
     }
     return {"type": "object", "properties": properties, "additionalProperties": free}
 

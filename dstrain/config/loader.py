@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dstrain.config.deepspeed_keys import find, homes_of
 from dstrain.config.files import recipe_path, recipes
+from dstrain.config.nested import leaves
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
@@ -104,7 +105,7 @@ def load_config(
 
     def lay(document: Document, kind: str, name: str) -> None:
         blocks.update({path: Origin(kind, f"{name}:{line}") for path, line in document.lines.items()})
-        for path, value in _leaves(document.values):
+        for path, value in leaves(document.values):
             line = document.lines.get(path)
             place = f"{name}:{line}" if line else name
             _put(values, origins, path, value, Origin(kind, place))
@@ -159,7 +160,7 @@ def _finish(
             raise DstrainError(
                 f"{_shown(setting)} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
             )
-        for path, value in _leaves({key: _parse_setting(key, text)}):
+        for path, value in leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
         _put(values, origins, (key,), value, flag_origin(key))
@@ -169,16 +170,6 @@ def _finish(
     if found or wrong:
         raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks))
     return ResolvedConfig(config, origins, blocks)
-
-
-def _leaves(values: Mapping[str, Any], path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    """Every value that is no non-empty mapping, by its path; only ``deepspeed`` nests."""
-    for key, value in values.items():
-        here = (*path, str(key))
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, here)
-        else:
-            yield here, value
 
 
 def _put(

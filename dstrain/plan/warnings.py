@@ -9,7 +9,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.plan.batch import Batch
 from dstrain.plan.estimates.device import Device
 from dstrain.plan.estimates.memory import USABLE, StageMemory
-from dstrain.plan.estimates.time import StepTime, stages_waiting
+from dstrain.plan.estimates.time import StepTime, backward_passes, stages_waiting
 from dstrain.plan.estimates.traffic import traffic
 from dstrain.plan.estimates.verdict import memory_needed
 from dstrain.plan.layout import Layout, count_spans
@@ -65,8 +65,7 @@ def warnings_about(
 def _about_the_pipeline(
     config: RunConfig, layout: Layout, batch: Batch, shape: ModelShape, time: StepTime | None
 ) -> Iterator[str]:
-    backward = 3.0 if config.activation_checkpointing else 2.0
-    waiting = stages_waiting(layout.pipeline, layout.schedule, backward)
+    waiting = stages_waiting(layout.pipeline, layout.schedule, backward_passes(config))
     bubble = waiting / (batch.accumulation + waiting)
     if time is not None:  # it knows of ranks that share a processor, which others use while one waits
         bubble = min(bubble, time.bubble_fraction)

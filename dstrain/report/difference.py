@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.nested import leaves
 from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import RunFolder
 
@@ -48,8 +49,8 @@ Side = Mapping[tuple[str, str], Value]
 def chosen(resolved: ResolvedConfig) -> dict[tuple[str, str], Value]:
     """The side of a config alone."""
     values = {}
-    for path, value in _leaves(resolved.config.model_dump()):
-        if path[0] not in _OF_THE_RUN:
+    for path, value in leaves(resolved.config.model_dump()):
+        if path[0] not in _OF_THE_RUN and value != {}:
             values["config", ".".join(path)] = Value(value, str(resolved.origin(*path)))
     return values
 
@@ -71,7 +72,9 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
                 origin = plan["deepspeed_origins"].get(key.removeprefix("deepspeed."))
             if origin:
                 side[part, key] = Value(side[part, key].value, origin)
-        for path, value in _leaves(plan["deepspeed"]):
+        for path, value in leaves(plan["deepspeed"]):
+            if value == {}:
+                continue
             dotted = ".".join(path)
             side["deepspeed", dotted] = Value(value, plan["deepspeed_origins"].get(dotted))
         for part, keys in _FOLLOWS.items():
@@ -103,12 +106,3 @@ def differences(a: Side, b: Side) -> list[Difference]:
         if one_is_silent or of_a.value != of_b.value:
             found.append(Difference(part, key, of_a, of_b))
     return found
-
-
-def _leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value that is no mapping, by its path of keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value

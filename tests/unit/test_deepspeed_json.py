@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from plans import plan, shape
 
+from dstrain.config.nested import leaves
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.own_keys import leaves
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan
 

@@ -23,9 +23,10 @@ from dstrain.config.deepspeed_keys import (
 from dstrain.config.files import ds_configs
 from dstrain.config.json_reader import _lines_of_keys
 from dstrain.config.loader import load_config
+from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.own_keys import _INSTEAD, _UNFIT, leaves, mistakes
+from dstrain.plan.deepspeed.own_keys import _INSTEAD, _UNFIT, mistakes
 from dstrain.plan.refusals import refuse
 
 FRAGMENTS = sorted(

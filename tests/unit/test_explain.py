@@ -10,10 +10,10 @@ from plans import plan
 
 from dstrain.cli.showing.explanation import in_words
 from dstrain.config.deepspeed_keys import GONE, all_keys, find
+from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
 from dstrain.plan.deepspeed.explain import Explanation, explain, keys_meant
-from dstrain.plan.deepspeed.own_keys import leaves
 from dstrain.plan.deepspeed.reasons import AS_DEFAULT, WHY
 from dstrain.plan.plan import Plan
 

@@ -20,7 +20,7 @@ def command(
     """Show the final DeepSpeed JSON of these arguments."""
     from dstrain.cli.planning import plan_for
     from dstrain.config.loader import load_config
-    from dstrain.plan.deepspeed.own_keys import leaves
+    from dstrain.config.nested import leaves
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     plan = plan_for(resolved).plan

@@ -128,7 +128,7 @@ def _choices(annotation: Any) -> list[Any] | None:
             return list(dict.fromkeys(member.value for member in part))
         if typing.get_origin(part) is typing.Literal:
             return list(typing.get_args(part))
-    return list(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else None
+    return None
 
 
 def _strings_below_fields(model: type) -> dict[str, str]:

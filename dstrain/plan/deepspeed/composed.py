@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.config.deepspeed_keys import KeyPath, canonical, what_is_wrong
+from dstrain.config.deepspeed_keys import canonical, what_is_wrong
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.nested import KeyPath, leaves
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.own_keys import OwnKey, leaves, mistakes, own_keys
+from dstrain.plan.deepspeed.own_keys import OwnKey, mistakes, own_keys
 
 # DeepSpeed keys that a run-config key decides: changing them elsewhere would break the plan's word.
 OWNED: dict[KeyPath, str] = {

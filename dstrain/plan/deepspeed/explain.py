@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dstrain.config.deepspeed_keys import GONE, KeyPath, canonical, deepspeed_version, find, homes_of, nearest
+from dstrain.config.deepspeed_keys import GONE, canonical, deepspeed_version, find, homes_of, nearest
+from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.words import type_in_words
 from dstrain.errors import DstrainError
 from dstrain.plan.deepspeed.composed import owner_of
-from dstrain.plan.deepspeed.own_keys import leaves
 from dstrain.plan.deepspeed.reasons import AS_DEFAULT, WHY
 from dstrain.plan.plan import Plan
 

@@ -8,14 +8,15 @@ the JSON is composed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.config.deepspeed_keys import KeyPath, canonical, what_is_wrong
+from dstrain.config.deepspeed_keys import canonical, what_is_wrong
 from dstrain.config.json_reader import read_json
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 
@@ -161,15 +162,6 @@ def _places(resolved: ResolvedConfig, path: KeyPath) -> Iterator[str]:
         block = str(resolved.blocks.get(path[:depth], leaf))
         yield block if block.rpartition(":")[0] == leaf.rpartition(":")[0] else leaf
     yield leaf
-
-
-def leaves(values: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value that is no non-empty mapping, by its path of keys."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
 
 
 def mistakes(resolved: ResolvedConfig) -> list[DstrainError]:

@@ -6,6 +6,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.batch import Batch
+from dstrain.plan.buckets import bucket_size
 from dstrain.plan.deepspeed.composed import DeepSpeedConfig, Derived, compose, contradictions
 
 
@@ -44,9 +45,7 @@ def _derived(
     def chosen(key: str) -> Derived:
         return Derived(getattr(config, key), f"{key} ({resolved.origin(key)})")
 
-    # Buckets of DeepSpeed's default size (5e8 elements) would be allocated whole: 2 GB for a model
-    # of one million parameters.
-    bucket = min(2 * ((stage_parameters + 1) // 2), 200_000_000)
+    bucket = bucket_size(stage_parameters)
     sized = f"the largest stage's {stage_parameters:,} parameters"
     return {
         "global_batch": chosen("global_batch"),

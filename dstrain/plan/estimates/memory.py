@@ -12,6 +12,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.plan.batch import Batch
+from dstrain.plan.buckets import LARGEST_BUCKET, bucket_size
 from dstrain.plan.estimates.memory_activations import (
     hidden_bytes,
     layer_kept,
@@ -22,7 +23,6 @@ from dstrain.plan.estimates.memory_activations import (
     spans_in_flight,
     stage_activations,
 )
-from dstrain.plan.estimates.memory_moments import LARGEST_BUCKET
 from dstrain.plan.estimates.memory_stage import stage_parameters, weight_bytes
 from dstrain.plan.estimates.memory_states import StateBytes, state_bytes, states
 from dstrain.plan.layout import Layout
@@ -94,7 +94,7 @@ def stage_memory(
     """
     options = (deepspeed or {}).get("zero_optimization", {})
     largest = max(shape.parameters_of(layout.spans(stage)) for stage in range(layout.pipeline))
-    bucket = int(options.get("reduce_bucket_size", min(2 * ((largest + 1) // 2), LARGEST_BUCKET)))
+    bucket = int(options.get("reduce_bucket_size", bucket_size(largest)))
     found = []
     for stage in range(layout.pipeline):
         parameters = stage_parameters(

@@ -18,7 +18,6 @@ from dstrain.plan.estimates.memory_stage import Stage, weight_bytes
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
 
-LARGEST_BUCKET = 200_000_000
 LIVE_PARAMETERS = 1_000_000_000
 SUB_GROUP = 1_000_000_000
 """As dstrain.plan.deepspeed.values has them, where the composed JSON is not at hand."""

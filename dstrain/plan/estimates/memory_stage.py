@@ -9,10 +9,13 @@ from dstrain.config.schema import RunConfig
 from dstrain.plan.refusals import frozen_names
 from dstrain.plan.shape import ModelShape
 
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of one number, by precision."""
+
 
 def weight_bytes(config: RunConfig) -> int:
     """Bytes of a weight in the precision that is computed with."""
-    return 4 if config.precision == "fp32" else 2
+    return BYTES[config.precision]
 
 
 def moment_bytes(config: RunConfig) -> int:

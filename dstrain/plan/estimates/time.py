@@ -101,7 +101,7 @@ def step_time(
     ]
     m = batch.accumulation
     slowest = max(stages, key=lambda stage: stage.micro_batch)
-    backward = 3.0 if config.activation_checkpointing else 2.0
+    backward = backward_passes(config)
     waiting = stages_waiting(layout.pipeline, layout.schedule, backward) / max(1, layout.pipeline - 1)
     filling = waiting * (sum(stage.micro_batch for stage in stages) - slowest.micro_batch)
     busy = m * slowest.micro_batch
@@ -130,6 +130,11 @@ def step_time(
         traffic=busiest(sent),
         assumptions=assumptions_of(config, layout, device, REACHED),
     )
+
+
+def backward_passes(config: RunConfig) -> float:
+    """The time of a backward pass, in forward passes: what is recomputed runs once more."""
+    return 3.0 if config.activation_checkpointing else 2.0
 
 
 def stages_waiting(pipeline: int, schedule: str, backward: float = 2.0) -> float:

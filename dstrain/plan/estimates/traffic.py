@@ -22,13 +22,12 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.plan.batch import Batch
-from dstrain.plan.estimates.memory_stage import frozen_parameters
+from dstrain.plan.buckets import LARGEST_BUCKET
+from dstrain.plan.estimates.memory_stage import BYTES, frozen_parameters
 from dstrain.plan.layout import Host, Layout
 from dstrain.plan.refusals import frozen_names
 from dstrain.plan.shape import ModelShape
 from dstrain.plan.words import count
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _among_replicas(
         return round(times * (n - 1) / n * size)
 
     def sent(what: str, size: int, often: int, reason: str) -> Traffic:
-        bucket = max(1, keys.get("reduce_bucket_size", 200_000_000))
+        bucket = max(1, keys.get("reduce_bucket_size", LARGEST_BUCKET))
         buckets = -(-max(trained, whole) // bucket)
         return Traffic(what, link, size, reason, messages=often * buckets * (n - 1).bit_length(), lanes=lanes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 GOOD = ["--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--name", "x"]
 """Arguments with which a plan comes about: a bad input is the only thing that is wrong."""
@@ -39,17 +40,9 @@ class BadInput:
     looked: tuple[str, ...] = ()
 
 
-def run(
-    *arguments: str,
-    place: str,
-    reason: str,
-    hint: str,
-    files: Mapping[str, object] | None = None,
-    looked: tuple[str, ...] = (),
-    environment: Mapping[str, str] | None = None,
-) -> BadInput:
-    """A row for `dstrain run` with good arguments and these."""
-    return BadInput(["run", *GOOD, *arguments], place, reason, hint, files or {}, environment or {}, looked)
+def run(*arguments: str, **rest: Any) -> BadInput:
+    """A row for `dstrain run` with good arguments and these; the rest as of `bare`."""
+    return bare("run", *GOOD, *arguments, **rest)
 
 
 def bare(
