@@ -41,6 +41,7 @@ BAD_INPUTS: dict[str, BadInput] = {name: row for table in TABLES for name, row i
 
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec", "os.spawn")
 _started: list[tuple[str, Any]] = []
+_prepared: set[Path] = set()  # caches that know the good arguments' model and data
 
 
 def _listen(event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,9 +64,10 @@ def looked(
 
     The good arguments alone need none: their model is measured, and their data are prepared.
     """
-    if not (cache / "data" / "summaries").is_dir():
+    if cache not in _prepared:
         text = str(materials / "text.jsonl")
         assert dstrain_here("plan", *[text if word == "text.jsonl" else word for word in GOOD]).code == 0
+        _prepared.add(cache)
     modules: list[str] = []
 
     def start(argv: list[str], **options: Any) -> Any:

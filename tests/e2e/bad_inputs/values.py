@@ -38,6 +38,7 @@ _WRONG_TYPES = [
     ("offload", "true", "'none', 'cpu' or 'nvme'", "for example offload: none"),
     ("nvme_path", "1", "a string", "quotes"),
     ("activation_checkpointing", "yes", "boolean", "for example activation_checkpointing: false"),
+    ("deterministic", "maybe", "boolean", "for example deterministic: false"),
     ("hostfile", "[a, b]", "a string", "NAME slots=N"),
     ("name", "123", "a string", 'quotes: name: "123"'),
     ("runs_dir", "{}", "a string", "for example runs_dir: runs"),
