@@ -14,6 +14,7 @@ from dstrain.errors import DstrainError
 @layers
 @choices
 @click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
+@click.option("--prepare", is_flag=True, help="Fill the run folder, say what starts it, and start nothing.")
 @click.option("--resume", is_flag=True, help="Go on in the run folder of this --name.")
 @node_rank_option
 def command(
@@ -21,6 +22,7 @@ def command(
     config_file: str | None,
     settings: tuple[str, ...],
     dry_run: bool,
+    prepare: bool,
     resume: bool,
     node_rank: int | None,
     **flags: Any,
@@ -32,7 +34,7 @@ def command(
     from rich.console import Console
 
     from dstrain.cli.planning import plan_for
-    from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
+    from dstrain.cli.running.by_hand import node_of, prepare_for_nodes, prepare_to_be_typed
     from dstrain.cli.running.execute import execute
     from dstrain.cli.running.starting import new_run_folder
     from dstrain.cli.showing.plan import show_plan
@@ -52,5 +54,7 @@ def command(
     show_plan(planned.plan, console)
     if planned.site.launcher == "none" and node is None:
         prepare_for_nodes(planned, resolved, folder, console, dry_run=dry_run)
-        return
-    execute(planned, resolved, folder, console, dry_run=dry_run)
+    elif prepare and not dry_run:
+        prepare_to_be_typed(planned, resolved, folder, console)
+    else:
+        execute(planned, resolved, folder, console, dry_run=dry_run)

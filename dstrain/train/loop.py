@@ -36,6 +36,7 @@ from dstrain.train.lifeline import Lifeline
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
+from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
 from dstrain.train.sampling import continuation
 from dstrain.train.saving.checkpoints import Checkpoints
@@ -60,6 +61,7 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     """
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
+    refuse_another_world(plan.layout.world_size, folder, os.environ)
     # Before the ranks meet: a host that lacks something says so by itself, and one that tokenizes takes its time.
     check_model_file(plan)
     data = prepare_run_data(plan)

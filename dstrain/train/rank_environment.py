@@ -1,14 +1,16 @@
-"""What a rank learns from its environment, and what it must find out itself: its number, and its network card."""
+"""What a rank learns from its environment and its command line, and what it must find out itself."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
 
 from dstrain.addresses import OUTSIDE, address_towards
+from dstrain.errors import DstrainError
 from dstrain.plan.layout import HOSTS
+from dstrain.plan.run_folder import RunFolder
 
 # RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
 _OTHERS = (
@@ -21,7 +23,24 @@ _OTHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_BY_HAND = "--local_rank="
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+
+def typed_by_hand(arguments: Sequence[str]) -> bool:
+    """Whether ``deepspeed`` was typed instead of the run's launch.sh: then its launcher adds ``--local_rank=N``."""
+    return any(word.startswith(_BY_HAND) for word in arguments)
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The arguments but that one: its number also stands in LOCAL_RANK."""
+    return [word for word in arguments if not word.startswith(_BY_HAND)]
+
+
+def launch_variables(folder: RunFolder) -> dict[str, str]:
+    """What launch.sh would have brought: the run folder's ``environment``. Raises OSError where there is none."""
+    lines = folder.environment.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines)
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -35,6 +54,17 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         if names[0] in environ:
             return {ours: environ[name] for ours, name in zip(_NAMES, names, strict=True) if name in environ}
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def refuse_another_world(ranks: int, folder: RunFolder, environ: Mapping[str, str]) -> None:
+    """Raises DstrainError where there are more or fewer ranks than the plan's: only a person can start those."""
+    started = int(environ["WORLD_SIZE"])
+    if started != ranks:
+        raise DstrainError(
+            f"the plan is for {ranks} ranks, and {started} were started",
+            where=str(folder.plan),
+            hint=f"`bash {folder.launch_script}` starts those of the plan; its last line says how",
+        )
 
 
 def network_variables(environ: Mapping[str, str]) -> dict[str, str]:

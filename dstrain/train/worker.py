@@ -2,7 +2,8 @@
 
 One positional argument and no flags, since DeepSpeed's launcher eats options. Everything else stands
 in the run folder's plan.json, which the supervisor sends to hosts that have no disk in common with it; rank and
-world come from the launcher's environment.
+world come from the launcher's environment. A person may also type it, for a folder that all hosts share:
+``deepspeed --hostfile FILE --module dstrain.train.worker RUN_FOLDER``.
 """
 
 from __future__ import annotations
@@ -20,17 +21,34 @@ from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import NODE_RANK, RankStatus, RunFolder
 from dstrain.train.lifeline import Lifeline
 from dstrain.train.own_folder import keep_plan, plan_seen
-from dstrain.train.rank_environment import network_variables, rank_variables
+from dstrain.train.rank_environment import (
+    launch_variables,
+    network_variables,
+    rank_variables,
+    typed_by_hand,
+    without_local_rank,
+)
 
 _TAIL_LINES = 20
 
 
 def main(arguments: list[str]) -> int:
     """Run this rank to its end; its last word stands in ``logs/rank-N.status.json``."""
-    if len(arguments) != 1:
-        print("usage: python -m dstrain.train.worker RUN_FOLDER", file=sys.stderr)
+    words = without_local_rank(arguments)
+    if len(words) != 1:
+        print("usage: deepspeed --hostfile FILE --module dstrain.train.worker RUN_FOLDER", file=sys.stderr)
         return 2
-    folder = RunFolder(Path(arguments[0]), int(os.environ.get(NODE_RANK, 0)))
+    folder = RunFolder(Path(words[0]), int(os.environ.get(NODE_RANK, 0)))
+    if typed_by_hand(arguments):
+        try:
+            os.environ.update(launch_variables(folder))
+        except OSError:
+            print(
+                f"error: {socket.gethostname()} has no {folder.environment}\n  hint: `dstrain run --prepare` fills a"
+                " run folder; all hosts must share it",
+                file=sys.stderr,
+            )
+            return 2
     os.environ.update(rank_variables(os.environ))
     os.environ.update(network_variables(os.environ))
     rank = int(os.environ["RANK"])
@@ -61,6 +79,8 @@ def main(arguments: list[str]) -> int:
             else:
                 traceback.print_exc()
             sys.stderr.flush()
+        if lifeline is not None and not lifeline.launch:  # nobody but the person who typed it would hear of it
+            print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):
             say("failed", error=_in_one_line(error))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.

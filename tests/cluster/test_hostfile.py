@@ -1,7 +1,7 @@
 """`dstrain run --hostfile` on two hosts with two ranks each, through DeepSpeed's launcher and pdsh.
 
-A launch costs many seconds, so four serve all tests: one with a hostfile, one on a single host to compare with, one
-that loses a rank, and its launch.sh typed by hand.
+A launch costs many seconds, so five serve all tests: one with a hostfile, one on a single host to compare with, one
+that loses a rank, its launch.sh typed by hand, and `deepspeed --hostfile` typed by hand.
 """
 
 from __future__ import annotations
@@ -125,4 +125,25 @@ def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Site, nea
     by_hand = cluster.run("n1", ["bash", folder.launch_script], cwd=Path("/"), timeout=200)
     assert by_hand.code == 0, by_hand
     assert site.numbers("killed") == site.numbers("near")
+    wait_until(lambda: not site.left(), 5, what="the end of all processes")
+
+
+def test_deepspeed_typed_by_hand(site: Site, near: Result, real_environment: dict[str, str]) -> None:
+    """The README's second way to train: the folder is filled, and `deepspeed` itself starts the ranks."""
+    prepared = site.start("typed", "--hostfile", "hosts", "--prepare").wait(100)
+    assert prepared.code == 0, prepared
+    folder = site.folder("typed")
+    assert (
+        f"deepspeed --hostfile {folder.hostfile} --module dstrain.train.worker {folder.path}" in prepared.out
+    )
+    assert not folder.metrics.exists(), "nothing was started"
+
+    # A shell in which the virtual environment is active; the other variables come with the folder.
+    of_the_run = ("DSTRAIN_CACHE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
+    active = {name: value for name, value in real_environment.items() if name not in of_the_run}
+    words = shlex.split("deepspeed --hostfile hosts --module dstrain.train.worker runs/typed")
+    said = site.cluster.run("n1", words, env=active, cwd=site.place, timeout=200)
+    assert said.code == 0, said
+    assert f"step {STEPS}/{STEPS}" in said.out, "rank 0 says how it goes"
+    assert site.numbers("typed") == site.numbers("near")
     wait_until(lambda: not site.left(), 5, what="the end of all processes")

@@ -21,7 +21,14 @@ from dstrain.launch.environment import check_environment, default_environment
 from dstrain.launch.request import LaunchRequest
 from dstrain.plan.layout import Host
 from dstrain.plan.lifeline import ADDRESS
-from dstrain.train.rank_environment import rank_variables
+from dstrain.plan.run_folder import RunFolder
+from dstrain.train.rank_environment import (
+    launch_variables,
+    rank_variables,
+    refuse_another_world,
+    typed_by_hand,
+    without_local_rank,
+)
 
 HERE = LaunchRequest(
     run_folder=Path("/runs/a"),
@@ -210,6 +217,21 @@ def test_a_rank_knows_its_number(variables: dict[str, str], wanted: tuple[str | 
     found = rank_variables(variables)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     assert tuple(found.get(name) for name in names) == wanted
+
+
+def test_deepspeed_typed_by_hand_is_known_by_the_argument_that_it_adds(tmp_path: Path) -> None:
+    assert typed_by_hand(["--local_rank=1", "runs/a"])
+    assert not typed_by_hand(["runs/a"])
+    assert without_local_rank(["--local_rank=1", "runs/a"]) == ["runs/a"]
+    folder = RunFolder(tmp_path)
+    folder.environment.write_text("OMP_NUM_THREADS=1\nPYTHONPATH=/a=b:/c\n")
+    assert launch_variables(folder) == {"OMP_NUM_THREADS": "1", "PYTHONPATH": "/a=b:/c"}
+
+
+def test_another_number_of_ranks_than_the_plans_is_refused(tmp_path: Path) -> None:
+    refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "4"})
+    with pytest.raises(DstrainError, match="the plan is for 4 ranks, and 2 were started"):
+        refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "2"})
 
 
 def test_one_host_is_local_only_when_it_is_this_one() -> None:

@@ -1,4 +1,4 @@
-"""The launcher ``none``: dstrain is typed on every node, by a person or by Kubernetes."""
+"""Somebody else starts the ranks: a person who types the command, or Kubernetes on every node (``none``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dstrain.cli.planning import Planned
 from dstrain.cli.running.attempt import launch_request, prepare
+from dstrain.cli.running.starting import refuse_full_disk, refuse_other_training
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import RunFolder
@@ -42,6 +43,26 @@ def node_of(resolved: ResolvedConfig, node_rank: int | None) -> int | None:
             hint="they are counted from 0; --nodes N says how many there are",
         )
     return node_rank
+
+
+def prepare_to_be_typed(
+    planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console
+) -> None:
+    """Fill the run folder, and say what starts it. Raises DstrainError as `execute` does before a launch."""
+    refuse_other_training(planned.plan, folder, console)
+    refuse_full_disk(planned.plan, folder)
+    request = launch_request(planned, folder)
+    prepare(request, planned, resolved, folder)
+    ways = {"type     ": ["bash", str(folder.launch_script)]}
+    if request.launcher == "pdsh":
+        ways["or       "] = ["deepspeed", "--hostfile", str(folder.hostfile), "--module", *request.worker]
+    for beginning, way in ways.items():
+        console.print(Text.assemble((beginning, "bold"), shlex.join(way)), soft_wrap=True)
+    console.print(
+        "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
+        f" {folder.name}` starts them and watches.",
+        soft_wrap=True,
+    )
 
 
 def prepare_for_nodes(
