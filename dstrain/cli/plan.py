@@ -48,7 +48,7 @@ def command(
             hint="leave one of the two out",
         )
     if explained is not None:
-        from dstrain.plan.deepspeed.explain import keys_meant
+        from dstrain.plan.explain import keys_meant
 
         keys_meant(explained)  # refuses what is no key, before the model and the data are looked at
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))

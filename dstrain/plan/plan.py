@@ -13,11 +13,11 @@ from dstrain.errors import DstrainError
 from dstrain.plan.attention import check_attention
 from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cutting.cut import cut_as_asked, cut_by_time
-from dstrain.plan.cutting.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.deepspeed.values import deepspeed_config
 from dstrain.plan.estimates.device import Device
 from dstrain.plan.estimates.disk import checkpoint_bytes, disk_bytes
 from dstrain.plan.estimates.memory import USABLE, StageMemory, estimate, stage_memory
+from dstrain.plan.estimates.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.estimates.time import StepTime, step_time
 from dstrain.plan.estimates.traffic import Traffic
 from dstrain.plan.estimates.verdict import memory_verdict

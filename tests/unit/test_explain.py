@@ -13,8 +13,8 @@ from dstrain.config.deepspeed_keys import GONE, all_keys, find
 from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.explain import Explanation, explain, keys_meant
 from dstrain.plan.deepspeed.reasons import AS_DEFAULT, WHY
+from dstrain.plan.explain import Explanation, explain, keys_meant
 from dstrain.plan.plan import Plan
 
 CHOICES: list[dict[str, Any]] = [

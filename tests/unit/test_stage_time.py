@@ -16,8 +16,8 @@ from plans import DATA, plan
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.plan.cutting.partition import cut_by_cost
-from dstrain.plan.cutting.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.estimates.memory import Memory, estimate, micro_batches_in_flight, state_bytes
+from dstrain.plan.estimates.stage_time import attended_share, layer_times, stage_shares
 from dstrain.plan.layout import Host, Layout
 from dstrain.plan.loss_chunk import loss_chunk
 from dstrain.plan.plan import Machines

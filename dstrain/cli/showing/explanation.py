@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dstrain.plan.deepspeed.explain import Explanation, explain
+from dstrain.plan.explain import Explanation, explain
 from dstrain.plan.plan import Plan
 
 _WIDTH = 110

@@ -8,9 +8,9 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.plan.batch import Batch
-from dstrain.plan.cutting.stage_time import attended_share, layer_times
 from dstrain.plan.estimates.assumptions import assumptions_of
 from dstrain.plan.estimates.device import Device, Link
+from dstrain.plan.estimates.stage_time import attended_share, layer_times
 from dstrain.plan.estimates.traffic import Traffic, busiest, messages_along, stage_traffic, trained_parameters
 from dstrain.plan.layout import Layout
 from dstrain.plan.loss_chunk import loss_chunk

@@ -8,9 +8,9 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.plan.batch import Batch
 from dstrain.plan.cutting.cut import cut_as_asked, cut_by_time
-from dstrain.plan.cutting.stage_time import attended_share, layer_times
 from dstrain.plan.estimates.device import Device
 from dstrain.plan.estimates.memory import USABLE, Memory, estimate, stage_memory
+from dstrain.plan.estimates.stage_time import attended_share, layer_times
 from dstrain.plan.estimates.time import StepTime, stages_waiting, step_time
 from dstrain.plan.estimates.verdict import memory_needed
 from dstrain.plan.fitting.candidates import Candidate
