@@ -79,9 +79,7 @@ def main(arguments: list[str]) -> int:
             else:
                 traceback.print_exc()
             sys.stderr.flush()
-        if (
-            lifeline is not None and not lifeline.launch
-        ):  # nobody but the person who typed it would hear of it
+        if lifeline is not None and not lifeline.launch:  # a person typed it, and nobody else would say it
             print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):
             say("failed", error=_in_one_line(error))
