@@ -5,14 +5,14 @@
 #
 # launch/docker.sh types the `docker run` that a training wants; launch/README.md says what goes where, and how to
 # train on several machines. Every Python package has the version of constraints.txt. Nothing here needs a newer
-# engine than Docker 20.10 or podman 4.
+# engine than Docker 20.10 (until 23 with DOCKER_BUILDKIT=1) or podman 4.
 #
 # BASE_IMAGE may be any Debian or Ubuntu whose own Python is 3.11 or newer (Debian 12, Ubuntu 24.04).
 #
 # torch comes from where pip finds it. PyPI's build for Linux brings CUDA's libraries along, as packages that it names to
 # the digit: so the base needs none of them, only what lets a GPU in. It also runs where there is no GPU. For a smaller
-# one for CPUs, or one for other GPUs, name a base and hand pip a configuration that names the index of those wheels;
-# it does not stay in the image:
+# one for CPUs, or another build of torch, name a base and hand pip a configuration that names the index of those
+# wheels; it does not stay in the image. (dstrain looks for GPUs with nvidia-smi: it finds no others yet.)
 #
 #     docker build -t dstrain --build-arg BASE_IMAGE=debian:bookworm-slim --secret id=pip,src=pip.conf .
 #
@@ -22,11 +22,13 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181
 
 # What the build and the finished image both stand on.
 FROM ${BASE_IMAGE} AS base
-# libaio: for --offload nvme; its name ends in t64 on newer systems. openssh and pdsh: for runs on several nodes. The host
-# keys that Debian makes are thrown away: who has the image has them too.
+# git: each run records the state of the folder it is started from, whoever owns that. libaio: for --offload nvme; its
+# name ends in t64 on newer systems. openssh and pdsh: for runs on several nodes. The host keys that Debian makes are
+# thrown away: who has the image has them too.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates '^libaio1(t64)?$' openssh-client openssh-server pdsh python3 \
+        ca-certificates git '^libaio1(t64)?$' openssh-client openssh-server pdsh python3 \
+    && git config --system safe.directory '*' \
     && rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/* /etc/ssh/ssh_host_*
 
 
@@ -103,7 +105,6 @@ LABEL org.opencontainers.image.title="dstrain" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION"
-ENV DSTRAIN_REVISION=$REVISION
 WORKDIR /work
 USER 10001
 HEALTHCHECK --interval=1m --timeout=20s --start-period=30s CMD ["dstrain-healthy"]

@@ -30,6 +30,7 @@ fail() {
 
 DOCKER=${DOCKER:-$(command -v docker || command -v podman || true)}
 [ -n "$DOCKER" ] || fail "neither docker nor podman is installed"
+command -v "$DOCKER" >/dev/null || fail "DOCKER: there is no program '$DOCKER'"
 IMAGE=${IMAGE:-dstrain}
 [ $# -gt 0 ] || fail "see the first lines of $0"
 
@@ -38,10 +39,15 @@ user=$(id -u) group=$(id -g)
 [ "$user" != 0 ] || user=10001 group=10001
 own() { [ "$(id -u)" != 0 ] || chown "$user:$group" "$@"; }
 
-mkdir -p runs cache
-own runs cache
+# What is made here is not the user's to commit, keys least of all.
+make_folder() {
+    if [ ! -d "$1" ]; then
+        mkdir -m "$2" "$1"
+        [ "$1" = runs ] || echo '*' >"$1/.gitignore"
+    fi
+    own "$1"
+}
 options=(
-    --rm
     --user "$user:$group"
     --volume "$PWD:/work"
     # Nothing else is written: not into the image, and not with rights that a training needs.
@@ -67,22 +73,28 @@ fi
 [ ! -d /dev/infiniband ] || options+=(--device /dev/infiniband --ulimit memlock=-1)
 IFS=: read -ra mounts <<<"${MOUNT:-}"
 for folder in "${mounts[@]}"; do
+    [[ $folder = /* ]] || fail "MOUNT: $folder is no absolute path"
     [ -e "$folder" ] || fail "MOUNT: there is no $folder"
     options+=(--volume "$folder:$folder:ro")
 done
-# Which image it is can't be seen from inside.
-options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format '{{.Id}}' "$IMAGE" 2>/dev/null || echo unknown)")
-for name in DS_ACCELERATOR HF_TOKEN; do
+for name in CUDA_VISIBLE_DEVICES DS_ACCELERATOR HF_TOKEN OMP_NUM_THREADS; do
     [ -z "${!name:-}" ] || options+=(--env "$name") # by its name: the value stands in no command line
 done
 read -ra more <<<"${DOCKER_OPTIONS:-}"
 options+=("${more[@]}")
 
+# Which image it is can't be seen from inside.
+name_image() {
+    local digest='{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}'
+    "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || "$DOCKER" pull "$IMAGE" || fail "there is no image $IMAGE"
+    options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format "$digest" "$IMAGE")")
+}
+
 case $1 in
     keys)
         [ ! -e ssh ] || fail "./ssh is there already"
         command -v ssh-keygen >/dev/null || fail "there is no ssh-keygen (Debian: apt-get install openssh-client)"
-        mkdir -m 700 ssh
+        make_folder ssh 700
         ssh-keygen -q -t ed25519 -N '' -C dstrain -f ssh/id_ed25519
         ssh-keygen -q -t ed25519 -N '' -C dstrain-node -f ssh/host_ed25519_key
         cp ssh/id_ed25519.pub ssh/authorized_keys
@@ -94,15 +106,22 @@ case $1 in
         own ssh ssh/*
         ;;
     node)
-        [ $# = 2 ] || fail "node wants one word more: the name by which the others find this machine"
+        [ -n "${2:-}" ] && [ $# = 2 ] || fail "node wants one word more: the name by which the others find this machine"
         [ -d ssh ] || fail "there is no ./ssh: \`docker.sh keys\` makes it"
+        name_image
+        make_folder runs 755
+        make_folder cache 755
         network=${NETWORK:-host}
         [ "$network" = host ] || options+=(--hostname "$2")
+        # Without --rm: what a node that did not start has said is still there, `docker logs` shows it.
         exec "$DOCKER" run "${options[@]}" --detach --name "$2" --network "$network" --volume "$PWD/ssh:/ssh:ro" \
             --volume "$PWD/ssh/passwd:/etc/passwd:ro" --entrypoint dstrain-node "$IMAGE"
         ;;
     *)
+        name_image
+        make_folder runs 755
+        make_folder cache 755
         [ ! -t 0 ] || [ ! -t 1 ] || options+=(--interactive --tty)
-        exec "$DOCKER" run "${options[@]}" "$IMAGE" "$@"
+        exec "$DOCKER" run --rm "${options[@]}" "$IMAGE" "$@"
         ;;
 esac

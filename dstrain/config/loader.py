@@ -146,6 +146,20 @@ def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[
     return _finish(values, origins, settings, flags, base.blocks)
 
 
+def replace_values(base: ResolvedConfig, values: Mapping[str, Any], origin: Origin) -> ResolvedConfig:
+    """The same config with these values of the given origin; those that it has already keep theirs.
+
+    Raises:
+        ConfigError: a value that is none for its key.
+    """
+    present = json.loads(base.config.model_dump_json())
+    origins = dict(base.origins)
+    for key, value in values.items():
+        if key not in present or value != present[key]:
+            _put(present, origins, (key,), value, origin)
+    return _finish(present, origins, (), {}, base.blocks)
+
+
 def _finish(
     values: dict[str, Any],
     origins: dict[Path_, Origin],

@@ -37,20 +37,40 @@ def in_image(
             where="--image",
             hint="install one, or leave --image out",
         )
-    if not _has(engine, image):
+    missing = _why_not(engine, image)
+    if missing is not None:
         raise DstrainError(
-            f"there is no image {image} here",
+            f"{engine} has no image {image}: {missing}",
             where="--image",
-            hint="bring it here (docker pull, docker load), or --image NAME for another one",
+            hint="bring it here (docker pull, docker load, docker build), or --image NAME for another one",
         )
     return ["bash", str(container_script()), *arguments], {**environ, "DOCKER": engine, "IMAGE": image}
 
 
-def _has(engine: str, image: str) -> bool:
+def refuse_unseen(paths: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
+    """Raises DstrainError for a path (by the choice that holds it) that the container would not see."""
+    mounted = [Path.cwd(), *(Path(place) for place in environ.get("MOUNT", "").split(":") if place)]
+    for key, value in paths.items():
+        path = Path(value).expanduser()
+        if path.is_absolute() and not any(path.is_relative_to(place) for place in mounted):
+            raise DstrainError(
+                f"the container does not see {path}",
+                where=key,
+                hint=f"MOUNT={path.parent} in front of the command shows it that folder",
+            )
+
+
+def _why_not(engine: str, image: str) -> str | None:
+    """What the engine says where it can't give the image; None where it can."""
     try:
         done = subprocess.run(
             [engine, "image", "inspect", image], capture_output=True, timeout=_SECONDS, check=False
         )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.returncode == 0
+    except OSError as error:
+        return str(error.strerror)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return said[-1] if said else f"exit code {done.returncode}"

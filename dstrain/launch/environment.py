@@ -29,8 +29,9 @@ _OTHER_LAUNCHERS_BEGINNINGS = ("TORCHELASTIC_",)
 _CARRIED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 # cuBLAS works in one order of additions with this workspace (its guide, section 2.1.4); flash attention's backward
 # pass is told by transformers; NVLink's switches add in the order in which the numbers come.
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    _WORKSPACE: ":4096:8",
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -67,6 +68,8 @@ def default_environment(
         environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
     if deterministic and accelerator == "cuda":
         environment |= _DETERMINISTIC
+        # There are two workspaces that do so.
+        environment[_WORKSPACE] = environ.get(_WORKSPACE) or _DETERMINISTIC[_WORKSPACE]
     if single_host:
         # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
         # Which interface joins several hosts, each rank finds out (train.rank_environment).

@@ -36,6 +36,7 @@ from dstrain.plan.shape import ModelShape
 from dstrain.plan.warnings import (
     warnings_about,
     warnings_about_balance,
+    warnings_about_determinism,
     warnings_about_devices,
     warnings_about_memory,
     warnings_about_time,
@@ -309,6 +310,7 @@ def make_plan(
         disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
         warnings=(
             *warnings_about(config, layout, batch, data, shape, time),
+            *warnings_about_determinism(config, machines.accelerator),
             *warnings_about_balance(
                 config, max(stage_time), max(stage_shares(replace(layout, cut=even), times))
             ),

@@ -128,15 +128,19 @@ class RunFolder:
         """What the newest launch is made of: versions, data, model, choices."""
         return self.path / "record.json"
 
-    @property
-    def source_diff(self) -> Path:
-        """What the user's folder had beside its git revision when the newest launch was made."""
-        return self.path / "source.diff"
+    def source_diff(self, changes: str) -> Path:
+        """What was not committed in the user's folder when a launch began whose record names these ``changes``."""
+        return self.path / f"source-{changes}.diff"
 
     @property
     def launches(self) -> Path:
         """A line for each launch that came as far as to train: its record, its first step and its devices."""
         return self.path / "launches.jsonl"
+
+    @property
+    def reproduction(self) -> Path:
+        """Of a run that repeats another: what came of comparing the two."""
+        return self.path / "reproduction.json"
 
     @property
     def model(self) -> Path:
@@ -222,12 +226,12 @@ def last_step(metrics: Path) -> int:
     return max((record["step"] for record in read_metrics(metrics)), default=0)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it into place."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` beside ``path`` and rename it into place; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # containers count alike
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)

@@ -29,12 +29,6 @@ def warnings_about(
     found: list[str] = []
     if layout.pipeline > 1:
         found += _about_the_pipeline(config, layout, batch, shape, time)
-    if config.deterministic:
-        found.append(
-            "deterministic: kernels that add in one order take the place of faster ones (attention's and the"
-            " embedding's backward pass, matrix products), memory is filled before it is used, and what has no such"
-            " kernel stops the run with its name"
-        )
     if config.warmup_steps >= config.steps:
         found.append(
             f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"
@@ -60,6 +54,21 @@ def warnings_about(
     if epochs > 1:
         found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
     return found
+
+
+def warnings_about_determinism(config: RunConfig, accelerator: str) -> list[str]:
+    """What ``deterministic`` costs."""
+    if not config.deterministic:
+        return []
+    if accelerator == "cpu":
+        return [
+            "deterministic: memory is filled before it is used; on CPUs a layout's runs are bit-equal without it"
+        ]
+    return [
+        "deterministic: kernels that add in one order take the place of faster ones (attention's and the embedding's"
+        " backward pass, matrix products), memory is filled before it is used, and what has no such kernel stops the"
+        " run with its name; the estimated time knows nothing of it"
+    ]
 
 
 def _about_the_pipeline(

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dstrain.config.nested import leaves
+from dstrain.record.source import UNKNOWN
+
 # What a run is called, how it is watched, kept and told of: nothing of it reaches the numbers.
 _SAME_NUMBERS = frozenset(
     (
         "name", "runs_dir", "hostfile", "launcher", "nodes", "processes", "master_addr", "master_port", "restarts",
         "elastic", "hang_after", "check_every", "save_every", "save_weights", "keep", "keep_every", "background_save",
-        "prompt", "sample_tokens", "time_limit", "nvme_path", "ds_config", "deepspeed", "eval_every",
-        "data_parallel", "micro_batch", "partition",
+        "prompt", "sample_tokens", "time_limit", "nvme_path", "eval_every",
+        # Compared as what they came to: fingerprints, the layout, the batch, DeepSpeed's JSON.
+        "model", "data", "tokenizer", "data_parallel", "micro_batch", "partition", "ds_config", "deepspeed",
     )
 )  # fmt: skip
 # The packages that compute stand in front.
@@ -38,10 +42,10 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differen
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
     for what in ("data", "tokenizer", "model"):
-        yield from _of(what, was, now, ("fingerprint",))
+        yield from _of(what, was, now, ("fingerprint", "weights"))
     yield from _of("config", was, now, [key for key in was["config"] if key not in _SAME_NUMBERS])
-    yield from _of("layout", was, now, was["layout"])
-    yield from _of("batch", was, now, was["batch"])
+    yield from _of("layout", was, now, ("data_parallel", "cut"))
+    yield from _of("batch", was, now, ("micro_batch",))
     yield from _values("loss_chunk", was["loss_chunk"], now["loss_chunk"])
     yield from _mapping("deepspeed", _flat(was["deepspeed"]), _flat(now["deepspeed"]))
     yield from _devices(was.get("devices", []), now.get("devices", []))
@@ -49,10 +53,11 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Dif
     for what in ("python", "dstrain", "image"):
         yield from _values(what, was[what], now[what])
     yield from _mapping("variable", was["variables"], now["variables"])
-    source = ("revision", "changes")
-    before, after = was["source"] or {}, now["source"] or {}
-    for key in source:
-        yield from _values(f"the folder's git {key}", before.get(key), after.get(key))
+    before, after = was["source"], now["source"]
+    if before and after:  # a container may see no repository
+        yield from _values("the folder's git revision", before["revision"], after["revision"])
+        if before["changes"] != after["changes"] or UNKNOWN in (before["changes"], after["changes"]):
+            yield Difference("the folder's git changes", before["changes"], after["changes"])
 
 
 def _of(part: str, was: Mapping[str, Any], now: Mapping[str, Any], keys: Any) -> Iterator[Difference]:
@@ -86,12 +91,8 @@ def _in_order(packages: Mapping[str, str]) -> dict[str, str]:
     return first | dict(packages)
 
 
-def _flat(values: Mapping[str, Any], beginning: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{beginning}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {".".join(path): value for path, value in leaves(values)}
 
 
 def _said(value: Any) -> str:

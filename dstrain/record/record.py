@@ -7,8 +7,10 @@ the step that they begin with and their devices, and appends it all to ``launche
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
 from dstrain.record.source import source_of
 from dstrain.record.surroundings import image, variables
 from dstrain.record.versions import own_version, packages, python_version
+from dstrain.record.weights import weights_fingerprint
 
 FORMAT = 1
 
@@ -38,10 +41,16 @@ def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) 
         "packages": packages(),
         "variables": variables(environment),
         "image": image(),
+        "directory": str(Path.cwd()),
         "source": {key: value for key, value in asdict(source).items() if key != "diff"} if source else None,
         "data": {key: plan.data.get(key) for key in ("source", "fingerprint", "tokens", "documents")},
         "tokenizer": {"name": plan.data["tokenizer"], "fingerprint": plan.data.get("tokenizer_fingerprint")},
-        "model": {key: plan.model[key] for key in ("type", "file", "folder", "fingerprint", "parameters")},
+        "model": {key: plan.model[key] for key in ("type", "file", "folder", "fingerprint", "parameters")}
+        | {
+            "weights": weights_fingerprint(Path(plan.model["folder"]))
+            if plan.run_config.init == "pretrained"
+            else None
+        },
         "config": plan.config,
         "layout": {
             "pipeline": plan.layout.pipeline,
@@ -55,10 +64,8 @@ def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) 
         "deepspeed": plan.deepspeed,
     }
     write_json(folder.record, record)
-    if source is not None and source.diff:
-        write_atomically(folder.source_diff, source.diff)
-    else:
-        folder.source_diff.unlink(missing_ok=True)
+    if source is not None and source.diff and source.changes is not None:
+        write_atomically(folder.source_diff(source.changes), source.diff)
 
 
 def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[str, Any]]) -> None:
@@ -71,8 +78,10 @@ def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[
     except FileNotFoundError:
         record = {"format": FORMAT}
     line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
-    with folder.launches.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with folder.launches.open("a+b") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")  # a launch was killed while it wrote its line
+        file.write(line.encode() + b"\n")
 
 
 def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
@@ -82,24 +91,45 @@ def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
         DstrainError: there is none, or it is of another format.
     """
     try:
-        lines = folder.launches.read_text(encoding="utf-8").splitlines()
+        lines = folder.launches.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         lines = []
     launches = []
     for line in lines:
-        try:
-            launches.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # half a line of a launch that was killed
-    if not launches or "config" not in launches[0]:
+        with suppress(json.JSONDecodeError):  # half a line of a launch that was killed
+            launch = json.loads(line)
+            if isinstance(launch, dict) and "first_step" in launch:
+                launches.append(launch)
+    where = str(folder.launches)
+    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again, and compares nothing"
+    if not launches:
         raise DstrainError(
             "the run has no record of what it was made of: it never came as far as to train, or an earlier dstrain"
             " made it",
-            where=str(folder.launches),
+            where=where,
+            hint=hint,
         )
-    if launches[0]["format"] != FORMAT:
+    formats = {launch.get("format") for launch in launches} - {FORMAT}
+    if formats:
         raise DstrainError(
-            f"the record is of format {launches[0]['format']}, and this dstrain reads {FORMAT}",
-            where=str(folder.launches),
+            f"the record is of format {formats.pop()}, and this dstrain reads {FORMAT}",
+            where=where,
+            hint=hint,
         )
     return launches
+
+
+def first_launch(launches: Sequence[dict[str, Any]], folder: RunFolder) -> dict[str, Any]:
+    """The launch that trained the first steps: the last one that began with step 1. Raises DstrainError."""
+    found = [launch for launch in launches if launch["first_step"] == 1]
+    if not found:
+        raise DstrainError(
+            "its first steps were trained by an earlier dstrain, which did not record what they were made of",
+            where=str(folder.launches),
+        )
+    if "config" not in found[-1]:
+        raise DstrainError(
+            "its rank 0 did not see the folder that the run was started from, and knew only its own part",
+            where=str(folder.launches),
+        )
+    return found[-1]

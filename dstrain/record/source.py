@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+UNKNOWN = "unknown"
+"""In place of a hash where git could not say what was changed."""
+
 _SECONDS = 20
-_LARGEST = 2**20  # bytes of an untracked file whose content still counts; of a larger one only its size does
+# Bytes of an untracked file whose content still counts, and of all of them together; else only its size does.
+_LARGEST_FILE, _LARGEST_TOGETHER = 2**20, 2**26
+_LARGEST_DIFF = 2**25  # bytes that are kept; a larger one counts all the same
+_NAMED = 100  # untracked files
 
 
 @dataclass(frozen=True)
@@ -18,16 +25,19 @@ class Source:
     Attributes:
         folder: the top of the repository.
         revision: of HEAD; None before the first commit.
-        changes: a hash of the diff and of untracked files; None where there are none.
-        diff: what ``git apply`` takes on top of ``revision``; untracked files are not in it.
-        untracked: their names.
+        changes: a hash of the diff and of untracked files; None where there are none, `UNKNOWN` where git failed.
+        diff: what ``git apply`` takes on top of ``revision``; untracked files are not in it. Empty where it is too
+            large to be kept.
+        untracked: how many there are.
+        names: of the first of them.
     """
 
     folder: str
     revision: str | None
     changes: str | None
-    diff: str
-    untracked: tuple[str, ...]
+    diff: bytes
+    untracked: int
+    names: tuple[str, ...]
 
 
 def source_of(folder: Path, *, besides: Path) -> Source | None:
@@ -38,56 +48,60 @@ def source_of(folder: Path, *, besides: Path) -> Source | None:
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
         return None
-    root = Path(top.strip())
+    root = Path(os.fsdecode(top.rstrip(b"\n")))
     revision = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     against = ("HEAD",) if revision else ()
-    diff = _git(root, "diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", *against) or ""
-    listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z") or ""
-    runs = besides.resolve()
+    as_ever = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    diff = _git(root, "diff", "--binary", *as_ever, *against)
+    listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
+    runs = Path(os.path.abspath(besides))
     untracked = tuple(
-        name for name in sorted(listed.split("\0")) if name and runs not in (root / name).resolve().parents
+        name
+        for name in sorted(os.fsdecode(listed or b"").split("\0"))
+        if name and runs not in (root / name).parents
     )
-    digest = hashlib.sha256(diff.encode())
-    for name in untracked:
-        digest.update(name.encode(errors="surrogateescape") + b"\0" + _content(root / name))
-    changed = bool(diff or untracked)
     return Source(
-        folder=str(root),
-        revision=revision.strip() if revision else None,
-        changes=digest.hexdigest()[:16] if changed else None,
-        diff=diff,
-        untracked=untracked,
+        folder=_printable(str(root)),
+        revision=revision.decode("ascii").strip() if revision else None,
+        changes=UNKNOWN if diff is None or listed is None else _changes(root, diff, untracked),
+        diff=diff if diff and len(diff) <= _LARGEST_DIFF else b"",
+        untracked=len(untracked),
+        names=tuple(map(_printable, untracked[:_NAMED])),
     )
 
 
-def _content(path: Path) -> bytes:
+def _changes(root: Path, diff: bytes, untracked: tuple[str, ...]) -> str | None:
+    if not diff and not untracked:
+        return None
+    digest = hashlib.sha256(diff)
+    left = _LARGEST_TOGETHER
+    for name in untracked:
+        content = _content(root / name, min(left, _LARGEST_FILE))
+        left -= len(content)
+        digest.update(os.fsencode(name) + b"\0" + content)
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path, most: int) -> bytes:
     try:
         size = path.stat().st_size
-        return path.read_bytes() if path.is_file() and size <= _LARGEST else str(size).encode()
+        return path.read_bytes() if path.is_file() and size <= most else str(size).encode()
     except OSError:
         return b"?"
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _printable(name: str) -> str:
+    """A file's name as UTF-8 can hold it."""
+    return os.fsencode(name).decode("utf-8", errors="replace")
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
     """What git says; None where it fails or is not there."""
+    # The user's own settings must not decide what the diff looks like, nor a lock stand in the way.
+    settings = ("-c", "core.quotePath=false", "-c", "core.fsmonitor=false", "--no-optional-locks")
     try:
         done = subprocess.run(
-            # The user's own settings must not decide what the diff looks like, nor a lock stand in the way.
-            [
-                "git",
-                "-c",
-                "core.quotePath=false",
-                "-c",
-                "core.fsmonitor=false",
-                "--no-optional-locks",
-                *arguments,
-            ],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=_SECONDS,
-            check=True,
+            ["git", *settings, *arguments], cwd=folder, capture_output=True, timeout=_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

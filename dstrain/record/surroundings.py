@@ -8,19 +8,28 @@ from collections.abc import Mapping
 IMAGE = "DSTRAIN_IMAGE"
 """The environment variable in which ``launch/docker.sh`` tells a container which image it was made from."""
 
-# Threads decide in which order a CPU adds; the others choose kernels, algorithms and precisions.
+# Threads decide in which order a CPU adds; the others choose kernels, algorithms, precisions, or other code altogether.
 _NAMES = (
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "DS_ACCELERATOR"),
-    "FLASH_ATTENTION_DETERMINISTIC",
+    *("PYTHONHASHSEED", "PYTHONPATH", "DS_ACCELERATOR", "LD_PRELOAD", "FLASH_ATTENTION_DETERMINISTIC"),
+    "DISABLE_ADDMM_CUDA_LT",
 )
 _BEGINNINGS = (
-    *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NCCL_"),
-    *("ATEN_", "MKL_", "ONEDNN_", "DNNL_"),
+    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_"),
+    *("TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_"),
+    *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NCCL_", "UCX_"),
 )
-# Where something lies, and which card happens to be free, is not what is computed.
+# Where something lies, what is told, and which card happens to be free, is not what is computed.
 _NOT = (
-    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH", "CUDA_VERSION"),
-    *("TORCH_EXTENSIONS_DIR", "TORCH_HOME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG"),
+    *(
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CUDA_VERSION",
+        "CUDA_CACHE_PATH",
+    ),
+    *("TORCH_EXTENSIONS_DIR", "TORCH_HOME", "TORCH_LOGS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    *("NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS", "NCCL_VERSION"),
 )
 
 

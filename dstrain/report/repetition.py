@@ -9,6 +9,7 @@ from dstrain.plan.run_folder import RunFolder, read_metrics
 
 COMPARED = ("loss", "grad_norm", "lr", "loss_scale", "held_out_loss")
 """What a step's line says of the numbers, one deciding the next; the other keys count and measure."""
+_NOT_ALWAYS = ("held_out_loss",)  # how often it is taken changes no other number
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,14 @@ class Repetition:
 
     Attributes:
         steps: those that both have trained.
-        missing: the first step that only one of them has; None where they have the same.
-        deviation: the first number that differs; None: all are the same bits.
+        of_run, of_again: the last step of each.
+        deviation: the first number that differs; None: all that both have are the same bits.
     """
 
     steps: int
-    missing: int | None
+    of_run: int
+    of_again: int
     deviation: Deviation | None
-
-    @property
-    def equal(self) -> bool:
-        return self.missing is None and self.deviation is None
 
 
 def compare_bits(run: RunFolder, again: RunFolder) -> Repetition:
@@ -53,18 +51,21 @@ def compare_bits(run: RunFolder, again: RunFolder) -> Repetition:
     was = {record["step"]: record for record in read_metrics(run.metrics)}
     now = {record["step"]: record for record in read_metrics(again.metrics)}
     both = sorted(was.keys() & now.keys())
-    only_one = was.keys() ^ now.keys()
-    deviation = next(
-        (
-            Deviation(step, key, was[step].get(key), now[step].get(key))
-            for step in both
-            for key in COMPARED
-            if was[step].get(key) != now[step].get(key)
-        ),
-        None,
+    found = (
+        Deviation(step, key, was[step].get(key), now[step].get(key))
+        for step in both
+        for key in COMPARED
+        if not _same(was[step].get(key), now[step].get(key), often=key not in _NOT_ALWAYS)
     )
     return Repetition(
         steps=sum(step > 0 for step in both),
-        missing=min(only_one, default=None),
-        deviation=deviation,
+        of_run=max(was, default=0),
+        of_again=max(now, default=0),
+        deviation=next(found, None),
     )
+
+
+def _same(was: float | None, now: float | None, *, often: bool) -> bool:
+    if was is None or now is None:
+        return was is now or not often
+    return was == now or (math.isnan(was) and math.isnan(now))

@@ -48,13 +48,19 @@ def test_a_run_is_repeated_to_the_bit_and_what_is_changed_is_named(
     assert said.out.endswith("bit-equal: all 4 steps of first\n")
     assert "differs" not in said.out
     assert conclusion(place, "first-again")["differences"] == []
+    again = (place / "runs" / "first-again" / "config.yaml").read_text()
+    assert "lr: 0.004" in again and "# --lr" not in again, "a flag that nobody typed"
 
-    said = dstrain("reproduce", "first", "--seed", "5")
+    # From another folder, and with what the run folder keeps of a model that is gone.
+    (place / "elsewhere").mkdir()
+    (place / "model").rename(place / "gone")
+    said = dstrain("reproduce", "../runs/first", "--seed", "5", change="import os; os.chdir('elsewhere')")
+    (place / "gone").rename(place / "model")
     assert said.code == 1, said
     assert "before training: held_out_loss was" in said.err
     assert "seed: 1234 -> 5" in said.err
 
-    said = dstrain("reproduce", "first", "--pipeline", "1", "--partition", "auto", "--data-parallel", "2")
+    said = dstrain("reproduce", "first", "--pipeline", "1", "--data-parallel", "2")
     assert "pipeline: 2 -> 1" in said.out
     assert conclusion(place, "first-again-3")["steps"] == 4
     # Sums in another order: seldom the same bits, and never far from them.

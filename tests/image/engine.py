@@ -52,6 +52,7 @@ class Engine:
     base: str
     folder: Path
     _started: list[str] = field(default_factory=list)
+    _built: list[str] = field(default_factory=list)
 
     def run(self, *words: str, timeout: float = 900) -> str:
         """``docker WORDS``: what it prints. Raises AssertionError, with all that it said, where it fails."""
@@ -94,6 +95,12 @@ class Engine:
                 timeout=3600,
             )
         assert said.returncode == 0, f"docker build: exit code {said.returncode}\n{said.stderr[-6000:]}"
+        self._built.append(tag)
+
+    def forget_images(self) -> None:
+        """What these tests have built."""
+        if self._built:
+            self.tried("image", "rm", "--force", *self._built)
 
     def end_all(self) -> None:
         """What these tests have started."""
@@ -114,6 +121,7 @@ def engine(folder: Path) -> Iterator[Engine]:
                 yield found
             finally:
                 found.end_all()
+                found.forget_images()
             return
     kept = os.environ.get("DSTRAIN_TEST_ENGINE")
     place = Path(kept) if kept else folder / "engine"
@@ -147,6 +155,7 @@ def _daemon(place: Path) -> Iterator[dict[str, str]]:
     # The machine's own file may hold what contradicts ours.
     (place / "daemon.json").write_text("{}")
     command = [
+        *("setpriv", "--pdeathsig", "TERM"),  # it ends with the tests, however they end
         *("dockerd", "--config-file", str(place / "daemon.json"), "--host", environment["DOCKER_HOST"]),
         *("--data-root", str(place / "data"), "--exec-root", str(place / "exec")),
         *("--pidfile", str(place / "pid"), "--bridge", "none"),
@@ -174,9 +183,13 @@ def _daemon(place: Path) -> Iterator[dict[str, str]]:
 
 def _wait_for(daemon: subprocess.Popen[bytes], environment: dict[str, str], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while subprocess.run(["docker", "version"], env=environment, capture_output=True).returncode:
+    while True:
+        answered = subprocess.run(["docker", "version"], env=environment, capture_output=True).returncode == 0
+        # Another one may answer in its place.
         if daemon.poll() is not None or time.monotonic() > deadline:
             raise NoEngineError(f"dockerd does not start here: {log.read_text()[-600:]}")
+        if answered:
+            return
         time.sleep(0.2)
 
 

@@ -1,4 +1,4 @@
-"""The image, really built and really run. One build and one more, and five short trainings, serve all tests.
+"""The image, really built and really run. One build and one more, and six short trainings, serve all tests.
 
 All of them stand in one file, so that one worker builds and runs them with one engine.
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 import dstrain
 from dstrain.plan.run_folder import RunFolder
+from dstrain.record.record import read_launches
 from tests.cluster.runs import numbers
 from tests.cluster.waiting import wait_until
 from tests.e2e.conftest import materials, repository_root
@@ -30,12 +32,15 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 
 IMAGE = "localhost/dstrain:test"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-NETWORK = "dstrain-test"
+# Of this run of the tests: a killed one may have left others.
+NETWORK, NODES = f"dstrain-test-{os.getpid()}", [f"node{number}-{os.getpid()}" for number in (1, 2)]
 USER = 10001
 SMALL = [
     *("run", "--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "8"),
     *("--micro-batch", "2", "--steps", "6", "--set", "held_out=0.2", "--set", "sample_tokens=4"),
 ]
+TWO_STAGES = ["--zero", "2", "--pipeline", "2"]
+ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def reachable(folder: Path) -> None:
         one.chmod(one.stat().st_mode | 0o755)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def script(docker: Engine, image: str, repository_root: Path, place: Path) -> Any:
     """launch/docker.sh, typed in ``place``."""
 
@@ -114,19 +119,9 @@ def test_there_is_no_compiler_no_key_and_no_password(docker: Engine, image: str)
 
 def test_the_main_job_by_docker_sh(script: Any, place: Path) -> None:
     """Read-only, without capabilities and without a network; shortened."""
-    arguments = [
-        "--zero",
-        "2",
-        "--pipeline",
-        "4",
-        "--steps",
-        "2",
-        "--name",
-        "main",
-        "--set",
-        "eval_samples=4",
-    ]
-    out = said(script("run", *arguments, DOCKER_OPTIONS="--network none"))
+    main_job = ("run", "--zero", "2", "--pipeline", "4")
+    shortened = ("--name", "main", "--steps", "2", "--set", "eval_samples=4")
+    out = said(script(*main_job, *shortened, DOCKER_OPTIONS="--network none"))
     assert "held-out loss" in out
     assert len(numbers(RunFolder(place / "runs" / "main"))) == 3
     owners = {path.stat().st_uid for path in (place / "runs").rglob("*")}
@@ -145,16 +140,39 @@ def test_docker_sh_gives_no_rights_that_a_training_needs_not(script: Any) -> Non
 def test_offload_without_a_compiler_by_any_user(docker: Engine, image: str, place: Path) -> None:
     """Docker's own options, no folder of ours: a user whom nobody knows writes into the container."""
     user = ("run", "--rm", "--user", "4711:4712", "--network", "none")
-    read = (
-        "--volume",
-        f"{place}/model:/work/model:ro",
-        "--volume",
-        f"{place}/text.jsonl:/work/text.jsonl:ro",
-    )
+    volumes = (f"{place / name}:/work/{name}:ro" for name in ("model", "text.jsonl"))
+    read = [word for volume in volumes for word in ("--volume", volume)]
     for choice in (["--offload", "cpu", "--zero", "1"], ["--offload", "nvme", "--zero", "3"]):
         more = ["--set", "nvme_path=/tmp/swap", "--save-every", "never"] if "nvme" in choice else []
         out = docker.run(*user, *read, image, *SMALL, *choice, *more, "--set", "runs_dir=/tmp/runs")
         assert "held-out loss" in out, out
+
+
+@pytest.fixture(scope="module")
+def near(script: Any, place: Path) -> RunFolder:
+    """A run of two ranks in one container. One thread a rank: two would add up in another order than one."""
+    said(script(*SMALL, *TWO_STAGES, "--name", "near", DOCKER_OPTIONS=" ".join(ONE_THREAD)))
+    return RunFolder(place / "runs" / "near")
+
+
+def test_a_run_is_repeated_in_its_image(
+    docker: Engine, image: str, near: RunFolder, place: Path, repository_root: Path
+) -> None:
+    """Typed outside, where another dstrain may be installed, or none that could train."""
+    [launch] = read_launches(near)
+    assert launch["image"] == docker.run("image", "inspect", "--format", "{{.Id}}", image).strip()
+    done = docker.call(
+        [sys.executable, "-m", "dstrain.cli.main", "reproduce", "near", "--image"],
+        cwd=place,
+        DOCKER="docker",
+        DOCKER_OPTIONS=" ".join(ONE_THREAD),
+        PYTHONPATH=str(repository_root),
+        SHM_SIZE="1g",
+    )
+    assert "bit-equal: all 6 steps of near" in said(done)
+    again = RunFolder(place / "runs" / "near-again")
+    assert numbers(again) == numbers(near)
+    assert read_launches(again)[0]["image"] == launch["image"]
 
 
 def health(docker: Engine, name: str) -> str:
@@ -199,16 +217,14 @@ def network(docker: Engine) -> Iterator[str]:
 def nodes(docker: Engine, script: Any, network: str, place: Path) -> Iterator[list[str]]:
     """Two nodes, as launch/docker.sh starts them on two machines with this folder on a shared disk."""
     said(script("keys"))
-    names = ["node1", "node2"]
-    for name in names:
+    for name in NODES:
         said(script("node", name, NETWORK=network))
-    (place / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
-    yield names
-    for name in names:
-        docker.run("rm", "--force", name)
+    (place / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NODES))
+    yield NODES
+    docker.run("rm", "--force", *NODES)
 
 
-def test_two_nodes_by_hostfile(docker: Engine, script: Any, nodes: list[str], place: Path) -> None:
+def test_two_nodes_by_hostfile(docker: Engine, nodes: list[str], near: RunFolder, place: Path) -> None:
     for name in nodes:
         wait_until(
             lambda name=name: docker.tried("exec", name, "dstrain-healthy").returncode == 0, 60, what="sshd"
@@ -225,18 +241,13 @@ def test_two_nodes_by_hostfile(docker: Engine, script: Any, nodes: list[str], pl
     )
     assert other.returncode == 255 and "Permission denied" in other.stderr
 
-    layout = ["--zero", "2", "--pipeline", "2"]
-    # One thread a rank: two would add up in another order than one.
-    threads = ("--env", "OMP_NUM_THREADS=1")
-    docker.run(
-        "exec", *threads, nodes[0], "dstrain", *SMALL, *layout, "--name", "far", "--hostfile", "hostfile"
-    )
+    far = (*SMALL, *TWO_STAGES, "--name", "far", "--hostfile", "hostfile")
+    docker.run("exec", *ONE_THREAD, nodes[0], "dstrain", *far)
     folder = RunFolder(place / "runs" / "far")
     statuses = [folder.read_status(rank) for rank in range(2)]
     assert [status.host for status in statuses if status is not None] == nodes
-    said(script(*SMALL, *layout, "--name", "near", DOCKER_OPTIONS=" ".join(threads)))
     assert len(numbers(folder)) == 7
-    assert numbers(folder) == numbers(RunFolder(place / "runs" / "near"))
+    assert numbers(folder) == numbers(near)
 
     # A node whose sshd hangs is no node.
     process = int(docker.run("inspect", "--format", "{{.State.Pid}}", nodes[1]))

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.launch.container import container_script, in_image
+from dstrain.launch.container import container_script, in_image, refuse_unseen
 
 ENGINE = """#!/bin/sh
 case "$*" in
     "image inspect there") exit 0 ;;
-    "image inspect --format {{.Id}} there") echo sha256:abc ;;
+    "image inspect --format "*" there") echo sha256:abc ;;
+    image*) echo "No such image: elsewhere" >&2; exit 1 ;;
     --version) echo Docker version 20.10 ;;
     run*) shift; printf '%s\\n' "$@" ;;
     *) exit 1 ;;
@@ -41,8 +42,21 @@ def test_the_command_reaches_the_image(tmp_path: Path, engine: str) -> None:
 
 
 def test_an_image_that_is_not_here(engine: str) -> None:
-    with pytest.raises(DstrainError, match="there is no image elsewhere here"):
+    with pytest.raises(DstrainError, match="has no image elsewhere: No such image: elsewhere"):
         in_image("elsewhere", [], {"DOCKER": engine})
+
+
+def test_an_engine_that_does_not_answer(tmp_path: Path) -> None:
+    with pytest.raises(DstrainError, match="has no image there: No such file or directory"):
+        in_image("there", [], {"DOCKER": str(tmp_path / "nothing")})
+
+
+def test_what_the_container_would_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_unseen({"data": "mine.jsonl", "model": str(tmp_path / "model"), "tokenizer": "bytes"}, {})
+    refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models:/texts"})
+    with pytest.raises(DstrainError, match="data: the container does not see /texts/mine"):
+        refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models"})
 
 
 def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

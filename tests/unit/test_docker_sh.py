@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 Call = Callable[..., list[str]]
+OWN = ("DOCKER", "IMAGE", "MOUNT", "SHM_SIZE", "NETWORK", "DOCKER_OPTIONS")
+HANDED_ON = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_TOKEN", "OMP_NUM_THREADS")
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -32,16 +34,7 @@ def typed(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> 
         program(programs, name, answer)
     program(programs, "nvidia-smi", "exit 9")  # no driver
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    for name in (
-        "DOCKER",
-        "IMAGE",
-        "MOUNT",
-        "SHM_SIZE",
-        "NETWORK",
-        "DOCKER_OPTIONS",
-        "HF_TOKEN",
-        "DS_ACCELERATOR",
-    ):
+    for name in (*OWN, *HANDED_ON):
         monkeypatch.delenv(name, raising=False)
 
     def call(*words: str, code: int = 0, **more: str) -> list[str]:
@@ -66,14 +59,8 @@ def option(words: list[str], name: str) -> list[str]:
 
 def test_a_run(typed: Call, tmp_path: Path) -> None:
     words = typed("run", "--zero", "2", "--name", "a b")
-    assert words[0] == "run" and words[words.index("dstrain") :] == [
-        "dstrain",
-        "run",
-        "--zero",
-        "2",
-        "--name",
-        "a b",
-    ]
+    assert words[:2] == ["run", "--rm"]
+    assert words[words.index("dstrain") :] == ["dstrain", "run", "--zero", "2", "--name", "a b"]
     assert option(words, "--volume") == [f"{tmp_path}/work:/work"]
     user, group = (os.getuid(), os.getgid()) if os.getuid() else (10001, 10001)
     assert option(words, "--user") == [f"{user}:{group}"]
@@ -81,19 +68,52 @@ def test_a_run(typed: Call, tmp_path: Path) -> None:
     assert "--read-only" in words and "--tty" not in words and "--gpus" not in words
     for name in ("runs", "cache"):
         assert (tmp_path / "work" / name).stat().st_uid == user
+    assert (tmp_path / "work" / "cache" / ".gitignore").read_text() == "*\n"
 
 
 def test_what_the_environment_says(typed: Call, tmp_path: Path) -> None:
     place = tmp_path / "my texts"
     place.mkdir()
-    more = {"IMAGE": "mine:1", "SHM_SIZE": "2g", "MOUNT": f"{place}:/usr", "HF_TOKEN": "secret"}
+    more = {"IMAGE": "mine:1", "SHM_SIZE": "2g", "MOUNT": f"{place}:/usr"} | dict.fromkeys(
+        HANDED_ON, "secret"
+    )
     words = typed("plan", **more, DOCKER_OPTIONS="--network none --memory 4g")
     assert words[words.index("mine:1") :] == ["mine:1", "plan"]
     assert option(words, "--volume")[1:] == [f"{place}:{place}:ro", "/usr:/usr:ro"]
     assert option(words, "--shm-size") == ["2g"] and option(words, "--memory") == ["4g"]
-    assert "HF_TOKEN" in option(words, "--env") and not any("secret" in word for word in words)
-    [said] = typed("plan", code=2, MOUNT="/nowhere/at/all")
-    assert said == "docker.sh: MOUNT: there is no /nowhere/at/all"
+    assert option(words, "--env") == [*HANDED_ON, "DSTRAIN_IMAGE=sha256:12"]
+    assert not any("secret" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "message"),
+    [
+        (["plan"], {"MOUNT": "/nowhere/at/all"}, "MOUNT: there is no /nowhere/at/all"),
+        (["plan"], {"MOUNT": "texts"}, "MOUNT: texts is no absolute path"),
+        (["plan"], {"DOCKER": "nodocker"}, "DOCKER: there is no program 'nodocker'"),
+        (["node"], {}, "node wants one word more: the name by which the others find this machine"),
+        (["node", ""], {}, "node wants one word more: the name by which the others find this machine"),
+        (["node", "node1"], {}, "there is no ./ssh: `docker.sh keys` makes it"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_made(
+    typed: Call, tmp_path: Path, words: list[str], variables: dict[str, str], message: str
+) -> None:
+    assert typed(*words, code=2, **variables) == [f"docker.sh: {message}"]
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_an_image_that_is_not_here_is_fetched_first(typed: Call, tmp_path: Path) -> None:
+    answer = """
+        case "$1" in
+            --version) echo Docker version 28.2.2 ;;
+            image) [ -e here ] && echo there@sha256:12 ;;
+            pull) touch here ;;
+            *) printf '%s\\n' "$@" ;;
+        esac
+    """
+    program(tmp_path / "programs", "docker", answer)
+    assert option(typed("plan"), "--env") == ["DSTRAIN_IMAGE=there@sha256:12"]
 
 
 def test_gpus_where_there_are_any(typed: Call, tmp_path: Path) -> None:
@@ -105,8 +125,6 @@ def test_gpus_where_there_are_any(typed: Call, tmp_path: Path) -> None:
 
 
 def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) -> None:
-    [said] = typed("node", "node1", code=2)
-    assert "`docker.sh keys`" in said
     typed("keys", PORT="2345")
     keys = tmp_path / "work" / "ssh"
     for name in (".", "id_ed25519", "host_ed25519_key"):
@@ -120,6 +138,7 @@ def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) ->
     assert typed("keys", code=2) == ["docker.sh: ./ssh is there already"]
 
     words = typed("node", "node1")
+    assert "--rm" not in words, "what a node has said that did not start"
     assert option(words, "--network") == ["host"] and "--hostname" not in words
     assert option(words, "--name") == ["node1"] and option(words, "--entrypoint") == ["dstrain-node"]
     assert f"{keys}:/ssh:ro" in option(words, "--volume") and words[-1] == "dstrain"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dstrain.cli.showing.repetition import cause
 from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import RunFolder
 from dstrain.record.differences import differences
-from dstrain.record.record import append_launch, read_launches, write_record
-from dstrain.record.source import source_of
+from dstrain.record.record import append_launch, first_launch, read_launches, write_record
+from dstrain.record.source import UNKNOWN, source_of
 from dstrain.record.surroundings import variables
 from dstrain.record.versions import packages
+from dstrain.record.weights import weights_fingerprint
 from dstrain.report.repetition import compare_bits
 from tests.unit.plans import plan
 
@@ -45,7 +49,7 @@ def test_a_clean_folder_is_its_revision(repository: Path) -> None:
     source = source_of(repository / "runs", besides=repository / "runs")
     assert source is not None
     assert source.revision == git(repository, "rev-parse", "HEAD")
-    assert (source.changes, source.diff, source.untracked) == (None, "", ())
+    assert (source.changes, source.diff, source.untracked) == (None, b"", 0)
 
 
 def test_changes_and_new_files_count_by_their_content(repository: Path) -> None:
@@ -56,14 +60,65 @@ def test_changes_and_new_files_count_by_their_content(repository: Path) -> None:
     (repository / "new.txt").write_text("b")
     with_other = source_of(repository, besides=repository / "runs")
     assert changed is not None and with_new is not None and with_other is not None
-    assert "+zero: 2" in changed.diff
-    assert with_new.untracked == ("new.txt",)
+    assert b"+zero: 2" in changed.diff
+    assert with_new.names == ("new.txt",)
     assert len({changed.changes, with_new.changes, with_other.changes}) == 3
     # The diff is one that git takes back.
     git(repository, "checkout", "-q", "train.yaml")
-    (repository / "source.diff").write_text(changed.diff)
+    (repository / "source.diff").write_bytes(changed.diff)
     git(repository, "apply", "source.diff")
     assert (repository / "train.yaml").read_text() == "zero: 2\n"
+
+
+def test_the_diff_is_one_that_git_takes_back_whatever_the_files_hold(repository: Path) -> None:
+    """Other encodings, other line ends, and a user who wants no prefixes."""
+    git(repository, "config", "diff.noprefix", "true")
+    before = {"latin.txt": b"caf\xe9\n", "windows.txt": b"a\r\nb\r\n", "numbers.bin": bytes(range(256))}
+    after = {"latin.txt": b"th\xe9\n", "windows.txt": b"a\r\nc\r\n", "numbers.bin": bytes(range(255, -1, -1))}
+    for name, content in before.items():
+        (repository / name).write_bytes(content)
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "second")
+    for name, content in after.items():
+        (repository / name).write_bytes(content)
+    source = source_of(repository, besides=repository / "runs")
+    assert source is not None
+    git(repository, "checkout", "-q", ".")
+    (repository / "source.diff").write_bytes(source.diff)
+    git(repository, "apply", "source.diff")
+    assert {name: (repository / name).read_bytes() for name in after} == after
+
+
+def test_untracked_files_that_can_not_be_read(repository: Path) -> None:
+    (repository / "loop").symlink_to("loop")
+    (repository / "pipe-to-nowhere").symlink_to("nowhere")
+    (repository / os.fsdecode(b"caf\xe9")).write_text("a")
+    source = source_of(repository, besides=repository / "runs")
+    assert source is not None and source.untracked == 3
+    json.dumps(source.names).encode()
+
+
+def test_a_git_that_fails_does_not_say_that_nothing_was_changed(repository: Path) -> None:
+    (repository / ".git" / "index").write_bytes(b"broken")
+    source = source_of(repository, besides=repository / "runs")
+    assert source is not None and source.changes == UNKNOWN
+
+
+def test_weights_count_by_their_content(tmp_path: Path) -> None:
+    small, large = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    small.write_bytes(b"a" * 1000)
+    large.write_bytes(bytes(2**26 + 2**20 + 1))
+    found = {weights_fingerprint(tmp_path)}
+    small.write_bytes(b"a" * 999 + b"b")
+    found.add(weights_fingerprint(tmp_path))
+    for place in (0, 2**25, 2**26 + 2**20):  # its beginning, a block in the middle, its last byte
+        with large.open("r+b") as file:
+            file.seek(place)
+            file.write(b"c")
+        found.add(weights_fingerprint(tmp_path))
+    (tmp_path / "notes.txt").write_text("of no weight")
+    found.add(weights_fingerprint(tmp_path))
+    assert len(found) == 5
 
 
 def test_a_repository_without_a_commit_and_a_folder_without_a_repository(tmp_path: Path) -> None:
@@ -97,6 +152,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     folder = RunFolder(tmp_path / "runs" / "one")
     folder.path.mkdir(parents=True)
+    git(tmp_path, "init", "-q")
     write_record(folder, plan(pipeline=2, data_parallel=2), {"OMP_NUM_THREADS": "1"})
     append_launch(folder, 1, [{"device": "a processor", "threads": 1}] * 4)
     return read_launches(folder)[0]
@@ -119,6 +175,7 @@ def changed(launch: dict[str, Any], *path: str | int, to: Any) -> dict[str, Any]
         (("config", "seed"), 5, "seed: 1234 -> 5"),
         (("config", "lr"), 1.0, "lr: 0.0003 -> 1.0"),
         (("layout", "cut"), [0, 3, 8], "layout cut: [0, 4, 8] -> [0, 3, 8]"),
+        (("model", "weights"), "w", "model weights: nothing -> w"),
         (("batch", "micro_batch"), 16, "batch micro_batch: 2 -> 16"),
         (("deepspeed", "zero_optimization", "stage"), 2, "deepspeed zero_optimization.stage: 1 -> 2"),
         (("python",), "PyPy 3.10", None),
@@ -126,7 +183,8 @@ def changed(launch: dict[str, Any], *path: str | int, to: Any) -> dict[str, Any]
         (("variables", "OMP_NUM_THREADS"), "4", "variable OMP_NUM_THREADS: 1 -> 4"),
         (("image",), "sha256:1", "image: nothing -> sha256:1"),
         (("devices", 2, "device"), "another", "rank 2's device: a processor -> another"),
-        (("source",), {"revision": "r", "changes": None}, "the folder's git revision: nothing -> r"),
+        (("source", "revision"), "r", None),
+        (("source", "changes"), UNKNOWN, None),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -141,7 +199,19 @@ def test_one_thing_that_was_changed_is_named(
         assert found[0].endswith(f" -> {to}")
 
 
-@pytest.mark.parametrize("key", ["name", "runs_dir", "save_every", "hostfile", "keep", "prompt"])
+def test_a_container_that_sees_no_repository_is_no_difference(launch: dict[str, Any]) -> None:
+    assert differences(launch, changed(launch, "source", to=None)) == []
+
+
+def test_changes_that_git_could_not_name_are_never_the_same(launch: dict[str, Any]) -> None:
+    unknown = changed(launch, "source", "changes", to=UNKNOWN)
+    assert len(differences(unknown, unknown)) == 1
+
+
+KEYS = ["name", "runs_dir", "save_every", "hostfile", "keep", "prompt", "model", "data", "eval_every"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_what_does_not_reach_the_numbers_is_not_named(launch: dict[str, Any], key: str) -> None:
     assert differences(launch, changed(launch, "config", key, to="another")) == []
 
@@ -149,6 +219,38 @@ def test_what_does_not_reach_the_numbers_is_not_named(launch: dict[str, Any], ke
 def test_no_record(tmp_path: Path) -> None:
     with pytest.raises(DstrainError, match="no record of what it was made of"):
         read_launches(RunFolder(tmp_path))
+
+
+def test_broken_lines_take_no_other_with_them(tmp_path: Path, launch: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path / "runs" / "one")
+    whole = folder.launches.read_bytes()
+    folder.launches.write_bytes(b"\xff\x00\n" + b"null\n" + whole + whole[:300])
+    append_launch(folder, 3, [])
+    assert [found["first_step"] for found in read_launches(folder)] == [1, 3]
+
+
+def test_a_run_that_an_earlier_dstrain_began(tmp_path: Path, launch: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path)
+    assert first_launch([launch, {**launch, "first_step": 3}], folder) is launch
+    again = {**launch}
+    assert first_launch([launch, again], folder) is again, "the last that began with step 1"
+    with pytest.raises(DstrainError, match="trained by an earlier dstrain"):
+        first_launch([{**launch, "first_step": 3}], folder)
+    with pytest.raises(DstrainError, match="knew only its own part"):
+        first_launch([{"first_step": 1, "format": 1}], folder)
+
+
+def test_the_cause_is_what_changed_before_the_first_number_that_differs(launch: dict[str, Any]) -> None:
+    second = changed(changed(launch, "config", "seed", to=5), "first_step", to=3)
+    now = changed(launch, "packages", "torch", to="0.1")
+    found = differences(launch, now)
+    assert cause(2, [launch, second], launch, found).startswith("what is another than then: torch: ")
+    went_on = "the run itself went on from step 3 with another seed: 1234 -> 5"
+    assert cause(3, [launch, second], launch, found) == went_on
+    nothing = cause(2, [launch, second], launch, [])
+    assert "nothing that was recorded" in nothing and "--deterministic" in nothing
+    calm = changed(launch, "config", "deterministic", to=True)
+    assert "--deterministic" not in cause(2, [calm], calm, [])
 
 
 @pytest.mark.parametrize(
@@ -159,12 +261,12 @@ def test_no_record(tmp_path: Path) -> None:
         ([{"step": 1, "loss": 0.1, "seconds": 1}], [{"step": 1, "loss": 0.1, "seconds": 2}], "equal"),
         ([{"step": 1, "grad_norm": None}], [{"step": 1, "grad_norm": 1.0}], "step 1: grad_norm was None and is 1.0"),
         ([{"step": 0, "held_out_loss": 1.0}], [{"step": 0, "held_out_loss": 2.0}], "before training: held_out_loss"),
-        ([{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}], [{"step": 1, "loss": 0.1}], "missing 2"),
+        ([{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}], [{"step": 1, "loss": 0.1}], "equal to step 1 of 2"),
+        ([{"step": 1, "loss": 0.1, "held_out_loss": 1.0}], [{"step": 1, "loss": 0.1}], "equal"),
+        ([{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": float("nan")}], "equal"),
     ],
 )  # fmt: skip
 def test_bits_are_compared(tmp_path: Path, was: list[Any], now: list[Any], said: str) -> None:
-    import json
-
     folders = []
     for name, lines in (("was", was), ("now", now)):
         folder = RunFolder(tmp_path / name)
@@ -172,11 +274,7 @@ def test_bits_are_compared(tmp_path: Path, was: list[Any], now: list[Any], said:
         folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         folders.append(folder)
     found = compare_bits(*folders)
-    told = (
-        "equal"
-        if found.equal
-        else f"missing {found.missing}"
-        if found.deviation is None
-        else str(found.deviation)
-    )
+    shorter = f" to step {found.steps} of {found.of_run}" if found.of_run > found.of_again else ""
+    told = f"equal{shorter}" if found.deviation is None else str(found.deviation)
     assert told.startswith(said)
+    assert shorter in said

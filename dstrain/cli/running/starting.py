@@ -45,7 +45,7 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
         raise DstrainError(
             f"the run folder {folder.path} exists",
             where=str(resolved.origin("name")),
-            hint=f"--resume to go on with it, or another --name (`dstrain resume {folder.name}` keeps its config)",
+            hint=f"another --name; `dstrain resume {folder.name}` goes on with it",
         )
     return folder
 
