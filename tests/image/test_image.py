@@ -60,8 +60,9 @@ def image(docker: Engine, repository_root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to stand in, with ``model`` and ``text.jsonl``, that the image's user can write to."""
+    """A folder to stand in, with ``model`` and ``text.jsonl``, under git."""
     folder = tmp_path_factory.mktemp("place")
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
     shutil.copytree(materials / "model", folder / "model")
     shutil.copy(materials / "text.jsonl", folder)
     reachable(folder)
@@ -161,6 +162,7 @@ def test_a_run_is_repeated_in_its_image(
     """Typed outside, where another dstrain may be installed, or none that could train."""
     [launch] = read_launches(near)
     assert launch["image"] == docker.run("image", "inspect", "--format", "{{.Id}}", image).strip()
+    assert launch["source"]["changes"], "git tells, also where the folder is another user's"
     done = docker.call(
         [sys.executable, "-m", "dstrain.cli.main", "reproduce", "near", "--image"],
         cwd=place,
@@ -202,6 +204,14 @@ def test_the_health_check_tells_a_machine_that_is_fit_from_one_that_is_not(
     wait_for("unhealthy")
     os.kill(process, signal.SIGCONT)
     wait_for("healthy")
+
+
+def test_a_machine_whose_gpus_are_gone_is_not_healthy(docker: Engine, image: str) -> None:
+    check = ("run", "--rm", "--network", "none", "--entrypoint", "dstrain-healthy")
+    assert docker.tried(*check, image).returncode == 0
+    driver = ("--volume", "/dev/null:/dev/nvidiactl")
+    gone = docker.tried(*check, *driver, image)
+    assert gone.returncode != 0 and "none is visible" in gone.stderr, gone
 
 
 @pytest.fixture(scope="module")
