@@ -71,6 +71,8 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     repetition, found = show_repetition(folder, again, first, now, console)
     deviation = repetition.deviation
     if stopped is not None:
+        if deviation is not None:
+            console.print(f"differs  {deviation}", soft_wrap=True, markup=False, highlight=False)
         raise stopped
     if deviation is not None:
         hint = cause(deviation.step, launches, first, found)

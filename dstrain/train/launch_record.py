@@ -9,17 +9,27 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dstrain.errors import DstrainError
 from dstrain.plan.run_folder import RunFolder
 from dstrain.record.record import append_launch
 
 
 def record_launch(folder: RunFolder, first_step: int, device: torch.device) -> None:
-    """Append this launch to the run's history. Collective; rank 0 writes. Raises OSError."""
+    """Append this launch to the run's history. Collective; rank 0 writes.
+
+    Raises:
+        DstrainError: it can't be written.
+    """
     here = distributed.get_rank() == 0
     devices: list[Any] | None = [None] * distributed.get_world_size() if here else None
     distributed.gather_object(device_record(device), devices)
     if devices is not None:
-        append_launch(folder, first_step, devices)
+        try:
+            append_launch(folder, first_step, devices)
+        except OSError as error:
+            raise DstrainError(
+                f"it can't be written: {error.strerror}", where=str(folder.launches)
+            ) from error
 
 
 def device_record(device: torch.device) -> dict[str, Any]:
