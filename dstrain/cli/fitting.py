@@ -94,7 +94,9 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
         found = fit(resolved, prepared.shape, machines, machines.device)
     except DstrainError:
         # What the user has chosen leaves nothing to search: what is wrong with it, `make_plan` knows better.
-        prepared.make(resolved, prepared.machines.hosts)
+        fixed = fixed_choices(resolved)
+        stages = {"pipeline": 2} if "schedule" in fixed and "pipeline" not in fixed else {}
+        prepared.make(override(resolved, stages), prepared.machines.hosts)
         raise
     rows, refused = _rows(found, resolved, prepared, machines)
     if not rows:

@@ -35,6 +35,10 @@ LAYOUTS = {
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--pipeline", "3", "--partition", "1,0,1",
         place="--partition", reason="leaves number 2 of 3 without a layer", hint="may have 0 blocks",
     ),
+    "fit: a schedule that wants stages": bare(
+        "plan", *GOOD[:-2], "--device", "l4", "--fit", "--schedule", "dualpipev", "--zero", "3",
+        place="--schedule", reason="DeepSpeed's ZeRO-3 takes the first one", hint="--zero 2 with dualpipev",
+    ),
     "fit: a DeepSpeed key that there is not": bare(
         "plan", *GOOD[:-2], "--fit", "--set", "deepspeed.gradient_cliping=1",
         place="--set deepspeed.gradient_cliping", reason="no key 'gradient_cliping'", hint="gradient_clipping",
