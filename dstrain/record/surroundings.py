@@ -10,7 +10,7 @@ IMAGE = "DSTRAIN_IMAGE"
 
 # Threads decide in which order a CPU adds; the others choose kernels, algorithms, precisions, or other code altogether.
 _NAMES = (
-    *("PYTHONHASHSEED", "PYTHONPATH", "DS_ACCELERATOR", "LD_PRELOAD", "FLASH_ATTENTION_DETERMINISTIC"),
+    *("PYTHONHASHSEED", "DS_ACCELERATOR", "LD_PRELOAD", "FLASH_ATTENTION_DETERMINISTIC"),
     "DISABLE_ADDMM_CUDA_LT",
 )
 _BEGINNINGS = (
