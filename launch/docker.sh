@@ -86,7 +86,7 @@ options+=("${more[@]}")
 # Which image it is can't be seen from inside.
 name_image() {
     local digest='{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}'
-    "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || "$DOCKER" pull "$IMAGE" || fail "there is no image $IMAGE"
+    "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || "$DOCKER" pull "$IMAGE" >&2 || fail "there is no image $IMAGE"
     options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format "$digest" "$IMAGE")")
 }
 

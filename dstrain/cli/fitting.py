@@ -8,7 +8,7 @@ from typing import Any
 
 from dstrain.cli.machines import Elsewhere
 from dstrain.cli.planning import Prepared, prepare
-from dstrain.config.loader import ResolvedConfig, override
+from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import flag_name
 from dstrain.errors import DstrainError
 from dstrain.plan.estimates.verdict import memory_needed
@@ -96,7 +96,8 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
         # What the user has chosen leaves nothing to search: what is wrong with it, `make_plan` knows better.
         fixed = fixed_choices(resolved)
         stages = {"pipeline": 2} if "schedule" in fixed and "pipeline" not in fixed else {}
-        prepared.make(override(resolved, stages), prepared.machines.hosts)
+        least = replace_values(resolved, stages, resolved.origin("schedule"))
+        prepared.make(least, prepared.machines.hosts)
         raise
     rows, refused = _rows(found, resolved, prepared, machines)
     if not rows:

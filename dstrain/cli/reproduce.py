@@ -39,9 +39,9 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     from dstrain.cli.resume import find_run
     from dstrain.cli.running.execute import execute
     from dstrain.cli.running.repeating import choices_again
-    from dstrain.cli.running.starting import new_run_folder
+    from dstrain.cli.running.starting import new_run_folder, not_writable
     from dstrain.cli.showing.repetition import cause, show_repetition
-    from dstrain.plan.run_folder import last_step
+    from dstrain.plan.run_folder import last_step, write_json
     from dstrain.record.record import first_launch, read_launches
 
     folder = find_run(run)
@@ -58,7 +58,9 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     console = Console()
     planned = plan_for(resolved)
     console.print(
-        f"{folder.name}, once more as {again.name}: {planned.plan.batch.in_words()}", soft_wrap=True
+        f"{folder.name}, once more as {again.name}: {planned.plan.batch.in_words()}",
+        soft_wrap=True,
+        markup=False,
     )
     stopped = None
     try:
@@ -69,6 +71,11 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
         raise stopped
     now = first_launch(read_launches(again), again)
     repetition, found = show_repetition(folder, again, first, now, console)
+    record = {"of": folder.name, **repetition.to_record(), "differences": [str(one) for one in found]}
+    try:
+        write_json(again.reproduction, record)
+    except OSError as error:
+        raise not_writable(error, again) from error
     deviation = repetition.deviation
     if stopped is not None:
         if deviation is not None:
@@ -97,14 +104,15 @@ def _in_image(
             hint="--image NAME; or leave it out, and the run is repeated with what is installed here",
         )
     try:
-        run = folder.path.relative_to(Path.cwd())
+        run = Path(os.path.abspath(folder.path)).relative_to(Path.cwd())
     except ValueError:
         raise DstrainError(
             f"{folder.path} is not below this folder, which is all that the container sees",
             where="--image",
             hint="change to the folder that the run was started from",
         ) from None
-    refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in flags})
+    changed = flags.keys() | {setting.partition("=")[0] for setting in settings}
+    refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in changed})
     words = ["reproduce", str(run), *(word for setting in settings for word in ("--set", setting))]
     for key, value in flags.items():
         name = key.replace("_", "-")

@@ -49,7 +49,8 @@ def in_image(
 
 def refuse_unseen(paths: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
     """Raises DstrainError for a path (by the choice that holds it) that the container would not see."""
-    mounted = [Path.cwd(), *(Path(place) for place in environ.get("MOUNT", "").split(":") if place)]
+    # docker.sh shows the current folder as /work.
+    mounted = [Path("/work"), *(Path(place) for place in environ.get("MOUNT", "").split(":") if place)]
     for key, value in paths.items():
         path = Path(value).expanduser()
         if path.is_absolute() and not any(path.is_relative_to(place) for place in mounted):

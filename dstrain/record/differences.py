@@ -44,7 +44,7 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Dif
     for what in ("data", "tokenizer", "model"):
         yield from _of(what, was, now, ("fingerprint", "weights"))
     yield from _of("config", was, now, [key for key in was["config"] if key not in _SAME_NUMBERS])
-    yield from _of("layout", was, now, ("data_parallel", "cut"))
+    yield from _of("layout", was, now, ("data_parallel", "cut", "ranks_a_host"))
     yield from _of("batch", was, now, ("micro_batch",))
     yield from _values("loss_chunk", was["loss_chunk"], now["loss_chunk"])
     yield from _mapping("deepspeed", _flat(was["deepspeed"]), _flat(now["deepspeed"]))

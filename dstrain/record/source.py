@@ -51,14 +51,21 @@ def source_of(folder: Path, *, besides: Path) -> Source | None:
     root = Path(os.fsdecode(top.rstrip(b"\n")))
     revision = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     against = ("HEAD",) if revision else ()
-    as_ever = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    as_ever = (
+        "--submodule=short",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--no-color",
+        "--src-prefix=a/",
+        "--dst-prefix=b/",
+    )
     diff = _git(root, "diff", "--binary", *as_ever, *against)
     listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
     runs = Path(os.path.abspath(besides))
     untracked = tuple(
         name
         for name in sorted(os.fsdecode(listed or b"").split("\0"))
-        if name and runs not in (root / name).parents
+        if name and runs not in (root / name, *(root / name).parents)
     )
     return Source(
         folder=_printable(str(root)),

@@ -44,5 +44,4 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def image(environ: Mapping[str, str] = os.environ) -> str | None:
     """The digest of the image that this container was made from; None outside, or where nobody told it."""
-    told = environ.get(IMAGE)
-    return None if told in (None, "", "unknown") else told
+    return environ.get(IMAGE) or None

@@ -27,7 +27,7 @@ def weights_fingerprint(folder: Path) -> str:
         starts = (
             [*range(0, size, _STRIDE), max(0, size - _BLOCK)] if size > _WHOLE else range(0, size, _BLOCK)
         )
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             for start in starts:
                 file.seek(start)
                 digest.update(file.read(_BLOCK))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from dstrain.plan.run_folder import RunFolder, read_metrics
 
@@ -44,6 +45,15 @@ class Repetition:
     of_run: int
     of_again: int
     deviation: Deviation | None
+
+    def to_record(self) -> dict[str, Any]:
+        """For ``reproduction.json``."""
+        return {
+            "equal": self.deviation is None,
+            "steps": self.steps,
+            "last_steps": [self.of_run, self.of_again],
+            "deviation": None if self.deviation is None else str(self.deviation),
+        }
 
 
 def compare_bits(run: RunFolder, again: RunFolder) -> Repetition:

@@ -80,7 +80,8 @@ def main(arguments: list[str]) -> int:
                 traceback.print_exc()
             sys.stderr.flush()
         if lifeline is not None and not lifeline.launch:  # a person typed it, and nobody else would say it
-            print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
+            with suppress(OSError):
+                print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):
             say("failed", error=_in_one_line(error))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.

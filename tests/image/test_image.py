@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 IMAGE = "localhost/dstrain:test"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Of this run of the tests: a killed one may have left others.
+SUBNET = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}.0/24"
 NETWORK, NODES = f"dstrain-test-{os.getpid()}", [f"node{number}-{os.getpid()}" for number in (1, 2)]
 USER = 10001
 SMALL = [
@@ -161,7 +162,8 @@ def test_a_run_is_repeated_in_its_image(
 ) -> None:
     """Typed outside, where another dstrain may be installed, or none that could train."""
     [launch] = read_launches(near)
-    assert launch["image"] == docker.run("image", "inspect", "--format", "{{.Id}}", image).strip()
+    names = json.loads(docker.run("image", "inspect", image))[0]
+    assert launch["image"] in (names["Id"], *(names["RepoDigests"] or ()))
     assert launch["source"]["changes"], "git tells, also where the folder is another user's"
     done = docker.call(
         [sys.executable, "-m", "dstrain.cli.main", "reproduce", "near", "--image"],
@@ -219,7 +221,7 @@ def test_a_machine_whose_gpus_are_gone_is_not_healthy(docker: Engine, image: str
 @pytest.fixture(scope="module")
 def network(docker: Engine) -> Iterator[str]:
     """A bridge: what is in it finds the others by name, and nothing beyond."""
-    docker.run("network", "create", "--internal", "--subnet", "10.77.8.0/24", NETWORK)
+    docker.run("network", "create", "--internal", "--subnet", SUBNET, NETWORK)
     yield NETWORK
     docker.end_all()
     docker.run("network", "rm", NETWORK)
@@ -286,7 +288,7 @@ def test_a_second_build_holds_the_same_packages(
     """
     again, other_base = "localhost/dstrain:again", "localhost/dstrain:other-base"
     (tmp_path / "Dockerfile").write_text(f"FROM {docker.base}\nCOPY Dockerfile /again\n")
-    docker.run("build", "--tag", other_base, str(tmp_path))
+    docker.build(tmp_path, other_base)
     docker.build(repository_root, again, "--build-arg", f"REVISION={REVISION}", base=other_base)
     made = ("--format=%Y", "/opt/dstrain/pyvenv.cfg", "/var/lib/dpkg/info/pdsh.list")
     first, second = (

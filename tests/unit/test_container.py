@@ -53,8 +53,10 @@ def test_an_engine_that_does_not_answer(tmp_path: Path) -> None:
 
 def test_what_the_container_would_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refuse_unseen({"data": "mine.jsonl", "model": str(tmp_path / "model"), "tokenizer": "bytes"}, {})
+    refuse_unseen({"data": "mine.jsonl", "model": "/work/model", "tokenizer": "bytes"}, {})
     refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models:/texts"})
+    with pytest.raises(DstrainError, match="data: the container does not see "):
+        refuse_unseen({"data": str(tmp_path / "mine.jsonl")}, {})
     with pytest.raises(DstrainError, match="data: the container does not see /texts/mine"):
         refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models"})
 

@@ -108,12 +108,14 @@ def test_an_image_that_is_not_here_is_fetched_first(typed: Call, tmp_path: Path)
         case "$1" in
             --version) echo Docker version 28.2.2 ;;
             image) [ -e here ] && echo there@sha256:12 ;;
-            pull) touch here ;;
+            pull) touch here; echo pulling ;;
             *) printf '%s\\n' "$@" ;;
         esac
     """
     program(tmp_path / "programs", "docker", answer)
-    assert option(typed("plan"), "--env") == ["DSTRAIN_IMAGE=there@sha256:12"]
+    words = typed("plan")
+    assert words[0] == "run", "what is typed for programs stays alone"
+    assert option(words, "--env") == ["DSTRAIN_IMAGE=there@sha256:12"]
 
 
 def test_gpus_where_there_are_any(typed: Call, tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def changed(launch: dict[str, Any], *path: str | int, to: Any) -> dict[str, Any]
         (("tokenizer", "fingerprint"), "t", "tokenizer fingerprint: nothing -> t"),
         (("config", "seed"), 5, "seed: 1234 -> 5"),
         (("config", "lr"), 1.0, "lr: 0.0003 -> 1.0"),
+        (("layout", "ranks_a_host"), [2, 2], None),
         (("layout", "cut"), [0, 3, 8], "layout cut: [0, 4, 8] -> [0, 3, 8]"),
         (("model", "weights"), "w", "model weights: nothing -> w"),
         (("batch", "micro_batch"), 16, "batch micro_batch: 2 -> 16"),
@@ -245,8 +246,10 @@ def test_the_cause_is_what_changed_before_the_first_number_that_differs(launch: 
     now = changed(launch, "packages", "torch", to="0.1")
     found = differences(launch, now)
     assert cause(2, [launch, second], launch, found).startswith("what is another than then: torch: ")
-    went_on = "the run itself went on from step 3 with another seed: 1234 -> 5"
-    assert cause(3, [launch, second], launch, found) == went_on
+    changed_then = "the run itself changed at step 3: seed: 1234 -> 5"
+    assert cause(3, [launch, second], launch, []) == changed_then
+    told = cause(3, [launch, second], launch, found)
+    assert told.startswith(f"{changed_then}; what is another than then: torch: ")
     nothing = cause(2, [launch, second], launch, [])
     assert "nothing that was recorded" in nothing and "--deterministic" in nothing
     calm = changed(launch, "config", "deterministic", to=True)

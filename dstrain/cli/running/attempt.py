@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dstrain.cli.planning import Planned
 from dstrain.cli.running.model_files import keep_model_files
@@ -33,20 +34,7 @@ def launch(
         DstrainError: the folder can't be written, or is another's.
     """
     plan = planned.plan
-    try:
-        folder.logs.mkdir(parents=True, exist_ok=True)
-        lock = folder.lock.open("w")
-    except OSError as error:
-        raise not_writable(error, folder) from error
-    with lock:
-        try:  # released by the kernel when this process ends, however it ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DstrainError(
-                "another dstrain is running this run folder",
-                where=str(folder.path),
-                hint="wait for it, stop it, or start a run under another --name",
-            ) from None
+    with locked(folder):
         prepare(request, planned, resolved, folder)
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = request.runs_here or request.launcher == "none"
@@ -63,6 +51,26 @@ def launch(
                 hang_seconds=plan.run_config.hang_after_seconds,
                 terminate=request.may_terminate,
             )
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """While nobody else may run in this folder. Raises DstrainError where somebody does, or it can't be written."""
+    try:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        lock = folder.lock.open("w")
+    except OSError as error:
+        raise not_writable(error, folder) from error
+    with lock:
+        try:  # released by the kernel when this process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DstrainError(
+                "another dstrain is running this run folder",
+                where=str(folder.path),
+                hint="wait for it, stop it, or start a run under another --name",
+            ) from None
+        yield
 
 
 def _name_launch(lifeline: Lifeline, folder: RunFolder) -> None:

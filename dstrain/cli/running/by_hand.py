@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dstrain.cli.planning import Planned
-from dstrain.cli.running.attempt import launch_request, prepare
+from dstrain.cli.running.attempt import launch_request, locked, prepare
 from dstrain.cli.running.starting import refuse_full_disk, refuse_other_training
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
@@ -48,19 +48,28 @@ def node_of(resolved: ResolvedConfig, node_rank: int | None) -> int | None:
 def prepare_to_be_typed(
     planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console
 ) -> None:
-    """Fill the run folder, and say what starts it. Raises DstrainError as `execute` does before a launch."""
+    """Fill the run folder, and say what starts it.
+
+    Raises:
+        DstrainError: another training lies in the folder, or goes on in it; it can't be written; the disk is full.
+    """
     refuse_other_training(planned.plan, folder, console)
     refuse_full_disk(planned.plan, folder)
     request = launch_request(planned, folder)
-    prepare(request, planned, resolved, folder)
-    ways = {"type     ": ["bash", str(folder.launch_script)]}
+    with locked(folder):
+        prepare(request, planned, resolved, folder)
+    which = [str(folder.node)] if request.launcher == "none" else []
+    ways = {"type     ": ["bash", str(folder.launch_script), *which]}
     if request.launcher == "pdsh":
-        ways["or       "] = ["deepspeed", "--hostfile", str(folder.hostfile), "--module", *request.worker]
+        alone = ["--force_multi"] if len(request.hosts) == 1 else []
+        address = ["--master_addr", request.master_addr] if resolved.config.master_addr else []
+        place = ["--hostfile", str(folder.hostfile), *alone, *address]
+        ways["or here  "] = ["deepspeed", *place, "--module", *request.worker]
     for beginning, way in ways.items():
         console.print(Text.assemble((beginning, "bold"), shlex.join(way)), soft_wrap=True)
     console.print(
         "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
-        f" {folder.name}` starts them and watches.",
+        f" {folder.path}` starts them and watches.",
         soft_wrap=True,
     )
 

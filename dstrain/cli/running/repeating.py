@@ -14,6 +14,7 @@ from dstrain.plan.run_folder import RunFolder
 
 PATHS = ("model", "data", "tokenizer", "ds_config", "hostfile")
 """Choices that may be paths."""
+_NO_PATHS = ("stdlib", "auto", BYTES)  # but these, whatever lies under such a name
 
 # Where a run's machines are, when somebody typed dstrain on each of them.
 _PLACES = ("launcher", "nodes", "processes", "master_addr", "master_port")
@@ -56,17 +57,19 @@ def choices_again(
 def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any]) -> dict[str, str]:
     """Paths that count from the folder that the run was started from, and what the run folder keeps of what is gone."""
     directory = Path(first["directory"])
-    given = {key: Path(values[key]).expanduser() for key in PATHS if values[key] is not None}
+    given = {key: Path(values[key]).expanduser() for key in PATHS if values[key] not in (None, *_NO_PATHS)}
+    if first["model"]["folder"] is None:
+        del given["model"]  # a shape that comes with dstrain
     found = {
         key: str(directory / path)
         for key, path in given.items()
         if directory != Path.cwd() and not path.is_absolute() and (directory / path).exists()
     }
-    was_folder = first["model"]["folder"] == str(directory / given["model"])
-    if was_folder and values["init"] == "random" and not Path(found.get("model", given["model"])).exists():
+    gone = {key for key, path in given.items() if not Path(found.get(key, path)).exists()}
+    was_folder = "model" in given and first["model"]["folder"] == str(directory / given["model"])
+    if was_folder and values["init"] == "random" and "model" in gone:
         found["model"] = str(folder.model)
-    named = values["tokenizer"] not in ("auto", BYTES)
-    if named and not Path(found.get("tokenizer", given["tokenizer"])).exists():
+    if "tokenizer" in gone:
         found["tokenizer"] = str(folder.model)
     return found
 

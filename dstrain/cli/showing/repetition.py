@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dstrain.plan.run_folder import RunFolder, write_json
+from dstrain.plan.run_folder import RunFolder
 from dstrain.record.differences import Difference, differences
 from dstrain.report.repetition import Repetition, compare_bits
 
@@ -21,31 +21,21 @@ def show_repetition(
     now: Mapping[str, Any],
     console: Console,
 ) -> tuple[Repetition, list[Difference]]:
-    """Compare the two, say what differs, and keep it in ``again``. Raises OSError where it can't be written.
+    """Compare the two, and say what differs.
 
     Args:
         first, now: the records of the launches that began the two.
     """
     found = differences(first, now)
     repetition = compare_bits(run, again)
-    deviation = repetition.deviation
-    write_json(
-        again.reproduction,
-        {
-            "of": run.name,
-            "equal": deviation is None,
-            "steps": repetition.steps,
-            "last_steps": [repetition.of_run, repetition.of_again],
-            "deviation": str(deviation) if deviation else None,
-            "differences": [str(difference) for difference in found],
-        },
-    )
     for difference in found[:_SHOWN]:
         console.print(f"differs  {difference}", soft_wrap=True, markup=False, highlight=False)
     if len(found) > _SHOWN:
-        console.print(f"         and {len(found) - _SHOWN} more: {again.reproduction}", soft_wrap=True)
-    if deviation is None:
-        console.print(_equal(run, again, repetition), soft_wrap=True)
+        console.print(
+            f"         and {len(found) - _SHOWN} more: {again.reproduction}", soft_wrap=True, markup=False
+        )
+    if repetition.deviation is None:
+        console.print(_equal(run, again, repetition), soft_wrap=True, markup=False)
     return repetition, found
 
 
@@ -72,7 +62,10 @@ def cause(
     if "config" in trained:
         meanwhile = differences(first, trained)
         if meanwhile:
-            return f"the run itself went on from step {trained['first_step']} with another {_in_short(meanwhile)}"
+            since_then = f"; what is another than then: {_in_short(found)}" if found else ""
+            return (
+                f"the run itself changed at step {trained['first_step']}: {_in_short(meanwhile)}{since_then}"
+            )
     if found:
         return f"what is another than then: {_in_short(found)}"
     unknown = "nothing that was recorded is another: a kernel that does not add in the same order each time"
