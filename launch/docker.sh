@@ -83,11 +83,13 @@ done
 read -ra more <<<"${DOCKER_OPTIONS:-}"
 options+=("${more[@]}")
 
-# Which image it is can't be seen from inside.
-name_image() {
+# The image and its folders. Which image it is can't be seen from inside.
+get_ready() {
     local digest='{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}'
     "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || "$DOCKER" pull "$IMAGE" >&2 || fail "there is no image $IMAGE"
     options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format "$digest" "$IMAGE")")
+    make_folder runs 755
+    make_folder cache 755
 }
 
 case $1 in
@@ -108,9 +110,7 @@ case $1 in
     node)
         [ -n "${2:-}" ] && [ $# = 2 ] || fail "node wants one word more: the name by which the others find this machine"
         [ -d ssh ] || fail "there is no ./ssh: \`docker.sh keys\` makes it"
-        name_image
-        make_folder runs 755
-        make_folder cache 755
+        get_ready
         network=${NETWORK:-host}
         [ "$network" = host ] || options+=(--hostname "$2")
         # Without --rm: what a node that did not start has said is still there, `docker logs` shows it.
@@ -118,9 +118,7 @@ case $1 in
             --volume "$PWD/ssh/passwd:/etc/passwd:ro" --entrypoint dstrain-node "$IMAGE"
         ;;
     *)
-        name_image
-        make_folder runs 755
-        make_folder cache 755
+        get_ready
         [ ! -t 0 ] || [ ! -t 1 ] || options+=(--interactive --tty)
         exec "$DOCKER" run --rm "${options[@]}" "$IMAGE" "$@"
         ;;

@@ -9,7 +9,7 @@ from typing import Any
 from dstrain.cli.machines import Elsewhere
 from dstrain.cli.planning import Prepared, prepare
 from dstrain.config.loader import ResolvedConfig, override, replace_values
-from dstrain.config.origins import flag_name
+from dstrain.config.origins import as_flags
 from dstrain.errors import DstrainError
 from dstrain.plan.estimates.verdict import memory_needed
 from dstrain.plan.fitting.candidates import Candidate, fixed_choices
@@ -106,7 +106,7 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
         fit=found,
         rows=rows,
         machines=_in_words(machines),
-        fixed=tuple(_as_flag(key, value) for key, value in fixed_choices(resolved).items()),
+        fixed=tuple(" ".join(as_flags(key, value)) for key, value in fixed_choices(resolved).items()),
         helps=() if found.fits else _helps(resolved, prepared, machines),
     )
 
@@ -122,7 +122,7 @@ def flags_for(candidate: Candidate, resolved: ResolvedConfig, slots: int | None)
         else:
             stands = value == getattr(config, key)
         if not stands:
-            said.append(_as_flag(key, value))
+            said.append(" ".join(as_flags(key, value)))
     return " ".join(said)
 
 
@@ -167,7 +167,7 @@ def _helps(resolved: ResolvedConfig, prepared: Prepared, machines: Machines) -> 
         freed = ResolvedConfig(resolved.config, origins)
         assert machines.device is not None
         if fit(freed, prepared.shape, machines, machines.device, wanted=1).fits:
-            found.append(_as_flag(key, value))
+            found.append(" ".join(as_flags(key, value)))
     if prepared.shape.router_loss and "micro_batch" not in fixed_choices(resolved):
         # It is held: another one would train another model. That is for the user to choose.
         found.append(f"a micro-batch of {resolved.config.micro_batch} (--micro-batch 1)")
@@ -181,9 +181,3 @@ def _in_words(machines: Machines) -> str:
         return f"{total} rank{'s' if total > 1 else ''} on the cores of this machine ({name})"
     across = f" on {len(machines.hosts):,} hosts" if len(machines.hosts) > 1 else ""
     return f"{total:,} x {name}{across}"
-
-
-def _as_flag(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return flag_name(key) if value else flag_name(f"no_{key}")
-    return f"{flag_name(key)} {value}"

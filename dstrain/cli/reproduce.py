@@ -94,7 +94,8 @@ def _in_image(
     flags: dict[str, Any],
 ) -> NoReturn:
     """Become the same command in a container. Raises DstrainError."""
-    from dstrain.cli.running.repeating import PATHS
+    from dstrain.cli.running.repeating import PATHS, changed_keys
+    from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 
     if image is None:
@@ -111,15 +112,10 @@ def _in_image(
             where="--image",
             hint="change to the folder that the run was started from",
         ) from None
-    changed = flags.keys() | {setting.partition("=")[0] for setting in settings}
+    changed = changed_keys(flags, settings)
     refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in changed})
     words = ["reproduce", str(run), *(word for setting in settings for word in ("--set", setting))]
     for key, value in flags.items():
-        name = key.replace("_", "-")
-        words += (
-            [f"--{name}" if value else f"--no-{name}"]
-            if isinstance(value, bool)
-            else [f"--{name}", str(value)]
-        )
+        words += as_flags(key, value)
     argv, environment = in_image(image, words)
     os.execvpe(argv[0], argv, environment)

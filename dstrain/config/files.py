@@ -16,11 +16,20 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 @lru_cache(maxsize=1)
 def ds_configs() -> Path:
-    """The folder: inside the package when installed from a wheel, beside it in a checkout."""
-    for folder in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs"):
-        if folder.is_dir():
-            return folder
-    raise DstrainError("the folder ds_configs is missing from this installation", hint="reinstall dstrain")
+    """The folder. Raises DstrainError where it is missing."""
+    return packaged("ds_configs")
+
+
+def packaged(name: str) -> Path:
+    """What comes with dstrain: inside the package when installed from a wheel, beside it in a checkout.
+
+    Raises:
+        DstrainError: it is missing.
+    """
+    for path in (_PACKAGE / name, _PACKAGE.parent / name):
+        if path.exists():
+            return path
+    raise DstrainError(f"{name} is missing from this installation", hint="reinstall dstrain")
 
 
 def recipes() -> list[str]:

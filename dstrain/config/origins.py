@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ DEFAULT = Origin("default", "default")
 def flag_name(key: str) -> str:
     """The flag that sets ``key``: ``seq_len`` -> ``--seq-len``."""
     return "--" + key.replace("_", "-")
+
+
+def as_flags(key: str, value: Any) -> list[str]:
+    """What to type for this value of ``key``."""
+    if isinstance(value, bool):
+        return [flag_name(key) if value else flag_name(f"no_{key}")]
+    return [flag_name(key), str(value)]
 
 
 def flag_origin(key: str) -> Origin:

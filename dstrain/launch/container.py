@@ -8,18 +8,15 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dstrain.config.files import packaged
 from dstrain.errors import DstrainError
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _SECONDS = 30
 
 
 def container_script() -> Path:
-    """``docker.sh``: inside the package when installed from a wheel, in ``launch/`` of a checkout."""
-    for script in (_PACKAGE / "launch" / "docker.sh", _PACKAGE.parent / "launch" / "docker.sh"):
-        if script.is_file():
-            return script
-    raise DstrainError("docker.sh is missing from this installation", hint="reinstall dstrain")
+    """``launch/docker.sh``. Raises DstrainError where it is missing."""
+    return packaged("launch/docker.sh")
 
 
 def in_image(

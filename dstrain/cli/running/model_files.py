@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES
 from dstrain.plan.plan import Plan
-from dstrain.plan.run_folder import RunFolder
+from dstrain.plan.run_folder import RunFolder, write_atomically
 
 
 def keep_model_files(folder: RunFolder, plan: Plan) -> None:
     """Copy them once; what a resumed run finds there stays. Raises OSError."""
-    folder.model.mkdir(parents=True, exist_ok=True)
     wanted = {"config.json": Path(plan.model["file"])}
     if plan.data["tokenizer"] != BYTES:
         tokenizer = Path(plan.data["tokenizer"]).expanduser()
@@ -20,6 +18,4 @@ def keep_model_files(folder: RunFolder, plan: Plan) -> None:
     for name, source in wanted.items():
         kept = folder.model / name
         if source.is_file() and not kept.exists():
-            aside = kept.with_name(f".{name}.tmp")
-            shutil.copyfile(source, aside)
-            aside.replace(kept)
+            write_atomically(kept, source.read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
 from dstrain.config.origins import Origin
 from dstrain.data.tokenizer_files import BYTES
+from dstrain.plan.cutting.partition import partition_of
 from dstrain.plan.run_folder import RunFolder
 
 PATHS = ("model", "data", "tokenizer", "ds_config", "hostfile")
@@ -38,7 +38,7 @@ def choices_again(
     Raises:
         DstrainError: a choice that can't be.
     """
-    changed = flags.keys() | {setting.partition("=")[0] for setting in settings}
+    changed = changed_keys(flags, settings)
     values = dict(first["config"])
     values |= {"runs_dir": str(folder.path.parent), "name": _free_name(folder), "time_limit": None}
     if not changed & _REPLICAS_FOLLOW:
@@ -46,12 +46,17 @@ def choices_again(
     if not changed & _MICRO_BATCH_FOLLOWS:
         values["micro_batch"] = first["batch"]["micro_batch"]
     if not changed & _CUT_FOLLOWS:
-        values["partition"] = _blocks(first["layout"]["cut"])
+        values["partition"] = partition_of(first["layout"]["cut"])
     if values["launcher"] == "none":
         values |= dict.fromkeys(_PLACES)
     values |= _paths(values, folder, first)
     base = replace_values(read_config(folder.config), values, Origin("file", str(folder.launches)))
     return override(base, flags, settings)
+
+
+def changed_keys(flags: Mapping[str, Any], settings: Sequence[str]) -> set[str]:
+    """The run-config keys that flags and ``--set`` name."""
+    return flags.keys() | {setting.partition("=")[0] for setting in settings}
 
 
 def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any]) -> dict[str, str]:
@@ -72,14 +77,6 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
     if "tokenizer" in gone:
         found["tokenizer"] = str(folder.model)
     return found
-
-
-def _blocks(cut: Sequence[int]) -> str:
-    """A cut as ``partition`` has it: the number of blocks of each span. One span: ``auto``."""
-    if len(cut) == 2:
-        return "auto"
-    blocks = [end - start for start, end in itertools.pairwise(cut)]
-    return ",".join(map(str, [blocks[0] - 1, *blocks[1:-1], blocks[-1] - 1]))
 
 
 def _free_name(folder: RunFolder) -> str:

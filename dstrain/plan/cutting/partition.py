@@ -186,3 +186,11 @@ def blocks_of_spans(partition: str) -> tuple[int, ...] | None:
     """The numbers in "5,5,5,1"; None where it is not a list of whole numbers."""
     parts = [part.strip() for part in partition.split(",")]
     return tuple(map(int, parts)) if all(part.isascii() and part.isdigit() for part in parts) else None
+
+
+def partition_of(cut: Sequence[int]) -> str:
+    """A layout's cut as ``partition`` has it: the number of blocks of each span. One span: ``auto``."""
+    if len(cut) == 2:
+        return "auto"
+    blocks = [end - start for start, end in pairwise(cut)]
+    return ",".join(map(str, [blocks[0] - 1, *blocks[1:-1], blocks[-1] - 1]))
