@@ -34,9 +34,9 @@ lint: $(READY)
 	$(BIN)/shellcheck --exclude=SC1091,SC2329 .ci/run launch/docker.sh launch/slurm.sbatch image/c++ image/dstrain-*
 
 docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code
-	$(BIN)/python -m dstrain.engine.known_keys.table > dstrain/config/deepspeed_keys.json
-	$(BIN)/python -m dstrain.plan.layout_table > docs/layouts.md
-	$(BIN)/python -m dstrain.model.trials.families > docs/models.md
+	$(BIN)/python -m tools.deepspeed_keys.table > dstrain/config/deepspeed_keys.json
+	$(BIN)/python -m tools.layouts_page > docs/layouts.md
+	$(BIN)/python -m tools.models_page > docs/models.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

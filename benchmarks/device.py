@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import yaml
 
-from dstrain.plan.estimates.device import Device, Link
-from dstrain.plan.estimates.time import REACHED, update_bytes
-from tests.distributed.workers import run
+from dstrain.estimate.device import Device, Link
+from dstrain.estimate.time import REACHED, update_bytes
+from tests.support.distributed.workers import run
 
 SEQ_LEN, HIDDEN, LAYERS, TINY_LAYERS = 128, 256, 4, 12
 SAMPLES = (1, 8)
@@ -119,7 +119,7 @@ def _measure(rank: int) -> dict[str, float]:
     from transformers.models.llama.modeling_llama import LlamaModel
 
     from dstrain.model.measuring.measure import measure as measured
-    from dstrain.plan.shape import ModelShape
+    from dstrain.planning.model_shape import ModelShape
 
     def llama(hidden: int, layers: int) -> LlamaConfig:
         return LlamaConfig(

@@ -18,14 +18,14 @@ from typing import Any
 
 from benchmarks.device import measure
 from dstrain.config.loader import load_config, override
-from dstrain.plan.estimates.device import Device, find_device
-from dstrain.plan.fitting.candidates import Candidate, find_candidates
-from dstrain.plan.fitting.scores import Scores
-from dstrain.plan.fitting.search import NEAR, fit
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines, make_plan
-from dstrain.plan.shape import Layer, ModelShape
-from tests.distributed.timed import TrainedLayout
+from dstrain.estimate.device import Device, find_device
+from dstrain.planning.fitting.candidates import Candidate, find_candidates
+from dstrain.planning.fitting.scores import Scores
+from dstrain.planning.fitting.search import NEAR, fit
+from dstrain.planning.layout import Host
+from dstrain.planning.model_shape import Layer, ModelShape
+from dstrain.planning.plan import Machines, make_plan
+from tests.support.distributed.timed import TrainedLayout
 
 WARM_UP, STEPS = 2, 7
 DATA = {"train_rows": 10**6, "held_out_rows": 100, "vocab_size": 100, "fingerprint": "none"}

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dstrain import __version__
+from dstrain.estimate.disk import in_words
 from dstrain.launch.devices import local_devices
-from dstrain.plan.estimates.disk import in_words
 
 STEPS = 4
 """The first step makes the optimizer's state; the fullest moment comes after it."""

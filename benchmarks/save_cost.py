@@ -119,7 +119,7 @@ def rank_main(rank: int, ranks: int, layout: str, place: str, tokens: int) -> No
     import torch
 
     from dstrain.engine.communication import start_communication
-    from dstrain.train.saving.checkpoints import Checkpoints
+    from dstrain.train.checkpointing.checkpoints import Checkpoints
 
     torch.set_num_threads(1)
     start_communication()
@@ -195,11 +195,11 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
     from dstrain.config.loader import load_config
     from dstrain.engine.build import build_engine
     from dstrain.engine.interface import MicroBatch
-    from dstrain.model.layered import LayeredModel
     from dstrain.model.measuring.measure import measure
-    from dstrain.plan.layout import Host
-    from dstrain.plan.plan import Machines, make_plan
-    from dstrain.plan.shape import ModelShape
+    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.planning.layout import Host
+    from dstrain.planning.model_shape import ModelShape
+    from dstrain.planning.plan import Machines, make_plan
 
     model = LlamaConfig(**MODEL, num_attention_heads=8, tie_word_embeddings=True, attn_implementation="sdpa")
     batch = tokens // SEQ_LEN

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
 COMPLETE, DAMAGED, HALF_WRITTEN = "complete", "damaged", "half-written"
 
@@ -42,8 +42,8 @@ def command(run: str, verify: bool, as_json: bool) -> None:
 
 def _records(folder: RunFolder, *, verify: bool) -> list[dict[str, Any]]:
     """What is known of each checkpoint, oldest first, and of what was being written."""
-    from dstrain.checkpoint.manifest import half_written, named_checkpoints, run_id
-    from dstrain.plan.run_folder import read_metrics
+    from dstrain.runs.checkpoint.manifest import half_written, named_checkpoints, run_id
+    from dstrain.runs.run_folder import read_metrics
 
     run = run_id(folder.run_id, folder.checkpoints)
     losses = {record["step"]: record.get("loss") for record in read_metrics(folder.metrics)}
@@ -62,7 +62,13 @@ def _records(folder: RunFolder, *, verify: bool) -> list[dict[str, Any]]:
 def _record(
     checkpoint: Path, run: str | None, losses: dict[int, float | None], *, verify: bool
 ) -> dict[str, Any]:
-    from dstrain.checkpoint.manifest import damage_of, files_of, of_another_run, read_manifest, unknown_files
+    from dstrain.runs.checkpoint.manifest import (
+        damage_of,
+        files_of,
+        of_another_run,
+        read_manifest,
+        unknown_files,
+    )
 
     step = int(checkpoint.name.removeprefix("step-"))
     record = _unknown(checkpoint) | {"step": step, "loss": losses.get(step), "state": COMPLETE}
@@ -87,7 +93,7 @@ def _record(
 
 def _unknown(folder: Path) -> dict[str, Any]:
     """What can be said of any folder, with or without a manifest."""
-    from dstrain.checkpoint.manifest import file_sizes
+    from dstrain.runs.checkpoint.manifest import file_sizes
 
     try:
         size, saved_at = sum(file_sizes(folder).values()), folder.stat().st_mtime
@@ -110,8 +116,8 @@ def _unknown(folder: Path) -> dict[str, Any]:
 
 def _verify(checkpoint: Path) -> str | None:
     """Read every byte, with a progress line on a terminal; leave a note of what was found, for `resume`."""
-    from dstrain.checkpoint.integrity import wrong_files
-    from dstrain.checkpoint.manifest import files_of, forget_damage, note_damage, read_manifest
+    from dstrain.runs.checkpoint.integrity import wrong_files
+    from dstrain.runs.checkpoint.manifest import files_of, forget_damage, note_damage, read_manifest
 
     files = files_of(read_manifest(checkpoint))
     total = sum(file.size for file in files.values())
@@ -130,7 +136,7 @@ def _verify(checkpoint: Path) -> str | None:
 
 def _layout(identity: dict[str, Any]) -> str | None:
     """The layout by its name, as ``zero2-pp2-dp2``."""
-    from dstrain.plan.layout_choice import LayoutChoice
+    from dstrain.planning.layout_choice import LayoutChoice
 
     keys = ("zero", "pipeline", "data_parallel", "schedule", "offload")
     if any(key not in identity for key in keys):
@@ -143,7 +149,7 @@ def _show(name: str, records: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dstrain.plan.words import in_words
+    from dstrain.formatting import in_words
 
     table = Table(title=f"checkpoints of {escape(name)}")
     for heading in ("step", "size", "layout", "loss", "saved at", "state"):

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dstrain.doctor.findings import Check
+    from dstrain.diagnostics.diagnosis import Check
 
 FAILED_CODE = 1
 
@@ -34,11 +34,11 @@ def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> 
     from dataclasses import asdict
     from pathlib import Path
 
-    from dstrain.doctor.examination import examine_hosts, examine_this_machine
-    from dstrain.doctor.findings import FAILED
+    from dstrain.diagnostics.diagnosis import FAILED
+    from dstrain.diagnostics.host_checks import examine_hosts, examine_this_machine
     from dstrain.launch.environment import default_environment
     from dstrain.launch.hosts import read_hostfile
-    from dstrain.launch.request import runs_here
+    from dstrain.launch.launch_spec import runs_here
 
     hosts = read_hostfile(hostfile) if hostfile is not None else ()
     alone = runs_here(hosts)
@@ -68,7 +68,7 @@ def _table(checks: Sequence[Check]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from dstrain.doctor.findings import FAILED, OK, WARNING
+    from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING
 
     colours = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
     every = len(dict.fromkeys(check.host for check in checks))

@@ -12,7 +12,7 @@ import click
 from dstrain.errors import DstrainError
 
 if TYPE_CHECKING:
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
 
 @click.command("export")
@@ -34,7 +34,7 @@ def command(run: str, out: Path, step: int | None, dtype: str | None, no_loss: b
     for every layout but offload: nvme, without GPUs, and a block at a time. Every tensor is read back and
     compared; then the exported model's held-out loss stands next to the run's own.
     """
-    from dstrain.cli.child import run_module
+    from dstrain.api.child_process import run_module
     from dstrain.cli.resume import find_run
 
     folder = find_run(run)
@@ -54,13 +54,13 @@ def command(run: str, out: Path, step: int | None, dtype: str | None, no_loss: b
             ),
             encoding="utf-8",
         )
-        run_module("dstrain.export.convert", str(request), str(answer))
+        run_module("dstrain.exporting.convert", str(request), str(answer))
         _tell(out, json.loads(answer.read_text(encoding="utf-8")), with_loss=not no_loss)
 
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The newest complete checkpoint, or that of ``step``. Raises DstrainError."""
-    from dstrain.checkpoint.manifest import complete_checkpoints, read_manifest
+    from dstrain.runs.checkpoint.manifest import complete_checkpoints, read_manifest
 
     found = {int(read_manifest(path)["step"]): path for path in complete_checkpoints(folder.checkpoints)}
     if not found:

@@ -25,7 +25,7 @@ from dstrain.errors import DstrainError
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
 def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Let the model in FOLDER (of `dstrain export`, or any Hugging Face model's) continue PROMPT."""
-    from dstrain.cli.child import run_module
+    from dstrain.api.child_process import run_module
 
     if not (folder / "config.json").is_file():
         raise DstrainError(
@@ -37,4 +37,4 @@ def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: in
         request = Path(aside) / "request.json"
         choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
         request.write_text(json.dumps({"folder": str(folder)} | choices), encoding="utf-8")
-        run_module("dstrain.export.generate", str(request), speaks=True)
+        run_module("dstrain.exporting.generate", str(request), speaks=True)

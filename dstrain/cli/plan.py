@@ -37,8 +37,8 @@ def command(
     **flags: Any,
 ) -> None:
     """Show what `dstrain run` would do with the same arguments, and start nothing."""
-    from dstrain.cli.machines import elsewhere
-    from dstrain.cli.planning import plan_for
+    from dstrain.api.machines import elsewhere
+    from dstrain.api.planning import plan_for
     from dstrain.config.loader import load_config
 
     if fit and explained is not None:
@@ -48,13 +48,13 @@ def command(
             hint="leave one of the two out",
         )
     if explained is not None:
-        from dstrain.plan.explain import keys_meant
+        from dstrain.planning.explain import keys_meant
 
         keys_meant(explained)  # refuses what is no key, before the model and the data are looked at
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     described = elsewhere(device, gpus_per_node)
     if fit:
-        from dstrain.cli.fitting import fitted_for
+        from dstrain.api.fitting import fitted_for
         from dstrain.cli.showing.fit import show_fit
 
         show_fit(fitted_for(resolved, described), as_json=as_json)

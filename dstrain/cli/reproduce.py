@@ -12,7 +12,7 @@ from dstrain.cli.options import choices, given
 from dstrain.errors import DstrainError
 
 if TYPE_CHECKING:
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
 DIFFERS = 1
 
@@ -35,14 +35,15 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     """
     from rich.console import Console
 
-    from dstrain.cli.planning import plan_for
+    from dstrain.api.execute import execute
+    from dstrain.api.planning import plan_for
+    from dstrain.api.preflight import new_run_folder, not_writable
+    from dstrain.api.reproduce_config import choices_again
     from dstrain.cli.resume import find_run
-    from dstrain.cli.running.execute import execute
-    from dstrain.cli.running.repeating import choices_again
-    from dstrain.cli.running.starting import new_run_folder, not_writable
-    from dstrain.cli.showing.repetition import cause, show_repetition
-    from dstrain.plan.run_folder import last_step, write_json
-    from dstrain.record.record import first_launch, read_launches
+    from dstrain.cli.showing.reproduction import cause, show_repetition
+    from dstrain.files import write_json
+    from dstrain.runs.record.record import first_launch, read_launches
+    from dstrain.runs.run_folder import last_step
 
     folder = find_run(run)
     launches = read_launches(folder)
@@ -94,7 +95,7 @@ def _in_image(
     flags: dict[str, Any],
 ) -> NoReturn:
     """Become the same command in a container. Raises DstrainError."""
-    from dstrain.cli.running.repeating import PATHS, changed_keys
+    from dstrain.api.reproduce_config import PATHS, changed_keys
     from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 

@@ -25,14 +25,14 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
     """
     from rich.console import Console
 
-    from dstrain.checkpoint.identity import refuse_other_batch
-    from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
-    from dstrain.cli.planning import plan_for
-    from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
-    from dstrain.cli.running.execute import execute
+    from dstrain.api.execute import execute
+    from dstrain.api.manual_launch import node_of, prepare_for_nodes
+    from dstrain.api.planning import plan_for
     from dstrain.cli.showing.plan import show_plan
     from dstrain.config.loader import override, read_config
-    from dstrain.plan.run_folder import RunFolder, last_step
+    from dstrain.runs.checkpoint.identity import refuse_other_batch
+    from dstrain.runs.checkpoint.manifest import choose_newest, read_manifest, run_id
+    from dstrain.runs.run_folder import RunFolder, last_step
 
     folder = find_run(run)
     if flags.get("name") is not None:
@@ -66,7 +66,7 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
 def find_run(run: str) -> Any:
     """The run folder that RUN means. Raises DstrainError."""
     from dstrain.config.text_file import shown
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
     with suppress(OSError):  # a name that no folder can have
         for path in (Path(run), Path("runs") / run):

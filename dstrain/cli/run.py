@@ -33,13 +33,13 @@ def command(
     """
     from rich.console import Console
 
-    from dstrain.cli.planning import plan_for
-    from dstrain.cli.running.by_hand import node_of, prepare_for_nodes, prepare_to_be_typed
-    from dstrain.cli.running.execute import execute
-    from dstrain.cli.running.starting import new_run_folder
+    from dstrain.api.execute import execute
+    from dstrain.api.manual_launch import node_of, prepare_for_nodes, prepare_to_be_typed
+    from dstrain.api.planning import plan_for
+    from dstrain.api.preflight import new_run_folder
     from dstrain.cli.showing.plan import show_plan
     from dstrain.config.loader import load_config
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     if resume and resolved.config.name is None:

@@ -12,7 +12,7 @@ from dstrain.errors import DstrainError
 if TYPE_CHECKING:
     from dstrain.config.loader import ResolvedConfig
     from dstrain.launch.batch_script import Job
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.runs.run_folder import RunFolder
 
 
 @click.command("submit")
@@ -45,10 +45,10 @@ def command(
     The job plans and trains when it gets its turn. It saves and goes back into the queue when its time is over, and
     goes on from there; so it does when it was preempted.
     """
-    from dstrain.cli.running.starting import new_run_folder
+    from dstrain.api.preflight import new_run_folder
     from dstrain.config.loader import load_config
     from dstrain.launch.batch_script import Job, batch_script
-    from dstrain.plan.refusals import refuse
+    from dstrain.planning.checks import refuse
 
     nodes = flags.pop("nodes") or 1
     tasks = gpus_per_node or tasks_per_node
@@ -90,7 +90,7 @@ def _refuse_other_places(resolved: ResolvedConfig) -> None:
 
 def _refuse_what_does_not_fit(resolved: ResolvedConfig, ranks: int) -> None:
     """Now, and not when the job gets its turn."""
-    from dstrain.plan.layout import choose_data_parallel
+    from dstrain.planning.layout import choose_data_parallel
 
     config = resolved.config
     where = str(resolved.origin("pipeline"))
@@ -103,8 +103,8 @@ def _submit(resolved: ResolvedConfig, folder: RunFolder, text: str) -> str:
     import shutil
     import subprocess
 
-    from dstrain.cli.running.starting import not_writable
-    from dstrain.plan.run_folder import write_atomically
+    from dstrain.api.preflight import not_writable
+    from dstrain.files import write_atomically
 
     if shutil.which("sbatch") is None:
         raise DstrainError(

@@ -15,10 +15,10 @@ from dstrain.errors import DstrainError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dstrain.cli.planning import Planned
+    from dstrain.api.planning import Planned
     from dstrain.config.loader import ResolvedConfig
-    from dstrain.plan.layout_choice import LayoutChoice
-    from dstrain.plan.run_folder import RunFolder
+    from dstrain.planning.layout_choice import LayoutChoice
+    from dstrain.runs.run_folder import RunFolder
 
 # fp32 agrees to this at least; more only where one process itself spreads further.
 FLOOR = 1e-5
@@ -50,10 +50,10 @@ def command(
     """
     from rich.console import Console
 
-    from dstrain.cli.tiny import shrink_model
+    from dstrain.api.tiny_model import shrink_model
     from dstrain.config.loader import load_config, override
     from dstrain.launch.devices import local_devices
-    from dstrain.plan.layout_choice import LayoutChoice, layouts_for
+    from dstrain.planning.layout_choice import LayoutChoice, layouts_for
 
     console = Console()
     chosen = {"steps": 8} | given(flags)
@@ -83,7 +83,7 @@ def command(
 
 def verify(resolved: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, console: Console) -> None:
     """Run the references and the layouts, print and write the table. Raises DstrainError if one differs."""
-    from dstrain.plan.layout_choice import LayoutChoice
+    from dstrain.planning.layout_choice import LayoutChoice
     from dstrain.report.comparison import bound_from, compare_runs
 
     config = resolved.config
@@ -135,7 +135,7 @@ def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:
 def _plan(
     resolved: ResolvedConfig, choice: LayoutChoice, more: dict[str, Any], name: str
 ) -> tuple[Planned, ResolvedConfig]:
-    from dstrain.cli.planning import plan_for
+    from dstrain.api.planning import plan_for
     from dstrain.config.loader import override
 
     config = override(resolved, choice.flags() | {"name": name} | more)
@@ -144,8 +144,8 @@ def _plan(
 
 def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
     """Run a plan to its end; the run folder, and how many seconds it took."""
-    from dstrain.cli.running.execute import execute_quietly
-    from dstrain.cli.running.starting import new_run_folder
+    from dstrain.api.execute import execute_quietly
+    from dstrain.api.preflight import new_run_folder
 
     folder = new_run_folder(config, resume=False)
     began = time.monotonic()
@@ -157,7 +157,7 @@ def _write(folder: Path, rows: list[dict[str, Any]], bound: dict[str, float], co
     """The table on the terminal, as JSON and as Markdown."""
     from rich.table import Table
 
-    from dstrain.plan.run_folder import write_atomically, write_json
+    from dstrain.files import write_atomically, write_json
 
     columns = ("layout", "loss", "grad_norm", "weights", "verdict", "seconds")
     allowed = {"layout": "allowed", **bound, "verdict": "", "seconds": ""}

@@ -1,6 +1,6 @@
 """DeepSpeed's own keys: which there are, what they take, and what was meant by one that there is not.
 
-The table, ``deepspeed_keys.json``, is written by `dstrain.engine.known_keys` out of the installed DeepSpeed, so that
+The table, ``deepspeed_keys.json``, is written by `tools.deepspeed_keys` out of the installed DeepSpeed, so that
 nothing of DeepSpeed has to be imported to read it. DeepSpeed itself lets unknown keys pass in half of its blocks.
 """
 

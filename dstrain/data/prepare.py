@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.kept_summary import keep_summary, summary_file, tokenizer_state
+from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.kept_summary import TOKEN_FILES
+from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.packing import TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.token_writer import write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
-from dstrain.flushing import flush
+from dstrain.files import flush
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES

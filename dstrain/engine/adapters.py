@@ -12,16 +12,16 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-from dstrain.engine.copies import check_copies
-from dstrain.engine.held_files import HeldFiles
+from dstrain.engine.async_checkpoint import HeldFiles
+from dstrain.engine.deepspeed_patches import MendedEngine
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
-from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.engine.replica_consistency import check_copies
 from dstrain.engine.restore import restore
 from dstrain.engine.saved_files import PARAMETER_NAMES, TAG
 from dstrain.engine.saved_state import SavedState
-from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
-from dstrain.model.asked import Asked
+from dstrain.model.head_output import Asked
 
 
 class _DeepSpeedAdapter(Engine):

@@ -11,16 +11,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
-from dstrain.engine.early_sharding import sharing_out
+from dstrain.engine.deepspeed_patches import MendedEngine
 from dstrain.engine.interface import Engine
-from dstrain.engine.layers_in_one import LayersInOne
-from dstrain.engine.mends import MendedEngine
 from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
+from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.engine.pipeline_module import DualPipeVStagedModule, StagedModule
 from dstrain.engine.safe_reading import read_safely
-from dstrain.engine.staged_engine import DualPipeVStagedEngine, StagedEngine
-from dstrain.engine.staged_module import DualPipeVStagedModule, StagedModule
-from dstrain.model.layered import LayeredModel, TiedWeight
-from dstrain.model.whole import WholeModel
+from dstrain.engine.single_stage import LayersInOne
+from dstrain.engine.zero3_init import sharing_out
+from dstrain.model.pipeline_model import LayeredModel, TiedWeight
+from dstrain.model.unsplit_model import WholeModel
 
 
 def build_engine(

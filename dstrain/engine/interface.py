@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.held_files import HeldFiles
+from dstrain.engine.async_checkpoint import HeldFiles
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shutil import which
 
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import Host
+from dstrain.planning.layout import Host
 
 _ONE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _GROUP = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dstrain.errors import RESUMABLE, DstrainError
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder
 
 WARNING_SECONDS = 120
 """So long before a job's time is over, Slurm says so: time for the current step and for a checkpoint."""

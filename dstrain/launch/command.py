@@ -7,11 +7,12 @@ import shlex
 import socket
 
 from dstrain.errors import DstrainError
+from dstrain.files import write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting
+from dstrain.launch.launch_spec import LIFELINE, NODE, LaunchRequest
 from dstrain.launch.launchers import LAUNCHERS
-from dstrain.launch.request import LIFELINE, NODE, LaunchRequest
-from dstrain.plan.lifeline import ADDRESS
-from dstrain.plan.run_folder import NODE_RANK, RunFolder, write_atomically
+from dstrain.runs.protocol import ADDRESS
+from dstrain.runs.run_folder import NODE_RANK, RunFolder
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import HOSTS
+from dstrain.planning.layout import HOSTS
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dstrain.model.asked import Asked
 from dstrain.model.buffers import keep_buffer_types
-from dstrain.model.dissection.driver import Call, Driver
+from dstrain.model.head_output import Asked
 from dstrain.model.loss import TokenLoss
+from dstrain.model.pipeline_split.partial_forward import Call, Driver
 from dstrain.model.router import RouterEars, RouterLoss
 
 State = tuple[Tensor, ...]

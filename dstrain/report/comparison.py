@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from safetensors.numpy import load_file
 
-from dstrain.plan.run_folder import RunFolder, read_metrics
+from dstrain.runs.run_folder import RunFolder, read_metrics
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import leaves
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.checkpoint.manifest import choose_newest, read_manifest, run_id
+from dstrain.runs.run_folder import RunFolder
 
 # Of a run itself, not of what it trains: two runs always differ in them.
 _OF_THE_RUN = ("name", "runs_dir")

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dstrain.plan.run_folder import RunFolder
 from dstrain.report.notes import Notes
+from dstrain.runs.run_folder import RunFolder
 
 # Without a terminal: about this many lines in a whole run, besides those with a held-out loss.
 _PLAIN_LINES = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstrain.plan.run_folder import NOTE
+from dstrain.runs.run_folder import NOTE
 
 
 class Notes:

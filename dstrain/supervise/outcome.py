@@ -10,11 +10,11 @@ from datetime import datetime
 from pathlib import Path
 
 from dstrain.errors import RESUMABLE
-from dstrain.plan.run_folder import RunFolder
-from dstrain.supervise.guard import LEFT_BEHIND
+from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
-from dstrain.supervise.processes import in_words, signal_name
-from dstrain.supervise.watch import RankWatch, Sign
+from dstrain.supervise.process_tree import in_words, signal_name
+from dstrain.supervise.rank_watch import RankWatch, Sign
+from dstrain.supervise.subreaper import LEFT_BEHIND
 
 _TAIL_LINES = 20
 _TAIL_BYTES = 64 * 1024

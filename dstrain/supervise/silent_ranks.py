@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 
-from dstrain.launch.reach import ssh_command
-from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.launch.ssh_reachability import ssh_command
+from dstrain.runs.run_folder import RankStatus, RunFolder
 
 _SECONDS = 8.0
 # A number may belong to another process by now: only one that has the run folder among its arguments is ours.

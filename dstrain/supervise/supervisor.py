@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dstrain.plan.run_folder import RunFolder
-from dstrain.supervise.guard import guarded
+from dstrain.runs.run_folder import RunFolder
+from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.hang_detection import HangWatch, Progress
 from dstrain.supervise.launcher_log import LogWatch
-from dstrain.supervise.lifeline import Lifeline
 from dstrain.supervise.outcome import Cause, Outcome, judge
-from dstrain.supervise.processes import family, kill
-from dstrain.supervise.progress import HangWatch, Progress
+from dstrain.supervise.process_tree import family, kill
+from dstrain.supervise.rank_watch import RankWatch
 from dstrain.supervise.silent_ranks import kill_silent
-from dstrain.supervise.watch import RankWatch
+from dstrain.supervise.subreaper import guarded
 
 __all__ = ["Cause", "Outcome", "supervise"]
 

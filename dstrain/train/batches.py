@@ -10,7 +10,7 @@ import torch
 from dstrain.data.order import SampleOrder
 from dstrain.data.packing import Rows
 from dstrain.engine.interface import MicroBatch
-from dstrain.plan.batch import Batch
+from dstrain.planning.batch import Batch
 
 
 class TrainBatches:

@@ -10,8 +10,8 @@ import torch
 from torch import distributed
 
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import RunFolder
-from dstrain.record.record import append_launch
+from dstrain.runs.record.record import append_launch
+from dstrain.runs.run_folder import RunFolder
 
 
 def record_launch(folder: RunFolder, first_step: int, device: torch.device) -> None:

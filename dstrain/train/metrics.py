@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import read_metrics
+from dstrain.runs.run_folder import read_metrics
 
 
 class MetricsFile:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from dstrain.addresses import OUTSIDE, address_towards
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import HOSTS
-from dstrain.plan.run_folder import RunFolder
+from dstrain.planning.layout import HOSTS
+from dstrain.runs.addresses import OUTSIDE, address_towards
+from dstrain.runs.run_folder import RunFolder
 
 # RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
 _OTHERS = (

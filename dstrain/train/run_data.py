@@ -12,7 +12,7 @@ from pathlib import Path
 from dstrain.config.files import cache_folder
 from dstrain.data.prepare import PackedData, prepare
 from dstrain.errors import DstrainError
-from dstrain.plan.plan import Plan
+from dstrain.planning.plan import Plan
 
 
 def prepare_run_data(plan: Plan) -> PackedData:

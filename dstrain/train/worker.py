@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import NODE_RANK, RankStatus, RunFolder
-from dstrain.train.lifeline import Lifeline
-from dstrain.train.own_folder import keep_plan, plan_seen
+from dstrain.runs.run_folder import NODE_RANK, RankStatus, RunFolder
+from dstrain.train.control_client import Lifeline
+from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.rank_environment import (
     launch_variables,
     network_variables,
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     try:
         lifeline = Lifeline(os.environ, status, plan_seen(folder))
         keep_plan(folder, lifeline, rank)
-        from dstrain.train.loop import train  # the heavy imports, after the first word
+        from dstrain.train.trainer import train  # the heavy imports, after the first word
 
         last_step, reached_the_end = train(folder, console if rank == 0 else None, lifeline)
     except BaseException as error:

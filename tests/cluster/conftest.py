@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.runs import lay_out
 from tests.e2e.conftest import cache, materials, repository_root
-from tests.forking.program import HOOK
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.runs import lay_out
+from tests.support.forking.program import HOOK
 
 __all__ = ["cache", "materials", "repository_root"]  # fixtures of the command line's tests, of use here too
 
@@ -51,7 +51,7 @@ def real_environment(session_cluster: Cluster, cache: Path, repository_root: Pat
 
 @pytest.fixture(scope="session")
 def environment(real_environment: dict[str, str]) -> dict[str, str]:
-    """The same with forks in place of new interpreters: see tests/forking."""
+    """The same with forks in place of new interpreters: see tests/support/forking."""
     path = os.pathsep.join([str(HOOK), real_environment["PYTHONPATH"]])
     return {**real_environment, "PYTHONPATH": path}
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dstrain.plan.run_folder import RunFolder
-from tests.cluster.commands import Result
+from dstrain.runs.run_folder import RunFolder
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.runs import lay_out, numbers
+from tests.support.cluster.commands import Result
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.runs import lay_out, numbers
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from dstrain.plan.run_folder import RunFolder
-from tests.cluster.commands import Result
+from dstrain.runs.run_folder import RunFolder
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import NOWHERE, SILENT, Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.runs import lay_out
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.commands import Result
+from tests.support.cluster.hosts import NOWHERE, SILENT, Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.runs import lay_out
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 

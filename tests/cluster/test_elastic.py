@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.checkpoint.manifest import newest_complete, read_manifest
-from dstrain.plan.run_folder import RunFolder, read_metrics
-from tests.cluster.commands import Command
+from dstrain.runs.checkpoint.manifest import newest_complete, read_manifest
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import Cluster
-from tests.cluster.runs import lay_out
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.commands import Command
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.runs import lay_out
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.heavy]
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.manifest import complete_checkpoints
-from dstrain.plan.run_folder import RunFolder
-from tests.cluster.commands import Command, Result
+from dstrain.runs.checkpoint.manifest import complete_checkpoints
+from dstrain.runs.run_folder import RunFolder
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import Cluster
-from tests.cluster.processes import Process
-from tests.cluster.runs import END_SECONDS, numbers
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.commands import Command, Result
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.processes import Process
+from tests.support.cluster.runs import END_SECONDS, numbers
+from tests.support.cluster.waiting import wait_until
 
 # `cluster`: nothing runs on the hosts after a test, whatever came of it.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("cluster")]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import NOWHERE, SILENT, Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.processes import in_namespace
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.hosts import NOWHERE, SILENT, Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.processes import in_namespace
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 MAKER = """
 import json, sys, time
 from pathlib import Path
-from tests.cluster.hosts import Cluster
+from tests.support.cluster.hosts import Cluster
 with Cluster(Path(sys.argv[1]), 2) as cluster:
     cluster.start("n1", ["sleep", "1000"])
     while not cluster.processes("n1"):

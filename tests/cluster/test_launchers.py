@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import yaml
 
-from dstrain.checkpoint.manifest import complete_checkpoints
 from dstrain.errors import RESUMABLE
-from dstrain.plan.run_folder import RunFolder
-from tests.cluster.commands import Command, Result
+from dstrain.runs.checkpoint.manifest import complete_checkpoints
+from dstrain.runs.run_folder import RunFolder
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.runs import END_SECONDS, lay_out, numbers
-from tests.cluster.slurm import Slurm
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.commands import Command, Result
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.runs import END_SECONDS, lay_out, numbers
+from tests.support.cluster.slurm import Slurm
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.slurm import Slurm
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.slurm import Slurm
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(200)
 

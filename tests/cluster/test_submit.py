@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dstrain.errors import RESUMABLE
-from dstrain.plan.run_folder import RunFolder, read_metrics
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.cluster.conftest import dstrain_argv
-from tests.cluster.hosts import Cluster
-from tests.cluster.needs import require_cluster
-from tests.cluster.runs import lay_out, numbers
-from tests.cluster.slurm import Slurm
-from tests.cluster.waiting import wait_until
+from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.runs import lay_out, numbers
+from tests.support.cluster.slurm import Slurm
+from tests.support.cluster.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.heavy]
 

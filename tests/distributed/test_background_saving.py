@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.checkpoint.integrity import wrong_files
-from dstrain.checkpoint.manifest import (
+from dstrain.runs.checkpoint.integrity import wrong_files
+from dstrain.runs.checkpoint.manifest import (
     damage_of,
     file_sizes,
     files_of,
@@ -29,8 +29,8 @@ from dstrain.checkpoint.manifest import (
     read_manifest,
 )
 from tests.distributed.test_injuries import RUN, micro_batches
-from tests.distributed.training import Case, build_case_engine
-from tests.distributed.workers import WorkerError, run
+from tests.support.distributed.training import Case, build_case_engine
+from tests.support.distributed.workers import WorkerError, run
 
 SHORT = Case(layers=2)
 # Frozen ones lie beside the shapes with ZeRO-2 and 3; fp16 has a loss scale that changes from step to step.
@@ -51,7 +51,7 @@ SAVED = [
 
 
 def checkpoints_in(folder: Path | str, plan: Any = None, **options: Any) -> Any:
-    from dstrain.train.saving.checkpoints import Checkpoints
+    from dstrain.train.checkpointing.checkpoints import Checkpoints
 
     options = {"keep": 3, "background": True, **options}
     return Checkpoints(Path(folder), identity=plan.identity if plan else {}, run=RUN, config={}, **options)
@@ -153,7 +153,7 @@ def assert_alike(one: Any, other: Any, where: str) -> int:
 
 
 def test_what_is_one_tensor_stays_one_and_a_view_takes_what_it_shows(tmp_path: Path) -> None:
-    from dstrain.engine.held_files import host_copy
+    from dstrain.engine.async_checkpoint import host_copy
 
     buffer = torch.arange(1_000_000.0)
     weight = torch.nn.Parameter(buffer[10:20].view(2, 5))
@@ -219,7 +219,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
 
 def save_with_room(rank: int, folder: str, room: int) -> tuple[list[str], list[str]]:
     """What was written behind the training, and what was said."""
-    import dstrain.train.saving.checkpoints as module
+    import dstrain.train.checkpointing.checkpoints as module
 
     module.room_for_copy = lambda: room
     said: list[str] = []
@@ -356,7 +356,7 @@ def test_no_rank_waits_for_one_that_is_gone(tmp_path: Path) -> None:
 
 def train_into_an_error(rank: int, folder: str, alone: bool) -> float:
     """An error while step 1 is written; ``alone``: the other rank has ended without a word."""
-    from dstrain.train.saving import background_writer
+    from dstrain.train.checkpointing import background_writer
 
     background_writer.PATIENCE = 1.0
     checkpoints = checkpoints_in(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from tests.distributed.workers import run
+from tests.support.distributed.workers import run
 
 SHARED_MEMORY = Path("/dev/shm")
 

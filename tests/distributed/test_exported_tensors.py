@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from dstrain.errors import DstrainError
-from tests.distributed import training
-from tests.distributed.training import Case
-from tests.distributed.workers import run
+from tests.support.distributed import training
+from tests.support.distributed.training import Case
+from tests.support.distributed.workers import run
 
 SHORT = Case(steps=2, optimizer="sgd")
 # As a family is trained that can't be cut into layers: its parameters have no layer's number in front.
@@ -56,13 +56,13 @@ def family_config(family: str, case: Case) -> Any:
 
 def train_family(rank: int, family: str, case: Case, folder: str) -> dict[str, torch.Tensor]:
     """Train and save; this rank's live weights. A router's correction gets values, as a pretrained one has."""
-    from dstrain.model import layered
-    from dstrain.model.whole import WholeModel
+    from dstrain.model import pipeline_model
+    from dstrain.model.unsplit_model import WholeModel
 
     training.model_config = lambda case: family_config(family, case)
     build = training.build_case_engine
     if family == IN_ONE_PIECE:
-        layered.LayeredModel = WholeModel
+        pipeline_model.LayeredModel = WholeModel
 
     def with_corrections(case: Case) -> Any:
         engine, plan = build(case)
@@ -92,9 +92,9 @@ def test_from_pretrained_gives_the_trained_weights(
     family: str, case: Case, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export import writing
-    from dstrain.export.checking import check_files, check_loaded, load_exported
-    from dstrain.export.tensors import ExportedTensors
+    from dstrain.exporting import writing
+    from dstrain.exporting.checking import check_files, check_loaded, load_exported
+    from dstrain.exporting.tensors import ExportedTensors
 
     monkeypatch.setattr(writing, "LARGEST_FILE", 40_000)  # several files
     ranks = run(case.world_size, train_family, family, case, str(tmp_path / "saved"))
@@ -137,8 +137,8 @@ def test_from_pretrained_gives_the_trained_weights(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, exported folder) of a small llama in one file."""
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export.tensors import ExportedTensors
-    from dstrain.export.writing import write_weights
+    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import write_weights
 
     place = tmp_path_factory.mktemp("exported")
     case = replace(SHORT, zero=1)
@@ -152,8 +152,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export.checking import check_files
-    from dstrain.export.tensors import ExportedTensors
+    from dstrain.exporting.checking import check_files
+    from dstrain.exporting.tensors import ExportedTensors
 
     saved, out = exported
     tensors = ExportedTensors(SavedState(saved), family_config("llama", SHORT), torch.float32)
@@ -171,7 +171,7 @@ def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(exported: tuple[Path, Path]) -> None:
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export.tensors import ExportedTensors
+    from dstrain.exporting.tensors import ExportedTensors
 
     state = SavedState(exported[0])
     with pytest.raises(DstrainError, match=r"model\.layers\.4\..* and in the checkpoint it is missing"):
@@ -183,7 +183,7 @@ def test_a_weight_beyond_fp16_is_refused(
 ) -> None:
     from dstrain.engine.saved_files import SavedTensor
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export.tensors import ExportedTensors
+    from dstrain.exporting.tensors import ExportedTensors
 
     tensors = ExportedTensors(SavedState(exported[0]), family_config("llama", SHORT), torch.float16)
     assert tensors.value("model.norm.weight").dtype == torch.float16
@@ -197,8 +197,8 @@ def test_a_full_disk_is_said_before_and_while_writing(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dstrain.engine.saved_state import SavedState
-    from dstrain.export import writing
-    from dstrain.export.tensors import ExportedTensors
+    from dstrain.exporting import writing
+    from dstrain.exporting.tensors import ExportedTensors
 
     with pytest.raises(DstrainError, match=r"takes 1,000,000,000\.0 GB"):
         writing.refuse_full_disk(tmp_path, 10**18)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.training import Case, build_case_engine, samples
-from tests.distributed.workers import WorkerError, run
+from tests.support.distributed.training import Case, build_case_engine, samples
+from tests.support.distributed.workers import WorkerError, run
 
 CASE = Case(zero=1, pipeline=2, layers=2, steps=6)
 RUN, OTHER_RUN = "0123456789abcdef", "fedcba9876543210"
@@ -40,7 +40,7 @@ def micro_batches(case: Case, replica: int, step: int) -> list[Any]:
 
 
 def checkpoints_of(folder: str, plan: Any = None, **options: Any) -> Any:
-    from dstrain.train.saving.checkpoints import Checkpoints
+    from dstrain.train.checkpointing.checkpoints import Checkpoints
 
     options = {"keep": 3, "run": RUN, "config": {"lr": 1.0}, **options}
     return Checkpoints(Path(folder), identity=plan.identity if plan else {}, **options)

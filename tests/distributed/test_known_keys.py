@@ -14,9 +14,9 @@ import pytest
 
 from dstrain.config import deepspeed_keys
 from dstrain.config.deepspeed_keys import GONE, all_keys, find, what_is_wrong
-from dstrain.plan.plan import Plan
-from tests.distributed import training
-from tests.distributed.workers import WorkerError, run
+from dstrain.planning.plan import Plan
+from tests.support.distributed import training
+from tests.support.distributed.workers import WorkerError, run
 
 TABLE = Path(deepspeed_keys.__file__).with_suffix(".json")
 # Beside a sample of each kind: the ends of ranges, numbers and switches in other spellings.
@@ -28,7 +28,7 @@ VALUES = (
 
 
 def _text(rank: int) -> str:
-    from dstrain.engine.known_keys.table import text
+    from tools.deepspeed_keys.table import text
 
     return text()
 
@@ -44,7 +44,7 @@ def test_the_table_is_that_of_the_installed_deepspeed() -> None:
 
 def _disagreements(rank: int) -> tuple[int, list[str]]:
     """How many values were tried, and those that our table and DeepSpeed's models judge differently."""
-    from dstrain.engine.known_keys.models import model_of, takes
+    from tools.deepspeed_keys.models import model_of, takes
 
     tried, found = 0, []
     for path, node in all_keys():
@@ -69,7 +69,7 @@ def test_values_are_judged_as_deepspeeds_models_judge_them() -> None:
 
 def _refused_by_deepspeed(rank: int, keys: list[tuple[str, ...]]) -> dict[str, str]:
     """What DeepSpeed says of a config with each of these keys."""
-    from dstrain.engine.known_keys.looked_up import looked_up, nested
+    from tools.deepspeed_keys.looked_up import looked_up, nested
 
     logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)
     said = {}
@@ -82,7 +82,7 @@ def _refused_by_deepspeed(rank: int, keys: list[tuple[str, ...]]) -> dict[str, s
 
 
 def test_what_the_table_calls_removed_is_refused_or_passed_over() -> None:
-    from dstrain.engine.known_keys.notes import REMOVED
+    from tools.deepspeed_keys.notes import REMOVED
 
     removed = [path for path, node in all_keys() if "removed" in node]
     (said,) = run(1, _refused_by_deepspeed, removed)
@@ -168,7 +168,7 @@ def _train_with(rank: int, case: training.Case, key: str, value: Any) -> list[fl
     ("key", "value"), [("wall_clock_breakdown", True), ("flops_profiler", {"enabled": True})]
 )
 def test_deepspeeds_timers_fail_with_stages_and_not_without(key: str, value: Any) -> None:
-    """Why `dstrain.plan.deepspeed.own_keys` refuses them with stages. If this fails, DeepSpeed has mended it."""
+    """Why `dstrain.planning.deepspeed.user_keys` refuses them with stages. If this fails, DeepSpeed has mended it."""
     case = training.Case(zero=1, pipeline=2, steps=2)
     with pytest.raises(WorkerError, match="timer has already been started"):
         run(2, _train_with, case, key, value)

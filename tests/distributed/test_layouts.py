@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from dstrain.launch.devices import has_async_io
-from dstrain.plan.layout_table import markdown, rows
-from tests.distributed.compare import assert_equal, difference, reference
-from tests.distributed.covering import STRENGTH, candidates, covering_set, tuples_of
-from tests.distributed.training import Case, train_in_layout
-from tests.distributed.workers import run
-from tests.distributed.yardsticks import train_in_ddp
+from tests.support.distributed.compare import assert_equal, difference, reference
+from tests.support.distributed.covering import STRENGTH, candidates, covering_set, tuples_of
+from tests.support.distributed.training import Case, train_in_layout
+from tests.support.distributed.workers import run
+from tests.support.distributed.yardsticks import train_in_ddp
+from tools.layouts_page import markdown, rows
 
 COVERING = covering_set(candidates(), STRENGTH)
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.compare import assert_equal
-from tests.distributed.training import Case, Outcome, make_case_plan, train_in_layout
-from tests.distributed.workers import run
+from tests.support.distributed.compare import assert_equal
+from tests.support.distributed.training import Case, Outcome, make_case_plan, train_in_layout
+from tests.support.distributed.workers import run
 
 CUT = (0, 4, 9, 14, 18)
 """Of the big model, in four stages of 270 to 280 MB."""
@@ -39,7 +39,7 @@ def write_big(rank: int, folder: str) -> int:
     """A random bf16 checkpoint in shards of one layer each; how many parameters it has."""
     from safetensors.torch import save_file
 
-    from dstrain.model.layered import LayeredModel
+    from dstrain.model.pipeline_model import LayeredModel
 
     config = big_config()
     config.save_pretrained(folder)
@@ -72,7 +72,7 @@ def peak() -> int:
 
 def load_stage(rank: int, folder: str) -> tuple[int, int, int]:
     """Peak before and after this rank has loaded its stage, and the stage's bytes."""
-    from dstrain.model.layered import LayeredModel
+    from dstrain.model.pipeline_model import LayeredModel
     from dstrain.model.weights.pretrained import PretrainedWeights
 
     before = peak()
@@ -105,11 +105,11 @@ def test_a_rank_s_memory_is_its_stage(big: tuple[str, int]) -> None:
 def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, int]:
     """Peak before, after each process has its share of the whole model; the share's bytes and the largest layer's."""
     from dstrain.engine.communication import start_communication
-    from dstrain.engine.early_sharding import sharing_out
-    from dstrain.engine.layers_in_one import LayersInOne
-    from dstrain.model.layered import LayeredModel
+    from dstrain.engine.single_stage import LayersInOne
+    from dstrain.engine.zero3_init import sharing_out
+    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.unsplit_model import WholeModel
     from dstrain.model.weights.pretrained import PretrainedWeights
-    from dstrain.model.whole import WholeModel
 
     start_communication()
     case = Case(zero=3, data_parallel=4, precision="bf16")
@@ -118,8 +118,8 @@ def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, i
     before = peak()
     if pipelines:
         layered = LayeredModel(big_config(), **options)
-        layered.after_build = share_out
-        module: Any = LayersInOne(layered, activation_checkpointing=False)
+        pipeline_model.after_build = share_out
+        module: Any = LayersInOne(pipeline_model, activation_checkpointing=False)
     else:
         module = WholeModel(big_config(), after_build=share_out, **options)
     held = sum(value.ds_tensor.nbytes for value in module.parameters())
@@ -140,24 +140,24 @@ def test_with_zero_3_no_rank_holds_the_whole_model(pipelines: bool, big: tuple[s
 
 def write_seeded(rank: int, folder: str, case: Case) -> None:
     """The weights that the seed gives, as Hugging Face saves them."""
-    from tests.distributed.yardsticks import _hugging_face_model
+    from tests.support.distributed.yardsticks import _hugging_face_model
 
     _hugging_face_model(case).save_pretrained(folder, max_shard_size="20KB")
 
 
 def train_pretrained(rank: int, case: Case, folder: str) -> Outcome:
     """As ``train_in_layout``, but every weight comes from the folder."""
-    from dstrain.model import layered
+    from dstrain.model import pipeline_model
     from dstrain.model.weights.pretrained import PretrainedWeights
 
-    original = layered.LayeredModel
+    original = pipeline_model.LayeredModel
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def from_folder(config: Any, **options: Any) -> Any:
         options |= {"seed": 99, "weights": PretrainedWeights(folder), "dtype": types[case.precision]}
         return original(config, **options)
 
-    layered.LayeredModel = from_folder  # type: ignore[assignment,misc]
+    pipeline_model.LayeredModel = from_folder  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 
@@ -183,16 +183,16 @@ def test_training_from_a_folder_is_training_from_the_same_weights(case: Case, tm
 
 def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
     """Through the model that families get which can't be split; from the folder, block by block."""
-    from dstrain.engine.early_sharding import sharing_out
-    from dstrain.model import layered
+    from dstrain.engine.zero3_init import sharing_out
+    from dstrain.model import pipeline_model
+    from dstrain.model.unsplit_model import WholeModel
     from dstrain.model.weights.pretrained import PretrainedWeights
-    from dstrain.model.whole import WholeModel
 
     def whole(config: Any, **options: Any) -> Any:
         share_out = sharing_out(make_case_plan(case).deepspeed)
         return WholeModel(config, seed=99, weights=PretrainedWeights(folder), after_build=share_out)
 
-    layered.LayeredModel = whole  # type: ignore[assignment,misc]
+    pipeline_model.LayeredModel = whole  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 

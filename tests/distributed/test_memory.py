@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pytest
 
-from dstrain.plan.estimates.memory import stage_memory
-from tests.distributed import workers
-from tests.distributed.memory_count import CLASSES
-from tests.distributed.memory_run import Counting, count, plan_of
+from dstrain.estimate.memory import stage_memory
+from tests.support.distributed import workers
+from tests.support.distributed.memory_count import CLASSES
+from tests.support.distributed.memory_run import Counting, count, plan_of
 
 FLOOR = 64_000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.elsewhere import (
+from tests.support.distributed.elsewhere import (
     FP32,
     ONE,
     ZERO1_2X2,
@@ -25,8 +25,8 @@ from tests.distributed.elsewhere import (
     assert_same_state,
     go_on,
 )
-from tests.distributed.training import Case
-from tests.distributed.workers import run
+from tests.support.distributed.training import Case
+from tests.support.distributed.workers import run
 
 UNTIED = replace(FP32, tied=False)
 MOMENTUM = replace(FP32, optimizer="sgd", momentum=0.5)

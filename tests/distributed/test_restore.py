@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dstrain.engine.safe_reading import load_safely
-from tests.distributed import training
-from tests.distributed.elsewhere import (
+from tests.support.distributed import training
+from tests.support.distributed.elsewhere import (
     FP32,
     SAVED_AT,
     ZERO1_PP2,
@@ -31,8 +31,8 @@ from tests.distributed.elsewhere import (
     resume_alike,
     unbroken,
 )
-from tests.distributed.training import Case, Outcome
-from tests.distributed.workers import WorkerError, run
+from tests.support.distributed.training import Case, Outcome
+from tests.support.distributed.workers import WorkerError, run
 
 FP16 = Case(precision="fp16", loss_scale_power=26, steps=9)
 
@@ -98,10 +98,10 @@ def test_zero_3_with_groups_in_small_parts(
 
 def in_one_piece() -> None:
     """As a family is trained that can't be cut into layers: its parameters have no layer's number in front."""
-    from dstrain.model import layered
-    from dstrain.model.whole import WholeModel
+    from dstrain.model import pipeline_model
+    from dstrain.model.unsplit_model import WholeModel
 
-    layered.LayeredModel = WholeModel
+    pipeline_model.LayeredModel = WholeModel
 
 
 @pytest.mark.parametrize(("before", "after"), [(ZERO3_DP2, {"zero": 0}), ({"zero": 0}, ZERO2_DP2)], ids=str)

@@ -16,10 +16,10 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dstrain.engine.safe_reading import load_safely
 from dstrain.errors import DstrainError
-from tests.distributed import training
-from tests.distributed.elsewhere import ZERO1_PP2, ZERO2_DP2, ZERO3_DP2
-from tests.distributed.training import Case, Outcome
-from tests.distributed.workers import WorkerError, run
+from tests.support.distributed import training
+from tests.support.distributed.elsewhere import ZERO1_PP2, ZERO2_DP2, ZERO3_DP2
+from tests.support.distributed.training import Case, Outcome
+from tests.support.distributed.workers import WorkerError, run
 
 SHORT = Case(steps=1)
 FROZEN = ("model.layers.0.*",)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dstrain.errors import DstrainError
-from tests.distributed import training
-from tests.distributed.training import Case
-from tests.distributed.workers import run
+from tests.support.distributed import training
+from tests.support.distributed.training import Case
+from tests.support.distributed.workers import run
 
 FROZEN = ("model.layers.0.*", "model.layers.1.mlp.*")
 SHORT = Case(steps=2)

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.checkpoint.manifest import complete_checkpoints, damage_of, named_checkpoints
-from tests.distributed import training
+from dstrain.runs.checkpoint.manifest import complete_checkpoints, damage_of, named_checkpoints
 from tests.distributed.test_injuries import micro_batches
-from tests.distributed.training import Case, model_config
-from tests.distributed.workers import WorkerError, run
+from tests.support.distributed import training
+from tests.support.distributed.training import Case, model_config
+from tests.support.distributed.workers import WorkerError, run
 
 RUN = "0123456789abcdef"
 
@@ -35,7 +35,7 @@ class SmallEngine:
 
 
 def checkpoints_in(folder: str, **options: Any) -> Any:
-    from dstrain.train.saving.checkpoints import Checkpoints
+    from dstrain.train.checkpointing.checkpoints import Checkpoints
 
     options = {"keep": 2, **options}
     return Checkpoints(Path(folder), identity={}, run=RUN, config={}, **options)
@@ -77,7 +77,7 @@ def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path: Path) 
 def due_steps(rank: int) -> list[int]:
     """With a clock that runs 10 times as fast on rank 1."""
     from dstrain.config.schema import RunConfig
-    from dstrain.train.saving.save_schedule import SaveSchedule
+    from dstrain.train.checkpointing.save_schedule import SaveSchedule
 
     now = itertools.count(0, 10 if rank else 1)
     config = RunConfig(steps=20, save_every="5s", keep_every=7)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from dstrain.plan.estimates.time import stages_waiting
-from dstrain.plan.estimates.traffic import stage_traffic
-from dstrain.plan.shape import ModelShape
-from tests.distributed.counting import Sent, bytes_of_a_step
-from tests.distributed.simulation import waiting_of
-from tests.distributed.training import Case, make_case_plan, measured, model_config
-from tests.distributed.workers import run
+from dstrain.estimate.time import stages_waiting
+from dstrain.estimate.traffic import stage_traffic
+from dstrain.planning.model_shape import ModelShape
+from tests.support.distributed.counting import Sent, bytes_of_a_step
+from tests.support.distributed.simulation import waiting_of
+from tests.support.distributed.training import Case, make_case_plan, measured, model_config
+from tests.support.distributed.workers import run
 
 # Each kind of traffic once, and each formula with more than one micro-batch, replica and stage.
 CASES = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.forking.program import Program
+from tests.support.forking.program import Program
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -97,7 +97,7 @@ def dstrain_here(
     What it runs in processes of their own is forked.
     """
     monkeypatch.setattr(
-        "dstrain.cli.child.subprocess", SimpleNamespace(PIPE=PIPE, DEVNULL=DEVNULL, Popen=Child)
+        "dstrain.api.child_process.subprocess", SimpleNamespace(PIPE=PIPE, DEVNULL=DEVNULL, Popen=Child)
     )
 
     def call(*arguments: str) -> Said:
@@ -134,7 +134,7 @@ def start(place: Path, environment: Mapping[str, str], *arguments: str, change: 
 
 
 class Child(Program):
-    """What `dstrain.cli.child` needs of ``Popen``."""
+    """What `dstrain.api.child_process` needs of ``Popen``."""
 
     def __new__(cls, argv: Sequence[str], **options: Any) -> Any:
         # It learns where the hub and its cache are when it is imported.

@@ -14,13 +14,13 @@ import pytest
 
 from dstrain.config.loader import load_config
 from dstrain.config.schema import field_names
-from tests.e2e.bad_inputs.files import DEEPSPEED, HOSTFILES, JSON, NO_FILES, YAML
-from tests.e2e.bad_inputs.layouts import LAYOUTS
-from tests.e2e.bad_inputs.row import FIFO, GOOD, BadInput
-from tests.e2e.bad_inputs.sources import COMMANDS, DATA, MODELS, NAMES
-from tests.e2e.bad_inputs.tools import CONFIGS, DESCRIBED
-from tests.e2e.bad_inputs.values import KEYS_WITH_A_WRONG_TYPE, VALUES
 from tests.e2e.conftest import Child, Said, one_message
+from tests.support.bad_inputs.files import DEEPSPEED, HOSTFILES, JSON, NO_FILES, YAML
+from tests.support.bad_inputs.layouts import LAYOUTS
+from tests.support.bad_inputs.row import FIFO, GOOD, BadInput
+from tests.support.bad_inputs.sources import COMMANDS, DATA, MODELS, NAMES
+from tests.support.bad_inputs.tools import CONFIGS, DESCRIBED
+from tests.support.bad_inputs.values import KEYS_WITH_A_WRONG_TYPE, VALUES
 
 TABLES = (
     COMMANDS,
@@ -74,7 +74,9 @@ def looked(
         modules.append(argv[argv.index("-m") + 1])
         return Child(argv, **options)
 
-    monkeypatch.setattr("dstrain.cli.child.subprocess", SimpleNamespace(PIPE=-1, DEVNULL=-3, Popen=start))
+    monkeypatch.setattr(
+        "dstrain.api.child_process.subprocess", SimpleNamespace(PIPE=-1, DEVNULL=-3, Popen=start)
+    )
     yield modules
 
 
@@ -128,7 +130,7 @@ def test_bad_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     row, text = BAD_INPUTS[name], str(materials / "text.jsonl")
-    monkeypatch.setattr("dstrain.cli.running.attempt.supervise", _no_run)
+    monkeypatch.setattr("dstrain.api.launch_attempt.supervise", _no_run)
     write(place, row.files)
     for variable, value in row.environment.items():
         monkeypatch.setenv(variable, value)

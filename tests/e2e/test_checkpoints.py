@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.integrity import checksum
-from dstrain.checkpoint.manifest import DAMAGED, MANIFEST, FileRecord, make_manifest
+from dstrain.runs.checkpoint.integrity import checksum
+from dstrain.runs.checkpoint.manifest import DAMAGED, MANIFEST, FileRecord, make_manifest
 from tests.e2e.conftest import Said
 
 IDENTITY = {"zero": 2, "pipeline": 2, "data_parallel": 4, "schedule": "1f1b", "offload": "none"}

@@ -1,4 +1,4 @@
-"""How errors are shown; which there are stands in tests/e2e/bad_inputs."""
+"""How errors are shown; which there are stands in tests/support/bad_inputs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.bad_inputs.row import GOOD
 from tests.e2e.conftest import Said
+from tests.support.bad_inputs.row import GOOD
 
 
 def test_what_is_right_is_planned(place: Path, dstrain_here: Callable[..., Said]) -> None:

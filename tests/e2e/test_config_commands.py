@@ -231,7 +231,7 @@ def test_diff_of_files(place: Path, dstrain_here: Dstrain) -> None:
 
 
 def test_diff_of_runs_shows_what_followed(place: Path, dstrain_here: Dstrain) -> None:
-    from dstrain.plan.plan import Plan
+    from dstrain.planning.plan import Plan
 
     def made(name: str, *flags: str) -> Plan:
         record = json.loads(dstrain_here("plan", *PLAN, *flags, "--json").out)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dstrain.data.tokenizers import ByteTokenizer
-from dstrain.plan.run_folder import RunFolder, read_metrics
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.e2e.conftest import LLAMA, Said, start
 
 pytestmark = pytest.mark.timeout(300)
@@ -137,7 +137,7 @@ def test_an_earlier_step_in_another_precision(bench: Bench) -> None:
 def test_generate_continues_the_prompt(
     bench: Bench, newest: Said, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dstrain.export.generate import generate
+    from dstrain.exporting.generate import generate
 
     said = bench("generate", "out", "the quick", "--tokens", "9", "--seed", "1")
     assert said.code == 0 and not said.err
@@ -153,7 +153,7 @@ def test_generate_continues_the_prompt(
 
 def test_a_failed_export_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from dstrain.errors import DstrainError
-    from dstrain.export import convert
+    from dstrain.exporting import convert
 
     monkeypatch.chdir(bench.place)
     before = set(bench.place.iterdir())
@@ -171,7 +171,7 @@ def test_a_failed_export_leaves_nothing(bench: Bench, monkeypatch: pytest.Monkey
 def test_quantized_weights_are_not_announced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What --no-loss checks is the folder's own config.json."""
     from dstrain.errors import DstrainError
-    from dstrain.export import convert
+    from dstrain.exporting import convert
 
     write = convert._write_descriptions
 
@@ -189,7 +189,7 @@ def test_quantized_weights_are_not_announced(bench: Bench, monkeypatch: pytest.M
 
 def test_what_the_disk_refuses_is_one_message(bench: Bench) -> None:
     from dstrain.errors import DstrainError
-    from dstrain.export import convert
+    from dstrain.exporting import convert
 
     checkpoint = bench.run.checkpoints / "step-000006"
     below_a_file = bench.place / "text.jsonl" / "out"
@@ -201,7 +201,7 @@ def test_what_the_disk_refuses_is_one_message(bench: Bench) -> None:
 def test_without_its_data_a_run_is_exported_all_the_same(
     bench: Bench, newest: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dstrain.export import convert
+    from dstrain.exporting import convert
 
     data, aside = bench.place / "text.jsonl", bench.place / "text.aside"
     data.rename(aside)
@@ -226,8 +226,8 @@ def test_without_its_data_a_run_is_exported_all_the_same(
 
 
 def test_the_weights_of_the_start_may_be_gone(bench: Bench, newest: Said, tmp_path: Path) -> None:
-    from dstrain.export.convert import _files_at_the_start
-    from dstrain.plan.plan import Plan
+    from dstrain.exporting.convert import _files_at_the_start
+    from dstrain.planning.plan import Plan
 
     record = json.loads(bench.run.plan.read_text())
     record["config"]["init"], record["model"]["folder"] = "pretrained", str(tmp_path / "start")
@@ -246,7 +246,7 @@ def test_generate_ends_with_the_positions(tmp_path: Path, capsys: pytest.Capture
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from dstrain.errors import DstrainError
-    from dstrain.export.generate import generate
+    from dstrain.exporting.generate import generate
 
     config = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     config.bos_token_id = config.eos_token_id = None

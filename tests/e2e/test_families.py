@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import prepare
 from dstrain.model.architecture import load_config
-from dstrain.model.layered import LayeredModel
-from dstrain.plan.batch import make_batch
-from dstrain.plan.run_folder import RunFolder, read_metrics
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.planning.batch import make_batch
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches
 from tests.e2e.conftest import Said
 

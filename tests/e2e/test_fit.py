@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dstrain.plan.estimates.verdict import memory_needed
-from dstrain.plan.plan import Plan
+from dstrain.estimate.verdict import memory_needed
+from dstrain.planning.plan import Plan
 from tests.e2e.conftest import Said
 
 COMMON = (
@@ -63,7 +63,7 @@ def test_the_table_says_what_to_type_and_why_the_others_fell(dstrain_here: Calla
 def test_without_a_known_device_it_asks_for_one(
     dstrain_here: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dstrain.cli.machines.cpu_device", lambda *_, **__: None)
+    monkeypatch.setattr("dstrain.api.machines.cpu_device", lambda *_, **__: None)
     said = dstrain_here("plan", *COMMON, "--fit")
     assert said.code == 2 and "--device" in said.err and "Traceback" not in said.err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.plan.plan import Plan
+from dstrain.planning.plan import Plan
 from tests.e2e.conftest import Said
 
 GOOD = ["plan", "--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "64"]

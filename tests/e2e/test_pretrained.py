@@ -125,7 +125,7 @@ def test_damaged_weights_start_nothing(
     trained: Path, place: Path, dstrain_here: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr("dstrain.cli.running.attempt.supervise", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("dstrain.api.launch_attempt.supervise", lambda *a, **k: started.append(a))
     arguments = ["run", *GOOD, "--model", "trained", "--init", "pretrained"]
     assert dstrain_here("plan", *arguments[1:]).code == 0  # and the good result is kept
     shard = sorted(trained.glob("*.safetensors"))[1]

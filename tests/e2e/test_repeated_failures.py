@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.checkpoint.manifest import complete_checkpoints
-from dstrain.plan.run_folder import RunFolder, read_metrics
+from dstrain.runs.checkpoint.manifest import complete_checkpoints
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.e2e.conftest import Said
 
 pytestmark = pytest.mark.timeout(400)

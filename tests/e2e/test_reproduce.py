@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder
 from tests.e2e.conftest import Said
 
 pytestmark = pytest.mark.timeout(300)

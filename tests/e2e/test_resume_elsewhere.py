@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.manifest import MANIFEST, digest
+from dstrain.runs.checkpoint.manifest import MANIFEST, digest
 from tests.e2e.conftest import Said
 
 pytestmark = pytest.mark.timeout(300)

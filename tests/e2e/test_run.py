@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.manifest import complete_checkpoints
 from dstrain.config.loader import read_config
 from dstrain.errors import RESUMABLE
-from dstrain.plan.plan import Plan
-from dstrain.plan.run_folder import RunFolder
+from dstrain.planning.plan import Plan
+from dstrain.runs.checkpoint.manifest import complete_checkpoints
+from dstrain.runs.run_folder import RunFolder
 from tests.e2e.conftest import CommandLine, Said, start
 
 pytestmark = pytest.mark.timeout(300)

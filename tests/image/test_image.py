@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 import dstrain
-from dstrain.plan.run_folder import RunFolder
-from dstrain.record.record import read_launches
-from tests.cluster.runs import numbers
-from tests.cluster.waiting import wait_until
+from dstrain.runs.record.record import read_launches
+from dstrain.runs.run_folder import RunFolder
 from tests.e2e.conftest import materials, repository_root
-from tests.image.engine import Engine, NoEngineError, engine
+from tests.support.cluster.runs import numbers
+from tests.support.cluster.waiting import wait_until
+from tests.support.image.engine import Engine, NoEngineError, engine
 
 __all__ = ["materials", "repository_root"]  # fixtures of the command line's tests, of use here too
 

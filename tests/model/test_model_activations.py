@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
-from dstrain.model.dissection.probe import dissect
 from dstrain.model.measuring.saved import block_activations, outer_activations
+from dstrain.model.pipeline_split.probe import dissect
 
 HIDDEN, HEADS, LENGTH = 128, 8, 512
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.model.trials.families import CHOICES, NOTES, Finding, families, page
-from dstrain.model.trials.likeness import CLOSE
+from dstrain.model.capability.parity import CLOSE
+from tools.models_page import CHOICES, NOTES, Finding, families, page
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOOR = 168
@@ -28,7 +28,7 @@ SUMS_IN_ANOTHER_ORDER: dict[str, str] = {}
 def findings() -> dict[str, Finding]:
     """In a process of its own, which forks before torch has started threads."""
     done = subprocess.run(
-        [sys.executable, "-m", "dstrain.model.trials.families", "--json"],
+        [sys.executable, "-m", "tools.models_page", "--json"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -6,16 +6,16 @@ from collections import UserDict
 
 import pytest
 import torch
-from families import tiny
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
-from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layered import LayeredModel
+from dstrain.model.capability.small_model import small_family
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_split.probe import why_not_pipelined
 from dstrain.model.skeleton import HUGE, empty_model
-from dstrain.model.trials.small import small_family
-from dstrain.model.whole import WholeModel
+from dstrain.model.unsplit_model import WholeModel
+from tests.support.model_families import tiny
 
 
 def family(name, **choices):

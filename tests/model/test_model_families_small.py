@@ -6,9 +6,9 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from dstrain.errors import DstrainError
+from dstrain.model.capability.small_model import small_config, small_family
+from dstrain.model.capability.small_sizes import BLOCKS
 from dstrain.model.skeleton import empty_model
-from dstrain.model.trials.small import small_config, small_family
-from dstrain.model.trials.small_sizes import BLOCKS
 
 MIXED = ["sliding_attention"] * 5 + ["full_attention"]
 

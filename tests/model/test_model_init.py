@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
-from dstrain.model.layered import LayeredModel
+from dstrain.model.pipeline_model import LayeredModel
+from tests.support.model_families import FAMILIES, tiny
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "deepseek_v3", "opt"])

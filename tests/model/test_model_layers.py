@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, batch, reference, tiny
 from torch.utils.checkpoint import checkpoint
 
-from dstrain.model.layered import LayeredModel
 from dstrain.model.loss import TokenLoss
-from dstrain.model.whole import WholeModel
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.unsplit_model import WholeModel
+from tests.support.model_families import FAMILIES, batch, reference, tiny
 
 
 def build(config, indices=None, seed=3, **options):

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, tiny
 from test_model_probe import _gemma3n
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dstrain.model.architecture import load_config
-from dstrain.model.dissection.probe import dissect
+from dstrain.model.capability.small_model import small_family
 from dstrain.model.measuring.measure import FORMAT, main, measure
-from dstrain.model.trials.small import small_family
+from dstrain.model.pipeline_split.probe import dissect
+from tests.support.model_families import FAMILIES, tiny
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from dstrain.errors import DstrainError
+from dstrain.model.capability import packing
+from dstrain.model.capability.packing import judge_packing, packing_leaks
+from dstrain.model.capability.small_model import small_family
 from dstrain.model.document_masks import Documents, document_lengths
-from dstrain.model.layered import LayeredModel
-from dstrain.model.trials import packing
-from dstrain.model.trials.packing import judge_packing, packing_leaks
-from dstrain.model.trials.small import small_family
-from dstrain.model.whole import WholeModel
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.unsplit_model import WholeModel
+from tests.support.model_families import tiny
 
 LENGTHS = 9, 7, 6
 IDS = torch.randint(3, 99, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.layered import LayeredModel
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.unsplit_model import WholeModel
 from dstrain.model.weights.check_weights import check_weights, main
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
-from dstrain.model.whole import WholeModel
+from tests.support.model_families import tiny
 
 LOADED = ["llama", "llama-tied", "mixtral", "qwen3_moe", "gpt2", "gemma3_text", "deepseek_v3", "falcon"]
 SPLIT = (range(2), range(2, 4), range(4, 6))

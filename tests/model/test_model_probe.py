@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from families import COMMON, FAMILIES, GQA, tiny
 from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layered import LayeredModel
-from dstrain.model.trials.packing import packing_leaks
+from dstrain.model.capability.packing import packing_leaks
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_split.probe import why_not_pipelined
+from tests.support.model_families import COMMON, FAMILIES, GQA, tiny
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,8 +7,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from dstrain.errors import DstrainError
-from dstrain.model.trials.small import small_family
-from dstrain.model.whole import WholeModel
+from dstrain.model.capability.small_model import small_family
+from dstrain.model.unsplit_model import WholeModel
 
 
 def step(name: str, recompute: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:

@@ -8,16 +8,16 @@ import sys
 
 import pytest
 import torch
-from families import batch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, MixtralConfig, PretrainedConfig
 
-from dstrain.model.dissection.probe import why_not_pipelined
-from dstrain.model.layered import LayeredModel
+from dstrain.model.capability.small_model import small_family
 from dstrain.model.layers import HeadLayer
 from dstrain.model.loss import TokenLoss
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_split.probe import why_not_pipelined
 from dstrain.model.router import router_coefficient
-from dstrain.model.trials.small import small_family
-from dstrain.model.whole import WholeModel
+from dstrain.model.unsplit_model import WholeModel
+from tests.support.model_families import batch
 
 
 def families_with_a_router_loss() -> dict[str, type[PretrainedConfig]]:

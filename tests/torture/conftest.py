@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.runs import Layout, Run, write_materials
+from tests.support.torture.runs import Layout, Run, write_materials
 
 
 @pytest.fixture(scope="session")

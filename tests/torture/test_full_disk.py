@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.runs.run_folder import RankStatus, RunFolder
 from dstrain.train.metrics import MetricsFile
-from tests.torture.runs import Layout, Run, assert_ends_as_unbroken
+from tests.support.torture.runs import Layout, Run, assert_ends_as_unbroken
 
 LAYOUT = Layout(zero=3, pipeline=1, data_parallel=2)
 # Less than a rank's optimizer states (168 kB), more than its log and its metrics.

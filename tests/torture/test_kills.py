@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.moments import Moments
-from tests.torture.runs import SAVE_EVERY, STEPS, Layout, Run, assert_ends_as_unbroken
+from tests.support.torture.moments import Moments
+from tests.support.torture.runs import SAVE_EVERY, STEPS, Layout, Run, assert_ends_as_unbroken
 
 PIPELINE = Layout(zero=1, pipeline=2, data_parallel=2)
 SHARDED = Layout(zero=3, pipeline=1, data_parallel=2)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.attempt import ALL, COMMAND, LAUNCHER, RANK
-from tests.torture.moments import STEP, Moment
-from tests.torture.runs import (
+from tests.support.torture.attempt import ALL, COMMAND, LAUNCHER, RANK
+from tests.support.torture.moments import STEP, Moment
+from tests.support.torture.runs import (
     Layout,
     Run,
     assert_equal_metrics,

@@ -7,10 +7,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import plan
 
 from dstrain.errors import DstrainError
-from dstrain.plan.batch import Batch, make_batch
+from dstrain.planning.batch import Batch, make_batch
+from tests.support.plans import plan
 
 ASKED = {
     "global_batch": st.integers(1, 300),

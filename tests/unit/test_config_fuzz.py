@@ -14,7 +14,7 @@ from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
 from dstrain.launch.hosts import read_hostfile
-from dstrain.plan.refusals import refuse
+from dstrain.planning.checks import refuse
 
 # Pieces of YAML that mean something, so that what is put together out of them comes further than noise does.
 _PIECES = st.sampled_from(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import plan, shape
 
 from dstrain.config.nested import leaves
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines, Plan
+from dstrain.planning.layout import Host
+from dstrain.planning.plan import Machines, Plan
+from tests.support.plans import plan, shape
 
 GOLDEN = Path(__file__).parent / "golden"
 MATRIX = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16", "fp16"), (1, 2)))
@@ -259,9 +259,8 @@ def test_a_conflict_in_yaml_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("zero: 2\ndeepspeed:\n  zero_optimization:\n    stage: 1\n")
     resolved = load_config(config_file=str(path))
-    from plans import DATA, LAPTOP
-
-    from dstrain.plan.plan import make_plan
+    from dstrain.planning.plan import make_plan
+    from tests.support.plans import DATA, LAPTOP
 
     with pytest.raises(DstrainError) as caught:
         make_plan(resolved, LAPTOP, shape(), DATA, "m")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import plan
 
 from dstrain.config.deepspeed_keys import (
     GONE,
@@ -26,8 +25,9 @@ from dstrain.config.loader import load_config
 from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.own_keys import _INSTEAD, _UNFIT, mistakes
-from dstrain.plan.refusals import refuse
+from dstrain.planning.checks import refuse
+from dstrain.planning.deepspeed.user_keys import _INSTEAD, _UNFIT, mistakes
+from tests.support.plans import plan
 
 FRAGMENTS = sorted(
     str(path.relative_to(ds_configs()))

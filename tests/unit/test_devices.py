@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import yaml
-from plans import MINIMAL, plan
 
-from dstrain.cli.machines import Elsewhere, elsewhere, find_machines
+from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
+from dstrain.estimate.device import PRECISIONS, cpu_device, device_like, find_device, known_devices
+from dstrain.estimate.memory import StageMemory
+from dstrain.estimate.verdict import memory_needed, memory_verdict
 from dstrain.launch.devices import local_devices, processor
-from dstrain.plan.estimates.device import PRECISIONS, cpu_device, device_like, find_device, known_devices
-from dstrain.plan.estimates.memory import StageMemory
-from dstrain.plan.estimates.verdict import memory_needed, memory_verdict
-from dstrain.plan.layout import Host, Layout
-from dstrain.plan.plan import Machines, Plan
+from dstrain.planning.layout import Host, Layout
+from dstrain.planning.plan import Machines, Plan
+from tests.support.plans import MINIMAL, plan
 
 GB = 10**9
 
@@ -172,7 +172,7 @@ def machines_of(described: Elsewhere | None, **flags: Any) -> Machines:
 
 
 def test_machines_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstrain.cli.machines.local_devices", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr("dstrain.api.machines.local_devices", lambda: pytest.fail("looked for a GPU"))
     found = machines_of(Elsewhere("a100-40g"), nodes=3)
     assert found.hosts == tuple(Host(f"node-{number}", 8) for number in range(3))
     assert (found.accelerator, found.memory_bytes) == ("cuda", 40960 * 2**20)

@@ -17,10 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from dstrain.cli.doctor import command as doctor
-from dstrain.doctor import before, host
-from dstrain.doctor.conversation import Conversation, NoAnswerError, ask_all
-from dstrain.doctor.facts import facts
-from dstrain.doctor.findings import (
+from dstrain.diagnostics import host, quick_check
+from dstrain.diagnostics.diagnosis import (
     FAILED,
     OK,
     WARNING,
@@ -30,11 +28,13 @@ from dstrain.doctor.findings import (
     judge_folders,
     judge_names,
 )
-from dstrain.doctor.network import judge_exchange
+from dstrain.diagnostics.facts import facts
+from dstrain.diagnostics.network import judge_exchange
+from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError
-from dstrain.launch.reach import Trouble, ssh_command, trouble
-from dstrain.launch.request import LaunchRequest
-from dstrain.plan.layout import Host
+from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.launch.ssh_reachability import Trouble, ssh_command, trouble
+from dstrain.planning.layout import Host
 
 VERSIONS = {"dstrain": "0.1.0 (ab)", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 FACTS: dict[str, Any] = {
@@ -253,11 +253,16 @@ TROUBLES = {
     ),
     "no dstrain": (
         1,
-        "/v/python: Error while finding module specification for 'dstrain.doctor.host' (ModuleNotFoundError: "
+        "/v/python: Error while finding module specification for 'dstrain.diagnostics.host' (ModuleNotFoundError: "
         "No module named 'dstrain')\n",
         *("no dstrain, or an older one", "the same dstrain"),
     ),
-    "old dstrain": (1, "/v/python: No module named dstrain.doctor\n", "or an older one", "the same dstrain"),
+    "old dstrain": (
+        1,
+        "/v/python: No module named dstrain.diagnostics\n",
+        "or an older one",
+        "the same dstrain",
+    ),
     "no psutil": (1, "ModuleNotFoundError: No module named 'psutil'\n", "does not start", "ssh n2 /v/python"),
     "without a word": (3, "", "exit code 3", "ssh n2 /v/python"),
 }
@@ -396,12 +401,12 @@ def request(**changed: Any) -> LaunchRequest:
 def test_pdsh_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DstrainError, match=r"pdsh.*is not installed"):
-        before.refuse_unfit_hosts(request(), None)
+        quick_check.refuse_unfit_hosts(request(), None)
 
 
 def test_a_run_on_this_machine_looks_at_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(before, "examine_hosts", None)  # a call would fail
-    before.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
+    monkeypatch.setattr(quick_check, "examine_hosts", None)  # a call would fail
+    quick_check.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
 
 
 def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
@@ -421,9 +426,9 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
             Check("192.0.2.2", "devices", FAILED, "slots=8, and 4 GPUs are there", "`192.0.2.2 slots=4`"),
         ]
 
-    monkeypatch.setattr(before, "examine_hosts", examined)
+    monkeypatch.setattr(quick_check, "examine_hosts", examined)
     with pytest.raises(DstrainError) as caught:
-        before.refuse_unfit_hosts(request(), str(tmp_path / "hosts"))
+        quick_check.refuse_unfit_hosts(request(), str(tmp_path / "hosts"))
     assert [host.slots for host in asked] == [8, 8]
     assert caught.value.where == f"{tmp_path}/hosts:3"
     assert caught.value.message == (

@@ -6,16 +6,16 @@ import json
 from typing import Any
 
 import pytest
-from plans import plan
 
 from dstrain.cli.showing.explanation import in_words
 from dstrain.config.deepspeed_keys import GONE, all_keys, find
 from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
-from dstrain.plan.deepspeed.reasons import AS_DEFAULT, WHY
-from dstrain.plan.explain import Explanation, explain, keys_meant
-from dstrain.plan.plan import Plan
+from dstrain.planning.deepspeed.reasons import AS_DEFAULT, WHY
+from dstrain.planning.explain import Explanation, explain, keys_meant
+from dstrain.planning.plan import Plan
+from tests.support.plans import plan
 
 CHOICES: list[dict[str, Any]] = [
     {"zero": 0},

@@ -6,19 +6,19 @@ import io
 from pathlib import Path
 
 import pytest
-from plans import DATA, MINIMAL, shape
 from rich.console import Console
 
-from dstrain.cli.planning import Planned
-from dstrain.cli.running.restarting import Restarting, fewer_replicas
-from dstrain.cli.running.starting import refuse_elastic_alone
+from dstrain.api.planning import Planned
+from dstrain.api.preflight import refuse_elastic_alone
+from dstrain.api.restart_policy import Restarting, fewer_replicas
 from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
-from dstrain.launch.site import Site
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines, Plan, make_plan
-from dstrain.plan.run_folder import RunFolder
+from dstrain.launch.placement import Site
+from dstrain.planning.layout import Host
+from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.runs.run_folder import RunFolder
+from tests.support.plans import DATA, MINIMAL, shape
 
 HOSTS = tuple(Host(f"n{number}", 2) for number in range(1, 5))
 
@@ -104,8 +104,8 @@ class Hosts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, str]) -> None:
         self.answers = list(answers)
-        monkeypatch.setattr("dstrain.cli.running.restarting.silent_hosts", lambda hosts: self.answers.pop(0))
-        monkeypatch.setattr("dstrain.cli.running.restarting.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("dstrain.api.restart_policy.silent_hosts", lambda hosts: self.answers.pop(0))
+        monkeypatch.setattr("dstrain.api.restart_policy.time.sleep", lambda seconds: None)
 
 
 def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(

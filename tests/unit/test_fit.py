@@ -7,20 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plans import DATA
 
 from dstrain.config.loader import ResolvedConfig, load_config, override
 from dstrain.errors import DstrainError
-from dstrain.plan.estimates.device import Device, Link, find_device
-from dstrain.plan.estimates.memory import USABLE
-from dstrain.plan.estimates.verdict import memory_needed
-from dstrain.plan.fitting.candidates import Candidate, find_candidates, fixed_choices
-from dstrain.plan.fitting.scores import Scores
-from dstrain.plan.fitting.search import NEAR, Scored, choose, fit
-from dstrain.plan.layout import Host
-from dstrain.plan.layout_choice import LayoutChoice
-from dstrain.plan.plan import Machines, Plan, make_plan
-from dstrain.plan.shape import Layer, ModelShape
+from dstrain.estimate.device import Device, Link, find_device
+from dstrain.estimate.memory import USABLE
+from dstrain.estimate.verdict import memory_needed
+from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixed_choices
+from dstrain.planning.fitting.scores import Scores
+from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
+from dstrain.planning.layout import Host
+from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.model_shape import Layer, ModelShape
+from dstrain.planning.plan import Machines, Plan, make_plan
+from tests.support.plans import DATA
 
 # A device beside which the models below are large, and a network that is felt.
 SMALL = Device(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.identity import is_other_layout, refuse_other, refuse_other_batch, what_changes
-from dstrain.checkpoint.manifest import MANIFEST
 from dstrain.errors import DstrainError
-from tests.unit.plans import plan
+from dstrain.runs.checkpoint.identity import is_other_layout, refuse_other, refuse_other_batch, what_changes
+from dstrain.runs.checkpoint.manifest import MANIFEST
+from tests.support.plans import plan
 
 BEFORE: dict[str, Any] = {"zero": 1, "pipeline": 2, "data_parallel": 2, "micro_batch": 2, "global_batch": 16}
 

@@ -10,17 +10,23 @@ from pathlib import Path
 
 import pytest
 
-import dstrain.checkpoint
 import dstrain.config
 import dstrain.launch
-import dstrain.plan
+import dstrain.planning
+import dstrain.runs.checkpoint
 import dstrain.supervise
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "numpy"}
 FOR_HELP = {"click", "dstrain"}
 LIGHT = sorted(
     f"{package.__name__}.{module.name}"
-    for package in (dstrain.config, dstrain.plan, dstrain.checkpoint, dstrain.launch, dstrain.supervise)
+    for package in (
+        dstrain.config,
+        dstrain.planning,
+        dstrain.runs.checkpoint,
+        dstrain.launch,
+        dstrain.supervise,
+    )
     for module in pkgutil.iter_modules(package.__path__)
 )
 TELL = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
@@ -44,7 +50,7 @@ def test_the_check_sees_what_is_imported(repository: Path) -> None:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"dstrain.config.loader", "dstrain.plan.plan", "dstrain.supervise.supervisor"} <= set(LIGHT)
+    assert {"dstrain.config.loader", "dstrain.planning.plan", "dstrain.supervise.supervisor"} <= set(LIGHT)
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -56,7 +62,7 @@ def test_launch_and_supervise_know_no_pydantic_either(repository: Path) -> None:
     modules = (
         "dstrain.launch.hosts, dstrain.launch.devices, dstrain.launch.command, dstrain.launch.environment"
     )
-    code = f"import {modules}, dstrain.supervise.supervisor, dstrain.supervise.guard"
+    code = f"import {modules}, dstrain.supervise.supervisor, dstrain.supervise.subreaper"
     assert not loaded_by(code, repository) & (HEAVY | {"pydantic"})
 
 

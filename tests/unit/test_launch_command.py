@@ -18,10 +18,10 @@ from dstrain.launch.command import (
     write_launch_files,
 )
 from dstrain.launch.environment import check_environment, default_environment
-from dstrain.launch.request import LaunchRequest
-from dstrain.plan.layout import Host
-from dstrain.plan.lifeline import ADDRESS
-from dstrain.plan.run_folder import RunFolder
+from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.planning.layout import Host
+from dstrain.runs.protocol import ADDRESS
+from dstrain.runs.run_folder import RunFolder
 from dstrain.train.rank_environment import (
     launch_variables,
     rank_variables,

@@ -7,7 +7,7 @@ import pytest
 
 from dstrain.errors import DstrainError
 from dstrain.launch.hosts import is_this_host, numbered_hosts, read_hostfile
-from dstrain.plan.layout import Host
+from dstrain.planning.layout import Host
 
 GOOD = {
     "one": (b"n1 slots=4\n", [("n1", 4)]),

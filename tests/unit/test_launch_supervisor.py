@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import RESUMABLE
-from dstrain.plan.lifeline import ADDRESS
-from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.runs.protocol import ADDRESS
+from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.supervise.control_server import Lifeline
 from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
-from dstrain.supervise.lifeline import Lifeline
 from dstrain.supervise.outcome import Outcome
 from dstrain.supervise.supervisor import supervise
 
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = f"""
 import os, signal, socket, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from dstrain.plan.lifeline import ADDRESS
-from dstrain.plan.run_folder import RankStatus, RunFolder
+from dstrain.runs.protocol import ADDRESS
+from dstrain.runs.run_folder import RankStatus, RunFolder
 folder, mark = RunFolder(sys.argv[1]), sys.argv[2]
 def say(rank, state, error=None, pid=None, host=None):
     host = host or socket.gethostname()
@@ -334,9 +334,9 @@ def test_nothing_outlives_a_killed_supervisor(fake: Fake) -> None:
     command = fake.command(TWO_RANKS, "say(rank, 'running'); time.sleep(300)")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from dstrain.supervise.lifeline import Lifeline
+from dstrain.supervise.control_server import Lifeline
 from dstrain.supervise.supervisor import supervise
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder
 supervise({command!r}, environment={{}}, folder=RunFolder(sys.argv[1]), lifeline=Lifeline(2), world_size=2,
     on_tick=lambda: None)
 """

@@ -7,11 +7,11 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import plan
 
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import Host, Layout, choose_data_parallel, fill_hosts
-from dstrain.plan.plan import Machines
+from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
+from dstrain.planning.plan import Machines
+from tests.support.plans import plan
 
 SIZES = {"pipeline": st.integers(1, 9), "data_parallel": st.integers(1, 9)}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.integrity import checksum, share_out, wrong_files
-from dstrain.checkpoint.manifest import (
+from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.integrity import checksum, share_out, wrong_files
+from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     choose_newest,
@@ -28,7 +29,6 @@ from dstrain.checkpoint.manifest import (
     run_id,
     unknown_files,
 )
-from dstrain.errors import DstrainError
 
 RUN = "0123456789abcdef"
 CONTENT = {"state/weights.pt": b"abc", "state/optimizer.pt": b"defgh", "script.py": b""}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dstrain.plan.run_folder import RunFolder
 from dstrain.report.live import LiveLine
+from dstrain.runs.run_folder import RunFolder
 from dstrain.train.metrics import MetricsFile
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dstrain.plan.run_folder import NOTE, RunFolder
 from dstrain.report.live import LiveLine
 from dstrain.report.notes import Notes
+from dstrain.runs.run_folder import NOTE, RunFolder
 
 
 def test_notes_of_this_launch_alone_whole_and_without_what_stands_before(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dstrain import out_of_memory
-from dstrain.out_of_memory import OutOfMemory
+from dstrain.runs import out_of_memory
+from dstrain.runs.out_of_memory import OutOfMemory
 
 LINE = "Out of memory: Killed process 77 (python) total-vm:9kB, anon-rss:8kB, file-rss:0kB, UID:0"
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dstrain.plan.cutting.partition import (
+from dstrain.planning.partition import (
     blocks_of_spans,
     cut_by_blocks,
     cut_by_cost,

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import DATA, plan, shape
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.batch import Batch
-from dstrain.plan.estimates.device import find_device
-from dstrain.plan.estimates.memory import StageMemory
-from dstrain.plan.layout import Host, Layout
-from dstrain.plan.plan import Machines, Plan
-from dstrain.plan.shape import FORMAT, ModelShape
-from dstrain.plan.warnings import warnings_about_memory
+from dstrain.estimate.device import find_device
+from dstrain.estimate.memory import StageMemory
+from dstrain.planning.batch import Batch
+from dstrain.planning.layout import Host, Layout
+from dstrain.planning.model_shape import FORMAT, ModelShape
+from dstrain.planning.plan import Machines, Plan
+from dstrain.planning.warnings import warnings_about_memory
+from tests.support.plans import DATA, plan, shape
 
 
 def through_json(made: Plan) -> Plan:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plans import DATA, plan, shape
 
 from dstrain.errors import DstrainError
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines
+from dstrain.planning.layout import Host
+from dstrain.planning.plan import Machines
+from tests.support.plans import DATA, plan, shape
 
 LEAK = "x lets a document see the ones before it"
 FLASH: dict[str, Any] = {

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import LAPTOP, plan, shape
 
-from dstrain.cli.model_lookup import find_model
+from dstrain.api.model_lookup import find_model
 from dstrain.config.files import is_hub_name, model_config_file
 from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.estimates.memory import estimate
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines
-from dstrain.plan.shape import ModelShape, Tied
+from dstrain.estimate.memory import estimate
+from dstrain.planning.layout import Host
+from dstrain.planning.model_shape import ModelShape, Tied
+from dstrain.planning.plan import Machines
+from tests.support.plans import LAPTOP, plan, shape
 
 GPUS = Machines((Host("localhost", 2),), "cuda", flash_packages=("flash_attn",))
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from dstrain.cli.showing.repetition import cause
+from dstrain.cli.showing.reproduction import cause
 from dstrain.errors import DstrainError
-from dstrain.plan.run_folder import RunFolder
-from dstrain.record.differences import differences
-from dstrain.record.record import append_launch, first_launch, read_launches, write_record
-from dstrain.record.source import UNKNOWN, source_of
-from dstrain.record.surroundings import variables
-from dstrain.record.versions import packages
-from dstrain.record.weights import weights_fingerprint
-from dstrain.report.repetition import compare_bits
-from tests.unit.plans import plan
+from dstrain.report.reproduction import compare_bits
+from dstrain.runs.record.differences import differences
+from dstrain.runs.record.record import append_launch, first_launch, read_launches, write_record
+from dstrain.runs.record.source import UNKNOWN, source_of
+from dstrain.runs.record.surroundings import variables
+from dstrain.runs.record.versions import packages
+from dstrain.runs.record.weights import weights_fingerprint
+from dstrain.runs.run_folder import RunFolder
+from tests.support.plans import plan
 
 
 def git(folder: Path, *arguments: str) -> str:

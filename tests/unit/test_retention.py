@@ -9,15 +9,15 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from plans import MINIMAL, plan, shape
 
 from dstrain.cli.options import choices, given
 from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.estimates.disk import check_disk, most_checkpoints
-from dstrain.plan.words import in_words
-from dstrain.train.saving.save_schedule import SaveSchedule
+from dstrain.estimate.disk import check_disk, most_checkpoints
+from dstrain.formatting import in_words
+from dstrain.train.checkpointing.save_schedule import SaveSchedule
+from tests.support.plans import MINIMAL, plan, shape
 
 
 @pytest.mark.parametrize(

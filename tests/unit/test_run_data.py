@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import DATA, plan
 
 from dstrain.errors import DstrainError
-from dstrain.plan.lifeline import plan_digest
-from dstrain.plan.plan import Plan
-from dstrain.plan.run_folder import RunFolder
-from dstrain.train import own_folder
-from dstrain.train.own_folder import keep_plan, plan_seen
+from dstrain.planning.plan import Plan
+from dstrain.runs.protocol import plan_digest
+from dstrain.runs.run_folder import RunFolder
+from dstrain.train import local_run_folder
+from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.run_data import check_model_file, prepare_run_data
+from tests.support.plans import DATA, plan
 
 HERE = socket.gethostname()
 
@@ -93,7 +93,7 @@ def test_without_a_supervisor_there_must_be_a_plan(tmp_path: Path) -> None:
 
 
 def test_rank_0_must_see_the_supervisors_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_folder, "LATE_SECONDS", 0.2)
+    monkeypatch.setattr(local_run_folder, "LATE_SECONDS", 0.2)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.launch.write_text("an earlier launch\n")

@@ -8,13 +8,13 @@ import re
 import pytest
 from rich.console import Console
 
+from dstrain.cli.showing.formatting import duration_in_words
 from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.plan import show_plan
-from dstrain.cli.showing.words import duration_in_words
-from dstrain.plan.estimates.device import find_device
-from dstrain.plan.layout import Host
-from dstrain.plan.plan import Machines, Plan
-from tests.unit.plans import plan, shape
+from dstrain.estimate.device import find_device
+from dstrain.planning.layout import Host
+from dstrain.planning.plan import Machines, Plan
+from tests.support.plans import plan, shape
 
 
 def gpus(hosts: int, devices: int) -> Machines:

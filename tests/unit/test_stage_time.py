@@ -11,17 +11,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from plans import DATA, plan
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.plan.cutting.partition import cut_by_cost
-from dstrain.plan.estimates.memory import Memory, estimate, micro_batches_in_flight, state_bytes
-from dstrain.plan.estimates.stage_time import attended_share, layer_times, stage_shares
-from dstrain.plan.layout import Host, Layout
-from dstrain.plan.loss_chunk import loss_chunk
-from dstrain.plan.plan import Machines
-from dstrain.plan.shape import Layer, ModelShape, Tied
+from dstrain.estimate.memory import Memory, estimate, micro_batches_in_flight, state_bytes
+from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
+from dstrain.planning.layout import Host, Layout
+from dstrain.planning.loss_chunk import loss_chunk
+from dstrain.planning.model_shape import Layer, ModelShape, Tied
+from dstrain.planning.partition import cut_by_cost
+from dstrain.planning.plan import Machines
+from tests.support.plans import DATA, plan
 
 GB = 10**9
 EMBEDDING = 128_256 * 2048

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.config.schema import RunConfig
-from dstrain.plan.batch import Batch
-from dstrain.plan.cutting.partition import cut_by_cost
-from dstrain.plan.estimates.device import Device, Link, find_device
-from dstrain.plan.estimates.time import StepTime, stages_waiting, step_time
-from dstrain.plan.estimates.traffic import stage_traffic, traffic
-from dstrain.plan.layout import Host, Layout
-from dstrain.plan.shape import Layer, ModelShape, Tied
+from dstrain.estimate.device import Device, Link, find_device
+from dstrain.estimate.time import StepTime, stages_waiting, step_time
+from dstrain.estimate.traffic import stage_traffic, traffic
+from dstrain.planning.batch import Batch
+from dstrain.planning.layout import Host, Layout
+from dstrain.planning.model_shape import Layer, ModelShape, Tied
+from dstrain.planning.partition import cut_by_cost
 
 FREE = Link(1e30, 0.0)
 # It computes 1 TFLOP/s, and all else takes no time.

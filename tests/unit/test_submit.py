@@ -14,7 +14,7 @@ import pytest
 
 from dstrain.errors import DstrainError
 from dstrain.launch.batch_script import Job, batch_script
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder
 
 # In place of dstrain: says which signal it got, and ends as it is told.
 FAKE = """#!/bin/sh

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from dstrain.api.tiny_model import shrink_model
 from dstrain.cli import verify as verify_command
-from dstrain.cli.tiny import shrink_model
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
-from dstrain.plan.layout_choice import LayoutChoice, layouts_for
-from dstrain.plan.run_folder import RunFolder
+from dstrain.planning.layout_choice import LayoutChoice, layouts_for
 from dstrain.report.comparison import bound_from, compare_runs
+from dstrain.runs.run_folder import RunFolder
 
 
 def make_run(path: Path, *, shift: float = 0.0, steps: int = 3, skipped: bool = False) -> RunFolder:

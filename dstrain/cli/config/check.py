@@ -35,8 +35,8 @@ def command(file: str, recipe: str | None, settings: tuple[str, ...], as_json: b
 def mistakes_in(file: str, recipe: str | None, settings: tuple[str, ...]) -> list[DstrainError]:
     """Every mistake of a config file, in the order of its lines. One that keeps it from being read stands alone."""
     from dstrain.config.loader import ConfigError, load_config
-    from dstrain.plan.deepspeed.own_keys import mistakes
-    from dstrain.plan.refusals import refusals, refuse_batch
+    from dstrain.planning.checks import refusals, refuse_batch
+    from dstrain.planning.deepspeed.user_keys import mistakes
 
     try:
         resolved = load_config(recipe=recipe, config_file=file, settings=settings)

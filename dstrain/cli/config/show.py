@@ -18,7 +18,7 @@ def command(
     recipe: str | None, config_file: str | None, settings: tuple[str, ...], origins: bool, **flags: Any
 ) -> None:
     """Show the final DeepSpeed JSON of these arguments."""
-    from dstrain.cli.planning import plan_for
+    from dstrain.api.planning import plan_for
     from dstrain.config.loader import load_config
     from dstrain.config.nested import leaves
 

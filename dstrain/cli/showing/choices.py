@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from dstrain.plan.plan import Plan
+from dstrain.planning.plan import Plan
 
 _SHOWN = (
     "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision",

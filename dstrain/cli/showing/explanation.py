@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from dstrain.plan.explain import Explanation, explain
-from dstrain.plan.plan import Plan
+from dstrain.planning.explain import Explanation, explain
+from dstrain.planning.plan import Plan
 
 _WIDTH = 110
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.cli.fitting import Fitted, Row
-from dstrain.cli.showing.words import duration_in_words, headed
-from dstrain.plan.words import count, in_words
+from dstrain.api.fitting import Fitted, Row
+from dstrain.cli.showing.formatting import duration_in_words, headed
+from dstrain.formatting import count, in_words
 
 
 def show_fit(fitted: Fitted, *, as_json: bool) -> None:

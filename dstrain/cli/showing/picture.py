@@ -9,9 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.plan.layout import Layout, Place
-from dstrain.plan.plan import Plan
-from dstrain.plan.words import count
+from dstrain.formatting import count
+from dstrain.planning.layout import Layout, Place
+from dstrain.planning.plan import Plan
 
 # More hosts and devices than these are alike: the first ones stand for them.
 _HOSTS_SHOWN = 2

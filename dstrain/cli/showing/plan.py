@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from dstrain.cli.showing.choices import choices
+from dstrain.cli.showing.formatting import headed
 from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.stages import memory, stages
 from dstrain.cli.showing.time import time
-from dstrain.cli.showing.words import headed
-from dstrain.plan.estimates.disk import most_checkpoints
-from dstrain.plan.plan import Plan
-from dstrain.plan.words import in_words
+from dstrain.estimate.disk import most_checkpoints
+from dstrain.formatting import in_words
+from dstrain.planning.plan import Plan
 
 _VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.cli.showing.words import layers_in_words
-from dstrain.plan.plan import Plan
-from dstrain.plan.words import in_words
+from dstrain.cli.showing.formatting import layers_in_words
+from dstrain.formatting import in_words
+from dstrain.planning.plan import Plan
 
 # More stages than these are left out of the middle.
 _SHOWN = 16

@@ -6,10 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.cli.showing.words import duration_in_words, headed
-from dstrain.plan.estimates.time import StepTime
-from dstrain.plan.plan import Plan
-from dstrain.plan.words import count, in_words
+from dstrain.cli.showing.formatting import duration_in_words, headed
+from dstrain.estimate.time import StepTime
+from dstrain.formatting import count, in_words
+from dstrain.planning.plan import Plan
 
 _PARTS = {
     "compute": "computing",

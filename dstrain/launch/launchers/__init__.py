@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dstrain.launch.launch_spec import LaunchRequest
 from dstrain.launch.launchers import local, none, openmpi, pdsh, slurm, torchrun
-from dstrain.launch.request import LaunchRequest
 
 LAUNCHERS: dict[str, Callable[[LaunchRequest], list[str]]] = {
     "local": local.command,

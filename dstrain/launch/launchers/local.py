@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dstrain.errors import DstrainError
-from dstrain.launch.request import LaunchRequest, check_slots
+from dstrain.launch.launch_spec import LaunchRequest, check_slots
 
 
 def command(request: LaunchRequest) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dstrain.launch.launch_spec import NODE, LaunchRequest
 from dstrain.launch.launchers.torchrun import agent
-from dstrain.launch.request import NODE, LaunchRequest
 
 
 def command(request: LaunchRequest) -> list[str]:

@@ -6,8 +6,8 @@ import os
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.request import LaunchRequest, check_remote
-from dstrain.plan.run_folder import RunFolder
+from dstrain.launch.launch_spec import LaunchRequest, check_remote
+from dstrain.runs.run_folder import RunFolder
 
 
 def command(request: LaunchRequest) -> list[str]:

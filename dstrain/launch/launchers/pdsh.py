@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dstrain.launch.request import LaunchRequest, check_remote
-from dstrain.plan.run_folder import RunFolder
+from dstrain.launch.launch_spec import LaunchRequest, check_remote
+from dstrain.runs.run_folder import RunFolder
 
 
 def command(request: LaunchRequest) -> list[str]:

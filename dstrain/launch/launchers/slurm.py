@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from dstrain.launch.request import LaunchRequest, check_slots
-from dstrain.launch.site import no_allocation
+from dstrain.launch.launch_spec import LaunchRequest, check_slots
+from dstrain.launch.placement import no_allocation
 
 
 def command(request: LaunchRequest, environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -6,8 +6,8 @@ import shlex
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.request import LIFELINE, LaunchRequest, check_remote, check_slots
-from dstrain.plan.lifeline import ADDRESS
+from dstrain.launch.launch_spec import LIFELINE, LaunchRequest, check_remote, check_slots
+from dstrain.runs.protocol import ADDRESS
 
 
 def command(request: LaunchRequest) -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dstrain.model.dissection.anatomy import Anatomy, Refused
-from dstrain.model.dissection.meta_run import run_on_meta
-from dstrain.model.dissection.probe import Trial
+from dstrain.model.pipeline_split.meta_run import run_on_meta
+from dstrain.model.pipeline_split.probe import Trial
+from dstrain.model.pipeline_split.structure import Anatomy, Refused
 
 LENGTH = 256
 """A block is measured at this length and at twice it; recurrent families work in chunks that divide it."""

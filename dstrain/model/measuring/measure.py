@@ -16,13 +16,13 @@ from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.dissection.anatomy import Anatomy
-from dstrain.model.dissection.probe import dissect
+from dstrain.model.capability.packing import judge_packing
+from dstrain.model.capability.tokenwise import head_is_tokenwise
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.measuring.saved import Activations, block_activations, outer_activations
+from dstrain.model.pipeline_split.probe import dissect
+from dstrain.model.pipeline_split.structure import Anatomy
 from dstrain.model.router import router_coefficient
-from dstrain.model.trials.packing import judge_packing
-from dstrain.model.trials.tokenwise import head_is_tokenwise
 
 FORMAT = 7
 
@@ -42,8 +42,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``pipeline_refusal`` (or None),
         ``dropout`` (the largest probability in the config), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
-        ``tokenwise_head`` (see ``dstrain.model.trials.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
-        ``looks_ahead`` (see ``dstrain.model.trials.packing.Packing``). For a model that cannot be split, the layers
+        ``tokenwise_head`` (see ``dstrain.model.capability.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
+        ``looks_ahead`` (see ``dstrain.model.capability.packing.Packing``). For a model that cannot be split, the layers
         are the best guess.
 
     Raises:

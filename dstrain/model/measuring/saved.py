@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from dstrain.model.dissection.anatomy import Anatomy, Refused
-from dstrain.model.dissection.driver import Call, Switch, to_meta
-from dstrain.model.dissection.meta_run import NoData, to_meta_kwargs
-from dstrain.model.dissection.probe import Trial
 from dstrain.model.measuring.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
+from dstrain.model.pipeline_split.meta_run import NoData, to_meta_kwargs
+from dstrain.model.pipeline_split.partial_forward import Call, Switch, to_meta
+from dstrain.model.pipeline_split.probe import Trial
+from dstrain.model.pipeline_split.structure import Anatomy, Refused
 
 DTYPES = (torch.bfloat16, torch.float32)
 """The bytes are found in 16 bits and in fp32: what a family raises to fp32 itself is not halved."""

@@ -1,0 +1,125 @@
+"""One launch of a run: fill its folder, start the ranks, and watch them to their end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dstrain.api.model_files import keep_model_files
+from dstrain.api.planning import Planned
+from dstrain.api.preflight import not_writable
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.files import write_atomically, write_json
+from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
+from dstrain.launch.environment import default_environment
+from dstrain.launch.launch_spec import LaunchRequest, runs_here
+from dstrain.runs.record.record import write_record
+from dstrain.runs.run_folder import RunFolder
+from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.supervisor import Outcome, supervise
+
+
+def launch(
+    request: LaunchRequest,
+    planned: Planned,
+    resolved: ResolvedConfig,
+    folder: RunFolder,
+    on_tick: Callable[[], None],
+) -> Outcome:
+    """Fill the run folder, start the ranks, and return when nothing of them is left.
+
+    Raises:
+        DstrainError: the folder can't be written, or is another's.
+    """
+    plan = planned.plan
+    with locked(folder):
+        prepare(request, planned, resolved, folder)
+        plan_text = folder.plan.read_text(encoding="utf-8")
+        only_here = request.runs_here or request.launcher == "none"
+        with Lifeline(plan.layout.world_size, plan_text, only_here=only_here) as lifeline:
+            _name_launch(lifeline, folder)
+            return supervise(
+                ["bash", str(folder.launch_script)],
+                environment=supervised_environment(request, lifeline.address()),
+                folder=folder,
+                lifeline=lifeline,
+                world_size=len(request.ranks),
+                first_rank=request.ranks.start,
+                on_tick=on_tick,
+                hang_seconds=plan.run_config.hang_after_seconds,
+                terminate=request.may_terminate,
+            )
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """While nobody else may run in this folder. Raises DstrainError where somebody does, or it can't be written."""
+    try:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        lock = folder.lock.open("w")
+    except OSError as error:
+        raise not_writable(error, folder) from error
+    with lock:
+        try:  # released by the kernel when this process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DstrainError(
+                "another dstrain is running this run folder",
+                where=str(folder.path),
+                hint="wait for it, stop it, or start a run under another --name",
+            ) from None
+        yield
+
+
+def _name_launch(lifeline: Lifeline, folder: RunFolder) -> None:
+    """For rank 0 to see, if this is its folder. Raises DstrainError where it can't be written."""
+    try:
+        write_atomically(folder.launch, lifeline.launch + "\n")
+    except OSError as error:
+        raise not_writable(error, folder) from error
+
+
+def prepare(request: LaunchRequest, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
+    """Write what a launch reads: afterwards launch.sh starts the run. Raises DstrainError where it can't be written."""
+    try:
+        # Of several nodes that share the folder the first one says what the run is. Where they don't, each has its own.
+        if folder.node == 0 or not folder.config.exists():
+            write_atomically(folder.config, resolved.to_yaml())
+            write_json(folder.deepspeed_config, planned.plan.deepspeed)
+            write_record(folder, planned.plan, os.environ | request.environment)
+            keep_model_files(folder, planned.plan)
+        write_json(folder.plan, planned.plan.to_record())
+        write_launch_files(request)
+        folder.result.unlink(missing_ok=True)
+    except OSError as error:
+        raise not_writable(error, folder) from error
+
+
+def launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
+    layout, config = planned.plan.layout, planned.plan.run_config
+    hosts = layout.hosts if planned.site.hosts else ()
+    processes = layout.hosts[0].slots
+    # The hosts' names are numbers then, and the port must be the same on all.
+    by_hand = planned.site.launcher == "none"
+    first = "127.0.0.1" if by_hand or not hosts else layout.hosts[0].name
+    return LaunchRequest(
+        run_folder=folder.path,
+        hosts=hosts,
+        processes_per_host=processes,
+        accelerator=planned.plan.accelerator,
+        master_addr=config.master_addr or first,
+        master_port=config.master_port or (USUAL_PORT if by_hand else free_port()),
+        environment=default_environment(
+            planned.plan.accelerator,
+            processes,
+            len(hosts) == 1 if by_hand else runs_here(hosts),
+            hosts=() if by_hand else [host.name for host in hosts],
+            deterministic=config.deterministic,
+        ),
+        launcher=planned.site.launcher,
+        device_ids=planned.devices.ids,
+        node=folder.node,
+    )

@@ -1,0 +1,144 @@
+"""The machines of a plan: those that are here, or those that ``--device`` describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.estimate.device import cpu_device, device_like, find_device
+from dstrain.launch.devices import Devices, has_async_io, local_devices, processor
+from dstrain.launch.hosts import read_hostfile
+from dstrain.launch.placement import Site, find_site
+from dstrain.planning.attention import FLASH_PACKAGES
+from dstrain.planning.layout import Host
+from dstrain.planning.plan import Machines
+
+_MOST_DEVICES = 100_000
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the flags of ``dstrain plan`` say of machines that are not here.
+
+    Attributes:
+        device: a name of ``ds_configs/devices``, or a file.
+        gpus_per_node: of each node; None: as many as such machines usually have.
+    """
+
+    device: str
+    gpus_per_node: int | None = None
+
+
+def elsewhere(device: str | None, gpus_per_node: int | None) -> Elsewhere | None:
+    """From the two flags; None where neither was given. Raises DstrainError for half of it."""
+    if device is not None:
+        return Elsewhere(device, gpus_per_node)
+    if gpus_per_node is not None:
+        raise DstrainError(
+            "which GPUs does each node have? Those of this machine are counted, not told",
+            where="--gpus-per-node",
+            hint="--device NAME, for example h100-80g, for machines that are not here",
+        )
+    return None
+
+
+def find_machines(
+    resolved: ResolvedConfig, described: Elsewhere | None = None
+) -> tuple[Devices, Site, Machines]:
+    """What there is to run on: looked at, or as described; then no GPU is looked for.
+
+    Raises:
+        DstrainError: choices that contradict each other, or a device, a hostfile, an allocation that can't be used.
+    """
+    return _described(resolved, described) if described else _here(resolved)
+
+
+def _here(resolved: ResolvedConfig) -> tuple[Devices, Site, Machines]:
+    config = resolved.config
+    if config.offload == "nvme" and not has_async_io():
+        raise DstrainError(
+            "DeepSpeed writes to the disk through libaio, which is not installed",
+            where=str(resolved.origin("offload")),
+            hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
+        )
+    devices = local_devices()
+    site = find_site(resolved, devices)
+    if devices.kind == "cuda":
+        device = device_like(devices.names)
+    else:
+        found = processor(devices.precisions)
+        device = cpu_device(
+            devices.names[0],
+            cores=found.cores,
+            hertz=found.hertz,
+            flops_a_cycle=found.flops_a_cycle,
+            memory_bytes=devices.memory_bytes,
+        )
+    machines = Machines(
+        hosts=site.hosts or (Host("localhost", devices.count),),
+        accelerator=devices.kind,
+        device_names=devices.names,
+        precisions=devices.precisions,
+        memory_bytes=devices.memory_bytes,
+        flash_packages=tuple(package for package in FLASH_PACKAGES.values() if find_spec(package)),
+        device=device,
+    )
+    return devices, site, machines
+
+
+def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Site, Machines]:
+    if described.device == "cpu":
+        raise DstrainError(
+            "how fast a CPU is differs from machine to machine: only the one that is here is known",
+            where="--device",
+            hint="leave it out; DS_ACCELERATOR=cpu plans for this machine's CPU where it has GPUs too",
+        )
+    device = find_device(described.device, "--device")
+    hosts = _described_hosts(resolved, described, device.gpus_per_node)
+    machines = Machines(
+        hosts=hosts,
+        accelerator=device.kind,
+        device_names=(device.name,) * hosts[0].slots,
+        precisions=device.precisions,
+        memory_bytes=device.memory_bytes,
+        # What is asked for is taken to be installed there.
+        flash_packages=tuple(FLASH_PACKAGES.values()),
+        device=device,
+    )
+    names = machines.device_names
+    devices = Devices(device.kind, len(names), names, device.memory_bytes, precisions=device.precisions)
+    return devices, Site(hosts, resolved.config.launcher or "pdsh"), machines
+
+
+def _described_hosts(resolved: ResolvedConfig, described: Elsewhere, usual: int) -> tuple[Host, ...]:
+    """Those of the hostfile, or ``node-0``, ``node-1``, ..."""
+    config = resolved.config
+    if config.processes is not None:
+        raise DstrainError(
+            "with --device each GPU holds a rank, so that processes has nothing to say",
+            where=str(resolved.origin("processes")),
+            hint="--gpus-per-node N",
+        )
+    if config.hostfile is None:
+        nodes, slots = config.nodes or 1, described.gpus_per_node or usual
+        if nodes * slots > _MOST_DEVICES:
+            raise DstrainError(
+                f"{nodes:,} nodes of {slots:,} devices are more than the {_MOST_DEVICES:,} that a plan is made for",
+                where=str(resolved.origin("nodes")) if slots <= _MOST_DEVICES else "--gpus-per-node",
+                hint=f"at most {max(1, _MOST_DEVICES // slots):,} such nodes",
+            )
+        return tuple(Host(f"node-{number}", slots) for number in range(nodes))
+    for flag, value, where in (
+        ("--nodes", config.nodes, str(resolved.origin("nodes"))),
+        ("--gpus-per-node", described.gpus_per_node, "--gpus-per-node"),
+    ):
+        if value is not None:
+            raise DstrainError(
+                f"the hostfile ({resolved.origin('hostfile')}) names the hosts and their slots, and {flag} {value}"
+                " does so too",
+                where=where,
+                hint="leave one of the two out",
+            )
+    return read_hostfile(config.hostfile)

@@ -1,0 +1,129 @@
+"""Where a run's model comes from: a built-in shape, a folder or a name on the hub; whether its weights are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.config.files import cache_folder, is_hub_name, model_config_file, model_shapes
+from dstrain.config.loader import ResolvedConfig
+from dstrain.config.text_file import read_text
+from dstrain.data.tokenizer_files import VOCABULARY_FILES
+from dstrain.errors import DstrainError
+
+_SHOWN = 3  # names in one line
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's files on this machine.
+
+    Attributes:
+        config_file: its Hugging Face configuration.
+        folder: what else belongs to it lies here; None for a built-in shape.
+    """
+
+    config_file: Path
+    folder: Path | None
+
+    @property
+    def tokenizer(self) -> str:
+        """What ``tokenizer: auto`` means: the model folder's own, where it has one, else bytes."""
+        if self.folder and any((self.folder / name).is_file() for name in VOCABULARY_FILES):
+            return str(self.folder)
+        return "bytes"
+
+
+def find_model(resolved: ResolvedConfig) -> FoundModel:
+    """The model that the config names, fetched from the hub where it lies there. Raises DstrainError."""
+    config, where = resolved.config, str(resolved.origin("model"))
+    if config.init == "pretrained" and config.model in model_shapes():
+        raise DstrainError(
+            f"{config.model} is a shape without weights",
+            where=str(resolved.origin("init")),
+            hint="--init random, or name a folder or a hub model that has weights",
+        )
+    model = config.model
+    if is_hub_name(model):
+        model = str(_fetch(model, "weights" if config.init == "pretrained" else "config", where))
+    file = model_config_file(model, where=where).absolute()
+    _refuse_no_config(file, where)
+    found = FoundModel(file, None if config.model in model_shapes() else file.parent)
+    if config.init == "pretrained" and config.tokenizer == "auto" and found.tokenizer == "bytes":
+        raise DstrainError(
+            f"{found.folder} has no tokenizer, and bytes would mean nothing to its weights",
+            where=str(resolved.origin("tokenizer")),
+            hint="--tokenizer FOLDER, or --tokenizer bytes if that is meant",
+        )
+    return found
+
+
+def _refuse_no_config(file: Path, where: str) -> None:
+    """What can be told of a config.json without transformers. Raises DstrainError."""
+    hint = 'a Hugging Face config.json is one JSON object: {"model_type": "llama", ...}'
+    text = read_text(file, where=where)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DstrainError(
+            f"malformed JSON: {error.msg}", where=f"{file}:{error.lineno}", hint=hint
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DstrainError(f"malformed JSON: {error}", where=str(file), hint=hint) from None
+    if not isinstance(values, dict):
+        raise DstrainError("expected a JSON object", where=str(file), hint=hint)
+    if not isinstance(values.get("model_type"), str):
+        raise DstrainError(
+            "the configuration has no model_type",
+            where=str(file),
+            hint='the family of the model, for instance "model_type": "llama"',
+        )
+
+
+def _fetch(name: str, what: str, where: str) -> Path:
+    import tempfile
+
+    from dstrain.api.child_process import run_module
+
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "folder.json"
+        try:
+            run_module("dstrain.model.weights.hub", name, what, str(answer))
+        except DstrainError as error:
+            raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
+        return Path(json.loads(answer.read_text(encoding="utf-8"))["folder"])
+
+
+def check_pretrained(model: FoundModel) -> None:
+    """Refuse weights that are not whole or not this model's, before anything is launched; no data are read.
+
+    A good result is kept by the names, sizes and times of the files. Raises DstrainError.
+    """
+    assert model.folder is not None
+    version = importlib.metadata.version("transformers")
+    state = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for pattern in ("*.safetensors", "*.bin", "*.index.json")
+        for path in model.folder.glob(pattern)
+    )
+    content = f"{version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
+    kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
+    if not kept.exists():
+        from dstrain.api.child_process import run_module
+
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        run_module(
+            "dstrain.model.weights.check_weights", str(model.config_file), str(model.folder), str(kept)
+        )
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    for names, what in (
+        (found["unexpected"], "the model has no place for, and are left out"),
+        (found["absent"], "the weight files lack; they keep the family's first value"),
+    ):
+        if names:
+            shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            print(f"dstrain: {len(names)} tensors that {what}: {shown}", file=sys.stderr)

@@ -1,0 +1,158 @@
+"""From choices to a plan: look at the machine, measure the model, prepare the data, decide."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstrain.api.machines import Elsewhere, find_machines
+from dstrain.api.model_lookup import check_pretrained, find_model
+from dstrain.config.files import cache_folder
+from dstrain.config.loader import ResolvedConfig
+from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
+from dstrain.data.sources import find_files
+from dstrain.errors import DstrainError
+from dstrain.launch.devices import Devices
+from dstrain.launch.placement import Site
+from dstrain.planning.checks import refuse
+from dstrain.planning.layout import Host
+from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
+from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import Machines, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the local devices that it was made for, and where it is to run."""
+
+    plan: Plan
+    devices: Devices
+    site: Site
+    make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
+    """The plan of the same model and data with other choices, on other hosts of the same kind."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a plan follows from but the choices: the model's shape, its data, the machines."""
+
+    devices: Devices
+    site: Site
+    shape: ModelShape
+    machines: Machines
+    make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
+    """The plan of these choices on these hosts."""
+
+
+def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Planned:
+    """Make the plan, measuring the model and preparing the data where that was not done before.
+
+    Args:
+        described: machines that are not here; None: those that are.
+
+    Raises:
+        DstrainError: whatever can't work; nothing of the run has been started then.
+    """
+    refuse(resolved)  # before the model and the data are looked at: this needs neither
+    prepared = prepare(resolved, described)
+    site = prepared.site
+    plan = prepared.make(resolved, prepared.machines.hosts)
+    if site.launcher == "none" and described is None and len(plan.layout.hosts) < len(site.hosts):
+        raise DstrainError(
+            f"{plan.layout.world_size} ranks leave {len(site.hosts) - len(plan.layout.hosts)} of {len(site.hosts)}"
+            " nodes without any",
+            where=str(resolved.origin("nodes")),
+            hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
+        )
+    if site.told is not None:
+        plan = replace(plan, warnings=(*plan.warnings, site.told))
+    return Planned(plan, prepared.devices, site, prepared.make)
+
+
+def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Prepared:
+    """Look at the machines, measure the model and prepare the data, where that was not done before.
+
+    Args:
+        described: machines that are not here; None: those that are.
+
+    Raises:
+        DstrainError: one of them can't be used.
+    """
+    config = resolved.config
+    devices, site, machines = find_machines(resolved, described)
+    model = find_model(resolved)
+    shape = _measure_model(model.config_file)
+    if config.init == "pretrained":
+        check_pretrained(model)
+    data = _prepare_data(resolved, model.tokenizer if config.tokenizer == "auto" else config.tokenizer)
+    fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
+    folder = str(model.folder) if model.folder else None
+
+    def make(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> Plan:
+        on = replace(machines, hosts=hosts)
+        return make_plan(resolved, on, shape, data, str(model.config_file), fingerprint, folder)
+
+    return Prepared(devices, site, shape, machines, make)
+
+
+def _measure_model(model_file: Path) -> ModelShape:
+    """The model's shape: measured once for a config file and a version of transformers, then kept."""
+    version = importlib.metadata.version("transformers")
+    key = hashlib.sha256(f"{SHAPE_FORMAT} {version} ".encode() + model_file.read_bytes()).hexdigest()[:24]
+    kept = cache_folder() / "shapes" / f"{key}.json"
+    if kept.exists():
+        try:
+            return ModelShape.read(kept)
+        except (ValueError, KeyError):  # damaged: measured again
+            kept.unlink(missing_ok=True)
+    from dstrain.api.child_process import run_module
+
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    run_module("dstrain.model.measuring.measure", str(model_file), str(kept))
+    return ModelShape.read(kept)
+
+
+def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
+    """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
+
+    What was found out about the same data before is read instead, where their tokens are still as they were.
+    """
+    config = resolved.config
+    kept = summary_file(
+        cache_folder() / "data",
+        find_files(config.data),
+        tokenizer_state(tokenizer),
+        seq_len=config.seq_len,
+        held_out=config.held_out,
+        pack=config.pack,
+    )
+    known = read_summary(kept)
+    if known is not None:
+        return known
+    import tempfile
+
+    from dstrain.api.child_process import run_module
+
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "summary.json"
+        request.write_text(
+            json.dumps(
+                {
+                    "source": config.data,
+                    "tokenizer": tokenizer,
+                    "seq_len": config.seq_len,
+                    "held_out": config.held_out,
+                    "cache_dir": str(cache_folder() / "data"),
+                    "pack": config.pack,
+                }
+            ),
+            encoding="utf-8",
+        )
+        run_module("dstrain.data.prepare", str(request), str(answer))
+        summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return summary

@@ -1,0 +1,104 @@
+"""Before anything is started: the folder of a run, and what would stop it from going well."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.config.text_file import shown
+from dstrain.errors import DstrainError
+from dstrain.estimate.disk import check_disk
+from dstrain.launch.placement import Site
+from dstrain.planning.plan import Plan
+from dstrain.runs.checkpoint.identity import refuse_other, what_changes
+from dstrain.runs.checkpoint.manifest import newest_complete
+from dstrain.runs.run_folder import RunFolder
+
+
+def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
+    """The folder of this run, not made yet. Raises DstrainError if there is one and it is not resumed."""
+    config = resolved.config
+    name = config.name
+    if name is None:
+        model = Path(config.model).name or "model"
+        name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{model}"
+    elif (
+        not name
+        or Path(name).name != name
+        or name.startswith(".")
+        or not name.isprintable()
+        or len(name) > 100
+    ):
+        raise DstrainError(
+            f"{name!r} is no name for a folder",
+            where=str(resolved.origin("name")),
+            hint="up to 100 letters and digits, no slash and no dot in front; --set runs_dir=FOLDER says where",
+        )
+    _refuse_no_folder(Path(config.runs_dir), str(resolved.origin("runs_dir")))
+    folder = RunFolder(Path(config.runs_dir) / name)
+    if folder.path.exists() and not resume:
+        raise DstrainError(
+            f"the run folder {folder.path} exists",
+            where=str(resolved.origin("name")),
+            hint=f"another --name; `dstrain resume {folder.name}` goes on with it",
+        )
+    return folder
+
+
+def _refuse_no_folder(runs: Path, where: str) -> None:
+    """Refuse a place for run folders that is none and can't become one. Raises DstrainError."""
+    hint = "--set runs_dir=FOLDER names another place"
+    try:
+        above = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise DstrainError(f"there can be no such folder: {error.strerror}", where=where, hint=hint) from None
+    if not above.is_dir():
+        raise DstrainError(f"{shown(above)} is a file, not a folder", where=where, hint=hint)
+
+
+def refuse_other_training(plan: Plan, folder: RunFolder, console: Console) -> None:
+    """Refuse a folder with the checkpoint of another training, and say what changes. Raises DstrainError."""
+    newest = newest_complete(folder.checkpoints)
+    if newest is None:
+        return
+    refuse_other(newest, plan.identity)
+    for line in what_changes(newest, plan.identity):
+        console.print(Text.assemble(("resume ", "bold"), line), soft_wrap=True)
+
+
+def refuse_elastic_alone(site: Site, resolved: ResolvedConfig) -> None:
+    """Raises DstrainError where a run is to leave hosts out, and has none to leave out or can't ask them."""
+    if not resolved.config.elastic or (len(site.hosts) > 1 and site.launcher not in ("slurm", "none")):
+        return
+    raise DstrainError(
+        "elastic leaves out hosts that no longer answer over ssh, and this run has no hostfile with several hosts",
+        where=str(resolved.origin("elastic")),
+        hint="a --hostfile with all hosts; under Slurm and Kubernetes these put the run on other hosts",
+    )
+
+
+def refuse_full_disk(plan: Plan, folder: RunFolder) -> None:
+    """Refuse a run whose checkpoints do not fit on its disk. Raises DstrainError."""
+    there = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    held = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
+    check_disk(
+        needed=plan.disk_bytes,
+        one=plan.checkpoint_bytes,
+        free=shutil.disk_usage(there).free,
+        held=held,
+        where=str(folder.path),
+    )
+
+
+def not_writable(error: OSError, folder: RunFolder) -> DstrainError:
+    """For an OSError of a file in the run folder."""
+    return DstrainError(
+        f"the run folder can't be written: {error.strerror}",
+        where=str(error.filename or folder.path),
+        hint="--set runs_dir=FOLDER names another place",
+    )

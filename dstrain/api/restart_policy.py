@@ -1,0 +1,120 @@
+"""After a failure: whether the run starts again, when, and on which hosts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rich.console import Console
+from rich.text import Text
+
+from dstrain.api.planning import Planned
+from dstrain.config.loader import ResolvedConfig, override
+from dstrain.errors import DstrainError
+from dstrain.launch.launch_spec import runs_here
+from dstrain.launch.ssh_reachability import silent_hosts
+from dstrain.runs.checkpoint.identity import refuse_other
+from dstrain.runs.checkpoint.manifest import newest_complete, read_manifest
+from dstrain.runs.run_folder import RunFolder, last_step
+from dstrain.supervise.restarts import GiveUp, Restarts
+
+
+class Restarting:
+    """Decides after each failure of one run, and waits until it can go on.
+
+    Args:
+        planned: as the user wants it, on all hosts.
+    """
+
+    def __init__(
+        self, planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console
+    ) -> None:
+        self._planned, self._resolved = planned, resolved
+        self._folder, self._console = folder, console
+        self._restarts = Restarts(resolved.config.restarts)
+
+    def next_attempt(self, error: DstrainError, *, trained: bool) -> Planned:
+        """What to launch now; returns when it can be launched. Raises ``error`` where the run is given up.
+
+        ``trained``: the launch that failed came as far as to train. Otherwise the metrics are those of one before.
+        """
+        step, saved = last_step(self._folder.metrics) if trained else 0, _saved_step(self._folder)
+        decision = self._restarts.after_failure(step=step, saved=saved)
+        if isinstance(decision, GiveUp):
+            if decision.reason:
+                self._say("restart", f"no: {decision.reason}")
+            raise error
+        self._console.print(Text(error.message), soft_wrap=True)
+        self._say("restart", f"{decision.number} of {decision.most} in {decision.seconds:.0f} s")
+        time.sleep(decision.seconds)
+        return self._when_hosts_answer(decision.seconds)
+
+    def _when_hosts_answer(self, seconds: float) -> Planned:
+        """Those of the plan; or, if the run is elastic, enough others. They are asked again after ``seconds`` each."""
+        told = ""
+        used = {host.name for host in self._planned.plan.layout.hosts}
+        while used & (silent := self._silent_hosts()).keys():
+            now = "; ".join(f"{host}: {why}" for host, why in sorted(silent.items()))
+            if self._resolved.config.elastic:
+                try:
+                    smaller = fewer_replicas(self._planned, self._resolved, silent, self._folder)
+                except DstrainError as error:
+                    now += f" ({error.message})"
+                else:
+                    self._say("elastic", f"{_in_words(smaller)}, without {now}")
+                    return smaller
+            if now != told:
+                self._say("waiting", f"for {now}")
+                told = now
+            time.sleep(seconds)
+        return self._planned
+
+    def _silent_hosts(self) -> dict[str, str]:
+        site = self._planned.site
+        if not site.hosts or site.launcher in ("slurm", "none"):
+            return {}  # Slurm's hosts need not let anybody in over ssh; with `none` they have no names
+        return silent_hosts(site.hosts if self._resolved.config.elastic else self._planned.plan.layout.hosts)
+
+    def _say(self, what: str, text: str) -> None:
+        self._console.print(Text.assemble((f"{what} ", "bold"), text), soft_wrap=True)
+
+
+def fewer_replicas(
+    planned: Planned, resolved: ResolvedConfig, silent: Mapping[str, str], folder: RunFolder
+) -> Planned:
+    """The same training on the hosts that are left: as many replicas as they hold; stages and global batch stay.
+
+    Raises:
+        DstrainError: they hold no replica, or the global batch can't be shared by as many as they hold or fewer.
+    """
+    site, full = planned.site, planned.plan.layout
+    hosts = tuple(host for host in site.hosts if host.name not in silent)
+    held = sum(host.slots for host in hosts) // full.pipeline
+    refusal = DstrainError(f"the other hosts don't hold the {full.pipeline} stages of a replica")
+    # An address that the user gave for the first host is not that of another one.
+    changes = {} if hosts[:1] == site.hosts[:1] else {"master_addr": None}
+    for replicas in range(min(held, full.data_parallel), 0, -1):
+        try:
+            plan = planned.make(override(resolved, {**changes, "data_parallel": replicas}), hosts)
+            newest = newest_complete(folder.checkpoints)
+            if newest is not None:
+                refuse_other(newest, plan.identity)
+        except DstrainError as error:
+            refusal = error
+            continue
+        launcher = (
+            "local" if runs_here(plan.layout.hosts) and resolved.config.launcher is None else site.launcher
+        )
+        return replace(planned, plan=plan, site=replace(site, hosts=hosts, launcher=launcher))
+    raise refusal
+
+
+def _in_words(planned: Planned) -> str:
+    layout = planned.plan.layout
+    return f"on {', '.join(host.name for host in layout.hosts)}: {planned.plan.batch.in_words()}"
+
+
+def _saved_step(folder: RunFolder) -> int:
+    newest = newest_complete(folder.checkpoints)
+    return int(read_manifest(newest)["step"]) if newest is not None else 0

@@ -1,0 +1,172 @@
+"""What a machine's facts mean for a run: fine, worth knowing, or in the way; and what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.diagnostics.facts import PACKAGES
+from dstrain.formatting import in_words
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+# A rank holds this much before it has a model: torch, DeepSpeed and transformers.
+_MEMORY_OF_A_RANK = 10**9
+_DISK = 5 * 10**9
+# NCCL passes through it what ranks of one host say to each other. A container has 64 MB where nobody asks for more.
+_SHARED_MEMORY = 10**9
+_CLOCK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ``status`` is ok, warning or failed; ``fix`` is empty where there is none."""
+
+    host: str
+    check: str
+    status: str
+    message: str
+    fix: str = ""
+
+
+def judge_facts(
+    host: str, slots: int, facts: Mapping[str, Any], here: Mapping[str, Any], *, gpus: bool
+) -> list[Check]:
+    """All that one host's facts tell.
+
+    Args:
+        slots: what the hostfile gives it; 0 where nobody asks for a number.
+        facts: of `dstrain.diagnostics.facts`.
+        here: those of the machine that asks, which the others must agree with.
+        gpus: whether other hosts have GPUs.
+    """
+    return [
+        *_versions(host, facts, here),
+        _devices(host, slots, facts, gpus),
+        *_room(host, slots, facts),
+        _own_name(host, facts),
+    ]
+
+
+def judge_folders(host: str, directory: str, runs: str, facts: Mapping[str, Any]) -> list[Check]:
+    """Whether another host sees the folders of the machine that asks."""
+    checks = []
+    if not facts["directory"]:
+        message = f"there is no {directory}, where the run is started: relative paths lead nowhere"
+        checks.append(Check(host, "folder", WARNING, message, f"make it on {host}, or give absolute paths"))
+    if facts["sees_runs"]:
+        checks.append(Check(host, "run folder", OK, f"{runs} is shared"))
+    else:
+        message = f"what is written into {runs} here is not seen there: ranks there can't share checkpoints"
+        fix = "--set runs_dir=FOLDER on a disk that all hosts share, or --save-every never"
+        checks.append(Check(host, "run folder", WARNING, message, fix))
+    return checks
+
+
+def judge_clock(host: str, offset: float, uncertainty: float) -> Check:
+    """Seconds by which a host's clock is ahead of ours, and how well that is known."""
+    message = f"{offset:+.3f} s (± {max(uncertainty, 0.001):.3f})"
+    if abs(offset) - uncertainty <= _CLOCK_SECONDS:
+        return Check(host, "clock", OK, message)
+    return Check(
+        host,
+        "clock",
+        WARNING,
+        f"{message}: times in logs and of files can't be compared",
+        f"let both follow a time server: timedatectl set-ntp true (on {host})",
+    )
+
+
+def judge_names(machines: Mapping[str, str]) -> list[Check]:
+    """Two names of the hostfile that mean one machine; ``machines`` is what each says that it is."""
+    checks, first = [], dict[str, str]()
+    for host, machine in machines.items():
+        other = first.setdefault(machine, host)
+        if other != host:
+            message = f"it is the same machine as {other}"
+            fix = "give each machine one line in the hostfile, with all of its slots"
+            checks.append(Check(host, "name", FAILED, message, fix))
+    return checks
+
+
+def _versions(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> list[Check]:
+    fix = f"install the same on all hosts; {host} and this machine differ"
+    python, ours = facts["python"], here["python"]
+    if python == ours:
+        checks = [Check(host, "python", OK, python)]
+    else:
+        small = python.split(".")[:2] == ours.split(".")[:2]
+        message = f"{python}, and {ours} here"
+        checks = [Check(host, "python", WARNING if small else FAILED, message, fix)]
+    for name in ("dstrain", *PACKAGES):
+        found, wanted = facts["versions"][name], here["versions"][name]
+        if found is None:
+            message = f"not installed, and {wanted} here"
+            checks.append(Check(host, name, FAILED, message, f"install {name} {wanted} on {host}"))
+        elif found == wanted:
+            checks.append(Check(host, name, OK, found))
+        else:
+            checks.append(Check(host, name, FAILED, f"{found}, and {wanted} here", fix))
+    driver, ours = facts["driver"], here["driver"]
+    if driver == ours or ours is None:  # a machine without GPUs may start a run on others
+        checks.append(Check(host, "driver", OK, driver or "no NVIDIA driver"))
+    else:
+        checks.append(Check(host, "driver", WARNING, f"{driver or 'none'}, and {ours} here", fix))
+    return checks
+
+
+def _devices(host: str, slots: int, facts: Mapping[str, Any], gpus: bool) -> Check:
+    devices, cores = facts["devices"], facts["cores"]
+    if devices is None:
+        fix = "see `nvidia-smi` there; a rank needs its device"
+        return Check(host, "devices", FAILED, " ".join(facts["devices_error"].split()), fix)
+    if devices["kind"] == "cpu" and gpus:
+        return Check(
+            host, "devices", FAILED, "no GPU is seen, and other hosts have some", "see `nvidia-smi` there"
+        )
+    if devices["kind"] == "cpu":
+        if slots <= cores:
+            return Check(host, "devices", OK, f"CPU, {cores} cores")
+        message = f"{slots} ranks share {cores} cores"
+        return Check(host, "devices", WARNING, message, f"slots={cores} is as fast")
+    count, names = devices["count"], ", ".join(dict.fromkeys(devices["names"]))
+    if count < slots:
+        message = f"slots={slots}, and {count} GPUs are there ({names})"
+        return Check(host, "devices", FAILED, message, f"`{host} slots={count}`, or see nvidia-smi there")
+    return Check(host, "devices", OK, f"{count} GPUs ({names})")
+
+
+def _room(host: str, slots: int, facts: Mapping[str, Any]) -> list[Check]:
+    wanted = {"memory": _MEMORY_OF_A_RANK * max(1, slots), "disk": _DISK}
+    fixes = {
+        "memory": "end what else runs there, or take fewer slots",
+        "disk": "make room, or --set runs_dir=FOLDER on another disk",
+        "shared memory": "docker run --shm-size 8g; Kubernetes: an emptyDir with medium: Memory at /dev/shm",
+    }
+    if facts["devices"] is not None and facts["devices"]["kind"] == "cuda":
+        wanted["shared memory"] = _SHARED_MEMORY
+    checks = []
+    for name, enough in wanted.items():
+        free = facts[name.replace(" ", "_")]
+        if free is None:
+            checks.append(Check(host, name, WARNING, "not known"))
+        elif free < enough:
+            message = f"{in_words(free)} free: little, for {slots or 1} ranks"
+            checks.append(Check(host, name, WARNING, message, fixes[name]))
+        else:
+            checks.append(Check(host, name, OK, f"{in_words(free)} free"))
+    return checks
+
+
+def _own_name(host: str, facts: Mapping[str, Any]) -> Check:
+    name, addresses = facts["hostname"], facts["own_addresses"]
+    if addresses and not addresses[0].startswith("127."):
+        return Check(host, "own name", OK, f"{name} is {addresses[0]}")
+    message = f"{name} is {addresses[0]} to itself" if addresses else f"{name} has no address there"
+    return Check(
+        host,
+        "own name",
+        WARNING,
+        f"{message}: dstrain's ranks choose their network card themselves, but other programs wait for ever",
+        f"in /etc/hosts of {host}, give {name} the address that others reach it by",
+    )

@@ -1,0 +1,171 @@
+"""Look at all hosts of a run at once. What one of them lacks never hides what is wrong with another."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dstrain.diagnostics import network
+from dstrain.diagnostics.diagnosis import (
+    FAILED,
+    OK,
+    Check,
+    judge_clock,
+    judge_facts,
+    judge_folders,
+    judge_names,
+)
+from dstrain.diagnostics.facts import facts as facts_here
+from dstrain.diagnostics.network import HERE
+from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
+from dstrain.launch.ssh_reachability import Trouble
+from dstrain.planning.layout import Host
+
+# Python and the modules may lie on a slow shared disk; ssh itself gives up sooner.
+_FACTS_SECONDS = 30.0
+_TIME_SECONDS = 5.0
+_TIMES = 5
+
+
+def examine_hosts(
+    hosts: Sequence[Host],
+    *,
+    environment: Mapping[str, str],
+    runs: Path,
+    python: str = sys.executable,
+    thorough: bool = True,
+    here_without_ssh: Callable[[str], bool] = lambda host: False,
+) -> list[Check]:
+    """Look at several machines, or at one that is not this one.
+
+    Args:
+        hosts: with the slots that the hostfile gives them.
+        environment: what ranks would have there.
+        runs: the folder that holds run folders; it need not exist yet.
+        python: the interpreter that ranks are started with, at the same path on all hosts.
+        thorough: try all pairs, and an exchange through torch.distributed; without it this takes a second or two.
+        here_without_ssh: whether a host is this machine, and its ranks start without ssh.
+
+    Returns:
+        What was found, host after host; what concerns this machine first.
+    """
+    slots = {host.name: host.slots for host in hosts}
+    directory = os.getcwd()
+    with ExitStack() as stack:
+        folder, token, checks = stack.enter_context(_token_in(runs))
+        questions = {"directory": directory, "runs": str(folder), "token": token}
+        begun = []
+        for name in slots:
+            over_ssh = not here_without_ssh(name)
+            talk = Conversation(
+                name, environment=environment, directory=directory, python=python, over_ssh=over_ssh
+            )
+            begun.append(stack.enter_context(talk))
+        here = facts_here(**questions)
+        facts: dict[str, dict[str, Any]] = {}
+        answers = ask_all(begun, "facts", seconds=_FACTS_SECONDS, **questions)
+        for name, answer in zip(slots, answers, strict=True):
+            if isinstance(answer, Trouble):
+                checks.append(Check(name, "ssh", FAILED, answer.message, answer.fix))
+            else:
+                facts[name] = answer
+        there = [talk for talk in begun if talk.host in facts]
+        differ = [talk for talk in there if _source(facts[talk.host]) != _source(here)]
+        if differ:  # on a shared disk a file may have been saved between two answers: once more, together
+            here = facts_here(**questions)
+            answers = ask_all(differ, "facts", seconds=_FACTS_SECONDS, **questions)
+            for talk, answer in zip(differ, answers, strict=True):
+                if not isinstance(answer, Trouble):
+                    facts[talk.host] = answer
+        here["driver"] = next((one["driver"] for one in (here, *facts.values()) if one["driver"]), None)
+        gpus = any(one["devices"] and one["devices"]["kind"] == "cuda" for one in facts.values())
+        for name, found in facts.items():
+            checks.append(Check(name, "ssh", OK, "answers"))
+            checks += judge_facts(name, slots[name], found, here, gpus=gpus)
+            checks += judge_folders(name, directory, str(folder), found)
+        checks += judge_names({name: found["machine"] for name, found in facts.items()})
+        checks += _clocks(there)
+        ports = network.check_ports(there, all_pairs=thorough)
+        checks += ports
+        if thorough and len(there) > 1 and all(check.status == OK for check in ports):
+            checks += network.exchange(there, "cuda" if gpus else "cpu")
+    places = {name: place for place, name in enumerate(slots)}
+    return sorted(checks, key=lambda check: places.get(check.host, -1))
+
+
+def examine_this_machine(
+    *, environment: Mapping[str, str], runs: Path, slots: int = 0, thorough: bool = True
+) -> list[Check]:
+    """Look at this machine alone; ``thorough``: with an exchange between its GPUs, or two processes of it."""
+    name, directory = socket.gethostname(), os.getcwd()
+    with ExitStack() as stack:
+        folder, token, checks = stack.enter_context(_token_in(runs))
+        here = facts_here(directory, str(folder), token)
+        found = judge_facts(name, slots, here, here, gpus=False)
+        # Ranks of one host talk through the loopback device, whatever the host is called.
+        checks += [check for check in found if check.check != "own name"]
+        devices = here["devices"] or {"kind": "cpu", "count": 0}
+        ranks = devices["count"] if devices["kind"] == "cuda" else 2
+        if not thorough:
+            return checks
+        talks = []
+        for _ in range(ranks):
+            talk = Conversation(name, environment=environment, directory=directory, over_ssh=False)
+            talks.append(stack.enter_context(talk))
+        if ranks > 1:
+            checks += network.exchange(talks, devices["kind"], on_one_machine=True)
+    return checks
+
+
+def _source(facts: Mapping[str, Any]) -> str:
+    return str(facts["versions"]["dstrain"])
+
+
+def _clocks(talks: Sequence[Conversation]) -> list[Check]:
+    with ThreadPoolExecutor(max_workers=max(1, len(talks))) as pool:
+        return [check for check in pool.map(_clock, talks) if check is not None]
+
+
+def _clock(talk: Conversation) -> Check | None:
+    """From the quickest of a few questions: the clock there stood at the answer somewhere between two of ours."""
+    trips = []
+    for _ in range(_TIMES):
+        before, started = time.time(), time.monotonic()
+        try:
+            there = float(talk.ask("time", seconds=_TIME_SECONDS)["time"])
+        except NoAnswerError:
+            return None  # the next question tells why
+        half = (time.monotonic() - started) / 2
+        trips.append((half, there - (before + half)))
+    half, offset = min(trips)
+    return judge_clock(talk.host, offset, half)
+
+
+@contextmanager
+def _token_in(runs: Path) -> Iterator[tuple[Path, str, list[Check]]]:
+    """A file in the folder of the runs, or in the nearest one above it that is there: who sees it shares the disk.
+
+    Yields that folder, the file's name, and what failed.
+    """
+    runs = runs.absolute()
+    folder = next(one for one in (runs, *runs.parents) if one.is_dir())
+    token = f".dstrain-doctor-{secrets.token_hex(8)}"
+    checks = []
+    try:
+        (folder / token).touch()
+    except OSError as error:
+        message = f"{folder} can't be written here: {error.strerror}"
+        checks.append(Check(HERE, "run folder", FAILED, message, "--set runs_dir=FOLDER names another place"))
+    try:
+        yield folder, token, checks
+    finally:
+        with suppress(OSError):  # on a read-only disk also for what is not there
+            (folder / token).unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""A PipelineModule that is cut where the plan says, and ties weights one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from torch import nn
+
+from dstrain.engine.topology import make_topology
+from dstrain.engine.zero3_init import sharing_out
+from dstrain.model.layers import HeadLayer
+from dstrain.model.pipeline_model import LayeredModel
+
+
+class _LayerOf(LayerSpec):
+    """The spec of one layer of a model: building it gives the model's own layer."""
+
+    def __init__(self, model: LayeredModel, index: int) -> None:
+        super().__init__(nn.Module)
+        self.model = model
+        self.index = index
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.model.build(self.index)
+
+
+def _given(outputs: torch.Tensor, labels: object) -> torch.Tensor:
+    """The loss function that DeepSpeed wants: the head has computed the loss already, while its weights were there."""
+    return outputs
+
+
+class StagedModule(PipelineModule):
+    """The local stage of a `LayeredModel`.
+
+    What it changes in PipelineModule: the cut comes from the plan (upstream's ``parameters`` method
+    builds every layer on every rank only to count); a tied weight is one parameter of each of its
+    layers, not a whole module (a ``TiedLayerSpec`` around the head would take the head's norm out of
+    the gradient norm); nothing is printed.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        *,
+        cut: Sequence[int],
+        pipeline: int,
+        data_parallel: int,
+        deepspeed: dict[str, Any],
+    ) -> None:
+        self._model = model
+        self._deepspeed = deepspeed
+        self._cut = list(cut)
+        self._tied = model.tied
+        super().__init__(
+            layers=[_LayerOf(model, index) for index in range(model.num_layers)],
+            topology=make_topology(pipeline=pipeline, data_parallel=data_parallel),
+            loss_fn=_given,
+            checkpointable_layers=["BlockLayer"],
+        )
+
+    @property
+    def head(self) -> HeadLayer | None:
+        """The model's head, where this rank holds it."""
+        return next((layer for layer in self.children() if isinstance(layer, HeadLayer)), None)
+
+    def _build(self) -> None:
+        self._model.after_build = sharing_out(self._deepspeed, self.mpu())
+        super()._build()
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._cut
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def _index_tied_modules(self) -> dict:
+        """The copies of each tied weight that lie on different stages, with their process group."""
+        comms = {}
+        for tied in self._tied:
+            stages = sorted({self.stage_owner(layer) for layer, _ in tied.owners})
+            if len(stages) == 1:
+                continue
+            for replica in range(self._grid.data_parallel_size):
+                ranks = [self._grid.stage_to_global(stage_id=stage, data=replica) for stage in stages]
+                group = dist.new_group(ranks=ranks)
+                if self.global_rank not in ranks:
+                    continue
+                weight = self._local_weight(tied.owners)
+                weight.ds_pipe_replicated = self.global_rank != ranks[0]
+                comms[tied.key] = {
+                    "ranks": ranks,
+                    "group": group,
+                    "weight_attr": ["weight"],
+                    "module": _Holder(weight),
+                }
+        return comms
+
+    def _local_weight(self, owners: Sequence[tuple[int, str]]) -> nn.Parameter:
+        """This stage's copy of a tied weight."""
+        local = dict(self.named_parameters(remove_duplicate=False))
+        for layer, path in owners:
+            if f"{layer}.{path}" in local:
+                return local[f"{layer}.{path}"]
+        raise ValueError(f"none of {owners} lies on stage {self.stage_id}")
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, object]]:
+        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+
+class DualPipeVStagedModule(DualPipeVModule, StagedModule):
+    """The same for DualPipeV, where rank r holds stages r and 2 x ranks - 1 - r; ``cut`` has all of these.
+
+    The first and the last stage share rank 0: their tied weights are one parameter there.
+    """
+
+
+class _Holder:
+    """What DeepSpeed expects of a tied module, without registering the weight a second time."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.weight]

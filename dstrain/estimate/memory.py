@@ -1,0 +1,221 @@
+"""What a rank needs of its device's memory, by class: for a given cut, and layer by layer for the search of one.
+
+Left out: the accelerator's own context, the communication library's buffers and fragmentation, for which
+`USABLE` leaves room. Compared with every tensor of real ranks in tests/distributed/test_memory.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.config.schema import RunConfig
+from dstrain.estimate.memory_activations import (
+    hidden_bytes,
+    layer_kept,
+    layer_working,
+    loss_bytes,
+    masks_held,
+    micro_batches_in_flight,
+    spans_in_flight,
+    stage_activations,
+)
+from dstrain.estimate.memory_stage import stage_parameters, weight_bytes
+from dstrain.estimate.memory_states import StateBytes, state_bytes, states
+from dstrain.planning.batch import Batch
+from dstrain.planning.buckets import LARGEST_BUCKET, bucket_size
+from dstrain.planning.checks import frozen_names
+from dstrain.planning.layout import Layout
+from dstrain.planning.model_shape import Layer, ModelShape
+
+__all__ = [
+    "USABLE",
+    "Memory",
+    "StageMemory",
+    "StateBytes",
+    "estimate",
+    "micro_batches_in_flight",
+    "stage_memory",
+    "state_bytes",
+]
+
+USABLE = 0.92
+"""Fraction of a device's memory that the estimate may fill."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on a rank of one stage, each class at its own fullest moment of a step.
+
+    Attributes:
+        parameters: weights in the precision that is computed with; with ZeRO-3 the rank's shard.
+        gradients: what holds gradients between micro-batches, fp32 accumulators included.
+        optimizer: fp32 masters and moments on the device.
+        activations: kept for the backward pass, of all micro-batches in flight, what the passes of one block take
+            beside them, its recomputation included, and masks.
+        loss: logits, softmax and their gradients.
+        buffers: buckets of reductions, the pipeline's buffers, gathered parameters, temporaries of the step.
+        host: bytes of host memory that offloading takes; not part of ``total``.
+        together: of all classes at their common fullest moment. Less than their sum, as the activations are gone when
+            the optimizer works; 0: not known.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    buffers: int
+    host: int
+    together: int = 0
+
+    @property
+    def total(self) -> int:
+        """The most that is needed at a time."""
+        return self.together or (
+            self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.buffers
+        )
+
+
+def stage_memory(
+    config: RunConfig,
+    shape: ModelShape,
+    layout: Layout,
+    batch: Batch,
+    accelerator: str,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> tuple[StageMemory, ...]:
+    """What a rank of each stage needs, for a given cut.
+
+    Args:
+        accelerator: ``cuda`` or ``cpu``, where what is offloaded stays in the same memory.
+        deepspeed: the composed JSON, whose buckets may be the user's own; None: those that a plan derives.
+    """
+    options = (deepspeed or {}).get("zero_optimization", {})
+    largest = max(shape.parameters_of(layout.spans(stage)) for stage in range(layout.pipeline))
+    bucket = int(options.get("reduce_bucket_size", bucket_size(largest)))
+    found = []
+    for stage in range(layout.pipeline):
+        parameters = stage_parameters(
+            shape,
+            layout.spans(stage),
+            config.freeze,
+            bucket=bucket,
+            replicas=layout.data_parallel,
+            alone=layout.pipeline == 1,
+        )
+        passes = stage_activations(config, shape, layout, batch, stage)
+        several = batch.accumulation > 1
+        later = batch.accumulation > max(spans_in_flight(layout, stage, batch.accumulation))
+        if layout.schedule == "dualpipev" and layout.pipeline > 1:
+            later = several  # one span's gradients are there while the other's activations gather
+        held = states(config, parameters, accelerator, options, several=several, later=later)
+        moments = held.moments
+        always = held.parameters + held.optimizer + passes.pipeline + passes.masks
+        together = always + max(
+            moments.loss.total + passes.received + passes.kept + passes.head + passes.loss,
+            moments.backward.total + passes.received + passes.fullest,
+            # Without gradients at first, with them when the next micro-batch's turn comes.
+            0 if later else moments.reduction.gradients + passes.waiting + passes.working,
+            # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight.
+            moments.reduction.total + (passes.waiting if config.zero >= 2 else 0),
+            moments.step.total,
+        )
+        found.append(
+            StageMemory(
+                parameters=held.parameters,
+                gradients=moments.gradients,
+                optimizer=held.optimizer,
+                activations=passes.fullest + passes.masks,
+                loss=passes.loss,
+                buffers=passes.pipeline
+                + max(
+                    moments.loss.buffers + passes.received,
+                    moments.backward.buffers + passes.received,
+                    moments.reduction.buffers,
+                    moments.step.buffers,
+                ),
+                host=held.host,
+                together=together,
+            )
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank, layer by layer.
+
+    Attributes:
+        states: of each layer's parameters, gradients and optimizer.
+        once: what a layer needs for one micro-batch at a time: the head's logits.
+        kept: what a layer keeps of each micro-batch in flight, for the backward pass.
+        boundary: what a stage keeps of each micro-batch in flight at its ends.
+        working: what any stage needs beside: one block's recomputation, masks, gathered parameters, buckets.
+        in_flight: micro-batches in flight on each stage.
+    """
+
+    states: tuple[int, ...]
+    once: tuple[int, ...]
+    kept: tuple[int, ...]
+    boundary: int
+    working: int
+    in_flight: tuple[float, ...]
+
+    def of_stage(self, stage: int, spans: Sequence[range]) -> int:
+        """Bytes that a rank of this stage needs for these layers."""
+        fixed = self.working + sum(self.states[layer] + self.once[layer] for span in spans for layer in span)
+        kept = sum(self.boundary + sum(self.kept[layer] for layer in span) for span in spans)
+        return round(fixed + self.in_flight[stage] * kept)
+
+
+def estimate(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    replicas: int,
+    micro_batch: int,
+    accumulation: int,
+    device_is_host: bool = False,
+) -> Memory:
+    """What each layer and stage need on a rank of this run, in a form that adds up over layers.
+
+    It is for the search of the cut: `stage_memory` at the moment when the last micro-batch's backward pass begins,
+    with buffers as of a stage of middle size. A tied weight counts with its first owner only where one rank holds all
+    of its owners.
+    """
+    per_parameter = state_bytes(config, replicas, device_is_host=device_is_host, gradient=4)
+    weight = weight_bytes(config)
+    hidden = hidden_bytes(config, shape, micro_batch)
+
+    frozen = frozen_names(shape, config.freeze)
+    sizes = [_states(layer, per_parameter, frozen) for layer in shape.layers]
+    if config.pipeline == 1 or config.schedule == "dualpipev":
+        for tied in shape.tied:
+            ends = {0, len(shape.layers) - 1}
+            if config.pipeline == 1 or ends.issuperset(tied.layers):
+                own = per_parameter.frozen if frozen.intersection(tied.names) else per_parameter.trained
+                for layer in tied.layers[1:]:
+                    sizes[layer] -= round(tied.parameters * own)
+
+    mean = shape.total_parameters // config.pipeline
+    bucket = min(mean, LARGEST_BUCKET) * (4 if config.zero in (1, 3) else weight) if config.zero else 0
+    gathered = weight * mean if config.zero == 3 and replicas > 1 else 0
+    loss = loss_bytes(config, shape, micro_batch)
+    return Memory(
+        states=tuple(sizes),
+        once=tuple(loss if layer.kind == "head" else 0 for layer in shape.layers),
+        kept=tuple(layer_kept(config, layer, micro_batch, hidden) for layer in shape.layers),
+        boundary=2 * hidden if config.pipeline > 1 else 0,
+        working=gathered
+        + bucket
+        + masks_held(config, shape.layers, micro_batch)
+        + max(layer_working(config, layer, micro_batch) for layer in shape.layers),
+        in_flight=micro_batches_in_flight(config.pipeline, config.schedule, accumulation),
+    )
+
+
+def _states(layer: Layer, per_parameter: StateBytes, frozen: Set[str]) -> int:
+    still = sum(number for name, number in layer.tensors.items() if name in frozen)
+    return round((layer.parameters - still) * per_parameter.trained + still * per_parameter.frozen)

@@ -1,0 +1,211 @@
+"""What forward passes keep for backward passes on a rank, what both take for a moment, and what the loss takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from dstrain.config.schema import RunConfig
+from dstrain.planning.batch import Batch
+from dstrain.planning.checks import frozen_names
+from dstrain.planning.layout import Layout
+from dstrain.planning.loss_chunk import loss_chunk
+from dstrain.planning.model_shape import Layer, ModelShape
+
+LOSS_PIECE = 1 << 24
+"""Logits that the loss function has in fp32 at a time, as a number of elements: ``PIECE`` in dstrain.model.loss."""
+
+MASKS_HELD = 2
+"""Micro-batches whose mask a stage holds, between steps too: ``ArgumentsCache.SIZE`` in dstrain.model.layers."""
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """Bytes on a rank of one stage.
+
+    Attributes:
+        kept: of all micro-batches in flight.
+        waiting: of those that are still in flight when a backward pass has ended, while more are to come.
+        working: of the passes of one layer beside these, recomputation included.
+        loss: logits, softmax and their gradients; 0 without the head.
+        head: what the head keeps of a micro-batch, which is alive while the loss is computed.
+        pipeline: buffers to receive into, and what was received and stays.
+        received: what was received of the micro-batches in flight.
+        masks: what keeps packed documents apart, as the blocks are given it; there all the time.
+    """
+
+    kept: int
+    waiting: int
+    working: int
+    loss: int
+    head: int
+    pipeline: int
+    received: int
+    masks: int
+
+    @property
+    def fullest(self) -> int:
+        return self.kept + max(self.working, self.head)
+
+
+@cache
+def micro_batches_in_flight(pipeline: int, schedule: str, accumulation: int) -> tuple[float, ...]:
+    """How many micro-batches each stage keeps activations of, for each of its spans.
+
+    1f1b: stage i has started pipeline - i of them before it ends the first one. dualpipev: 2 x pipeline + 1 spans'
+    worth on every rank, which holds two.
+
+    Source: Narayanan et al. 2021, section 2.2; DeepSeek's DualPipe, table of its README.
+    """
+    if schedule == "dualpipev" and pipeline > 1:
+        return tuple(min(pipeline + 0.5, accumulation) for _ in range(pipeline))
+    return tuple(float(min(pipeline - stage, accumulation)) for stage in range(pipeline))
+
+
+def spans_in_flight(layout: Layout, stage: int, accumulation: int) -> tuple[int, ...]:
+    """The same for each span of a stage by itself: with dualpipev more of those that were begun first."""
+    if layout.schedule == "dualpipev" and layout.pipeline > 1:
+        return (min(2 * layout.pipeline - stage, accumulation), min(stage + 1, accumulation))
+    return (min(layout.pipeline - stage, accumulation),)
+
+
+def hidden_bytes(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
+    """Bytes of one micro-batch's hidden state."""
+    return micro_batch * config.seq_len * shape.hidden_size * (4 if config.precision == "fp32" else 2)
+
+
+def has_mask(config: RunConfig, layer: Layer) -> bool:
+    """Whether a layer attends through sdpa with a mask: only packed documents need one.
+
+    Flash attention takes none; eager attention, which has the square of scores among its bytes, keeps none.
+    A sliding window's own mask is not counted.
+    """
+    return (
+        config.pack
+        and config.attention in ("auto", "sdpa")
+        and layer.forward_flops_per_token_and_position > 0
+        and not any(layer.saved_bytes_per_token_and_position)
+    )
+
+
+def layer_mask(config: RunConfig, layer: Layer, micro_batch: int) -> int:
+    """What a layer keeps of the mask beside its saved bytes.
+
+    Each call of torch's scaled_dot_product_attention converts the boolean mask to the precision that is computed
+    with, and autograd keeps what comes of it.
+    """
+    width = 4 if config.precision == "fp32" else 2
+    return width * micro_batch * config.seq_len**2 * has_mask(config, layer)
+
+
+def masks_held(config: RunConfig, layers: Iterable[Layer], micro_batch: int) -> int:
+    """The boolean masks that a stage with these layers holds: one for all of them, of each of a few micro-batches."""
+    return MASKS_HELD * micro_batch * config.seq_len**2 * any(has_mask(config, layer) for layer in layers)
+
+
+def layer_kept(config: RunConfig, layer: Layer, micro_batch: int, hidden: int) -> int:
+    """What a layer keeps of a micro-batch in flight."""
+    if config.activation_checkpointing and layer.kind == "block":
+        return hidden
+    saved = micro_batch * layer.saved_bytes(config.seq_len, config.precision)
+    return saved + layer_mask(config, layer, micro_batch)
+
+
+def layer_working(config: RunConfig, layer: Layer, micro_batch: int) -> int:
+    """What a layer's passes take beside what it keeps; with recomputation all that it would have kept."""
+    working = micro_batch * layer.working_bytes(config.seq_len, config.precision)
+    if config.activation_checkpointing and layer.kind == "block":
+        working += micro_batch * layer.saved_bytes(config.seq_len, config.precision)
+        working += layer_mask(config, layer, micro_batch)
+    return max(0, working)
+
+
+def loss_rows(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
+    """Tokens whose logits are there at a time."""
+    tokens = micro_batch * config.seq_len
+    chunk = loss_chunk(micro_batch, config.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
+    return min(tokens, chunk or tokens)
+
+
+def loss_bytes(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
+    """Logits and their gradient in the precision that is computed with, and three pieces of them in fp32.
+
+    The pieces are the softmax, its product with the scale, and what is put into the gradient; see dstrain.model.loss.
+    With chunks this is of one chunk at a time.
+    """
+    weight = 4 if config.precision == "fp32" else 2
+    rows = loss_rows(config, shape, micro_batch)
+    piece = min(rows, max(1, LOSS_PIECE // shape.vocab_size))
+    return shape.vocab_size * (2 * weight * rows + 3 * 4 * piece)
+
+
+def stage_activations(
+    config: RunConfig, shape: ModelShape, layout: Layout, batch: Batch, stage: int
+) -> StageActivations:
+    """Of one stage, for its layers and its place in the schedule."""
+    micro_batch = batch.micro_batch
+    hidden = hidden_bytes(config, shape, micro_batch)
+    frozen = frozen_layers(shape, config.freeze) if layout.spans(stage)[0].start == 0 else 0
+    kept = waiting = working = head = 0
+    flights = spans_in_flight(layout, stage, batch.accumulation)
+    for span, flying in zip(layout.spans(stage), flights, strict=True):
+        of_one = 0
+        for index in span:
+            layer = shape.layers[index]
+            if index < frozen:  # nothing before it is trained: no backward pass comes here
+                continue
+            own = layer_kept(config, layer, micro_batch, hidden)
+            if layer.kind == "head":
+                head = own + layer_working(config, layer, micro_batch)
+                rows, tokens = loss_rows(config, shape, micro_batch), micro_batch * config.seq_len
+                if rows < tokens:  # chunk by chunk; their gradients meet in that of the hidden state
+                    head = head * rows // tokens + 2 * hidden
+            else:
+                of_one += own
+                working = max(working, layer_working(config, layer, micro_batch))
+        turns = (
+            layout.schedule == "dualpipev"
+            and stage == layout.pipeline - 1
+            and span.start < layout.spans(stage)[-1].start
+        )
+        if span.stop < len(shape.layers) and not turns:
+            of_one += hidden  # its output waits for its gradient
+        kept += flying * of_one
+        waiting += (flying - 1) * of_one
+    held = any(span.stop == len(shape.layers) for span in layout.spans(stage))
+    return StageActivations(
+        kept=kept,
+        waiting=waiting,
+        working=working,
+        loss=loss_bytes(config, shape, micro_batch) if held else 0,
+        head=head,
+        pipeline=_pipeline_buffers(layout, stage) * hidden,
+        received=(flights[0] + 1) * hidden * (0 < stage < layout.pipeline - 1),
+        masks=masks_held(
+            config, (shape.layers[i] for span in layout.spans(stage) for i in span), micro_batch
+        ),
+    )
+
+
+def frozen_layers(shape: ModelShape, patterns: Sequence[str]) -> int:
+    """How many layers from the first one on are frozen as a whole."""
+    if not patterns:
+        return 0
+    frozen = frozen_names(shape, patterns)
+    for index, layer in enumerate(shape.layers):
+        if not frozen.issuperset(layer.tensors):
+            return index
+    return len(shape.layers)
+
+
+def _pipeline_buffers(layout: Layout, stage: int) -> int:
+    """How many hidden states a stage holds all the time: one to receive into, and on the last stage the last inputs.
+
+    Source: PipelineEngine._exec_recv_activations, and dualpipev.py for the two directions of that schedule.
+    """
+    if layout.pipeline == 1:
+        return 0
+    if layout.schedule == "dualpipev":
+        return 3
+    return 3 if stage == layout.pipeline - 1 else 1

@@ -1,0 +1,253 @@
+"""What gradients and DeepSpeed's buffers take at the moments of a step at which a rank may be fullest.
+
+The numbers are those of DeepSpeed 0.19.8, read in its source and measured: the buckets of ``stage_1_and_2.py``
+(setup_buckets, reduce_gradients, allreduce_bucket, copy_grads_in_partition) and ``stage3.py`` (ipg_buckets,
+__avg_scatter_grads, _prepare_fp32_grad_for_sub_group) are sized to the largest stage, and live beside copies of what
+they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.config.schema import RunConfig
+from dstrain.estimate.memory_stage import Stage, weight_bytes
+
+ZERO_0_BUCKET = 500_000_000
+"""Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
+
+LIVE_PARAMETERS = 1_000_000_000
+SUB_GROUP = 1_000_000_000
+"""As dstrain.planning.deepspeed.values has them, where the composed JSON is not at hand."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes of the gradients that are held, and of buffers, at one moment of a step."""
+
+    gradients: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of a step at which a rank may be fullest.
+
+    Attributes:
+        loss: the loss of the last micro-batch is computed, and all activations are there.
+        backward: the last layers' gradients arrive.
+        reduction: all gradients are there and are reduced over the replicas; the activations are gone.
+        step: the optimizer works.
+        gradients: the most bytes of gradients at any moment.
+    """
+
+    gradients: int
+    loss: Moment
+    backward: Moment
+    reduction: Moment
+    step: Moment
+
+    @property
+    def all(self) -> tuple[Moment, ...]:
+        return (self.loss, self.backward, self.reduction, self.step)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the formulas of all ZeRO stages are made of, in bytes, but ``share`` and ``filled``: elements.
+
+    Attributes:
+        share: of the trained parameters, this rank's.
+        filled: what a bucket holds of them at a time.
+        passing: gradients on their way to where they are held.
+        flat: a copy of the gradients in one piece, which the optimizer takes.
+        step: what the optimizer takes beside its state.
+        standing: what offloading keeps for copies between the memories.
+        masters: gradients of the fp32 masters, where offloading keeps them on this device: on CPUs.
+    """
+
+    share: int
+    filled: int
+    weight: int
+    passing: int
+    flat: int
+    step: int
+    standing: int
+    masters: int
+    on_cpu: bool
+    offloaded: bool
+    several: bool
+    later: bool
+
+    @property
+    def fp32(self) -> bool:
+        return self.weight == 4
+
+
+def moments_of_step(
+    config: RunConfig,
+    stage: Stage,
+    share: int,
+    accelerator: str,
+    zero_options: Mapping[str, Any],
+    *,
+    several: bool,
+    later: bool,
+) -> Moments:
+    """Of one rank; the arguments are those of `dstrain.estimate.memory_states.states`.
+
+    Args:
+        share: elements of the trained parameters whose optimizer states this rank has.
+    """
+    weight = weight_bytes(config)
+    on_cpu = accelerator == "cpu"
+    offloaded = config.offload != "none"
+    # Of a weight that two of its layers use: two gradients that meet, and in fp32 their sum.
+    meeting = stage.both_ends * (3 if weight == 4 else 1)
+    terms = _Terms(
+        share=share,
+        filled=min(stage.bucket, stage.trained),
+        weight=weight,
+        passing=weight * max(stage.tensor, meeting),
+        flat=0 if offloaded else 4 * -(-stage.group // stage.replicas),
+        step=_optimizer_temporaries(config, stage, on_cpu),
+        standing=_standing(config, stage, share, on_cpu),
+        masters=4 * share * (offloaded and on_cpu),
+        on_cpu=on_cpu,
+        offloaded=offloaded,
+        several=several,
+        later=later,
+    )
+    if config.zero == 0:
+        return _zero_0(stage, terms)
+    if config.zero == 1:
+        return _zero_1(stage, terms)
+    if config.zero == 2:
+        return _zero_2(stage, terms)
+    return _zero_3(config, stage, terms, zero_options)
+
+
+def host_beside_optimizer(config: RunConfig, stage: Stage, share: int) -> int:
+    """Bytes of host memory that offloading takes beside masters and moments: gradients in fp32, and copies."""
+    if config.zero == 3:
+        return (4 + 4) * share
+    accumulated = 4 * share * (config.zero == 2 and config.precision == "fp32")
+    return (4 + weight_bytes(config)) * share + weight_bytes(config) * stage.tensor + accumulated
+
+
+def _zero_0(stage: Stage, terms: _Terms) -> Moments:
+    whole = terms.weight * stage.trained
+    return Moments(
+        gradients=whole,
+        loss=Moment(whole * terms.later, 0),
+        backward=Moment(whole * terms.later, terms.passing * terms.later),
+        reduction=Moment(whole, terms.weight * min(stage.trained, ZERO_0_BUCKET)),
+        step=Moment(whole, terms.step),
+    )
+
+
+def _zero_1(stage: Stage, terms: _Terms) -> Moments:
+    """Accumulators in fp32 for all parameters; a bucket that stays from the first micro-batch to the last."""
+    whole, own = 4 * stage.trained, 4 * terms.share * (not (terms.offloaded and terms.fp32))
+    bucket = 4 * stage.bucket
+    copied = 4 * terms.filled * (stage.replicas > 1 or not terms.fp32)
+    if terms.offloaded and terms.fp32:
+        copied = max(copied, 8 * stage.tensor)  # its norm in fp64
+    kept = bucket * (stage.replicas > 1 and not terms.fp32)  # the other replicas' gradients look at it
+    raised = 4 * stage.tensor * terms.several * (not terms.fp32)  # one is added to its accumulator
+    masters, standing = terms.masters, terms.standing
+    return Moments(
+        gradients=whole + raised + masters,
+        loss=Moment(whole * terms.later + masters, bucket * terms.later + standing),
+        backward=Moment((whole + raised) * terms.later + masters, bucket + terms.passing + standing),
+        # With stages the engine brings a second bucket along, see reduce_gradients.
+        reduction=Moment(own + masters, bucket * (1 if stage.alone else 2) + copied + standing),
+        step=Moment(own + masters, kept + terms.flat * terms.fp32 + terms.step + standing),
+    )
+
+
+def _zero_2(stage: Stage, terms: _Terms) -> Moments:
+    """This rank's share of the gradients; each micro-batch's are reduced in a bucket of their own."""
+    bucket = terms.weight * stage.bucket
+    filled = min(terms.filled, stage.pass_through)
+    held = 4 * terms.share
+    if terms.fp32:
+        reduced = 4 * filled * (stage.replicas > 1)
+        if terms.offloaded:
+            reduced = max(reduced, 8 * stage.tensor)
+            held *= terms.on_cpu  # accumulated in host memory
+        else:
+            reduced = max(reduced, 4 * terms.share * terms.several)
+            # Each replica holds all of a tensor of which it has a share; the tied ones are groups of their own.
+            held += 4 * sum(size - size // stage.replicas for size in stage.tied)
+    else:
+        reduced = (2 + 4) * filled
+    masters, standing = terms.masters, terms.standing
+    return Moments(
+        gradients=held + masters,
+        loss=Moment(held * terms.later + masters, standing),
+        backward=Moment(held * terms.later + masters, bucket + terms.passing + standing),
+        reduction=Moment(held + masters, bucket + reduced + standing),
+        step=Moment(held + masters, terms.flat * terms.fp32 + terms.step + standing),
+    )
+
+
+def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mapping[str, Any]) -> Moments:
+    """Shares of gradients in one buffer and a bucket, both for good; gathered weights that stay for the next use.
+
+    DeepSpeed gives gathered weights back where more than ``stage3_max_live_parameters`` are gathered.
+    """
+    bucket = 4 * stage.bucket
+    live = int(zero_options.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+    gathered = terms.weight * min(stage.trained + stage.frozen, live) if stage.replicas > 1 else 0
+    # Behind a backward pass that began at the loss the engine has given them back, but for the embedding.
+    left = gathered if not stage.loss else min(gathered, terms.weight * stage.tensor * stage.alone)
+    sub_group = min(terms.share, int(zero_options.get("sub_group_size", SUB_GROUP)))
+    step = min(terms.step, _step_of(config, sub_group, terms.on_cpu))
+    copies = 4 * terms.filled * (1 + terms.on_cpu)  # gloo's reduce-scatter copies once more
+    held = terms.masters + 4 * terms.share * (terms.on_cpu or not terms.offloaded)
+    return Moments(
+        gradients=held,
+        loss=Moment(held, bucket + gathered),
+        backward=Moment(held, bucket + gathered + terms.passing),
+        reduction=Moment(held, bucket + copies + left),
+        step=Moment(held, bucket + step + (0 if terms.offloaded else 4 * sub_group)),
+    )
+
+
+def _standing(config: RunConfig, stage: Stage, share: int, on_cpu: bool) -> int:
+    """A gradient's copy, and where host and device are one memory its twin and the weights on their way back."""
+    if config.offload == "none" or config.zero == 3:
+        return 0
+    weight = weight_bytes(config)
+    return weight * (2 * stage.tensor + share) if on_cpu else weight * stage.tensor
+
+
+def _optimizer_temporaries(config: RunConfig, stage: Stage, on_cpu: bool) -> int:
+    """What the optimizer's step takes beside its state.
+
+    An optimizer of offloaded states works in host memory, and DeepSpeed's own AdamW there takes nothing.
+
+    With ZeRO a whole group is one tensor of which each replica has its share. On accelerators torch's optimizers
+    take all tensors of a group together.
+
+    Source: torch/optim/adam.py and sgd.py, ``_single_tensor`` and ``_multi_tensor``.
+    """
+    if config.offload != "none" and (config.optimizer == "adamw" or not on_cpu):
+        return 0
+    largest = stage.tensor if config.zero == 0 else -(-stage.group // stage.replicas)
+    together = stage.trained if config.zero == 0 else largest
+    return _step_of(config, largest if on_cpu else together, on_cpu)
+
+
+def _step_of(config: RunConfig, elements: int, on_cpu: bool) -> int:
+    """AdamW: the root of the second moment, and on CPUs its quotient beside it. SGD: the gradient with its decay."""
+    if config.optimizer == "adamw":
+        return 4 * elements * (1 + on_cpu)
+    return 4 * elements * (config.weight_decay > 0)

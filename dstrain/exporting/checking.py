@@ -1,0 +1,118 @@
+"""Whether an exported folder holds the trained model: file by file, name by name, and by its held-out loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dstrain.data.packing import PackedRows
+from dstrain.data.progress import Progress
+from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.errors import DstrainError
+from dstrain.exporting.tensors import ExportedTensors
+from dstrain.model.architecture import load_config
+from dstrain.model.document_masks import Documents
+from dstrain.model.pipeline_split.structure import takes_positions
+from dstrain.model.weights.on_disk import refused_keys
+
+_TEXT = "def f(x):\n\treturn 'é 中 🙂'  # \x00 and 12.5 %"
+
+
+def check_files(folder: Path, files: list[str], tensors: ExportedTensors) -> None:
+    """Compare every tensor on disk with the checkpoint's, to the bit, and the names with the model's.
+
+    The checkpoint is read and converted a second time.
+
+    Raises:
+        DstrainError: they differ. Exit code 1.
+    """
+    place, found = {}, {}
+    for file in files:
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                place[name] = file
+                found[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+    if place.keys() != tensors.files.keys():
+        odd = sorted(place.keys() ^ tensors.files.keys())
+        raise _wrong(f"the files hold other tensors than the model: {odd[0]}", folder)
+    progress = Progress("comparing it with the checkpoint", tensors.bytes, "bytes")
+    done = 0
+    for part in tensors.parts():
+        for file in dict.fromkeys(place[name] for name in part):
+            # One file at a time, so that no more of them stay mapped.
+            with safe_open(folder / file, framework="pt") as opened:
+                for name in (name for name in part if place[name] == file):
+                    if not _same_bits(opened.get_tensor(name), part[name]):
+                        raise _wrong(f"{name} is not what the checkpoint holds", folder / file)
+                    done += part[name].nbytes
+        progress.update(done)
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise _wrong("its config.json has a quantization_config, and the weights are not quantized", folder)
+    if wrong := refused_keys(config, found):
+        raise _wrong(f"from_pretrained would not find the model in these files: {wrong[0]}", folder)
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises DstrainError (exit code 1) if the folder's tokenizer does not give the ids that were trained on."""
+    exported = load_tokenizer(str(folder))
+    if not np.array_equal(exported.encode(_TEXT), tokenizer.encode(_TEXT)):
+        raise _wrong("the exported tokenizer gives other ids than the one that was trained with", folder)
+
+
+def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model as a user loads it. Raises DstrainError (exit code 1) if weights were left out."""
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if told.get(what):
+            raise _wrong(f"from_pretrained tells of {what}: {sorted(map(str, told[what]))[0]}", folder)
+    return model.eval()
+
+
+def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
+    """Compare the loaded model's parameters with the checkpoint's, unconverted. Raises DstrainError."""
+    written = set(tensors.names())
+    for name, parameter in model.named_parameters():
+        if name in written and not _same_bits(parameter.detach(), tensors.value(name).to(parameter.dtype)):
+            raise _wrong(
+                f"{name} is loaded with other values than the checkpoint holds", Path(model.name_or_path)
+            )
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, rows: PackedRows, samples: int) -> float:
+    """Mean cross-entropy over the label tokens of the first ``samples`` rows, as during the training."""
+    with_positions, documents = takes_positions(model), Documents(model)
+    total, count = 0.0, 0
+    samples = min(samples, len(rows))
+    progress = Progress("held-out loss of the exported model", samples, "samples")
+    for row in range(samples):
+        batch = rows.rows(np.array([row]))
+        input_ids, position_ids, labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
+        positions = {"position_ids": position_ids} if with_positions else {}
+        with documents.apart(position_ids) as lengths:
+            logits = model(input_ids=input_ids, use_cache=False, **positions, **lengths).logits
+        total += float(cross_entropy(logits[0].float(), labels[0], ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+        progress.update(row + 1)
+    return total / max(1, count)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal in shape, type and every bit: nan is equal to itself, and 0 is not -0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*flat)
+
+
+def _wrong(message: str, where: Path) -> DstrainError:
+    return DstrainError(message, where=str(where), exit_code=1)

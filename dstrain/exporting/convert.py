@@ -1,0 +1,209 @@
+"""``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: a run's checkpoint becomes a model folder.
+
+Runs on a CPU, with one block and one file of the model in memory; only the held-out loss loads the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import logging
+
+from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.engine.precision import DTYPES
+from dstrain.engine.saved_state import SavedState
+from dstrain.errors import DstrainError
+from dstrain.exporting.checking import (
+    check_files,
+    check_loaded,
+    check_tokenizer,
+    held_out_loss,
+    load_exported,
+)
+from dstrain.exporting.tensors import ExportedTensors
+from dstrain.exporting.writing import refuse_full_disk, write_weights
+from dstrain.files import write_json
+from dstrain.model.architecture import load_config
+from dstrain.model.weights.weight_files import WeightFiles
+from dstrain.planning.plan import Plan
+from dstrain.runs.checkpoint.manifest import read_manifest
+from dstrain.runs.run_folder import RunFolder, read_metrics
+from dstrain.train.run_data import prepare_run_data
+
+
+def export(
+    run: RunFolder, checkpoint: Path, out: Path, *, dtype: str | None = None, with_loss: bool = True
+) -> dict[str, Any]:
+    """Write ``out``, which appears whole and checked, or not at all.
+
+    Args:
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
+        with_loss: load the exported model and take its held-out loss.
+
+    Returns:
+        What there is to say: ``step``, ``dtype``, ``files``, ``tensors``, ``parameters``, ``bytes``, ``loss``
+        (None where none is held out, not asked for, or not to be had), ``no_loss_because`` (the data are gone,
+        or others now; else None), ``run_loss`` and ``run_loss_step``.
+
+    Raises:
+        DstrainError: it can't be read, written, or is not what was trained.
+    """
+    plan = Plan.from_record(json.loads(run.plan.read_text(encoding="utf-8")))
+    identity = read_manifest(checkpoint)["identity"]
+    config = _model_config(plan, identity)
+    dtype = dtype or identity["precision"]
+    tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
+    tokenizer = load_tokenizer(plan.data["tokenizer"])
+    aside = out.with_name(f".{out.name}.partial")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(out.parent, tensors.bytes)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    try:
+        with _writing(out):
+            _write_descriptions(aside, plan, config, tensors, tokenizer)
+        files = write_weights(tensors, aside)
+        check_files(aside, files, tensors)
+        check_tokenizer(aside, tokenizer)
+        loss, no_loss_because = _loss(aside, plan, tensors) if with_loss else (None, None)
+        with _writing(out):
+            aside.replace(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    step = read_manifest(checkpoint)["step"]
+    run_loss_step, run_loss = _loss_of_run(run, step)
+    return {
+        "step": step,
+        "dtype": dtype,
+        "files": len(files),
+        "tensors": len(tensors.files),
+        "parameters": tensors.parameters,
+        "bytes": tensors.bytes,
+        "loss": loss,
+        "no_loss_because": no_loss_because,
+        "run_loss": run_loss,
+        "run_loss_step": run_loss_step,
+    }
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses becomes a message with its place and reason."""
+    try:
+        yield
+    except OSError as error:
+        what = f" ({error.filename})" if error.filename else ""
+        raise DstrainError(
+            f"this folder can't be written: {error.strerror or error}{what}",
+            where=str(out),
+            hint="name a folder that can be made",
+        ) from error
+
+
+def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
+    path = Path(plan.model["file"])
+    if path.is_file() and identity["model"]:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        if found != identity["model"]:
+            raise DstrainError(
+                "the model's configuration has changed since the checkpoint was written",
+                where=str(path),
+                hint="put the file back as it was",
+            )
+    return load_config(path)
+
+
+def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
+    """The tensors of the weights that a pretrained run started from, on meta; None where they are not there now.
+
+    They are asked only for their names: without them the tensors are called as in the family's newest files.
+    """
+    if plan.run_config.init != "pretrained":
+        return None
+    try:
+        stored = WeightFiles(plan.model["folder"]).tensors
+    except DstrainError:  # deleted since then, all or some of them
+        return None
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+
+
+def _write_descriptions(
+    folder: Path, plan: Plan, config: PretrainedConfig, tensors: ExportedTensors, tokenizer: Tokenizer
+) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    config.architectures = [tensors.architecture]
+    config.dtype = str(tensors.dtype).removeprefix("torch.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the weights that this model did not start from; these are plain
+    config.save_pretrained(folder)
+    own = Path(plan.model["file"]).parent / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+        if generation.eos_token_id is None:
+            generation.eos_token_id = tokenizer.end_of_document
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:
+    """The exported model's held-out loss, or why the run's data do not give one any more; the model is checked."""
+    rows, reason = None, None
+    try:
+        rows = prepare_run_data(plan).held_out
+    except DstrainError as error:  # the data, which the model does not need
+        reason = f"{error.where}: {error.message}" if error.where else error.message
+    model = load_exported(folder, tensors.dtype, plan.run_config.attention)
+    check_loaded(model, tensors)
+    if rows is None:
+        return None, reason
+    return held_out_loss(model, rows, plan.run_config.eval_samples), None
+
+
+def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:
+    """The run's held-out loss at ``step``, or the last one before it, and the step that it was taken at."""
+    known = {
+        record["step"]: record["held_out_loss"]
+        for record in read_metrics(run.metrics)
+        if record["step"] <= step and "held_out_loss" in record
+    }
+    return (max(known), known[max(known)]) if known else (None, None)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(argv) != 2:
+        print("usage: python -m dstrain.exporting.convert REQUEST.json ANSWER.json", file=sys.stderr)
+        return 2
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    try:
+        answer = export(
+            RunFolder(request["run"]),
+            Path(request["checkpoint"]),
+            Path(request["out"]),
+            dtype=request["dtype"],
+            with_loss=request["with_loss"],
+        )
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    write_json(Path(argv[1]), answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

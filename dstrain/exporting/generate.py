@@ -1,0 +1,128 @@
+"""``python -m dstrain.exporting.generate REQUEST.json``: a model folder continues a prompt, token by token."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, TextStreamer
+from transformers.utils import logging
+
+from dstrain.errors import DstrainError
+from dstrain.model.architecture import load_config
+
+# A folder without any of these has no tokenizer. (transformers gives some families one without tokens then.)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+
+
+def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: int) -> None:
+    """Print ``prompt`` and up to ``tokens`` tokens after it, no more than the model has positions for.
+
+    Args:
+        folder: of any Hugging Face causal language model.
+        temperature: 0 takes the likeliest token each time.
+
+    Raises:
+        DstrainError: the folder's model or tokenizer can't be loaded, or the prompt fills all positions.
+    """
+    config = load_config(folder)  # says in one line what is wrong with a config.json
+    tokenizer = _load_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except Exception as error:  # damaged files raise nearly anything
+        raise DstrainError(f"this model can't be loaded: {_in_a_line(error)}", where=str(folder)) from error
+    if torch.cuda.is_available():
+        model.to("cuda")
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=bool(prompt))
+    if not ids["input_ids"].shape[-1]:  # nothing to continue: as after the end of a document
+        ids = {"input_ids": torch.tensor([[tokenizer.eos_token_id or 0]])}
+    tokens = _tokens_that_fit(config, ids["input_ids"].shape[-1], tokens)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.generate(
+        **{name: value.to(model.device) for name, value in ids.items()},
+        max_new_tokens=tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise DstrainError(
+            "the folder has no tokenizer",
+            where=str(folder),
+            hint="put its tokenizer files there, e.g. tokenizer.json and tokenizer_config.json",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise DstrainError(
+            f"the tokenizer can't be loaded: {_in_a_line(error)}",
+            where=str(folder),
+            hint="put its tokenizer files there again",
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tokens_that_fit(config: PretrainedConfig, prompt: int, wanted: int) -> int:
+    """How many tokens after a prompt of ``prompt`` tokens the model has positions for, at most ``wanted``.
+
+    Learned positions end in an IndexError; rotary ones go on, where the model was not trained.
+    """
+    positions = next(
+        (
+            number
+            for name in ("max_position_embeddings", "n_positions")
+            if (number := getattr(config, name, None) or 0) > 0  # -1 in families without a limit
+        ),
+        None,
+    )
+    if positions is None or prompt + wanted <= positions:
+        return wanted
+    if prompt >= positions:
+        raise DstrainError(
+            f"the prompt has {prompt:,} tokens, and with the model's {positions:,} positions nothing fits behind it",
+            where="PROMPT",
+            hint="shorten it",
+        )
+    print(  # as progress is told: the command line passes this on
+        f"dstrain: --tokens {wanted} is cut to {positions - prompt}: the model has {positions:,} positions, "
+        f"and the prompt takes {prompt:,}",
+        file=sys.stderr,
+    )
+    return positions - prompt
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(argv) != 1:
+        print("usage: python -m dstrain.exporting.generate REQUEST.json", file=sys.stderr)
+        return 2
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    try:
+        generate(
+            Path(request["folder"]),
+            request["prompt"],
+            tokens=request["tokens"],
+            temperature=request["temperature"],
+            seed=request["seed"],
+        )
+    except DstrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Where a run's ranks are to run, and what starts them there: the one place that decides it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dstrain.errors import DstrainError
+from dstrain.launch.allocation import Allocation, slurm_allocation
+from dstrain.launch.devices import Devices
+from dstrain.launch.hosts import is_this_host, read_hostfile
+from dstrain.launch.launch_spec import runs_here
+from dstrain.planning.layout import Host
+
+if TYPE_CHECKING:  # it brings pydantic, which nothing else here needs
+    from dstrain.config.loader import ResolvedConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """The hosts and the launcher.
+
+    Attributes:
+        hosts: empty: this machine, without a name. With the launcher ``none`` they are ``node-0``, ``node-1``, ...:
+            each is whatever machine says that it has this number.
+        launcher: a name of `dstrain.launch.launchers.LAUNCHERS`.
+        told: what the user did not ask for and should know; else None.
+    """
+
+    hosts: tuple[Host, ...]
+    launcher: str
+    told: str | None = None
+
+
+def find_site(resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, str] = os.environ) -> Site:
+    """Hosts from the hostfile, from Slurm's allocation or from ``nodes``; else this machine.
+
+    Raises:
+        DstrainError: choices that contradict each other, a bad hostfile, no allocation where one is needed.
+    """
+    config = resolved.config
+    if config.launcher == "none":
+        return _nodes(resolved, devices)
+    for key in ("nodes", "processes"):
+        if getattr(config, key) is not None:
+            raise DstrainError(
+                f"{key} is for --launcher none, where dstrain is typed on every node",
+                where=str(resolved.origin(key)),
+                hint="name the hosts in a --hostfile, use a Slurm allocation (dstrain submit), or --launcher none;"
+                " dstrain plan --device NAME is for nodes that are not here",
+            )
+    if config.hostfile is not None and config.launcher == "slurm":
+        raise DstrainError(
+            "with --launcher slurm the hosts are those of the job, in Slurm's order, and a hostfile names others",
+            where=str(resolved.origin("hostfile")),
+            hint="leave it out, or leave --launcher slurm out: the hosts are reached over ssh then",
+        )
+    if config.hostfile is not None:
+        hosts = read_hostfile(config.hostfile)
+        return Site(hosts, config.launcher or ("local" if runs_here(hosts) else "pdsh"))
+    if config.launcher in ("pdsh", "openmpi"):
+        raise DstrainError(
+            f"{config.launcher} starts ranks on other machines, and no hostfile names them",
+            where=str(resolved.origin("launcher")),
+            hint="--hostfile FILE, or leave --launcher out",
+        )
+    if config.launcher not in (None, "slurm"):
+        return Site((), config.launcher)
+    allocation = slurm_allocation(environ)
+    if allocation is None:
+        if config.launcher == "slurm":
+            raise no_allocation(str(resolved.origin("launcher")))
+        return Site((), "local")
+    if config.launcher == "slurm":
+        return Site(allocation.hosts, "slurm")
+    if len(allocation.hosts) == 1 and is_this_host(allocation.hosts[0].name):
+        return Site((), "local")
+    return Site(allocation.hosts, "slurm", _why_slurm(allocation))
+
+
+def no_allocation(where: str) -> DstrainError:
+    return DstrainError(
+        "there is no Slurm allocation here (SLURM_JOB_ID is not set)",
+        where=where,
+        hint="`dstrain submit` writes and submits a job; or call dstrain run inside sbatch or salloc",
+    )
+
+
+def _why_slurm(allocation: Allocation) -> str:
+    hosts = ", ".join(f"{host.name} ({host.slots})" for host in allocation.hosts[:8])
+    more = f" and {len(allocation.hosts) - 8} more" if len(allocation.hosts) > 8 else ""
+    return f"launcher slurm: job {allocation.job} has the hosts {hosts}{more}; --launcher local stays on this one"
+
+
+def _nodes(resolved: ResolvedConfig, devices: Devices) -> Site:
+    """The same on every node, whichever asks: the plan must be, and it names them."""
+    config = resolved.config
+    if config.hostfile is not None:
+        raise DstrainError(
+            "with --launcher none the hosts are those on which dstrain is typed, and a hostfile names others",
+            where=str(resolved.origin("hostfile")),
+            hint="leave it out and say --nodes N, or leave --launcher none out",
+        )
+    nodes = config.nodes or 1
+    if nodes > 1 and config.master_addr is None:
+        raise DstrainError(
+            f"how do {nodes} nodes find the first one?",
+            where=str(resolved.origin("launcher")),
+            hint="--master-addr HOST, a name or address of node 0 that all others reach",
+        )
+    processes = config.processes or devices.count
+    if not processes:
+        raise DstrainError(
+            "how many ranks does each node hold? There is no GPU here to count",
+            where=str(resolved.origin("launcher")),
+            hint="--processes N",
+        )
+    return Site(tuple(Host(f"node-{number}", processes) for number in range(nodes)), "none")

@@ -1,0 +1,106 @@
+"""Which hosts answer over ssh, and what to do about one that does not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from dstrain.launch.hosts import is_this_host
+from dstrain.planning.layout import Host
+
+CONNECT_SECONDS = 6
+NOT_INSTALLED = "ssh is not installed here"
+_SSH_FAILED = 255
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a host did not do what it was asked to, and how that is mended."""
+
+    message: str
+    fix: str
+
+
+def ssh_command(host: str, line: str) -> list[str]:
+    """The argv that has ``host``'s shell run ``line``, and never asks anything.
+
+    What decides about unknown host keys is the user's own ssh configuration, as it is when the ranks are started.
+    """
+    # A host that is lost while it is asked is noticed after 15 s.
+    options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "LogLevel=ERROR"]
+    options += ["ServerAliveInterval=5", "ServerAliveCountMax=3"]
+    return ["ssh", "-T", *(f"-o{option}" for option in options), "--", host, line]
+
+
+def silent_hosts(hosts: Sequence[Host]) -> dict[str, str]:
+    """What ssh says of each host that does not answer within 6 seconds or refuses; asked all at once."""
+    others = [host.name for host in hosts if not is_this_host(host.name)]
+    with ThreadPoolExecutor(max_workers=max(1, min(64, len(others)))) as pool:
+        said = pool.map(_why_silent, others)
+    return {name: why for name, why in zip(others, said, strict=True) if why is not None}
+
+
+def trouble(host: str, code: int, errors: str, python: str) -> Trouble:
+    """What an ssh that ended with ``code`` and said ``errors`` means; ``python`` is what it had to start there."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    last = lines[-1] if lines else f"it ended with exit code {code} and said nothing"
+    if code == _SSH_FAILED:
+        return _ssh_trouble(host, last, errors)
+    if "No module named" in last and "dstrain" in last:
+        return Trouble(
+            f"{python} there has no dstrain, or an older one ({last})",
+            f"install the same dstrain into the same folder on {host}, or put it on a shared disk",
+        )
+    if code in (_NOT_FOUND, _NOT_EXECUTABLE) or "No such file" in last or "not found" in last:
+        return Trouble(
+            f"there is no python at {python} ({last})",
+            f"make the same virtual environment at the same path on {host}, or put it on a shared disk",
+        )
+    return Trouble(
+        f"dstrain does not start there: {last}", f"try it: ssh {host} {python} -m dstrain.cli.main"
+    )
+
+
+def _ssh_trouble(host: str, last: str, errors: str) -> Trouble:
+    """ssh's own words, and their remedy; compared in small letters."""
+    said, last = errors.lower(), last.removeprefix("ssh: ")
+    if "could not resolve hostname" in said:
+        fix = f"correct the name {host}, or make it known here (DNS, /etc/hosts, or `HostName` in ~/.ssh/config)"
+    elif "remote host identification has changed" in said:
+        last = f"the key of {host} is not the one that this machine knows: it was installed anew, or it is another"
+        fix = f"if that is right: ssh-keygen -R {host}; then ssh {host} once by hand, and compare its key"
+    elif "host key verification failed" in said:
+        last = f"this machine does not know the key of {host} ({last})"
+        fix = f"ssh {host} once by hand, compare its key and say yes"
+    elif "permission denied" in said:
+        fix = f"let this user log in without a password: ssh-copy-id {host} (ssh-keygen first, where there is no key)"
+    elif "connection refused" in said:
+        fix = f"start sshd on {host}; for another port than 22: `Port` in ~/.ssh/config"
+    elif any(words in said for words in ("timed out", "no route to host", "network is unreachable")):
+        fix = f"see whether {host} is on and in the network, and whether a firewall lets port 22 through"
+    else:
+        fix = f"try it: ssh -oBatchMode=yes {host} true"
+    return Trouble(last, fix)
+
+
+def _why_silent(host: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ssh_command(host, "true"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=4 * CONNECT_SECONDS,
+        )
+    except FileNotFoundError:
+        return NOT_INSTALLED
+    except subprocess.TimeoutExpired:
+        return "it answers too slowly"
+    if done.returncode == 0:
+        return None
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"ssh ended with exit code {done.returncode}"

@@ -1,0 +1,282 @@
+"""Whether a family computes packed documents as if each stood alone: found out by trying."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import flash_attention_mask
+
+from dstrain.errors import DstrainError
+from dstrain.model.architecture import canonical_config
+from dstrain.model.capability.small_model import small_config
+from dstrain.model.document_masks import document_lengths
+from dstrain.model.skeleton import empty_model
+from dstrain.model.unsplit_model import WholeModel
+
+LENGTHS = 20, 15, 13
+"""Tokens of the documents in a test row: more than a small model's window or block, fewer than its positions."""
+
+SHORT = {
+    "attention_chunk_size": 4,
+    "block_size": 4,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "local_attention": 8,
+    # Sparse attention takes the keys of the highest score. Few heads often agree on 0 for several keys, and then it
+    # is their place in the row that decides; many heads do not.
+    "index_n_heads": 32,
+    "indexer_n_heads": 32,
+}
+"""What a small model has otherwise here, so that rows this short show what it does in long ones."""
+
+ROWS = 2
+VOCABULARY = 256
+
+LARGEST = 300_000_000
+"""Parameters up to which a model is tried where no small copy of it can be made: 1.2 GB."""
+
+UNEQUAL = 1e-5
+"""Differences up to this share of the largest logit are rounding: sums over rows of another length. Measured over 161
+families: up to 2.7e-6 where documents are apart, 5e-2 and more where they are not."""
+
+BY_DOCUMENT = "flash_attention_by_document"
+"""The attention implementation of this module, as transformers knows it."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a family makes of packed rows, each in one sentence, or None where all is right.
+
+    Attributes:
+        leak: with sdpa and eager, which get the same masks.
+        flash_leak: with flash attention, which gets lengths instead of masks.
+        looks_ahead: a token sees those after it, packed or not: such a model can't be trained to predict them.
+    """
+
+    leak: str | None
+    flash_leak: str | None
+    looks_ahead: str | None
+
+
+def judge_packing(config: PretrainedConfig) -> Packing:
+    """Try packed rows on a small copy of the model, on CPU in fp32, in a fraction of a second.
+
+    What can't be tried counts as a leak, with the reason.
+    """
+    try:
+        model = _trial_model(_small(config))
+        leak, looks_ahead = _leak(model), _looks_ahead(model)
+    except DstrainError as error:
+        leak = f"packed rows of a {config.model_type} model could not be tried: {error.message}"
+        return Packing(leak, leak, None)
+    return Packing(leak, _flash_leak(model), looks_ahead)
+
+
+def packing_leaks(config: PretrainedConfig, attention: str = "auto") -> str | None:
+    """What is wrong with packed rows of this model, in one sentence, or None.
+
+    Args:
+        attention: as the run config names it; those that begin with ``flash`` are tried with a stand-in in plain torch
+            that takes the same arguments.
+    """
+    packing = judge_packing(config)
+    return packing.flash_leak if attention.startswith("flash") else packing.leak
+
+
+def _leak(model: WholeModel) -> str | None:
+    """Change the first document and see whether the others move; and compare each with itself alone in a row.
+
+    Raises:
+        DstrainError: the family's code does not run.
+    """
+    family = model.config.model_type
+    one = _tokens(model, seed=0)
+    other = one.clone()
+    other[:, : LENGTHS[0]] = _tokens(model, seed=1)[:, : LENGTHS[0]]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).repeat(ROWS, 1)
+    packed = _logits(model, one, positions)
+    moved = _distance(packed[:, LENGTHS[0] :], _logits(model, other, positions)[:, LENGTHS[0] :])
+    if not moved <= UNEQUAL:
+        return f"{family} lets a document see the ones before it in a packed row (logits move by {moved:.0%})"
+    cuts = one.split(LENGTHS, dim=1), positions.split(LENGTHS, dim=1)
+    alone = torch.cat([_logits(model, ids, places) for ids, places in zip(*cuts, strict=True)], dim=1)
+    apart = _distance(packed, alone)
+    if not apart <= UNEQUAL:
+        return (
+            f"{family} computes another result for a document in a packed row than for the same document alone"
+            f" (logits differ by {apart:.0%}): its positions do not restart"
+        )
+    return None
+
+
+def _flash_leak(model: WholeModel) -> str | None:
+    if not model._model._supports_flash_attn:
+        return f"{model.config.model_type} has no flash attention in transformers"
+    try:
+        leak = _leak(_with_flash(model))
+    except (DstrainError, ValueError) as error:  # a configuration may refuse flash attention by a ValueError
+        return f"packed rows of {model.config.model_type} could not be tried with flash attention: {error}"
+    return leak and f"{leak} with flash attention, which is not told where documents begin"
+
+
+def _looks_ahead(model: WholeModel) -> str | None:
+    one = _tokens(model, seed=0)
+    other = one.clone()
+    other[:, LENGTHS[0] :] = _tokens(model, seed=1)[:, LENGTHS[0] :]
+    positions = torch.arange(sum(LENGTHS)).repeat(ROWS, 1)
+    first, changed, again = (_logits(model, ids, positions)[:, : LENGTHS[0]] for ids in (one, other, one))
+    moved = _distance(first, changed)
+    if moved <= UNEQUAL or not torch.equal(first, again):  # logits that move by themselves tell nothing
+        return None
+    return f"{model.config.model_type} lets a token see the ones after it (logits move by {moved:.0%})"
+
+
+def _tokens(model: WholeModel, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (ROWS, sum(LENGTHS)), generator=random)
+
+
+@torch.no_grad()
+def _logits(model: WholeModel, ids: Tensor, positions: Tensor) -> Tensor:
+    try:
+        return model((ids, positions))
+    except Exception as error:  # whatever the family's code runs into
+        text = " ".join(str(error).split())[:200]
+        raise DstrainError(f"it does not run ({type(error).__name__}: {text})") from error
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference as a share of the largest value; not a number where one of them is none."""
+    return float((one - other).abs().max() / one.abs().max())
+
+
+@torch.no_grad()
+def _trial_model(config: PretrainedConfig) -> WholeModel:
+    """A model whose every weight tells: initial values are small, and gates often 0."""
+    model = WholeModel(config, seed=0, attention="auto").eval()
+    random = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        if parameter.dim() > 1:
+            parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+        else:
+            parameter.add_(0.1 * noise)
+    return model
+
+
+def _small(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy that is cheap to run.
+
+    Raises:
+        DstrainError: there is none.
+    """
+    try:
+        small = small_config(config)
+    except DstrainError:
+        small = shallow(config)
+        if sum(parameter.numel() for parameter in empty_model(small).parameters()) > LARGEST:
+            raise
+    for name, value in SHORT.items():
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, value)
+    return small
+
+
+def shallow(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` with a small vocabulary and as few blocks as show each kind of its blocks.
+
+    Its width stays.
+    """
+    config = canonical_config(config)
+    config.vocab_size = min(config.vocab_size, VOCABULARY)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= config.vocab_size:
+            setattr(config, name, 0)
+    kinds = getattr(config, "layer_types", None)
+    depth = 2 if not kinds else 1 + max(kinds.index(kind) for kind in set(kinds))
+    if depth < config.num_hidden_layers:
+        config.num_hidden_layers = depth
+        for name, value in list(vars(config).items()):
+            if name.endswith("layer_types") and isinstance(value, list):
+                setattr(config, name, value[:depth])
+    return config
+
+
+# A stand-in for flash attention
+
+
+def _with_flash(model: WholeModel) -> WholeModel:
+    """The same model, computing its attention by document."""
+    _register()
+    # Past `set_attn_implementation`, which would look for kernels where a family lists those that fit it.
+    model.config._attn_implementation = BY_DOCUMENT
+    return model
+
+
+def _register() -> None:
+    AttentionInterface.register(BY_DOCUMENT, attention_by_document)
+    AttentionMaskInterface.register(BY_DOCUMENT, flash_attention_mask)
+
+
+def attention_by_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' flash attention computes for these arguments, in plain torch; it holds all scores at once.
+
+    Like that, it keeps documents apart by ``cu_seq_lens_q``, or by ``position_ids`` in a batch of one row, or else
+    not at all.
+
+    Args:
+        query: [B, heads, S, D].
+        key, value: [B, heads, S, D], or fewer heads for groups of queries.
+        attention_mask: None, or int [B, S], 0 for padding, which nothing sees.
+
+    Returns:
+        [B, S, heads, D] and None.
+    """
+    rows, heads, length, width = query.shape
+    if cu_seq_lens_q is None:
+        one_row = rows == 1 and position_ids is not None
+        places = position_ids if one_row else torch.arange(length, device=query.device).expand(rows, length)
+        cu_seq_lens_q = document_lengths(places)["cu_seq_lens_q"]
+
+    def laid_end_to_end(states: Tensor) -> Tensor:
+        """[1, heads, B * S, D]"""
+        states = states.repeat_interleave(heads // states.shape[1], dim=1)
+        return states.transpose(0, 1).reshape(1, heads, rows * length, -1)
+
+    query, key, value = laid_end_to_end(query), laid_end_to_end(key), laid_end_to_end(value)
+    place = torch.arange(rows * length, device=query.device)
+    document = torch.bucketize(place, cu_seq_lens_q.to(place), right=True)
+    behind = place[:, None] - place
+    seen = (document[:, None] == document) & (behind >= 0)
+    if sliding_window is not None:
+        seen &= behind < sliding_window
+    if attention_mask is not None:
+        seen &= attention_mask.flatten().bool()
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else 1 / math.sqrt(width))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if s_aux is not None:  # a sink for each head: a score without a value
+        scores = torch.cat([scores, s_aux.view(1, heads, 1, 1).expand(1, heads, len(place), 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(place)]
+    return (weights @ value).reshape(heads, rows, length, -1).permute(1, 2, 0, 3).contiguous(), None

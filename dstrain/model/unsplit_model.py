@@ -1,0 +1,189 @@
+"""A causal language model in one piece, for families that cannot be split into pipeline layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dstrain.errors import DstrainError
+from dstrain.model.buffers import keep_buffer_types
+from dstrain.model.document_masks import Documents
+from dstrain.model.head_output import Asked
+from dstrain.model.initialise import cast, initialise, initialisers, materialise
+from dstrain.model.loss import TokenLoss
+from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
+from dstrain.model.router import router_coefficient
+from dstrain.model.skeleton import empty_model, untouched_rng
+from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
+
+
+class WholeModel(Asked, nn.Module):
+    """(input_ids int64 [B, S], position_ids int64 [B, S]) -> logits [B, S, V], in one tuple argument, or what it is
+    asked for.
+
+    Parameters have their Hugging Face names and the initial values that ``LayeredModel`` gives them.
+
+    Args:
+        config, seed, dtype, attention, weights: as for ``LayeredModel``.
+        after_build: called with each block as soon as its parameters have their values, and at the end with the
+            whole model, for the others.
+
+    Raises:
+        DstrainError: the model cannot be built, or is an encoder-decoder, or asks for a loss that is not
+            logits'.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+        weights: PretrainedWeights | None = None,
+        after_build: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
+        super().__init__()
+        model = empty_model(config, attention)
+        if weights:
+            _load_whole(model, weights.loader(model, dtype), after_build)
+        else:
+            initialise_whole(model, seed, dtype, after_build)
+        self.config = model.config
+        # The very dictionaries of the Hugging Face model: what is moved, cast or replaced here is so there.
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.__dict__["_model"] = model
+        self._takes_positions = takes_positions(model)
+        self._documents = Documents(model)
+        self._loss = TokenLoss()
+        asked_for = getattr(config, "output_router_logits", False)
+        self._router_coefficient = router_coefficient(model) if asked_for else None
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        input_ids, position_ids = inputs
+        self._position_ids = position_ids
+        options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
+        routed = self._router_coefficient is not None and self.target is not None and self.training
+        if routed:
+            options["output_router_logits"] = True
+        with self._documents.apart(position_ids) as lengths:
+            output = self._model(input_ids=input_ids, use_cache=False, **options, **lengths)
+        if self.target is None:
+            return output.logits if self.position is None else output.logits[self.position]
+        loss = self._loss(output.logits, self.target)
+        added = output.aux_loss if routed else None  # None too where the model has no experts after all
+        return loss if added is None else loss + self._router_coefficient * added
+
+    def recompute_blocks(self) -> None:
+        """Forget each block's activations in training, and compute them again in the backward pass.
+
+        Raises:
+            DstrainError: the family's code can't.
+        """
+        model = self._model
+        blocks = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        if not model.supports_gradient_checkpointing or not blocks:
+            raise DstrainError(
+                f"transformers can't recompute the activations of {model.config.model_type}",
+                hint="--no-activation-checkpointing",
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": self._contexts_of_recomputation})
+        # Only the reentrant form needs inputs with a gradient; a frozen embedding shall have none.
+        model.disable_input_require_grads()
+
+    def _contexts_of_recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """A block that makes its own mask keeps documents apart in the second forward pass too."""
+        return nullcontext(), self._documents.apart(self._position_ids)
+
+    def train(self, mode: bool = True) -> WholeModel:
+        super().train(mode)
+        self._model.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WholeModel:
+        return keep_buffer_types(self, lambda: super(WholeModel, self)._apply(fn, recurse))
+
+
+def initialise_whole(
+    model: PreTrainedModel,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    after_build: Callable[[nn.Module], None] = lambda module: None,
+) -> None:
+    """Materialise and initialise all weights of ``model`` (parameters on meta) as its layers would be."""
+    owners = initialisers(model)
+    tied = set(getattr(model, "all_tied_weights_keys", {}).values())
+    blocks = _lonely_blocks(model)
+    if _set_from_outside(model, owners, blocks):
+        blocks = {}
+    missed = []
+    for path, block in blocks.items():
+        materialise(block)
+        missed += initialise(path, block, owners, seed)
+        cast(block, dtype)
+        after_build(block)
+    materialise(model)
+    missed += initialise("", model, owners, seed, without=set(blocks))
+    # A tied weight was just drawn once by each of its owners; the last word is the canonical one's.
+    for path in sorted({key.rpartition(".")[0] for key in tied}):
+        initialise(path, model.get_submodule(path), owners, seed)
+    if missed:
+        raise DstrainError(
+            f"the {model.config.model_type} family defines no initial value for {missed[0]}",
+            hint="use another model family",
+        )
+    cast(model, dtype)
+    after_build(model)
+
+
+@torch.no_grad()
+def _set_from_outside(
+    model: PreTrainedModel, owners: dict[str, PreTrainedModel], blocks: dict[str, nn.Module]
+) -> bool:
+    """Whether the family sets values in a block when a container of all of them is initialised."""
+    before = [parameter._version for parameter in model.parameters()]
+    above = {path.rsplit(".", cut)[0] for path in blocks for cut in range(1, path.count(".") + 1)} | {""}
+    try:
+        with untouched_rng():
+            for path in above:
+                owners[path]._init_weights(model.get_submodule(path))
+    except (RuntimeError, NotImplementedError):  # it needs values, so it sets some
+        return True
+    return before != [parameter._version for parameter in model.parameters()]
+
+
+def _load_whole(
+    model: PreTrainedModel, loader: WeightLoader, after_build: Callable[[nn.Module], None]
+) -> None:
+    names = set(model.state_dict())
+    for path, block in _lonely_blocks(model).items():
+        own = set(block.state_dict(prefix=f"{path}."))
+        loader.load(own)
+        after_build(block)
+        names -= own
+    loader.load(names)
+    after_build(model)
+
+
+def _lonely_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The blocks that share no parameter with anything outside them, by path: they can be built one by one."""
+    try:
+        path, blocks = find_blocks(model, model.config)
+    except Refused:
+        return {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = {}
+    for index, block in enumerate(blocks):
+        inside = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
+        if all(uses[key] == count for key, count in inside.items()):
+            found[f"{path}.{index}"] = block
+    return found

@@ -1,1 +1,0 @@
-"""Where the layers of a run are cut into stages."""

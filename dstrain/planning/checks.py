@@ -1,0 +1,374 @@
+"""What can't be trained rightly is refused here, with the reason and the nearest thing that works."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.planning.attention import refuse_attention
+from dstrain.planning.batch import Batch, make_batch
+from dstrain.planning.deepspeed.user_keys import mistakes
+from dstrain.planning.deepspeed.values import contradictions_of_config
+from dstrain.planning.layout import Layout, count_spans
+from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.partition import WORDS, blocks_of_spans, even_blocks
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a combination is not accepted, and what to do instead."""
+
+    reason: str
+    instead: str
+    key: str
+
+
+def refusal_of(
+    *,
+    zero: int,
+    pipeline: int,
+    precision: str = "fp32",
+    schedule: str = "1f1b",
+    offload: str = "none",
+) -> Refusal | None:
+    """The first reason against a combination of choices, if there is one.
+
+    Source of each reason: measurements with DeepSpeed 0.19.8. What is accepted is trained in
+    tests/distributed, row by row.
+    """
+    if zero == 0 and precision == "bf16":
+        return Refusal(
+            "bf16 with ZeRO-0 accumulates gradients in bf16 without a pipeline, and can't load its own"
+            " checkpoints with one",
+            "--zero 1, which keeps fp32 master weights and sends a quarter more bytes",
+            "zero",
+        )
+    if zero == 0 and precision == "fp16":
+        return Refusal(
+            "DeepSpeed's fp16 with ZeRO-0 does not scale the loss but unscales the gradients: it trains"
+            " another model",
+            "--zero 1, which scales both",
+            "zero",
+        )
+    if schedule == "dualpipev" and pipeline == 1:
+        return Refusal(
+            "dualpipev is an order of work between stages, and there is one stage",
+            "--pipeline 2 or more, or --schedule 1f1b",
+            "schedule",
+        )
+    if schedule == "dualpipev" and zero == 3:
+        return Refusal(
+            "dualpipev runs the backward passes of a rank's two stages in turn, and DeepSpeed's ZeRO-3 takes"
+            " the first one of a step to start the gradients of both",
+            "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
+            "schedule",
+        )
+    if schedule == "dualpipev" and zero == 2 and offload != "none":
+        return Refusal(
+            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a step,"
+            " and with dualpipev that one is of one of a rank's two stages only",
+            "--zero 1 with dualpipev and offload, or --schedule 1f1b",
+            "offload",
+        )
+    if offload != "none" and zero == 0:
+        return Refusal(
+            "only ZeRO's optimizers can offload their states",
+            "--zero 1 (works with one replica too), or --offload none",
+            "offload",
+        )
+    if offload == "nvme" and zero != 3:
+        return Refusal(
+            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
+            "--zero 3, or --offload cpu",
+            "offload",
+        )
+    if offload == "nvme" and pipeline > 1:
+        return Refusal(
+            "with stages, the gradients of tied weights and the whole model's norm would have to be read back"
+            " from the disk at each step",
+            "--offload cpu, or --pipeline 1",
+            "offload",
+        )
+    return None
+
+
+def refuse(resolved: ResolvedConfig) -> None:
+    """Refuse what no model, data or machine could make right. Raises DstrainError."""
+    for error in refusals(resolved):
+        raise error
+
+
+def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
+    """All that `refuse` could say of a config: of each kind the first."""
+    return [
+        *_raised(resolved, _refuse_combination, _refuse_partition),
+        *refusals_in_any_layout(resolved),
+        *contradictions_of_config(resolved),
+    ]
+
+
+def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
+    """Those of them that no other layout would mend."""
+    of_choices = _raised(resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme)
+    return [*of_choices, *mistakes(resolved)]
+
+
+def _raised(resolved: ResolvedConfig, *checks: Callable[[ResolvedConfig], None]) -> list[DstrainError]:
+    found = []
+    for check in checks:
+        try:
+            check(resolved)
+        except DstrainError as error:
+            found.append(error)
+    return found
+
+
+def _refuse_combination(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    refusal = refusal_of(
+        zero=config.zero,
+        pipeline=config.pipeline,
+        precision=config.precision,
+        schedule=config.schedule,
+        offload=config.offload,
+    )
+    if refusal:
+        raise DstrainError(refusal.reason, where=str(resolved.origin(refusal.key)), hint=refusal.instead)
+
+
+def refuse_batch(resolved: ResolvedConfig) -> None:
+    """Where the number of replicas is chosen, the batch can be shared out without a look at the machines.
+
+    A plan looks at the machines first: whether they hold so many replicas matters more. Raises DstrainError.
+    """
+    config = resolved.config
+    if config.data_parallel is not None:
+        make_batch(
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            data_parallel=config.data_parallel,
+            pipeline=config.pipeline,
+            seq_len=config.seq_len,
+            where=str(resolved.origin("micro_batch")),
+            where_global=str(resolved.origin("global_batch")),
+        )
+
+
+def _refuse_nvme(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.offload == "nvme" and not config.nvme_path:
+        raise DstrainError(
+            "nvme needs a folder on a local disk",
+            where=str(resolved.origin("offload")),
+            hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_keep_every(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.keep_every and not config.saves:
+        raise DstrainError(
+            "checkpoints of every so many steps are to be kept, and none is made (save_every: never)",
+            where=str(resolved.origin("keep_every")),
+            hint="--save-every 0 makes those and the last one; or leave --keep-every out",
+        )
+
+
+def _refuse_elastic(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.elastic and not config.restarts:
+        raise DstrainError(
+            "elastic is how a run that failed starts again, and it is not to start again",
+            where=str(resolved.origin("elastic")),
+            hint="--restarts N as well",
+        )
+
+
+def _refuse_partition(resolved: ResolvedConfig) -> None:
+    """Refuse a ``partition`` that is neither a word nor a number for each span. Raises DstrainError."""
+    config = resolved.config
+    where = str(resolved.origin("partition"))
+    if config.partition in WORDS:
+        return
+    blocks = blocks_of_spans(config.partition)
+    if blocks is None:
+        near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
+        raise DstrainError(
+            f"{config.partition!r} is no way to cut a model",
+            where=where,
+            hint=(
+                f"did you mean {near[0]}?"
+                if near
+                else "auto, parameters, uniform, or the number of blocks of each stage: 5,5,5,1"
+            ),
+        )
+    spans = count_spans(config.pipeline, config.schedule)
+    if len(blocks) != spans:
+        each = "two a rank with dualpipev" if spans > config.pipeline else "one a stage"
+        raise DstrainError(
+            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {spans} ({each})",
+            where=where,
+            hint=f"--partition {','.join(['4'] * spans)} for {4 * spans} blocks, or --partition auto",
+        )
+    empty = [span for span in range(1, spans - 1) if blocks[span] == 0]
+    if empty:
+        raise DstrainError(
+            f"{config.partition} leaves number {empty[0] + 1} of {spans} without a layer",
+            where=where,
+            hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
+        )
+
+
+def _numbers(count: int) -> str:
+    return f"{count} number{'s' if count != 1 else ''}"
+
+
+def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
+    """Refuse numbers of blocks that are not those of the model. Raises DstrainError."""
+    asked = blocks_of_spans(resolved.config.partition)
+    blocks = sum(layer.kind == "block" for layer in shape.layers)
+    if asked is not None and sum(asked) != blocks:
+        example = ",".join(map(str, even_blocks(blocks, len(asked))))
+        raise DstrainError(
+            f"{resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
+            where=str(resolved.origin("partition")),
+            hint=f"--partition {example}, for instance (embedding and head are not counted), or --partition auto",
+        )
+
+
+def check_precision(resolved: ResolvedConfig, precisions: tuple[str, ...], accelerator: str) -> None:
+    """Refuse a precision that the devices can't compute in. Raises DstrainError."""
+    precision = resolved.config.precision
+    if precision not in precisions:
+        raise DstrainError(
+            f"this {accelerator} can't compute in {precision}",
+            where=str(resolved.origin("precision")),
+            hint=f"--precision {' or '.join(precisions)}",
+        )
+
+
+def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
+    """Refuse replicas that would each drop other layers. Raises DstrainError."""
+    if shape.layerdrop and layout.data_parallel > 1:
+        raise DstrainError(
+            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), each replica others:"
+            " they would not reduce the same gradients",
+            where=str(resolved.origin("data_parallel")),
+            hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
+        )
+
+
+def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
+    """Refuse a pattern that freezes nothing, and a stage that would have nothing to train.
+
+    Raises DstrainError.
+    """
+    names = [name for layer in shape.layers for name in layer.tensors]
+    where = str(resolved.origin("freeze"))
+    for pattern in resolved.config.freeze:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            raise DstrainError(
+                f"no parameter of {shape.model_type} is called {pattern!r}",
+                where=where,
+                hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
+            )
+    frozen = frozen_names(shape, resolved.config.freeze)
+    for stage in range(layout.pipeline):
+        held = [
+            name for span in layout.spans(stage) for layer in span for name in shape.layers[layer].tensors
+        ]
+        if held and frozen.issuperset(held):
+            raise DstrainError(
+                f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
+                where=where,
+                hint="fewer --pipeline stages, so that each has a layer that is trained, or freeze less",
+            )
+
+
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter of this Hugging Face name is frozen by this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
+    """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all."""
+    names = (name for layer in shape.layers for name in layer.tensors)
+    frozen = {name for name in names if is_frozen(name, patterns)} if patterns else set()
+    for tied in shape.tied:
+        if not frozen.isdisjoint(tied.names):
+            frozen.update(tied.names)
+    return frozen
+
+
+def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
+    """Refuse fewer micro-batches than the schedule needs. Raises DstrainError."""
+    config = resolved.config
+    needed = 2 * config.pipeline
+    if config.schedule == "dualpipev" and batch.accumulation < needed:
+        raise DstrainError(
+            f"dualpipev over {config.pipeline} stages needs {needed} micro-batches a step,"
+            f" and there are {batch.accumulation}",
+            where=str(resolved.origin("schedule")),
+            hint=f"--global-batch {needed * batch.micro_batch * batch.data_parallel} or more,"
+            " a smaller --micro-batch, or --schedule 1f1b",
+        )
+
+
+def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
+    """Refuse models whose tokens see others that they must not see. Raises DstrainError."""
+    config = resolved.config
+    if shape.looks_ahead:
+        raise DstrainError(
+            f"{shape.looks_ahead}, so it would learn to copy them instead of predicting them",
+            where=str(resolved.origin("model")),
+            hint="a causal model; some families become one by is_decoder: true in their config.json",
+        )
+    flash = config.attention.startswith("flash")
+    leak = shape.flash_packing_leak if flash else shape.packing_leak
+    if config.pack and leak:
+        raise DstrainError(
+            f"documents can't share a sample: {leak}",
+            where=str(resolved.origin("model")),
+            hint="--no-pack, which gives each document samples of its own"
+            + (", or --set attention=auto" if flash and not shape.packing_leak else ""),
+        )
+
+
+def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: int) -> None:
+    """Refuse what this model can't do. Raises DstrainError."""
+    config = resolved.config
+    if config.pipeline > 1 and shape.pipeline_refusal:
+        raise DstrainError(
+            f"{shape.model_type} can't be split into stages: {shape.pipeline_refusal}",
+            where=str(resolved.origin("pipeline")),
+            hint="--pipeline 1, with --zero 1 to 3 to share memory between replicas",
+        )
+    spans = count_spans(config.pipeline, config.schedule)
+    if spans > len(shape.layers):
+        per_rank = " (two a rank with dualpipev)" if spans > config.pipeline else ""
+        raise DstrainError(
+            f"{spans} stages{per_rank} are more than the model's {len(shape.layers)} layers"
+            f" (embedding, {len(shape.layers) - 2} blocks, head)",
+            where=str(resolved.origin("pipeline")),
+            hint=f"--pipeline {len(shape.layers) * config.pipeline // spans} or less,"
+            " and --data-parallel for the other devices",
+        )
+    _refuse_unseparated(shape, resolved)
+    if data_vocabulary > shape.vocab_size:
+        raise DstrainError(
+            f"the tokenizer has {data_vocabulary} tokens and the model's embedding {shape.vocab_size}",
+            where=str(resolved.origin("tokenizer")),
+            hint=f"raise vocab_size in the model's config.json to {data_vocabulary} or more,"
+            " or name the model's own tokenizer",
+        )
+    if shape.max_positions is not None and config.seq_len > shape.max_positions:
+        raise DstrainError(
+            f"seq_len {config.seq_len} is more than the model's {shape.max_positions} positions",
+            where=str(resolved.origin("seq_len")),
+            hint=f"--seq-len {shape.max_positions} or less",
+        )

@@ -1,0 +1,244 @@
+"""What is accepted, but may not be what was meant: said with the plan, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dstrain.config.schema import RunConfig
+from dstrain.estimate.device import Device
+from dstrain.estimate.memory import USABLE, StageMemory
+from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
+from dstrain.estimate.traffic import traffic
+from dstrain.estimate.verdict import memory_needed
+from dstrain.formatting import count
+from dstrain.planning.batch import Batch
+from dstrain.planning.layout import Layout, count_spans
+from dstrain.planning.model_shape import ModelShape
+
+
+def warnings_about(
+    config: RunConfig,
+    layout: Layout,
+    batch: Batch,
+    data: Mapping[str, Any],
+    shape: ModelShape,
+    time: StepTime | None = None,
+) -> list[str]:
+    """What is accepted, but may not be what was meant. ``time``: None where it is not known."""
+    found: list[str] = []
+    if layout.pipeline > 1:
+        found += _about_the_pipeline(config, layout, batch, shape, time)
+    if config.warmup_steps >= config.steps:
+        found.append(
+            f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"
+        )
+    if config.zero and layout.data_parallel == 1:
+        found.append(f"ZeRO-{config.zero} shares memory between replicas, and there is only one")
+    if shape.dropout:
+        found.append(
+            f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
+            " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
+        )
+    if shape.router_loss and config.micro_batch is None:
+        found.append(
+            "the router loss of its experts is taken over a micro-batch: set --micro-batch to compare layouts"
+            f" (here {batch.micro_batch}, which follows from the layout)"
+        )
+    if data.get("padding", 0.0) >= 0.005:
+        found.append(
+            f"{data['padding']:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
+            " rest of it costs time but teaches nothing"
+        )
+    epochs = config.steps * config.global_batch / data["train_rows"]
+    if epochs > 1:
+        found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
+    return found
+
+
+def warnings_about_determinism(config: RunConfig, accelerator: str) -> list[str]:
+    """What ``deterministic`` costs."""
+    if not config.deterministic:
+        return []
+    if accelerator == "cpu":
+        return [
+            "deterministic: memory is filled before it is used; on CPUs a layout's runs are bit-equal without it"
+        ]
+    return [
+        "deterministic: kernels that add in one order take the place of faster ones (attention's and the embedding's"
+        " backward pass, matrix products), memory is filled before it is used, and what has no such kernel stops the"
+        " run with its name; the estimated time knows nothing of it"
+    ]
+
+
+def _about_the_pipeline(
+    config: RunConfig, layout: Layout, batch: Batch, shape: ModelShape, time: StepTime | None
+) -> Iterator[str]:
+    waiting = stages_waiting(layout.pipeline, layout.schedule, backward_passes(config))
+    bubble = waiting / (batch.accumulation + waiting)
+    if time is not None:  # it knows of ranks that share a processor, which others use while one waits
+        bubble = min(bubble, time.bubble_fraction)
+    if bubble > 0.3:
+        yield (
+            f"{count(batch.accumulation, 'micro-batch')} for {layout.pipeline} stages"
+            f" leave{'s' if batch.accumulation == 1 else ''} each stage idle for {bubble:.0%} of the time;"
+            f" {'a smaller --micro-batch or ' if batch.micro_batch > 1 else ''}a larger --global-batch helps"
+        )
+    sent = {part.what: part for part in traffic(config, shape, layout, batch)}
+    if config.zero == 2 and layout.data_parallel > 1 and batch.accumulation > 1:
+        gradients = sent["gradients"].bytes
+        more = gradients - gradients / batch.accumulation
+        yield (
+            f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation} micro-batches,"
+            f" {_size(more)} a step from each rank more than --zero 1, which reduces them once a step, but holds a"
+            f" stage's gradients whole and not 1/{layout.data_parallel} of them"
+        )
+    if config.zero == 3 and layout.data_parallel > 1:
+        yield (
+            f"ZeRO-3 with a pipeline gathers each stage's parameters for each of the {batch.accumulation}"
+            f" micro-batches, forward and backward: {_size(sent['weights'].bytes)} a step; --zero 2 gathers"
+            f" the updated ones once, and a stage's weights are 1/{layout.pipeline} of the model's already"
+        )
+    if len(layout.hosts) > 1 and any(host.slots % layout.pipeline for host in layout.hosts):
+        yield (
+            f"pipelines cross from host to host ({layout.hosts[0].slots} ranks on each, {layout.pipeline} stages):"
+            f" {_size(sent['activations'].bytes)} of a rank's activations go over the network in a step"
+        )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+
+
+def warnings_about_memory(
+    config: RunConfig,
+    layout: Layout,
+    batch: Batch,
+    shape: ModelShape,
+    needs: Sequence[StageMemory],
+    memory_bytes: int | None,
+    accelerator: str,
+) -> list[str]:
+    """Where more memory is needed than there is, as the plan's verdict says: what takes it, and what helps."""
+    if memory_bytes is None:
+        return []
+    needed, fullest = memory_needed(layout, needs, accelerator)
+    if needed <= USABLE * memory_bytes:
+        return []
+    need = needs[fullest]
+    return [_what_helps(config, layout, batch, shape, need, accelerator)]
+
+
+def _what_helps(
+    config: RunConfig,
+    layout: Layout,
+    batch: Batch,
+    shape: ModelShape,
+    need: StageMemory,
+    accelerator: str,
+) -> str:
+    """The largest class of memory, and what makes it smaller."""
+    classes = {
+        name: getattr(need, name)
+        for name in ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
+    }
+    largest = max(classes, key=lambda name: classes[name])
+    shared = layout.data_parallel > 1
+    more = 2 * layout.pipeline
+    cuts = (
+        shape.pipeline_refusal is None
+        and count_spans(more, layout.schedule) <= len(shape.layers)
+        and layout.world_size % more == 0
+    )
+    stages = [f"--pipeline {more}"] if cuts else []
+    smaller = ["a smaller --micro-batch"] if batch.micro_batch > 1 else []
+    ways: list[str] = []
+    if largest == "activations":
+        if not config.activation_checkpointing:
+            ways.append("--activation-checkpointing")
+        ways += smaller
+    elif largest == "loss":
+        ways += smaller
+    elif largest == "parameters":
+        ways += ["--zero 3"] if shared and config.zero < 3 and config.schedule == "1f1b" else []
+        ways += stages
+    elif largest == "gradients":
+        ways += ["--zero 2"] if shared and config.zero < 2 else []
+        ways += stages
+    else:
+        ways += ["--zero 1"] if shared and config.zero == 0 else []
+        if largest == "optimizer" and config.offload == "none" and accelerator != "cpu":
+            ways.append("--offload cpu")
+        ways += stages
+    verb = "takes" if largest in ("optimizer", "loss") else "take"
+    takes = f"{largest} {verb} most of the memory"
+    # No other cut was found, or none was looked for: on CPUs ranks share the memory.
+    if layout.pipeline > 1 and accelerator != "cpu":
+        if config.partition == "auto":
+            takes = f"no cut that fits was found; {takes}"
+        else:
+            ways.append("--partition auto, which looks for a cut that fits")
+    ways = ways or ["more or larger devices, a smaller --seq-len or a smaller model"]
+    return f"{takes}: {' or '.join(ways)} helps"
+
+
+def warnings_about_balance(config: RunConfig, imbalance: float, without_limit: float) -> list[str]:
+    """Where memory keeps the cut from being even.
+
+    Args:
+        imbalance: time of the slowest stage over the mean of all.
+        without_limit: the same, if memory had no end.
+    """
+    if config.partition != "auto" or imbalance < 1.2 * without_limit:
+        return []
+    return [
+        f"memory keeps the cut from being even: the slowest stage takes {imbalance:.2f} x the mean, and could take"
+        f" {without_limit:.2f} x; a smaller --micro-batch or --activation-checkpointing frees some"
+    ]
+
+
+def warnings_about_time(
+    config: RunConfig, shape: ModelShape, layout: Layout, batch: Batch, time: StepTime
+) -> list[str]:
+    """Where a step's time goes that another choice would save, in numbers."""
+    found = []
+    sent = {part.what: part for part in time.traffic}
+    among = [sent[what] for what in ("weights", "gradients") if what in sent]
+    lost = time.data_parallel / time.total
+    if config.zero == 3 and lost > 0.05 and any(part.link == "between" for part in among):
+        stages = " and stages inside each host (--pipeline)" if shape.pipeline_refusal is None else ""
+        found.append(
+            f"ZeRO-3 sends {_size(sum(part.bytes for part in among))} a step from each rank between hosts, and"
+            f" {lost:.0%} of the time is lost to it; --zero 1{stages} sends less of it, and once a step"
+        )
+    talking = time.pipeline + time.data_parallel
+    if talking > max(time.compute, 0.1 * time.total):
+        if config.zero >= 2 and batch.accumulation > 1 and layout.data_parallel > 1:
+            helps = "--zero 1 reduces gradients once a step, and a larger --micro-batch less often"
+        else:
+            helps = "a larger --global-batch computes more between two reductions"
+        found.append(
+            f"a step is expected to send for {_seconds(talking)} and to compute for {_seconds(time.compute)}; {helps}"
+        )
+    if config.offload != "none" and time.optimizer > 0.3 * time.total:
+        found.append(
+            f"the offloaded update is expected to take {_seconds(time.optimizer)} of a step's {_seconds(time.total)};"
+            " a larger --global-batch computes more between two updates"
+        )
+    return found
+
+
+def warnings_about_devices(names: Sequence[str], device: Device | None, precision: str) -> list[str]:
+    """Where no time can be estimated: what is not known."""
+    if device is None and names and names[0]:
+        return [
+            f"how fast {' and '.join(dict.fromkeys(names))} computes is not known, so that no time is estimated;"
+            " dstrain plan --device FILE takes its numbers"
+        ]
+    if device is not None and precision not in device.flops:
+        return [f"how fast {device.name} computes in {precision} is not known, so that no time is estimated"]
+    return []
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.3g} s" if number >= 1 else f"{number * 1e3:.3g} ms"

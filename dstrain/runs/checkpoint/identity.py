@@ -1,0 +1,113 @@
+"""What a checkpoint must agree on with the run that goes on from it, and what may change in between.
+
+Both are described by `Plan.identity`; a checkpoint's manifest holds that of the run that saved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import DstrainError
+from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.runs.checkpoint.manifest import read_manifest
+
+_NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")
+_LAYOUT = (*_NAMED, "cut")
+_MAY_CHANGE = (*_LAYOUT, "micro_batch")
+
+_WHY = {
+    "global_batch": " (which samples come next, and the learning rate, are counted in its steps)",
+    "data": " (the same files, tokenizer and held-out part)",
+}
+
+
+def refuse_other_batch(checkpoint: Path, *, global_batch: int, data_parallel: int | None) -> None:
+    """Refuse what needs another global batch than the checkpoint's, in words that do not propose to change it.
+
+    What the plan says of a batch that can't be shared is meant for a run that begins. Raises DstrainError.
+    """
+    _refuse_another("global_batch", global_batch, _identity_of(checkpoint), checkpoint)
+    if data_parallel is None or global_batch % data_parallel == 0:
+        return
+    fitting = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
+    below = [number for number in fitting if number < data_parallel][-1:]
+    above = [number for number in fitting if number > data_parallel][:1]
+    raise DstrainError(
+        f"the run's global batch of {global_batch} can't be shared by {data_parallel} replicas, and stays what it was",
+        where="--data-parallel",
+        hint=f"--data-parallel {' or '.join(map(str, below + above))}",
+    )
+
+
+def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another training: another model, data, optimizer or precision.
+
+    Another layout is none, but where DeepSpeed keeps states in files of its own. Raises DstrainError.
+    """
+    saved = _identity_of(checkpoint)
+    for key, value in identity.items():
+        if key not in _MAY_CHANGE:
+            _refuse_another(key, value, saved, checkpoint)
+    if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
+        raise DstrainError(
+            f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights lie in swap"
+            " files of DeepSpeed, which only the ranks that wrote them can read",
+            where=str(checkpoint),
+            hint="resume in the layout that the checkpoint was made with, or start a new run under another --name",
+        )
+
+
+def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    if saved.get(key) != value:
+        raise DstrainError(
+            f"the checkpoint was made with {key} = {saved.get(key)}, and this run has {value}",
+            where=str(checkpoint),
+            hint=f"resume with the same {key}{_WHY.get(key, '')}, or start a new run under another --name",
+        )
+
+
+def is_other_layout(checkpoint: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether another layout than this run's has saved the checkpoint, so that its ranks' files are not ours."""
+    return _another_layout(_identity_of(checkpoint), identity)
+
+
+def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
+    """In a line each, what of the layout is another than the checkpoint's. Empty where nothing is."""
+    saved = _identity_of(checkpoint)
+    lines = []
+    if _another_layout(saved, identity):
+        before, after = _name(saved), _name(identity)
+        if before == after:
+            before, after = f"{before} cut at {_cut(saved)}", f"at {_cut(identity)}"
+        lines.append(
+            f"{before} -> {after}: the same training goes on; each rank reads its part of {checkpoint.name}"
+        )
+    old, new = saved.get("micro_batch"), identity.get("micro_batch")
+    if old is not None and new is not None and old != new:
+        lines.append(
+            f"micro-batches of {old} -> {new}: of all sums only a mixture of experts' router loss depends on it"
+        )
+    return lines
+
+
+def _another_layout(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return any(key in identity and saved.get(key) != identity[key] for key in _LAYOUT)
+
+
+def _identity_of(checkpoint: Path) -> dict[str, Any]:
+    identity: dict[str, Any] = read_manifest(checkpoint)["identity"]
+    return identity
+
+
+def _name(identity: Mapping[str, Any]) -> str:
+    """A layout's name, as ``zero1-pp2-dp2``."""
+    if any(key not in identity for key in _NAMED):
+        return "a layout of an earlier dstrain"
+    return LayoutChoice(**{key: identity[key] for key in _NAMED}).name
+
+
+def _cut(identity: Mapping[str, Any]) -> str:
+    """The first layers of the stages behind the first."""
+    return ",".join(str(layer) for layer in identity.get("cut", ())[1:-1])

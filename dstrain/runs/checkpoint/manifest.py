@@ -1,0 +1,258 @@
+"""What makes a checkpoint complete: its manifest, and every file that this names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import DstrainError
+from dstrain.files import write_atomically
+
+MANIFEST = "manifest.json"
+DAMAGED = "DAMAGED"
+"""A file in a checkpoint whose bytes were found to be wrong: why, in one line."""
+FORMAT = 2
+
+_STEP = re.compile(r"step-[0-9]+")
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of one file. ``sha256`` is None in earlier manifests, which had sizes only."""
+
+    size: int
+    sha256: str | None
+
+    def wrong_size(self, name: str, size: int) -> str | None:
+        """What to say of a file that has another size; None where it has this one."""
+        return None if size == self.size else f"{name} has {size:,} bytes and should have {self.size:,}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to go on from, None where there is none yet; and the newer ones that are not usable.
+
+    ``passed`` has (name, why) of each, newest first.
+    """
+
+    checkpoint: Path | None
+    passed: tuple[tuple[str, str], ...] = ()
+
+
+def make_manifest(
+    *,
+    step: int,
+    run: str,
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    saved_at: float,
+    files: Mapping[str, FileRecord],
+) -> dict[str, Any]:
+    """The record that `read_manifest` gives back.
+
+    Args:
+        step: the last step whose update the checkpoint holds.
+        run: id of the run that made it.
+        identity: `Plan.identity`: what the runs that go on from it must agree with, and the layout.
+        config: the run config, of which the hash is kept.
+        versions: of what wrote the files, by name.
+        saved_at: seconds since 1970.
+        files: by path inside the checkpoint.
+    """
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "run": run,
+        "saved_at": round(saved_at, 3),
+        "versions": dict(versions),
+        "config": digest(config),
+        "identity": dict(identity),
+        "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in sorted(files.items())},
+    }
+    return record | {"sha256": digest(record)}
+
+
+def digest(record: Any) -> str:
+    """SHA-256 of a JSON-like value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError where there is none, half of one, or one that was changed."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError("it is no JSON object")
+    if "sha256" in manifest or "format" in manifest:  # earlier ones have neither
+        rest = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest.get("sha256") != digest(rest):
+            raise ValueError("its own checksum is not right")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it is of format {manifest['format']}, and this dstrain reads {FORMAT}")
+    return manifest
+
+
+def files_of(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """Every file that a manifest names. Raises ValueError where it names none."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError("it names no file")
+    if "format" not in manifest:
+        return {name: FileRecord(int(size), None) for name, size in files.items()}
+    return {name: FileRecord(file["size"], file["sha256"]) for name, file in files.items()}
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """All that bear a checkpoint's name in a run's ``checkpoints/``, whole or not, oldest first."""
+    named = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(named, key=_step)
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What was being written when a run ended."""
+    return sorted(folder.glob(".step-*.partial"))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's ``checkpoints/``, oldest first, as far as manifests and sizes tell."""
+    return [path for path in named_checkpoints(folder) if damage_of(path) is None]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_complete(folder: Path) -> Path | None:
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
+
+
+def damage_of(checkpoint: Path, *, noted: bool = True) -> str | None:
+    """Why this is no complete checkpoint, as far as its manifest and the sizes of its files tell; or None.
+
+    Nothing but the manifest is read. With ``noted`` wrong bytes that were found earlier count (`note_damage`).
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+        if manifest.get("step") != _step(checkpoint):
+            return f"its manifest is that of step {manifest.get('step')}"
+        files = files_of(manifest)
+    except FileNotFoundError:
+        return "it has no manifest"
+    except OSError as error:
+        return f"its manifest can't be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its manifest is damaged ({str(error) or type(error).__name__})"
+    return missing_or_cut(checkpoint, files) or (_noted(checkpoint) if noted else None)
+
+
+def missing_or_cut(checkpoint: Path, files: Mapping[str, FileRecord]) -> str | None:
+    """The first file that is not there or has another size."""
+    sizes = file_sizes(checkpoint)
+    for name, file in files.items():
+        if name not in sizes:
+            return f"{name} is missing"
+        if why := file.wrong_size(name, sizes[name]):
+            return why
+    return None
+
+
+def unknown_files(checkpoint: Path) -> list[str]:
+    """Files that the manifest does not name: ignored, as somebody's notes. Raises as `read_manifest` does."""
+    known = files_of(read_manifest(checkpoint))
+    return [name for name in file_sizes(checkpoint) if name not in known]
+
+
+def note_damage(checkpoint: Path, why: str) -> None:
+    """Leave word that this checkpoint's bytes are wrong, so that nobody has to read them again to know."""
+    (checkpoint / DAMAGED).write_text(why + "\n", encoding="utf-8")
+
+
+def forget_damage(checkpoint: Path) -> None:
+    """Take `note_damage` back."""
+    (checkpoint / DAMAGED).unlink(missing_ok=True)
+
+
+def _noted(checkpoint: Path) -> str | None:
+    try:
+        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its bytes are wrong"
+    except (OSError, ValueError):
+        return None
+
+
+def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None = None) -> Choice:
+    """The newest checkpoint that manifests and sizes make usable for this run.
+
+    Args:
+        folder: ``checkpoints/`` of the run folder.
+        run: the run's id; None where it is not known.
+        known: why some are not usable, by name, found out otherwise.
+
+    Raises:
+        DstrainError: there are checkpoints, and none is usable: a run does not start anew in silence.
+    """
+    passed: list[tuple[str, str]] = []
+    for checkpoint in reversed(named_checkpoints(folder)):
+        why = (known or {}).get(checkpoint.name) or damage_of(checkpoint) or of_another_run(checkpoint, run)
+        if why is None:
+            return Choice(checkpoint, tuple(passed))
+        passed.append((checkpoint.name, why))
+    if passed:
+        reasons = "\n".join(f"  {name}: {why}" for name, why in passed)
+        raise DstrainError(
+            f"no checkpoint of this run is usable:\n{reasons}",
+            where=str(folder),
+            hint="bring back the files from a copy; to train from the beginning, start a run under another --name",
+        )
+    return Choice(None)
+
+
+def passed_over(name: str, why: str, used: str) -> str:
+    """The line that is said of a checkpoint that was not usable, and of the one that is used instead."""
+    return f"{name} is not used: {why}; the run goes on from {used}"
+
+
+def of_another_run(checkpoint: Path, run: str | None) -> str | None:
+    """Why a checkpoint that is whole is not this run's; None where it is, or where an id is not known."""
+    made_by = read_manifest(checkpoint).get("run")
+    if run is None or made_by is None or made_by == run:
+        return None
+    return f"it was made by another run ({made_by}, this one is {run})"
+
+
+def run_id(file: Path, checkpoints: Path) -> str | None:
+    """The id of a run: as its file says, else as its newest complete checkpoint does; None where there is none."""
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        text = ""
+    if _RUN_ID.fullmatch(text):
+        return text
+    for checkpoint in reversed(complete_checkpoints(checkpoints)):
+        made_by = read_manifest(checkpoint).get("run")
+        if isinstance(made_by, str):
+            return made_by
+    return None
+
+
+def keep_run_id(file: Path, checkpoints: Path) -> str:
+    """The id of a run; drawn, and written to its file, where it had none."""
+    found = run_id(file, checkpoints) or uuid.uuid4().hex[:16]
+    write_atomically(file, found + "\n")
+    return found
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file but the manifest and the note of damage, by its path inside the checkpoint."""
+    return {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.relative_to(checkpoint).as_posix() not in (MANIFEST, DAMAGED)
+    }

@@ -1,0 +1,136 @@
+"""The record of a launch, and the history of a run's launches.
+
+Before the ranks start, ``record.json`` is written: what they will be made of. Rank 0 adds what only the ranks know,
+the step that they begin with and their devices, and appends it all to ``launches.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import DstrainError
+from dstrain.files import write_atomically, write_json
+from dstrain.planning.plan import Plan
+from dstrain.runs.record.source import source_of
+from dstrain.runs.record.surroundings import image, variables
+from dstrain.runs.record.versions import own_version, packages, python_version
+from dstrain.runs.record.weights import weights_fingerprint
+from dstrain.runs.run_folder import RunFolder
+
+FORMAT = 1
+
+
+def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) -> None:
+    """Write ``record.json``, and the diff of the user's folder beside it. Raises OSError.
+
+    Args:
+        environment: what the ranks are given.
+    """
+    source = source_of(Path.cwd(), besides=folder.path.parent)
+    record = {
+        "format": FORMAT,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "dstrain": own_version(),
+        "python": python_version(),
+        "packages": packages(),
+        "variables": variables(environment),
+        "image": image(),
+        "directory": str(Path.cwd()),
+        "source": {key: value for key, value in asdict(source).items() if key != "diff"} if source else None,
+        "data": {key: plan.data.get(key) for key in ("source", "fingerprint", "tokens", "documents")},
+        "tokenizer": {"name": plan.data["tokenizer"], "fingerprint": plan.data.get("tokenizer_fingerprint")},
+        "model": {key: plan.model[key] for key in ("type", "file", "folder", "fingerprint", "parameters")}
+        | {
+            "weights": weights_fingerprint(Path(plan.model["folder"]))
+            if plan.run_config.init == "pretrained"
+            else None
+        },
+        "config": plan.config,
+        "layout": {
+            "pipeline": plan.layout.pipeline,
+            "data_parallel": plan.layout.data_parallel,
+            "schedule": plan.layout.schedule,
+            "cut": list(plan.layout.cut),
+            "ranks_a_host": [host.slots for host in plan.layout.hosts],
+        },
+        "batch": asdict(plan.batch),
+        "loss_chunk": plan.loss_chunk,
+        "deepspeed": plan.deepspeed,
+    }
+    write_json(folder.record, record)
+    if source is not None and source.diff and source.changes is not None:
+        write_atomically(folder.source_diff(source.changes), source.diff)
+
+
+def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[str, Any]]) -> None:
+    """Rank 0's word: the ranks have met, and begin with this step on these devices. Raises OSError.
+
+    A rank 0 that does not see the folder that the run was started from knows only its own part.
+    """
+    try:
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        record = {"format": FORMAT}
+    line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
+    with folder.launches.open("a+b") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")  # a launch was killed while it wrote its line
+        file.write(line.encode() + b"\n")
+
+
+def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every launch of a run that came as far as to train, in their order.
+
+    Raises:
+        DstrainError: there is none, or it is of another format.
+    """
+    try:
+        lines = folder.launches.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    launches = []
+    for line in lines:
+        with suppress(json.JSONDecodeError):  # half a line of a launch that was killed
+            launch = json.loads(line)
+            if isinstance(launch, dict) and "first_step" in launch:
+                launches.append(launch)
+    where = str(folder.launches)
+    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again, and compares nothing"
+    if not launches:
+        raise DstrainError(
+            "the run has no record of what it was made of: it never came as far as to train, or an earlier dstrain"
+            " made it",
+            where=where,
+            hint=hint,
+        )
+    formats = {launch.get("format") for launch in launches} - {FORMAT}
+    if formats:
+        raise DstrainError(
+            f"the record is of format {formats.pop()}, and this dstrain reads {FORMAT}",
+            where=where,
+            hint=hint,
+        )
+    return launches
+
+
+def first_launch(launches: Sequence[dict[str, Any]], folder: RunFolder) -> dict[str, Any]:
+    """The launch that trained the first steps: the last one that began with step 1. Raises DstrainError."""
+    found = [launch for launch in launches if launch["first_step"] == 1]
+    if not found:
+        raise DstrainError(
+            "its first steps were trained by an earlier dstrain, which did not record what they were made of",
+            where=str(folder.launches),
+        )
+    if "config" not in found[-1]:
+        raise DstrainError(
+            "its rank 0 did not see the folder that the run was started from, and knew only its own part",
+            where=str(folder.launches),
+        )
+    return found[-1]

@@ -1,0 +1,227 @@
+"""The run folder: where everything of one run lies, and the words that its ranks leave there.
+
+``runs/<name>/`` alone is enough to resume, report or repeat the run. This file is the one owner of
+the names inside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dstrain.files import write_atomically
+
+NOTE = "dstrain: note: "
+"""In front of a line of rank 0 that is for the user's eyes."""
+NODE_RANK = "DSTRAIN_NODE_RANK"
+"""The environment variable that tells a rank of the launcher ``none`` the number of its node."""
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """The last word of one rank.
+
+    ``state`` is ``running``, ``done`` (reached the end of the run), ``stopped`` (left in order after ``step``,
+    and saved) or ``failed`` (``error`` says why,
+    in one line). A rank that was killed leaves ``running`` behind: no word is a failure too.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    state: str
+    step: int = 0
+    error: str | None = None
+    time: float = 0.0
+
+
+class RunFolder:
+    """Paths inside a run folder. Holds no state and creates nothing until asked to.
+
+    ``node``: where several nodes watch their own ranks in one folder (the launcher ``none``), the number of this one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], node: int = 0) -> None:
+        self.path = Path(path).absolute()
+        self.node = node
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The run config as it was resolved: every value, no defaults left out."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """Each node that watches its own ranks has made it by itself; the ranks find out whether all are the same."""
+        return self.path / (f".plan-node-{self.node}.json" if self.node else "plan.json")
+
+    @property
+    def deepspeed_config(self) -> Path:
+        """The DeepSpeed JSON that the engine is given."""
+        return self.path / "ds_config.json"
+
+    @property
+    def launch_script(self) -> Path:
+        """The exact launch command; works when run by hand."""
+        return self.path / "launch.sh"
+
+    @property
+    def batch_script(self) -> Path:
+        """The Slurm job that `dstrain submit` made of the run."""
+        return self.path / "launch.sbatch"
+
+    @property
+    def environment(self) -> Path:
+        """``NAME=value`` lines that travel to every host (DeepSpeed's ``DS_ENV_FILE``)."""
+        return self.path / "environment"
+
+    @property
+    def supervised_environment(self) -> Path:
+        """The same with the address of the supervisor, for as long as that lives."""
+        return self.path / ".environment"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that watches the run, so that no second one starts in the same folder."""
+        return self.path / (f".lock-node-{self.node}" if self.node else ".lock")
+
+    @property
+    def launch(self) -> Path:
+        """Names the launch that goes on: a rank that reads it sees the supervisor's own folder, and not one of its
+        host's at the same place."""
+        return self.path / (f".launch-node-{self.node}" if self.node else ".launch")
+
+    @property
+    def shared(self) -> Path:
+        """Written by rank 0 for the others to see, while they find out whether they share this folder."""
+        return self.path / ".shared"
+
+    @property
+    def stop_request(self) -> Path:
+        """While it exists, the ranks leave after their current step, and save."""
+        return self.path / "stop"
+
+    @property
+    def hostfile(self) -> Path:
+        return self.path / "hostfile"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """What rank 0 says at the end: steps, the last held-out loss, the prompt and its continuation."""
+        return self.path / "result.json"
+
+    @property
+    def record(self) -> Path:
+        """What the newest launch is made of: versions, data, model, choices."""
+        return self.path / "record.json"
+
+    def source_diff(self, changes: str) -> Path:
+        """What was not committed in the user's folder when a launch began whose record names these ``changes``."""
+        return self.path / f"source-{changes}.diff"
+
+    @property
+    def launches(self) -> Path:
+        """A line for each launch that came as far as to train: its record, its first step and its devices."""
+        return self.path / "launches.jsonl"
+
+    @property
+    def reproduction(self) -> Path:
+        """Of a run that repeats another: what came of comparing the two."""
+        return self.path / "reproduction.json"
+
+    @property
+    def model(self) -> Path:
+        """A copy of the model's config, and of the tokenizer's files where it has any."""
+        return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.logs / (f"launcher-node-{self.node}.log" if self.node else "launcher.log")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def run_id(self) -> Path:
+        """The run's id, drawn when it first starts: its checkpoints bear it."""
+        return self.path / "run-id"
+
+    @property
+    def weights(self) -> Path:
+        """With ``save_weights``: the last weights that were computed with, as fp32, by Hugging Face names."""
+        return self.path / "weights"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def rank_stacks(self, rank: int) -> Path:
+        """Where the rank's threads stood when the run hung."""
+        return self.logs / f"rank-{rank}.stacks.txt"
+
+    def rank_status(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.status.json"
+
+    def write_status(self, status: RankStatus) -> None:
+        """Replace the rank's word by one rename, so that a reader never sees half of it.
+
+        On a full disk it is written over the word before, which has its place there already.
+        """
+        path = self.rank_status(status.rank)
+        text = json.dumps(asdict(status) | {"time": time.time()}) + "\n"
+        try:
+            write_atomically(path, text)
+        except OSError:
+            with path.open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
+
+    def read_status(self, rank: int) -> RankStatus | None:
+        """The rank's last word, or None when it has not said any."""
+        try:
+            record = json.loads(self.rank_status(rank).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        known = {field.name for field in fields(RankStatus)}
+        return RankStatus(**{key: value for key, value in record.items() if key in known})
+
+    def clear_statuses(self, ranks: Sequence[int]) -> None:
+        """Forget the words of an earlier launch, so that an old ``done`` can't be taken for a new one."""
+        for rank in ranks:
+            self.rank_status(rank).unlink(missing_ok=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; what a killed run left half written is no line."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def last_step(metrics: Path) -> int:
+    """The last step that was trained, as a metrics.jsonl has it; 0 for none."""
+    return max((record["step"] for record in read_metrics(metrics)), default=0)

@@ -1,0 +1,115 @@
+"""``checkpoints/`` on the disk: what is written aside gets its manifest and its name, and old ones go."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain import __version__
+from dstrain.runs.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    complete_checkpoints,
+    files_of,
+    make_manifest,
+    missing_or_cut,
+    read_manifest,
+)
+from dstrain.train.checkpointing.to_disk import flush, flush_folders
+
+
+def begin(folder: Path, step: int, *, keep: int, keep_every: int, damaged: Collection[str]) -> Path:
+    """Clear away what an earlier process left half done, and make the hidden folder of a new checkpoint.
+
+    A process that ended between the name of a checkpoint and the removal of an old one left that one too.
+    """
+    prune(folder, keep=keep, keep_every=keep_every, damaged=damaged)
+    aside = aside_of(folder, step)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def aside_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it has its name."""
+    return folder / f".{named(folder, step).name}.partial"
+
+
+def named(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def write_manifest(
+    aside: Path,
+    *,
+    step: int,
+    run: str,
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
+    files: Mapping[str, FileRecord],
+) -> None:
+    """Name every file, in one that is on the disk when this returns.
+
+    Raises:
+        OSError: it could not be written, or a file is not what was said of it.
+    """
+    manifest = make_manifest(
+        step=step,
+        run=run,
+        identity=identity,
+        config=config,
+        versions={
+            "dstrain": __version__,
+            "torch": torch.__version__,
+            **{name: importlib.metadata.version(name) for name in ("deepspeed", "transformers")},
+        },
+        saved_at=time.time(),
+        files=files,
+    )
+    with (aside / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folders(aside)
+    why = missing_or_cut(aside, files_of(read_manifest(aside)))
+    if why is not None:
+        raise OSError(f"what was written is not what lies on the disk: {why}")
+
+
+def give_name(aside: Path, final: Path) -> None:
+    """One rename. A damaged checkpoint of the same step goes first, hidden until it is removed."""
+    if final.exists():
+        os.replace(final, _hidden(final))
+    os.replace(aside, final)
+    flush(final.parent)
+    flush(final.parent.parent)
+
+
+def prune(folder: Path, *, keep: int, keep_every: int, damaged: Collection[str]) -> None:
+    """Remove all but the newest ``keep`` and those that are kept for good; a damaged one is left as it is."""
+    complete = [path for path in complete_checkpoints(folder) if path.name not in damaged]
+    for old in complete[:-keep]:
+        if not (keep_every and int(old.name.removeprefix("step-")) % keep_every == 0):
+            os.replace(old, _hidden(old))
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What was being written or removed when a process ended."""
+    for pattern in (".step-*.partial", ".step-*.removed"):
+        for stale in folder.glob(pattern):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _hidden(checkpoint: Path) -> Path:
+    """The name under which a checkpoint is removed, so that half of it is never taken for a damaged one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return hidden

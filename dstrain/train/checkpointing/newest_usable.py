@@ -1,0 +1,88 @@
+"""Which checkpoint a run goes on from: all ranks choose alike, and every byte of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.integrity import share_out, wrong_files
+from dstrain.runs.checkpoint.manifest import (
+    Choice,
+    choose_newest,
+    files_of,
+    note_damage,
+    passed_over,
+    read_manifest,
+)
+
+
+def find_newest_usable(
+    folder: Path, run: str, damaged: dict[str, str], say: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint of this run all of whose bytes are those that were saved. Collective.
+
+    Args:
+        folder: ``checkpoints/`` of the run folder.
+        run: the run's id.
+        damaged: by name, why a checkpoint's bytes are wrong, as far as that was found before; is added to.
+        say: takes a line for the user about each that is passed over; called on rank 0 alone.
+
+    Returns:
+        None where no checkpoint was made yet.
+
+    Raises:
+        DstrainError: there are checkpoints, and none is usable; on every rank.
+    """
+    rank = distributed.get_rank()
+    while True:
+        choice = _choose(folder, run, damaged)
+        checkpoint = choice.checkpoint
+        if checkpoint is None:
+            return None
+        why = _wrong_bytes(checkpoint, say)
+        if why is None:
+            for name, reason in choice.passed if rank == 0 else ():
+                say(passed_over(name, reason, checkpoint.name))
+            return checkpoint
+        damaged[checkpoint.name] = why
+        if rank == 0:
+            try:
+                note_damage(checkpoint, why)
+            except OSError as error:  # a disk that is full, or can't be written: it is said all the same
+                print(f"{checkpoint}: no note of its damage was left: {error}")
+
+
+def _choose(folder: Path, run: str, damaged: dict[str, str]) -> Choice:
+    """Rank 0 looks at names, manifests and sizes, so that all ranks choose alike."""
+    told: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            told[0] = choose_newest(folder, run, damaged)
+        except DstrainError as error:
+            told[1] = (error.message, error.hint, error.where)
+    distributed.broadcast_object_list(told, src=0)
+    choice, refusal = told
+    if refusal is not None:
+        message, hint, where = refusal
+        raise DstrainError(message, hint=hint, where=where)
+    return choice
+
+
+def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
+    """What is wrong with the first wrong file, the same on all ranks; each reads its share."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    files = files_of(read_manifest(checkpoint))
+    if rank == 0 and any(file.sha256 is None for file in files.values()):
+        say(f"{checkpoint.name} was saved by an earlier dstrain, without checksums: only sizes are checked")
+    share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
+    parts: list[dict[str, str]] = [{} for _ in range(ranks)]
+    distributed.all_gather_object(parts, wrong_files(checkpoint, files, share))
+    found = {name: why for part in parts for name, why in part.items()}
+    if not found:
+        return None
+    more = f", and {len(found) - 1} more of its files" if len(found) > 1 else ""
+    return found[min(found)] + more

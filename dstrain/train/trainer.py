@@ -1,0 +1,286 @@
+"""The training loop of one rank, read from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from typing import Any, TextIO
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+from dstrain.data.prepare import PackedData
+from dstrain.engine.build import build_engine
+from dstrain.engine.communication import start_communication
+from dstrain.engine.interface import Engine, StepResult
+from dstrain.engine.precision import DTYPES
+from dstrain.engine.zero3_init import sharing_out
+from dstrain.errors import DstrainError
+from dstrain.files import write_json
+from dstrain.model.architecture import load_config as load_model_config
+from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.weights.pretrained import PretrainedWeights
+from dstrain.planning.checks import is_frozen
+from dstrain.planning.plan import Plan
+from dstrain.runs.checkpoint.manifest import keep_run_id
+from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
+from dstrain.train.batches import HeldOutBatches, TrainBatches
+from dstrain.train.checkpointing.checkpoints import Checkpoints
+from dstrain.train.checkpointing.save_schedule import SaveSchedule
+from dstrain.train.control_client import Lifeline
+from dstrain.train.determinism import be_deterministic
+from dstrain.train.graceful_shutdown import Leaving
+from dstrain.train.host_agreement import check_hosts_agree
+from dstrain.train.launch_record import record_launch
+from dstrain.train.lr_schedule import LearningRate
+from dstrain.train.memory import largest_memory
+from dstrain.train.metrics import MetricsFile
+from dstrain.train.rank_environment import refuse_another_world
+from dstrain.train.run_data import check_model_file, prepare_run_data
+from dstrain.train.sampling import continuation
+from dstrain.train.weights import save_weights
+
+
+def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tuple[int, bool]:
+    """Train as the run folder's plan says, from its newest checkpoint if there is one.
+
+    Args:
+        folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
+        console: where rank 0 says a line a step; None on the other ranks.
+        lifeline: tells the supervisor of each step, and may ask to stop.
+
+    Returns:
+        The last step, and whether it is the run's: the ranks may be asked to leave before.
+
+    Raises:
+        DstrainError: what the user can mend (data that changed, a loss that is not a number).
+    """
+    plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
+    config = plan.run_config
+    refuse_another_world(plan.layout.world_size, folder, os.environ)
+    # Before the ranks meet: a host that lacks something says so by itself, and one that tokenizes takes its time.
+    check_model_file(plan)
+    data = prepare_run_data(plan)
+    if config.deterministic:
+        be_deterministic()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    start_communication()
+    rank = distributed.get_rank()
+    replica = plan.layout.replica(rank)
+    device = torch.device(get_accelerator().current_device_name())
+
+    check_hosts_agree(folder, plan)
+    leaving = Leaving(
+        lambda: lifeline.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
+        config.time_limit_seconds,
+    )
+    engine = _build(plan, folder, device)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        background=config.background_save,
+        identity=plan.identity,
+        run=_run_id(folder),
+        config=plan.config,
+        say=lambda line: _say(line, console),
+    )
+    first = checkpoints.load_newest(engine) + 1
+    if first > 1:
+        lifeline.ended(first - 1)  # another launch has, and this one is ready to go on
+    record_launch(folder, first, device)
+    metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
+
+    lr_of = LearningRate.of(config)
+    batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
+    held_out = None
+    if data.held_out is not None:
+        held_out = HeldOutBatches(
+            data.held_out,
+            plan.batch,
+            samples=config.eval_samples,
+            replica=replica,
+            fewest=engine.fewest_micro_batches,
+        )
+
+    held_out_loss = _last_held_out_loss(folder)  # of a run that is resumed at its end
+    if first == 1 and held_out is not None:
+        held_out_loss = engine.eval_loss(held_out.micro_batches())
+        if metrics:
+            metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
+    schedule = SaveSchedule(config, device)
+    with checkpoints:  # at its end the last one is complete, and an error lets it be
+        for step in range(first, config.steps + 1):
+            checkpoints.raise_if_failed()
+            began = time.perf_counter()
+            # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
+            torch.manual_seed(config.seed + 1_000_003 * step + rank)
+            result = engine.train_batch(batches.micro_batches(step), lr_of(step))
+            _refuse_no_number(step, result, config.precision)
+            seconds = time.perf_counter() - began
+            lifeline.ended(step)
+            record = {
+                "step": step,
+                "loss": result.loss,
+                "lr": lr_of(step),
+                "grad_norm": result.grad_norm if result.applied else None,
+                "tokens": step * plan.batch.tokens,
+                "seconds": round(seconds, 4),
+                "memory": largest_memory(device),
+            }
+            if config.precision == "fp16":
+                record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
+            if held_out is not None and _due(step, config.eval_every, config.steps):
+                with lifeline.busy("held-out loss"):
+                    record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
+            if metrics:
+                metrics.write(record)
+            if console:
+                console.write(_line(record, config.steps) + "\n")
+            if config.check_every and _due(step, config.check_every, config.steps):
+                engine.check_copies()
+            leave = leaving.agreed(device) and step < config.steps
+            if schedule.due(step) or (leave and config.saves):
+                with lifeline.busy("checkpoint"):
+                    if metrics:
+                        metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
+                    checkpoints.save(engine, step)
+                schedule.saved()
+            if leave:
+                lifeline.ending()
+                return step, False
+        lifeline.ending()
+    if metrics:
+        metrics.close()
+    if config.save_weights:
+        save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
+    _finish(folder, plan, engine, data, device, held_out_loss)
+    return config.steps, True
+
+
+def _run_id(folder: RunFolder) -> str:
+    """The run's id on every rank; rank 0 draws it where there is none."""
+    told = [keep_run_id(folder.run_id, folder.checkpoints) if distributed.get_rank() == 0 else ""]
+    distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _say(line: str, console: TextIO | None) -> None:
+    """For the user: into this rank's log, and to the command line, which watches for it."""
+    print(line, flush=True)
+    if console:
+        console.write(NOTE + line + "\n")
+
+
+def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
+    """Stop a training that has left the numbers. Every rank sees the same result.
+
+    Only fp16's loss scale skips steps on purpose; elsewhere DeepSpeed skips a step whose gradient is no
+    number, or reports its norm as -1, and would go on without learning anything.
+    """
+    if precision == "fp16" and not result.applied:
+        return
+    is_number = math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0
+    if result.applied and is_number:
+        return
+    what = f"the loss is {result.loss}"
+    if math.isfinite(result.loss):
+        what = "the gradient is no number (inf or nan)"
+    raise DstrainError(
+        f"{what} at step {step}",
+        hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
+    )
+
+
+def _last_held_out_loss(folder: RunFolder) -> float | None:
+    losses = [record["held_out_loss"] for record in read_metrics(folder.metrics) if "held_out_loss" in record]
+    return losses[-1] if losses else None
+
+
+def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
+    config = plan.run_config
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "attention": config.attention,
+        "dtype": DTYPES[config.precision],
+        "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
+    }
+    model_config = load_model_config(plan.model["file"])
+    model: LayeredModel | WholeModel
+    if plan.model["pipelines"]:
+        model = LayeredModel(model_config, **options)
+    else:
+        model = WholeModel(model_config, **options, after_build=sharing_out(plan.deepspeed))
+    return build_engine(
+        model,
+        deepspeed=_with_own_swap_folder(plan.deepspeed, folder),
+        cut=plan.layout.cut,
+        pipeline=plan.layout.pipeline,
+        data_parallel=plan.layout.data_parallel,
+        device=device,
+        schedule=plan.layout.schedule,
+        activation_checkpointing=config.activation_checkpointing,
+        is_frozen=lambda name: is_frozen(name, config.freeze),
+        loss_chunk=plan.loss_chunk,
+    )
+
+
+def _with_own_swap_folder(deepspeed_config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Two runs may name one disk for their optimizer states, whose files DeepSpeed names alike."""
+    config = copy.deepcopy(deepspeed_config)
+    offload = config["zero_optimization"].get("offload_optimizer", {})
+    if offload.get("device") == "nvme":
+        offload["nvme_path"] = os.path.join(offload["nvme_path"], folder.name)
+        os.makedirs(offload["nvme_path"], exist_ok=True)
+    return config
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _line(record: dict[str, object], steps: int) -> str:
+    """One line for a console that is no terminal."""
+    held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
+    norm = f"{record['grad_norm']:.3f}" if record["grad_norm"] is not None else "skipped"
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{held_out}  lr {record['lr']:.2e}  grad {norm}"
+
+
+def _finish(
+    folder: RunFolder,
+    plan: Plan,
+    engine: Engine,
+    data: PackedData,
+    device: torch.device,
+    held_out_loss: float | None,
+) -> None:
+    """Let the model speak, and leave result.json."""
+    config = plan.run_config
+    text = None
+    if config.sample_tokens:
+        text = continuation(
+            engine,
+            data.tokenizer,
+            config.prompt,
+            tokens=config.sample_tokens,
+            seq_len=config.seq_len,
+            micro_batch=plan.batch.micro_batch,
+            device=device,
+            seed=config.seed,
+        )
+    if distributed.get_rank() == 0:
+        write_json(
+            folder.result,
+            {
+                "steps": config.steps,
+                "held_out_loss": held_out_loss,
+                "prompt": config.prompt,
+                "continuation": text,
+            },
+        )
+    distributed.barrier()

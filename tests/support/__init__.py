@@ -1,0 +1,1 @@
+"""Harnesses of the tests: no file here holds a test."""

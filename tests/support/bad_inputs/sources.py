@@ -1,0 +1,252 @@
+"""Models, tokenizers, data and names that are not what they should be; commands, and runs that are not there."""
+
+from __future__ import annotations
+
+from tests.e2e.conftest import LLAMA
+from tests.support.bad_inputs.row import FIFO, MEASURED, READ, BadInput, bare, run
+
+
+def _model(content: object, place: str, reason: str, hint: str, *, looked: bool = False) -> BadInput:
+    """A model folder with this config.json."""
+    files = {"m": None} if content is None else {"m/config.json": content}
+    return run(
+        "--model", "m", place=place, reason=reason, hint=hint, files=files, looked=MEASURED if looked else ()
+    )
+
+
+MODELS = {
+    "model: nothing of this name": run(
+        "--model", "none", place="--model", reason="'none' is neither a folder nor a built-in", hint="quickstart"
+    ),
+    "model: no name": run("--model", "", place="--model", reason="no model is named", hint="quickstart"),
+    "model: a file": run(
+        "--model", "m", files={"m": "x"}, place="--model", reason="m is a file", hint="name its folder"
+    ),
+    "model: a built-in shape mistyped": run(
+        "--model", "quickstrat", place="--model", reason="'quickstrat'", hint="did you mean quickstart?"
+    ),
+    "model: a shape without weights": run(
+        "--model", "quickstart", "--init", "pretrained", place="--init", reason="without weights",
+        hint="--init random"
+    ),
+    "model: pretrained without a tokenizer": run(
+        "--init", "pretrained", place="quickstart.yaml", reason="has no tokenizer", hint="--tokenizer FOLDER"
+    ),
+    "config.json: none": _model(None, "--model", "m has no config.json", "Hugging Face model folder"),
+    "config.json: a pipe": _model(FIFO, "--model", "m has no config.json", "Hugging Face model folder"),
+    "config.json: broken": _model('{\n"model_type": llama}', "m/config.json:2", "malformed JSON", "one JSON object"),
+    "config.json: empty": _model("", "m/config.json:1", "malformed JSON", "one JSON object"),
+    "config.json: a list": _model("[]", "m/config.json", "expected a JSON object", '{"model_type"'),
+    "config.json: UTF-16": _model("{}".encode("utf-16"), "m/config.json", "UTF-16", "iconv"),
+    "config.json: binary": _model(b"\x80\x02}", "m/config.json", "UTF-8", "UTF-8"),
+    "config.json: no model_type": _model(
+        {"hidden_size": 32}, "m/config.json", "model_type", "model_type"
+    ),
+    "config.json: unknown model_type": _model(
+        LLAMA | {"model_type": "lama"}, "m/config.json", "'lama'", "did you mean 'llama'?", looked=True
+    ),
+    "config.json: model_type is a number": _model(
+        LLAMA | {"model_type": 5}, "m/config.json", "model_type", "model_type"
+    ),
+    "config.json: no language model": _model(
+        {"model_type": "vit"}, "m/config.json", "no causal language model", "llama", looked=True
+    ),
+    "config.json: sizes that do not fit together": _model(
+        LLAMA | {"num_attention_heads": 5}, "m/config.json", "not a multiple", "of a llama model", looked=True
+    ),
+    "config.json: a size in words": _model(
+        LLAMA | {"hidden_size": "large"}, "m/config.json", "'hidden_size' expected int", "of a llama model",
+        looked=True
+    ),
+    "seq_len over the model's positions": run(
+        "--seq-len", "129", looked=READ,
+        place="--seq-len", reason="more than the model's 128 positions", hint="--seq-len 128 or less",
+    ),
+    "an enormous seq_len": run(
+        "--seq-len", "999999999999",
+        place="text.jsonl", reason="one row takes 999,999,999,999", hint="set seq_len to", looked=READ,
+    ),
+    "tokenizer larger than the embedding": run(
+        "--model", "m", files={"m/config.json": LLAMA | {"vocab_size": 200, "eos_token_id": 1}}, looked=MEASURED,
+        place="quickstart.yaml", reason="257 tokens and the model's embedding 200", hint="vocab_size",
+    ),
+    "tokenizer: no folder": run(
+        "--tokenizer", "none", place="none", reason="no tokenizer folder 'none'", hint="bytes"
+    ),
+    "tokenizer: a folder without one": run(
+        "--tokenizer", "t", files={"t": None}, place="t", reason="there is no tokenizer", hint="tokenizer.json"
+    ),
+    "tokenizer: broken": run(
+        "--tokenizer", "t", files={"t/tokenizer.json": "{"}, looked=READ,
+        place="t", reason="can't load this tokenizer", hint="save_pretrained",
+    ),
+}  # fmt: skip
+
+
+def _data(
+    name: str, content: object, place: str, reason: str, hint: str, *, looked: bool = False
+) -> BadInput:
+    files = {} if content == "" and name == "none.txt" else {name: content}
+    return run(
+        "--data", name, place=place, reason=reason, hint=hint, files=files, looked=READ if looked else ()
+    )
+
+
+DATA = {
+    "data: nothing of this name": run(
+        "--data", "none.txt", place="none.txt", reason="no such file", hint="nothing is downloaded"
+    ),
+    "data: a name on the hub": run(
+        "--data", "roneneldan/TinyStories", place="TinyStories", reason="no such file", hint="nothing is downloaded"
+    ),
+    "data: no name": run("--data", " ", place="data", reason="no data source is named", hint="stdlib"),
+    "data: a NUL in its name": bare(
+        "plan", "--model", "model", "--config", "c.yaml", files={"c.yaml": 'data: "a\\0b"\n'},
+        place=r"a\x00b", reason="can't be read", hint="check the path",
+    ),
+    "data: a link that leads nowhere": run(
+        "--data", "l", files={"l": "-> gone"}, place="l", reason="leads nowhere", hint="remove it"
+    ),
+    "data: a pipe": _data("p", FIFO, "p", "neither a file nor a folder", "write the text to a file"),
+    "data: a device": run(
+        "--data", "/dev/zero", place="/dev/zero", reason="neither a file nor a folder",
+        hint="write the text to a file"
+    ),
+    "data: empty": _data("d.txt", "", "d.txt", "empty", "name one with text"),
+    "data: a folder without text": _data("d", None, "d", "no text in this folder", ".txt"),
+    "data: a folder of other files": run(
+        "--data", "d", files={"d/a.png": b"x"}, place="d", reason=".png", hint=".txt"
+    ),
+    "data: a folder of empty files": run(
+        "--data", "d", files={"d/a.txt": b""}, place="d", reason="all 1 text files are empty", hint="copied whole"
+    ),
+    "data: binary": _data("d.bin", bytes(range(256)) * 8, "d.bin", "binary", "UTF-8", looked=True),
+    "data: Latin-1": _data("d.txt", "a\n\xe9t\xe9".encode("latin-1"), "d.txt:2", "0xe9", "iconv", looked=True),
+    "data: UTF-16": _data("d.txt", "text".encode("utf-16"), "d.txt", "UTF-16", "iconv", looked=True),
+    "data: compressed": _data("d.txt", b"\x1f\x8b\x08", "d.txt", "compressed", "unpack it", looked=True),
+    "data: too little": _data("d.txt", "few", "d.txt", "and one row takes 32", "set seq_len to 3", looked=True),
+    "data: JSON lines without text": _data(
+        "d.jsonl", '{"text": "a"}\n{"body": "b"}\n', "d.jsonl:2", "no field 'text'", '{"text": "..."}', looked=True
+    ),
+    "data: broken JSON lines": _data(
+        "d.jsonl", '{"text": "a"}\n{"text"\n', "d.jsonl:2", "not JSON", '{"text": "..."}', looked=True
+    ),
+    "data: JSON lines of numbers": _data(
+        "d.jsonl", '{"text": 5}\n', "d.jsonl:1", "a number, not a string", '{"text": "..."}', looked=True
+    ),
+    "data: no gzip": _data("d.jsonl.gz", b"no gzip", "d.jsonl.gz", "no complete gzip", "gzip -t", looked=True),
+}  # fmt: skip
+
+_RUN = {"runs/x/config.yaml": "steps: 3\n"}
+
+NAMES = {
+    "name: a path": run("--name", "a/b", place="--name", reason="'a/b' is no name", hint="runs_dir"),
+    "name: the folder above": run("--name", "..", place="--name", reason="'..' is no name", hint="no dot in front"),
+    "name: leaves the folder": run("--name", "../../x", place="--name", reason="is no name", hint="no slash"),
+    "name: absolute": run("--name", "/etc/x", place="--name", reason="is no name", hint="no slash"),
+    "name: hidden": run("--name", ".x", place="--name", reason="is no name", hint="no dot in front"),
+    "name: none": run("--name", "", place="--name", reason="is no name", hint="100 letters"),
+    "name: too long": run("--name", "n" * 300, place="--name", reason="is no name", hint="up to 100"),
+    "name: a line break": run("--name", "a\nb", place="--name", reason=r"'a\nb' is no name", hint="letters"),
+    "name: an escape sequence": run("--name", "\x1b[31mx", place="--name", reason=r"'\x1b[31mx'", hint="letters"),
+    "name: a tab": run("--name", "a\tb", place="--name", reason=r"'a\tb' is no name", hint="letters"),
+    "name: of a run that is there": run(
+        files={"runs/x": None}, place="--name", reason="runs/x exists", hint="`dstrain resume x` goes on with it"
+    ),
+    "runs_dir: a file": run(
+        "--set", "runs_dir=f", files={"f": "x"}, place="--set runs_dir", reason="f is a file", hint="another place"
+    ),
+    "runs_dir: below a file": run(
+        "--set", "runs_dir=f/runs", files={"f": "x"}, place="--set runs_dir", reason="f is a file",
+        hint="another place"
+    ),
+    "resume: no name": bare("run", "--resume", place="--resume", reason="which run?", hint="dstrain resume"),
+    "resume: nothing there": bare(
+        "resume", "none", place="RUN", reason="'none' is no run folder", hint="dstrain run"
+    ),
+    "resume: another one is there": bare(
+        "resume", "y", files=_RUN, place="RUN", reason="'y' is no run folder", hint="there are: x"
+    ),
+    "resume: a file": bare("resume", "f", files={"f": "x"}, place="RUN", reason="no run folder", hint="dstrain run"),
+    "resume: no run": bare("resume", place="RUN", reason="Missing argument", hint="resume --help"),
+    "resume: two runs": bare("resume", "x", "y", place="y", reason="unexpected extra argument", hint="resume --help"),
+    "resume: another name": bare(
+        "resume", "x", "--name", "y", files=_RUN, place="--name", reason="keeps its name", hint="leave it out"
+    ),
+    "resume: a spoilt config.yaml": bare(
+        "resume", "x", files={"runs/x/config.yaml": "stpes: 3\n"},
+        place="config.yaml:1", reason="'stpes'", hint="did you mean steps?",
+    ),
+    "resume: an empty config.yaml": bare(
+        "resume", "x", files={"runs/x/config.yaml": ""}, place="config.yaml", reason="empty", hint="KEY: VALUE"
+    ),
+    "resume: a name of 5,000 letters": bare(
+        "resume", "a" * 5000, place="RUN", reason="no run folder", hint="dstrain run"
+    ),
+    "checkpoints: nothing there": bare(
+        "checkpoints", "none", place="RUN", reason="no run folder", hint="dstrain run"
+    ),
+    "checkpoints: no run": bare("checkpoints", place="RUN", reason="Missing argument", hint="checkpoints --help"),
+    "export: nothing there": bare("export", "none", "out", place="RUN", reason="no run folder", hint="dstrain run"),
+    "export: nowhere": bare("export", "x", place="OUT", reason="Missing argument", hint="export --help"),
+    "export: no checkpoint": bare(
+        "export", "x", "out", files=_RUN, place="checkpoints", reason="no complete checkpoint",
+        hint="dstrain resume x"
+    ),
+    "export: step 0": bare(
+        "export", "x", "out", "--step", "0", files=_RUN, place="--step", reason="x>=1", hint="export --help"
+    ),
+    "export: a precision that is none": bare(
+        "export", "x", "out", "--dtype", "int8", files=_RUN, place="--dtype", reason="'int8'", hint="'bf16'"
+    ),
+    "generate: nothing there": bare(
+        "generate", "none", "Hello", place="FOLDER", reason="no model folder", hint="dstrain export"
+    ),
+    "generate: no prompt": bare(
+        "generate", "model", place="PROMPT", reason="Missing argument", hint="generate --help"
+    ),
+    "generate: no tokens": bare(
+        "generate", "model", "x", "--tokens", "0", place="--tokens", reason="x>=1", hint="generate --help"
+    ),
+    "generate: cold": bare(
+        "generate", "model", "x", "--temperature", "-1", place="--temperature", reason="x>=0", hint="generate --help"
+    ),
+    "doctor: no hostfile": bare(
+        "doctor", "--hostfile", "none", place="none", reason="no such hostfile", hint="name slots=N"
+    ),
+    "doctor: a bad hostfile": bare(
+        "doctor", "--hostfile", "h", files={"h": "n1\n"}, place="h:1", reason="n1 has no slots", hint="n1 slots=N"
+    ),
+    "doctor: an unknown flag": bare(
+        "doctor", "--hosts", "h", place="--hosts", reason="No such option", hint="--hostfile"
+    ),
+}  # fmt: skip
+
+COMMANDS = {
+    "an unknown command": bare("rnu", place="'rnu'", reason="no such command", hint="did you mean 'run'?"),
+    "an unknown command, nothing near": bare("xyzzy", place="xyzzy", reason="No such command", hint="--help"),
+    "a command in capitals": bare("RUN", place="'RUN'", reason="o such command", hint="--help"),
+    "a command below config": bare("config", "shwo", place="'shwo'", reason="o such command", hint="show"),
+    "an empty command": bare("", place="''", reason="o such command", hint="--help"),
+    "an unknown flag": run("--zerp", "2", place="--zerp", reason="No such option", hint="--zero"),
+    "an unknown flag of plan": bare(
+        "plan", "--piepline", "2", place="--piepline", reason="No such option", hint="--pipeline"
+    ),
+    "an unknown flag in front": bare(
+        "--verbose", "run", place="--verbose", reason="No such option", hint="dstrain --help"
+    ),
+    "a flag without its value": run("--zero", place="--zero", reason="requires an argument", hint="run --help"),
+    "a flag with a value that takes none": run(
+        "--dry-run=yes", place="--dry-run", reason="does not take a value", hint="run --help"
+    ),
+    "a stray word": run("train", place="train", reason="unexpected extra argument", hint="run --help"),
+    "an underscore in a flag": run("--seq_len", "32", place="--seq_len", reason="No such option", hint="--seq-len"),
+    "one dash": run("-pipeline", "2", place="-p", reason="No such option", hint="run --help"),
+    "plan: a bad config": bare(
+        "plan", "--config", "c.yaml", files={"c.yaml": "stpes: 1\n"}, place="c.yaml:1", reason="'stpes'",
+        hint="steps?"
+    ),
+    "config show: a bad value": bare(
+        "config", "show", "--set", "lr=fast", place="--set lr", reason="a number", hint="peak learning rate"
+    ),
+}  # fmt: skip

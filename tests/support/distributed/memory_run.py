@@ -1,0 +1,265 @@
+"""A short training whose tensors are counted: two steps in any layout through dstrain's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe import schedule
+
+from dstrain.config.loader import load_config
+from dstrain.planning import loss_chunk
+from dstrain.planning.checks import is_frozen
+from dstrain.planning.layout import Host
+from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import Machines, Plan, make_plan
+from tests.support.distributed.memory_count import Counted, MemoryCount
+from tests.support.distributed.training import measured
+
+VOCABULARY = 1500
+MICRO_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Counting:
+    """One layout; the sizes are such that no two dimensions of the model or the batch are equal."""
+
+    zero: int = 0
+    pipeline: int = 1
+    data_parallel: int = 1
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+    tied: bool = False
+    accumulation: int = 4
+    checkpointing: bool = False
+    schedule: str = "1f1b"
+    offload: str = "none"
+    freeze: tuple[str, ...] = ()
+    loss_chunk: int = 0
+    momentum: float = 0.9
+    layers: int = 4
+    attention: str = "sdpa"
+    family: str = "llama"
+    seq_len: int = 96
+    pack: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data_parallel
+
+    @contextmanager
+    def chunks(self) -> Iterator[None]:
+        """Let the plan make the logits of so many tokens at a time as ``loss_chunk`` says, if it says something."""
+        usual = loss_chunk.LOGITS
+        if self.loss_chunk:
+            loss_chunk.LOGITS = 4 * VOCABULARY * self.loss_chunk
+        try:
+            yield
+        finally:
+            loss_chunk.LOGITS = usual
+
+    def __str__(self) -> str:
+        parts = [
+            f"zero{self.zero}",
+            f"pp{self.pipeline}",
+            f"dp{self.data_parallel}",
+            self.precision,
+            self.optimizer,
+        ]
+        parts += ["tied" if self.tied else "untied", f"accum{self.accumulation}"]
+        plain = Counting()
+        for name in (
+            "checkpointing",
+            "schedule",
+            "offload",
+            "layers",
+            "freeze",
+            "loss_chunk",
+            "attention",
+            "family",
+            "seq_len",
+            "pack",
+        ):
+            if getattr(self, name) != getattr(plain, name):
+                parts.append(f"{name}={getattr(self, name)}")
+        return "-".join(parts)
+
+
+def model_config(case: Counting) -> Any:
+    from transformers import GPT2Config, LlamaConfig
+
+    if case.family == "gpt2":
+        return GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=160,
+            n_layer=case.layers,
+            n_head=5,
+            n_positions=256,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=case.tied,
+            attn_implementation=case.attention,
+        )
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=case.layers,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=1024,
+        tie_word_embeddings=case.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation=case.attention,
+    )
+
+
+def plan_of(case: Counting) -> tuple[Plan, ModelShape]:
+    flags = {
+        "zero": case.zero,
+        "pipeline": case.pipeline,
+        "data_parallel": case.data_parallel,
+        "precision": case.precision,
+        "optimizer": case.optimizer,
+        "schedule": case.schedule,
+        "offload": case.offload,
+        "activation_checkpointing": case.checkpointing,
+        "freeze": list(case.freeze),
+        "global_batch": MICRO_BATCH * case.accumulation * case.data_parallel,
+        "micro_batch": MICRO_BATCH,
+        "seq_len": case.seq_len,
+        "pack": case.pack,
+        "attention": case.attention,
+        "steps": 3,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "gradient_clipping": 1.0,
+        "momentum": case.momentum if case.optimizer == "sgd" else 0.0,
+    }
+    shape = ModelShape.from_record(measured(model_config(case)))
+    data = {"train_rows": 10_000, "held_out_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    machines = Machines((Host("localhost", 0),), "cpu")
+    with case.chunks():
+        return make_plan(load_config(flags=flags), machines, shape, data, "test"), shape
+
+
+def count(rank: int, case: Counting, traced: bool = False) -> Counted:
+    """This rank's tensors in the second step of a training, when the optimizer has its state."""
+    from dstrain.engine.build import build_engine
+    from dstrain.engine.communication import start_communication
+    from dstrain.engine.interface import MicroBatch
+    from dstrain.model.pipeline_model import LayeredModel
+
+    start_communication()
+    plan, _ = plan_of(case)
+    counter = MemoryCount(VOCABULARY, traced=traced)
+    random = torch.Generator().manual_seed(rank)
+    with counter:
+        adapter = build_engine(
+            LayeredModel(model_config(case), seed=7, attention=case.attention),
+            deepspeed=plan.deepspeed,
+            cut=plan.layout.cut,
+            pipeline=plan.layout.pipeline,
+            data_parallel=plan.layout.data_parallel,
+            schedule=plan.layout.schedule,
+            device=torch.device("cpu"),
+            activation_checkpointing=case.checkpointing,
+            is_frozen=lambda name: is_frozen(name, case.freeze),
+            loss_chunk=plan.loss_chunk,
+        )
+        engine = adapter.engine
+        counter.shapes = {torch.Size(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()}
+        counter.own("parameters", held_parameters(engine))
+        hold_to_account(engine, counter)
+
+        def micro_batches() -> list[MicroBatch]:
+            """With tensors of their own, as the loader gives them."""
+            found = []
+            for _ in range(case.accumulation):
+                ids = torch.randint(0, VOCABULARY, (MICRO_BATCH, case.seq_len), generator=random)
+                found.append(MicroBatch(ids, positions(case), ids, torch.tensor([1e-3])))
+            return found
+
+        adapter.train_batch(micro_batches(), 1e-3)
+        counter.own("optimizer", optimizer_states(engine))
+        note_gradients(engine, counter)
+        since = counter.now()
+        adapter.train_batch(micro_batches(), 1e-3)
+    return counter.counted(since)
+
+
+def positions(case: Counting) -> torch.Tensor:
+    """Of one micro-batch: two documents in each row, or with ``pack: false`` one."""
+    found = torch.arange(case.seq_len).repeat(MICRO_BATCH, 1)
+    if case.pack:
+        found[:, case.seq_len // 3 :] -= case.seq_len // 3
+    return found
+
+
+def hold_to_account(engine: Any, counter: MemoryCount) -> None:
+    """Note what holds gradients behind each backward pass, before they are reduced, and before the optimizer works."""
+
+    def noting(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note_gradients(engine, counter)
+            result = original(*args, **kwargs)
+            note_gradients(engine, counter)
+            return result
+
+        return call
+
+    engine.backward = noting(engine.backward)
+    engine._take_model_step = noting(engine._take_model_step)
+    if hasattr(engine, "_INSTRUCTION_MAP"):
+        of_interest = (schedule.BackwardPass, schedule.ReduceGrads)
+        noted = {kind: noting(engine._INSTRUCTION_MAP[kind]) for kind in of_interest}
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **noted}
+
+
+def note_gradients(engine: Any, counter: MemoryCount) -> None:
+    """What holds gradients now; not the buckets that they are copied into on their way."""
+    for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
+        buffer = bucket.buffer
+        counter.own("buffers", [buffer] if isinstance(buffer, torch.Tensor) else buffer or ())
+    counter.own("gradients", held_gradients(engine))
+
+
+def held_parameters(engine: Any) -> Iterator[torch.Tensor]:
+    yield from engine.module.buffers()
+    for parameter in engine.module.parameters():
+        yield parameter.data
+        if hasattr(parameter, "ds_tensor"):
+            yield parameter.ds_tensor.data
+
+
+def optimizer_states(engine: Any) -> Iterator[torch.Tensor]:
+    optimizer = engine.optimizer
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        yield from (partition.data for partition in getattr(optimizer, name, ()))
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for state in inner.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def held_gradients(engine: Any) -> Iterator[torch.Tensor]:
+    for parameter in engine.module.parameters():
+        for name in ("grad", "grad_accum"):
+            gradient = getattr(parameter, name, None)
+            if gradient is not None:
+                yield gradient
+    optimizer = engine.optimizer
+    for name in ("averaged_gradients", "all_grad_tensors", "accumulated_grads_in_cpu"):
+        for held in (getattr(optimizer, name, None) or {}).values():
+            yield from [held] if isinstance(held, torch.Tensor) else held or ()
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        yield from (p.grad for p in getattr(optimizer, name, ()) if p.grad is not None)
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if flat is not None:
+        yield flat

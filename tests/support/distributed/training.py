@@ -1,0 +1,273 @@
+"""The same small training, in any layout through dstrain's engine; the yardsticks are in `yardsticks`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.config.loader import load_config
+from dstrain.planning.checks import is_frozen
+from dstrain.planning.layout import Host
+from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import Machines, Plan, make_plan
+
+VOCABULARY = 96
+SEQ_LEN = 16
+GLOBAL_BATCH = 32
+WEIGHT_DECAY = 0.1
+# Above the rounding noise of gradients that are all but zero (1e-9 here): Adam would blow it up to whole
+# steps, in another direction for each order of summation.
+EPS = 1e-5
+# At which each optimizer visibly trains this model in 20 steps.
+LR = {"adamw": 1e-3, "sgd": 0.3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training. ``clip`` 0.5 bites at every step of this model; 0 does not clip."""
+
+    zero: int = 0
+    pipeline: int = 1
+    data_parallel: int = 1
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+    clip: float = 0.5
+    tied: bool = True
+    accumulation: int = 4
+    checkpointing: bool = False
+    schedule: str = "1f1b"
+    offload: str = "none"
+    steps: int = 20
+    layers: int = 4
+    freeze: tuple[str, ...] = ()
+    nvme_path: str = ""
+    loss_scale_power: int = 16  # fp16: log2 of the first loss scale
+    experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
+    loss_chunk: int = 0
+    momentum: float = 0.0
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data_parallel
+
+    @property
+    def micro_batch(self) -> int:
+        return GLOBAL_BATCH // (self.accumulation * self.data_parallel)
+
+    @property
+    def lr(self) -> float:
+        return LR[self.optimizer]
+
+    def in_one_process(self) -> Case:
+        """What the yardstick trains: the same but for the layout."""
+        plain = Case()
+        layout = ("zero", "pipeline", "data_parallel", "checkpointing", "schedule", "offload", "loss_chunk")
+        if not self.experts:  # a router loss is the product of two means over a micro-batch
+            layout += ("accumulation",)
+        return replace(self, **{name: getattr(plain, name) for name in layout})
+
+    def __str__(self) -> str:
+        parts = [f"zero{self.zero}", f"pp{self.pipeline}", f"dp{self.data_parallel}", self.precision]
+        parts += [self.optimizer, f"clip{self.clip:g}", "tied" if self.tied else "untied"]
+        parts.append(f"accum{self.accumulation}")
+        plain = Case()
+        for name in (
+            "checkpointing",
+            "schedule",
+            "offload",
+            "layers",
+            "freeze",
+            "loss_scale_power",
+            "experts",
+            "loss_chunk",
+            "momentum",
+        ):
+            if getattr(self, name) != getattr(plain, name):
+                parts.append(f"{name}={getattr(self, name)}")
+        return "-".join(parts)
+
+
+@dataclass
+class Outcome:
+    """Loss and gradient norm of each step, a held-out loss, the weights at the end by Hugging Face names."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+    held_out: float = 0.0
+
+
+def model_config(case: Case, **sizes: int) -> Any:
+    """The case's model; ``sizes`` are laid over its own."""
+    from transformers import LlamaConfig, MixtralConfig
+
+    family, options = LlamaConfig, {}
+    if case.experts:
+        options = {
+            "num_local_experts": case.experts,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.3,
+        }
+        family = MixtralConfig
+    return family(
+        **options,
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, **sizes},
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=case.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+
+
+def make_case_plan(case: Case) -> Plan:
+    """The case's plan, made by the product's own way."""
+    flags = {
+        "zero": case.zero,
+        "pipeline": case.pipeline,
+        "data_parallel": case.data_parallel,
+        "precision": case.precision,
+        "optimizer": case.optimizer,
+        "gradient_clipping": case.clip,
+        "schedule": case.schedule,
+        "offload": case.offload,
+        "activation_checkpointing": case.checkpointing,
+        "freeze": list(case.freeze),
+        "global_batch": GLOBAL_BATCH,
+        "micro_batch": case.micro_batch,
+        "seq_len": SEQ_LEN,
+        "steps": case.steps,
+        "lr": case.lr,
+        "weight_decay": WEIGHT_DECAY,
+        "eps": EPS,
+        "momentum": case.momentum,
+    }
+    if case.offload == "nvme":
+        flags["nvme_path"] = case.nvme_path
+    if case.precision == "fp16":
+        flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
+    shape = ModelShape.from_record(measured(model_config(case)))
+    data = {"train_rows": 10_000, "held_out_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    machines = Machines((Host("localhost", 0),), "cpu")
+    return make_plan(load_config(flags=flags), machines, shape, data, "test")
+
+
+def measured(config: Any) -> dict[str, Any]:
+    """The model in numbers. The first rank that asks measures it, and the others read what it found: a fifth of the
+    work of many a case is saved."""
+    from dstrain.model.measuring.measure import measure
+
+    found = Path(os.environ["DSTRAIN_CACHE"]) / f"{sha256(config.to_json_string().encode()).hexdigest()}.json"
+    if not found.exists():
+        aside = found.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(measure(config)))
+        aside.rename(found)
+    return json.loads(found.read_text())
+
+
+def samples(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The global batch of a step: input_ids, position_ids, labels [GLOBAL_BATCH, SEQ_LEN].
+
+    Rows hold one or two documents, and from 3 to all of their labels: a mean over micro-batches, or
+    over replicas, is not the mean over tokens.
+    """
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
+    for _ in range(SEQ_LEN - 1):  # each token follows from the one before: there is something to learn
+        ids = torch.cat([ids, (5 * ids[:, -1:] + 3) % VOCABULARY], dim=1)
+    position_ids = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
+    position_ids[1::3, SEQ_LEN // 2 :] -= SEQ_LEN // 2
+    labels = torch.roll(ids, -1, dims=1)
+    labels[:, -1] = -100
+    labels[position_ids == 0] = -100
+    for row in range(0, GLOBAL_BATCH // 2, 2):  # few labels in the first half, most in the second
+        labels[row, 3 + row // 2 :] = -100
+    return ids, position_ids, labels
+
+
+HELD_OUT = 9999  # the step whose samples are used for the held-out loss
+
+
+def train_in_layout(
+    rank: int,
+    case: Case,
+    save_to: str | None = None,
+    start_from: str | None = None,
+    other_layout: bool = False,
+) -> Outcome:
+    """This rank's part, through dstrain's engine. Saves to, or starts from, a folder where one is named.
+
+    ``other_layout``: another layout than this case's has saved there.
+    """
+    from dstrain.engine.interface import MicroBatch
+
+    engine, plan = build_case_engine(case)
+    first = engine.load(Path(start_from), other_layout=other_layout)["step"] + 1 if start_from else 1
+    replica = plan.layout.replica(rank)
+
+    def micro_batches(step: int) -> list[MicroBatch]:
+        ids, positions, labels = samples(step)
+        weight = case.accumulation * case.data_parallel / int((labels != -100).sum())
+        parts = []
+        for index in range(case.accumulation):
+            start = (index * case.data_parallel + replica) * case.micro_batch
+            rows = slice(start, start + case.micro_batch)
+            parts.append(MicroBatch(ids[rows], positions[rows], labels[rows], torch.tensor([weight])))
+        return parts
+
+    def held_out_batches() -> list[MicroBatch]:
+        """Half as many micro-batches again as in training, padded without labels: any number must do."""
+        empty = [replace(m, labels=torch.full_like(m.labels, -100)) for m in micro_batches(HELD_OUT)]
+        found = micro_batches(HELD_OUT) + empty[: (len(empty) + 1) // 2]
+        more = len(found) / case.accumulation
+        return [replace(m, weight=m.weight * more) for m in found]
+
+    outcome = Outcome([], [], {})
+    for step in range(first, case.steps + 1):
+        result = engine.train_batch(micro_batches(step), case.lr)
+        outcome.losses.append(result.loss)
+        outcome.norms.append(result.grad_norm)
+        if step in (first, case.steps):
+            engine.check_copies()
+    outcome.held_out = engine.eval_loss(held_out_batches())
+    if save_to:
+        Path(save_to).mkdir(parents=True, exist_ok=True)
+        engine.save(Path(save_to), {"step": case.steps})
+    outcome.weights = dict(engine.weights())
+    return outcome
+
+
+def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
+    """The engine of this rank, and the plan that it was built from: the case's own, where none is given."""
+    from deepspeed.accelerator import get_accelerator
+
+    from dstrain.engine.build import build_engine
+    from dstrain.engine.communication import start_communication
+    from dstrain.model.pipeline_model import LayeredModel
+
+    # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    start_communication()
+    plan = plan or make_case_plan(case)
+    engine = build_engine(
+        LayeredModel(model_config(case), seed=7),
+        deepspeed=plan.deepspeed,
+        cut=plan.layout.cut,
+        pipeline=plan.layout.pipeline,
+        data_parallel=plan.layout.data_parallel,
+        schedule=plan.layout.schedule,
+        device=torch.device("cpu"),
+        activation_checkpointing=case.checkpointing,
+        is_frozen=lambda name: is_frozen(name, case.freeze),
+        loss_chunk=case.loss_chunk or plan.loss_chunk,
+    )
+    return engine, plan

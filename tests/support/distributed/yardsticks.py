@@ -1,0 +1,156 @@
+"""What layouts are measured with: Hugging Face's own model in a plain loop, and in torch's DDP.
+
+Nothing of dstrain.engine is used here; only the initial weights are dstrain's, from dstrain.model.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from tests.support.distributed.training import (
+    EPS,
+    GLOBAL_BATCH,
+    HELD_OUT,
+    WEIGHT_DECAY,
+    Case,
+    Outcome,
+    model_config,
+    samples,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train_in_plain_loop(
+    rank: int, case: Case, micro_batch: int | None = None, shuffle: int | None = None
+) -> Outcome:
+    """One process, gradient accumulation, torch's optimizer; 16-bit precisions with fp32 master weights.
+
+    Args:
+        micro_batch, shuffle: how the samples of a step are grouped, and the seed of their order. The
+            mathematics is the same for all; only the order of summation differs.
+    """
+    hf = _hugging_face_model(case)
+    master, optimizer = _optimizer_of(hf, case)
+    scale = 2.0**case.loss_scale_power if case.precision == "fp16" else 1.0
+    outcome = Outcome([], [], {})
+    for step in range(1, case.steps + 1):
+        batch = samples(step)
+        order = torch.arange(GLOBAL_BATCH)
+        if shuffle is not None:
+            order = torch.randperm(GLOBAL_BATCH, generator=torch.Generator().manual_seed(shuffle + step))
+        total = 0.0
+        for rows in order.split(micro_batch or case.micro_batch):
+            loss = _loss_of(hf, rows, batch)
+            (loss * scale).backward()
+            total += loss.item()
+            for parameter, copy in master.items():  # gradients are accumulated in fp32
+                copy.grad = parameter.grad.float() + (0 if copy.grad is None else copy.grad)
+                parameter.grad = None
+        outcome.losses.append(total)
+        if not all(copy.grad.isfinite().all() for copy in master.values()):
+            scale /= 2
+            outcome.norms.append(float("inf"))
+        else:
+            for copy in master.values():
+                copy.grad /= scale
+            norm = torch.nn.utils.clip_grad_norm_(list(master.values()), case.clip or float("inf"))
+            optimizer.step()
+            outcome.norms.append(norm.item())
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, copy in master.items():
+                parameter.copy_(copy)
+    return _finished(hf, outcome)
+
+
+def train_in_ddp(rank: int, case: Case) -> Outcome:
+    """torch.nn.parallel.DistributedDataParallel on the plain model, fp32, accumulation by ``no_sync``."""
+    hf = _hugging_face_model(case)
+    ddp = torch.nn.parallel.DistributedDataParallel(hf)
+    master, optimizer = _optimizer_of(hf, case)
+    replicas = torch.distributed.get_world_size()
+    outcome = Outcome([], [], {})
+    for step in range(1, case.steps + 1):
+        batch = samples(step)
+        parts = torch.arange(GLOBAL_BATCH).view(-1, replicas, case.micro_batch)[:, rank]
+        total = torch.zeros(())
+        for index, rows in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last else ddp.no_sync():
+                loss = _loss_of(ddp, rows, batch) * replicas  # DDP averages over replicas
+                loss.backward()
+            total += loss.detach() / replicas
+        torch.distributed.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), case.clip or float("inf"))
+        for parameter, copy in master.items():
+            copy.grad = parameter.grad
+        optimizer.step()
+        ddp.zero_grad()
+        with torch.no_grad():
+            for parameter, copy in master.items():
+                parameter.copy_(copy)
+        outcome.losses.append(total.item())
+        outcome.norms.append(norm.item())
+    return _finished(hf, outcome)
+
+
+def _hugging_face_model(case: Case) -> torch.nn.Module:
+    from fnmatch import fnmatchcase
+
+    from transformers import AutoModelForCausalLM
+
+    from dstrain.model.pipeline_model import LayeredModel
+
+    hf = AutoModelForCausalLM.from_config(model_config(case))
+    layers = LayeredModel(model_config(case), seed=7)
+    initial: dict[str, torch.Tensor] = {}
+    for index in range(layers.num_layers):
+        initial |= dict(layers.build(index).named_parameters())
+    hf.load_state_dict(initial, strict=not case.tied)
+    for name, parameter in hf.named_parameters(remove_duplicate=False):
+        parameter.data = parameter.data.to(DTYPES[case.precision])
+        if any(fnmatchcase(name, pattern) for pattern in case.freeze):
+            parameter.requires_grad_(False)
+    return hf.train()
+
+
+def _optimizer_of(
+    hf: torch.nn.Module, case: Case
+) -> tuple[dict[torch.nn.Parameter, torch.Tensor], torch.optim.Optimizer]:
+    """fp32 master weights by model parameter, and their optimizer."""
+    master = {p: p.detach().float().clone().requires_grad_() for p in hf.parameters() if p.requires_grad}
+    groups = [
+        {"params": [c for c in master.values() if c.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [c for c in master.values() if c.ndim < 2], "weight_decay": 0.0},
+    ]
+    if case.optimizer == "adamw":
+        return master, torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
+    return master, torch.optim.SGD(groups, lr=case.lr, momentum=case.momentum)
+
+
+def _loss_of(model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """These rows' part of the mean over all label tokens of the batch."""
+    ids, positions, labels = batch
+    output = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False)
+    logits = output.logits
+    total = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[rows].flatten(), ignore_index=-100, reduction="sum"
+    )
+    loss = total / (labels != -100).sum()
+    if getattr(output, "aux_loss", None) is not None and model.training:
+        loss = loss + model.router_aux_loss_coef * output.aux_loss * len(rows) / GLOBAL_BATCH
+    return loss
+
+
+def _finished(hf: torch.nn.Module, outcome: Outcome) -> Outcome:
+    hf.eval()
+    with torch.no_grad():
+        outcome.held_out = _loss_of(hf, torch.arange(GLOBAL_BATCH), samples(HELD_OUT)).item()
+    outcome.weights = {
+        name: p.detach().float().clone() for name, p in hf.named_parameters(remove_duplicate=False)
+    }
+    return outcome

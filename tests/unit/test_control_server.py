@@ -1,0 +1,379 @@
+"""Ranks on the supervisor's line: real processes and sockets, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from dstrain.runs.addresses import own_addresses
+from dstrain.runs.protocol import ADDRESS
+from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.hang_detection import (
+    BUSY_SECONDS,
+    LEAST_SECONDS,
+    STOPPED_SECONDS,
+    HangWatch,
+    Progress,
+    where_it_stands,
+)
+from tests.unit.test_launch_supervisor import ROOT, TWO_RANKS, Fake
+
+# A rank of a host that the supervisor can't look at: only its line tells of it.
+FAR = """
+from dstrain.train.control_client import Lifeline
+status = RankStatus(rank, "n2", os.getpid(), "running")
+line = Lifeline(os.environ, status)
+def steps(numbers, seconds=0.6):
+    for step in numbers:
+        time.sleep(seconds); line.ended(step)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path):
+    fake = Fake(tmp_path)
+    yield fake
+    assert fake.left() == []
+
+
+def test_a_far_rank_that_dies_is_known_at_once(fake: Fake) -> None:
+    rank = FAR + "time.sleep(0.5); os.kill(os.getpid(), 9) if rank == 1 else time.sleep(300)"
+    launcher = TWO_RANKS.replace(
+        "while any", "while True: time.sleep(1)\nwhile any"
+    )  # it never says which rank died
+    started = time.monotonic()
+    outcome = fake.run(launcher, rank, settle_seconds=3.0, grace_seconds=1.0)
+    assert time.monotonic() - started < 15
+    assert outcome.cause is not None
+    assert (outcome.cause.rank, outcome.cause.host) == (1, "n2")
+    # The launcher never collects it, so its neighbour sees what it died of.
+    assert outcome.cause.reason == "killed by SIGKILL (probably out of memory)"
+
+
+def test_a_rank_that_was_lost_comes_before_those_that_lost_it(fake: Fake) -> None:
+    """Whichever word comes first: here the other one's is there before the line has ended."""
+    rank = (
+        FAR
+        + """
+if rank == 0:
+    time.sleep(1)
+    line.say(RankStatus(0, "n1", os.getpid(), "failed", error="RuntimeError: Connection closed by peer [10.0.0.2]:1"))
+    line.close(); sys.exit(1)
+time.sleep(1.4); os._exit(9)
+"""
+    )
+    outcome = fake.run(TWO_RANKS, rank)
+    assert outcome.cause is not None
+    assert (outcome.cause.rank, outcome.cause.host) == (1, "n2")
+    assert "ended without a word" in outcome.cause.reason
+
+
+def test_ranks_notice_the_end_of_their_launcher(fake: Fake) -> None:
+    """That of a host whose processes the guard does not see; what started it lives on."""
+    launcher = f"""
+if len(sys.argv) == 3:
+    node = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "node"])
+    while sum(name.startswith("met-") for name in os.listdir(sys.argv[1])) < 2: time.sleep(0.05)
+    node.kill(); time.sleep(300)
+{TWO_RANKS}
+"""
+    started = time.monotonic()
+    outcome = fake.run(
+        launcher,
+        FAR + "open(os.path.join(sys.argv[1], f'met-{rank}'), 'w'); time.sleep(300)",
+        settle_seconds=0.5,
+        grace_seconds=1.0,
+    )
+    assert time.monotonic() - started < 20
+    assert outcome.cause is not None
+    assert (outcome.cause.rank, outcome.cause.host) == (None, "n2")
+    assert outcome.cause.reason == "the launcher on n2 ended before its ranks (killed?)"
+
+
+def test_a_word_of_failure_needs_no_shared_disk(fake: Fake) -> None:
+    rank = (
+        FAR
+        + """
+if rank == 1:
+    line.say(RankStatus(1, "n2", os.getpid(), "failed", error="ValueError: loss is nan"), tail=["its last line"])
+    line.close(); sys.exit(1)
+time.sleep(300)
+"""
+    )
+    outcome = fake.run(TWO_RANKS, rank)
+    assert outcome.cause is not None
+    assert (outcome.cause.rank, outcome.cause.reason) == (1, "ValueError: loss is nan")
+    assert outcome.cause.log_tail == ["its last line"]
+
+
+def test_done_needs_no_shared_disk(fake: Fake) -> None:
+    rank = FAR + "line.say(RankStatus(rank, 'n2', os.getpid(), 'done')); line.close()"
+    assert fake.run(TWO_RANKS, rank).ok
+
+
+def test_a_rank_ends_with_its_line(fake: Fake) -> None:
+    """The launcher can't be told to end: the ranks go by themselves."""
+    rank = (
+        FAR + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(0.3 if rank else 300); sys.exit(3)"
+    )
+    outcome = fake.run("signal.signal(signal.SIGTERM, signal.SIG_IGN)" + TWO_RANKS, rank, terminate=False)
+    assert not outcome.ok
+    assert "this rank ends: the supervisor has ended the run" in fake.folder.launcher_log.read_text()
+
+
+def test_a_stop_is_asked_for_through_the_line(fake: Fake) -> None:
+    rank = (
+        FAR
+        + """
+while not line.asked_to_stop:
+    time.sleep(0.05)
+line.say(RankStatus(rank, "n2", os.getpid(), "stopped", 7)); line.close()
+"""
+    )
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert fake.run(TWO_RANKS, rank).stopped_after == 7
+
+
+def test_a_hang_is_found_and_says_where_ranks_wait(fake: Fake) -> None:
+    rank = (
+        FAR
+        + """
+def collective(): time.sleep(300)
+steps([1, 2]); collective()
+"""
+    )
+    outcome = fake.run(TWO_RANKS, rank, hang_seconds=5.0)
+    assert outcome.cause is not None
+    assert "no step for" in outcome.cause.reason
+    assert "rank 0 waits in collective (" in outcome.cause.reason
+    assert "rank 1 waits in collective (" in outcome.cause.reason
+    assert "in collective" in fake.folder.rank_stacks(1).read_text()
+
+
+def test_a_stopped_rank_is_named(fake: Fake) -> None:
+    rank = FAR + "steps([1, 2]); os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else time.sleep(300)"
+    outcome = fake.run(TWO_RANKS, rank, hang_seconds=5.0)
+    assert outcome.cause is not None
+    assert outcome.cause.rank == 1
+    assert "rank 1 on n2 does not answer: stopped (SIGSTOP)" in outcome.cause.reason
+
+
+def test_slow_steps_are_no_hang(fake: Fake) -> None:
+    rank = FAR + "steps([1, 2, 3]); line.say(RankStatus(rank, 'n2', os.getpid(), 'done')); line.close()"
+    assert fake.run(TWO_RANKS, rank, hang_seconds=5.0).ok
+
+
+def test_strangers_are_not_heard() -> None:
+    status = {"rank": 0, "host": "x", "pid": 1, "state": "failed"}
+    launch = ""
+    with Lifeline(2) as lifeline:
+        launch = lifeline.address().partition("@")[0]
+        for said in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            json.dumps({"launch": "another", "status": status}).encode() + b"\n",
+            json.dumps({"launch": launch, "status": status | {"rank": 2}}).encode() + b"\n",
+            json.dumps({"launch": launch, "status": {"rank": 0}}).encode() + b"\n",
+            b"x" * 3_000_000,
+        ):
+            with socket.create_connection(("127.0.0.1", lifeline.port)) as stranger:
+                stranger.settimeout(5)
+                threading.Thread(target=_send, args=(stranger, said), daemon=True).start()
+                _poll(lifeline, lambda stranger=stranger: _closed(stranger))
+        assert lifeline.lines == {}
+        with socket.create_connection(("127.0.0.1", lifeline.port)) as friend:
+            friend.sendall(json.dumps({"launch": launch, "status": status}).encode() + b"\n")
+            _poll(lifeline, lambda: 0 in lifeline.lines)
+        _poll(lifeline, lambda: lifeline.lines[0].lost_at is not None)
+        assert not lifeline.lines[0].by_silence
+
+
+def test_a_rank_without_supervisor_listens_to_nobody() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + """
+from dstrain.runs.run_folder import RankStatus
+from dstrain.train.control_client import Lifeline
+line = Lifeline({}, RankStatus(0, "n1", 1, "running")); line.ended(1); line.close(); print(line.asked_to_stop)
+"""
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_rank_that_comes_after_the_wish_to_stop_hears_of_it() -> None:
+    with Lifeline(1) as lifeline:
+        lifeline.tell("stop")
+        launch, _, places = lifeline.address().partition("@")
+        with socket.create_connection(("127.0.0.1", int(places.rpartition(":")[2]))) as rank:
+            hello = {"launch": launch, "status": asdict(RankStatus(0, "n1", 1, "running"))}
+            rank.sendall(json.dumps(hello).encode() + b"\n")
+            deadline = time.monotonic() + 10
+            while not lifeline.lines and time.monotonic() < deadline:
+                lifeline.poll()
+            answers = rank.makefile()
+            assert [json.loads(answers.readline()) for _ in range(2)] == [{"say": "welcome"}, {"say": "stop"}]
+
+
+def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
+    with Lifeline(1) as gone:
+        address = gone.address()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + """
+import os
+from dstrain.runs.run_folder import RankStatus
+from dstrain.train.control_client import Lifeline
+Lifeline(os.environ, RankStatus(0, "n1", 1, "running"))
+"""
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, ADDRESS: address}, capture_output=True, text=True
+    )
+    assert "can't reach the supervisor at port" in said.stderr
+
+
+def test_the_line_is_offered_on_every_address() -> None:
+    addresses = own_addresses()
+    assert addresses[-1] == "127.0.0.1"
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_ranks_of_this_machine_alone_need_no_network() -> None:
+    with Lifeline(1, only_here=True) as lifeline:
+        assert lifeline.address() == f"{lifeline.launch}@127.0.0.1:{lifeline.port}"
+        for address in own_addresses()[:-1]:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((address, lifeline.port), timeout=5)
+
+
+def test_the_bound_of_a_hang_follows_from_the_slowest_step() -> None:
+    with Lifeline(1) as lifeline:
+        line = _line(lifeline)
+        progress = Progress(None)
+        assert progress.seconds_without_step(lifeline.lines, 1e9) is None, (
+            "nothing hangs before the first step"
+        )
+        for step, at in ((1, 100.0), (2, 120.0), (3, 121.0)):
+            line.step, line.step_at = step, at
+            assert progress.seconds_without_step(lifeline.lines, at + 1) is None
+        assert progress.bound == 200.0
+        assert progress.seconds_without_step(lifeline.lines, 320.0) is None
+        assert progress.seconds_without_step(lifeline.lines, 322.0) == 201.0
+        line.busy = "held-out loss"
+        assert progress.seconds_without_step(lifeline.lines, 322.0) is None, "it is between two steps"
+        assert progress.seconds_without_step(lifeline.lines, 121.0 + BUSY_SECONDS + 1) == BUSY_SECONDS + 1
+        line.busy, line.step_at = None, 300.0
+        assert progress.seconds_without_step(lifeline.lines, 499.0) is None, "the next step began at 300"
+        line.step, line.step_at = 4, 301.0
+        assert progress.seconds_without_step(lifeline.lines, 302.0) is None
+        assert progress.bound == 200.0, "what is done between steps is no slow step"
+        assert Progress(None).bound == BUSY_SECONDS, "the second step has none to be compared with"
+
+
+def test_two_slow_steps_are_no_hang() -> None:
+    with Lifeline(1) as lifeline:
+        line, progress = _line(lifeline), Progress(None)
+        line.step, line.step_at = 1, 100.0
+        assert progress.seconds_without_step(lifeline.lines, 189.0) is None
+        line.step, line.step_at = 2, 190.0
+        assert progress.seconds_without_step(lifeline.lines, 191.0) is None
+        assert progress.bound == 900.0
+        quick = Progress(None)
+        for step in (1, 2):
+            line.step, line.step_at = step, 100.0 + step
+            quick.seconds_without_step(lifeline.lines, 102.0)
+        assert quick.bound == LEAST_SECONDS
+
+
+def test_a_rank_that_is_stopped_is_no_hang_while_we_were_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run may have been suspended, and goes on."""
+    folder = RunFolder(tmp_path)
+    folder.logs.mkdir()
+    with Lifeline(1) as lifeline:
+        line = _line(lifeline)
+        line.stopped_at = time.monotonic() - STOPPED_SECONDS - 1
+        assert HangWatch(lifeline, Progress(float("inf")), folder).look() is None, "asked for never"
+        hang = HangWatch(lifeline, Progress(None), folder)
+        assert hang.look() is None, "it asks the others first"
+        sign = hang.look()
+        assert sign is not None and "rank 0 on n1 does not answer: stopped (SIGSTOP)" in sign.reason
+        monkeypatch.setattr("dstrain.supervise.hang_detection._AWAY_SECONDS", 0.0)
+        assert hang.look() is None and hang.look() is None
+
+
+def test_where_it_stands() -> None:
+    stacks = """Current thread 0x1 (most recent call first):
+  File "/x/lifeline.py", line 5 in _stacks
+
+Thread 0x2 (most recent call first):
+  File "/lib/torch/distributed.py", line 12 in all_reduce
+  File "/x/dstrain/train/trainer.py", line 90 in train
+"""
+    assert where_it_stands(stacks) == "all_reduce (distributed.py:12) < train (trainer.py:90)"
+    assert where_it_stands("") == "no Python code"
+
+
+def _line(lifeline: Lifeline):
+    from dstrain.supervise.control_server import Line
+
+    lifeline.lines[0] = Line(RankStatus(0, "n1", 1, "running"))
+    return lifeline.lines[0]
+
+
+def _send(stranger: socket.socket, said: bytes) -> None:
+    try:
+        stranger.sendall(said)
+        if not said.endswith(b"\n"):
+            stranger.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # hung up on, as it should be
+
+
+def _closed(stranger: socket.socket) -> bool:
+    stranger.settimeout(0.05)
+    try:
+        return stranger.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def _poll(lifeline: Lifeline, until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not until():
+        assert time.monotonic() < deadline
+        lifeline.poll()
+        time.sleep(0.01)
+
+
+def test_a_console_that_nobody_reads_any_more_is_no_failure(tmp_path: Path) -> None:
+    """Rank 0 writes its lines to what ssh carries away."""
+    code = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+reader, writer = os.pipe()
+os.dup2(writer, 1); os.close(writer)
+from pathlib import Path
+from dstrain.train.worker import _log_to
+console = _log_to(Path(sys.argv[1]))
+console.write("first\\n"); sys.stderr.write(os.read(reader, 100).decode())
+os.close(reader)
+console.write("second\\n"); console.flush(); sys.stderr.write("fine\\n")
+"""
+    log = tmp_path / "rank-0.log"
+    assert subprocess.run([sys.executable, "-c", code, str(log)], timeout=60).returncode == 0
+    assert log.read_text() == "first\nfine\n"

@@ -1,0 +1,145 @@
+"""Where a run goes: a hostfile, Slurm's allocation, nodes that dstrain is typed on, or this machine."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.api.manual_launch import node_of
+from dstrain.config.loader import ResolvedConfig, load_config
+from dstrain.errors import DstrainError
+from dstrain.launch import placement as placement_module
+from dstrain.launch.allocation import Allocation, names_of, slurm_allocation
+from dstrain.launch.devices import Devices
+from dstrain.launch.placement import Site, find_site
+from dstrain.planning.layout import Host
+
+CPU = Devices("cpu", 0, (), None)
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"}
+
+
+def config(**flags: Any) -> ResolvedConfig:
+    return load_config(recipe=None, config_file=None, settings=(), flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("variables", "slots"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "8(x3)", "SLURM_NTASKS_PER_NODE": "8"}, [8, 8, 8]),
+        ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, [2, 2, 1]),
+        ({"SLURM_TASKS_PER_NODE": "1(x3)", "SLURM_GPUS_ON_NODE": "4"}, [4, 4, 4]),
+        (
+            {"SLURM_TASKS_PER_NODE": "1(x3)", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "1"},
+            [1, 1, 1],
+        ),
+        ({"SLURM_TASKS_PER_NODE": "2(x3)", "SLURM_GPUS_ON_NODE": "4"}, [2, 2, 2]),
+        ({"SLURM_TASKS_PER_NODE": "1(x3)"}, [1, 1, 1]),
+    ],
+)
+def test_slots_of_an_allocation(variables: dict[str, str], slots: list[int]) -> None:
+    found = slurm_allocation(JOB | variables, lambda _: ["n1", "n2", "n3"])
+    assert found == Allocation("7", tuple(Host(f"n{n}", count) for n, count in enumerate(slots, 1)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "SLURM_JOB_NODELIST is not"),
+        (JOB | {"SLURM_TASKS_PER_NODE": "2(x2)"}, "names 3 hosts and the tasks of 2"),
+        (JOB | {"SLURM_TASKS_PER_NODE": "two"}, "SLURM_TASKS_PER_NODE is 'two'"),
+    ],
+)
+def test_variables_that_are_not_whole(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(DstrainError, match=message.replace("(", r"\(")):
+        slurm_allocation(variables, lambda _: ["n1", "n2", "n3"])
+
+
+def test_no_allocation_and_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert slurm_allocation({}) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DstrainError, match="scontrol is not in PATH"):
+        names_of("n[1-2]")
+    # A container inside a job may have no tool of Slurm, and stays on its host.
+    found = slurm_allocation(JOB | {"SLURM_JOB_NODELIST": "gpu-07", "SLURM_TASKS_PER_NODE": "2"})
+    assert found is not None and found.hosts == (Host("gpu-07", 2),)
+
+
+@pytest.fixture
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocation = Allocation("7", (Host("192.0.2.1", 2), Host("192.0.2.2", 2)))
+    monkeypatch.setattr(placement_module, "slurm_allocation", lambda environ: allocation)
+
+
+@pytest.mark.usefixtures("in_a_job")
+def test_a_job_of_several_hosts_is_taken_unless_told_otherwise(tmp_path: Path) -> None:
+    chosen = find_site(config(), CPU)
+    assert (chosen.launcher, len(chosen.hosts)) == ("slurm", 2)
+    assert chosen.told is not None and "job 7 has the hosts 192.0.2.1 (2), 192.0.2.2 (2)" in chosen.told
+    assert find_site(config(launcher="slurm"), CPU) == Site(chosen.hosts, "slurm")
+    assert find_site(config(launcher="local"), CPU) == Site((), "local")
+    (tmp_path / "hosts").write_text("192.0.2.3 slots=4\n")
+    assert find_site(config(hostfile=str(tmp_path / "hosts")), CPU) == Site((Host("192.0.2.3", 4),), "pdsh")
+
+
+def test_a_job_of_this_host_alone_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Allocation("7", (Host(socket.gethostname(), 2),))
+    monkeypatch.setattr(placement_module, "slurm_allocation", lambda environ: own)
+    assert find_site(config(), CPU) == Site((), "local")
+    assert find_site(config(launcher="slurm"), CPU) == Site(own.hosts, "slurm")
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    assert find_site(config(), CPU, {}) == Site((), "local")
+    (tmp_path / "hosts").write_text("localhost slots=4\n")
+    assert find_site(config(hostfile=str(tmp_path / "hosts")), CPU, {}) == Site(
+        (Host("localhost", 4),), "local"
+    )
+    with pytest.raises(DstrainError, match="no Slurm allocation"):
+        find_site(config(launcher="slurm"), CPU, {})
+
+
+def test_nodes_are_the_same_whoever_asks() -> None:
+    wanted = config(launcher="none", nodes=2, processes=4, master_addr="a", name="x")
+    assert find_site(wanted, CPU) == Site((Host("node-0", 4), Host("node-1", 4)), "none")
+    assert find_site(config(launcher="none", name="x"), Devices("cuda", 8, (), None)) == Site(
+        (Host("node-0", 8),), "none"
+    )
+    assert [node_of(wanted, rank) for rank in (None, 0, 1)] == [None, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"launcher": "pdsh"}, "no hostfile names them"),
+        ({"launcher": "openmpi"}, "no hostfile names them"),
+        ({"nodes": 2}, "nodes is for --launcher none"),
+        ({"processes": 2, "launcher": "pdsh"}, "processes is for --launcher none"),
+        ({"launcher": "none", "nodes": 2, "processes": 2}, "find the first one"),
+        ({"launcher": "none"}, "no GPU here to count"),
+        ({"launcher": "none", "hostfile": "hosts"}, "a hostfile names others"),
+        ({"launcher": "none", "processes": 2, "master_addr": "-oProxyCommand=x"}, "master_addr"),
+        ({"launcher": "none", "processes": 2, "master_addr": "a;b"}, "master_addr"),
+        ({"master_port": 65536}, "master_port"),
+        ({"launcher": "slurm", "hostfile": "hosts"}, "in Slurm's order"),
+    ],
+)
+def test_choices_that_contradict_each_other(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(DstrainError) as refused:
+        find_site(config(**flags), CPU, {})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "message"),
+    [
+        ({"launcher": "none"}, 0, "by the same name"),
+        ({"name": "x"}, 0, "is for --launcher none"),
+        ({"launcher": "none", "name": "x", "nodes": 2}, 2, "no node 2 among 2"),
+    ],
+)
+def test_the_number_of_a_node(flags: dict[str, Any], rank: int, message: str) -> None:
+    with pytest.raises(DstrainError, match=message):
+        node_of(config(**flags), rank)

@@ -1,0 +1,1 @@
+"""Generators of docs and data; no part of the package."""
