@@ -28,7 +28,7 @@ from dstrain.planning.plan import Machines, make_plan
 from tests.support.distributed.timed import TrainedLayout
 
 WARM_UP, STEPS = 2, 7
-DATA = {"train_rows": 10**6, "held_out_rows": 100, "vocab_size": 100, "fingerprint": "none"}
+DATA = {"train_rows": 10**6, "validation_rows": 100, "vocab_size": 100, "fingerprint": "none"}
 
 
 @dataclass(frozen=True)

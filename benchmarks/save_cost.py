@@ -196,7 +196,7 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
     from dstrain.engine.build import build_engine
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.measuring.measure import measure
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
     from dstrain.planning.layout import Host
     from dstrain.planning.model_shape import ModelShape
     from dstrain.planning.plan import Machines, make_plan
@@ -212,7 +212,7 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
     }
     data = {
         "train_rows": 10_000,
-        "held_out_rows": 10,
+        "validation_rows": 10,
         "vocab_size": MODEL["vocab_size"],
         "fingerprint": "none",
     }
@@ -224,7 +224,7 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
         "save-cost",
     )
     engine = build_engine(
-        LayeredModel(model, seed=1),
+        PipelineModel(model, seed=1),
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """``1 stage``, ``1,000 stages``."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as people read them: three digits, and more only of terabytes."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 999.5:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dstrain.errors import DstrainError
 from dstrain.model.capability.packing import judge_packing
-from dstrain.model.capability.parity import CLOSE, compare_stages, compare_whole
+from dstrain.model.capability.parity import CLOSE, compare_stages, compare_unsplit
 from dstrain.model.capability.small_model import small_family
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ def examine(family: str) -> Finding:
         if packing.looks_ahead:
             whole = "a token sees the ones after it, so there would be nothing to learn"
         elif refused:
-            whole = compare_whole(config)
+            whole = compare_unsplit(config)
         if refused and config.model_type in CHOICES:
             choices = CHOICES[config.model_type]
             chosen = small_family(type(config), **choices)

@@ -7,10 +7,10 @@ import shlex
 from rich.console import Console
 from rich.text import Text
 
-from dstrain.api.launch_attempt import launch, launch_request
+from dstrain.api.launch_attempt import launch, launch_spec
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import refuse_elastic_alone, refuse_full_disk, refuse_other_training
-from dstrain.api.restart_policy import Restarting
+from dstrain.api.restart_policy import RestartLoop
 from dstrain.api.run_summary import error_of, tell_the_end
 from dstrain.config.loader import ResolvedConfig
 from dstrain.diagnostics.quick_check import refuse_unfit_hosts
@@ -31,13 +31,13 @@ def execute(
     refuse_other_training(planned.plan, folder, console)
     refuse_full_disk(planned.plan, folder)
     refuse_elastic_alone(planned.site, resolved)
-    request = launch_request(planned, folder)
+    request = launch_spec(planned, folder)
     console.print(Text.assemble(("command  ", "bold"), shlex.join(launch_command(request))), soft_wrap=True)
     if dry_run:
         return
     config = resolved.config
     refuse_unfit_hosts(request, config.hostfile)
-    restarting = Restarting(planned, resolved, folder, console)
+    restarting = RestartLoop(planned, resolved, folder, console)
     while True:
         with LiveLine(folder, console, steps=config.steps) as live:
             outcome = launch(request, planned, resolved, folder, live.update)
@@ -47,12 +47,12 @@ def execute(
         if outcome.by_user or outcome.stopped_after is not None:
             raise error
         planned = restarting.next_attempt(error, trained=outcome.trained)
-        request = launch_request(planned, folder)
+        request = launch_spec(planned, folder)
 
 
 def execute_quietly(planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
     """The same without a word, and once. Raises DstrainError as `execute` does."""
     refuse_full_disk(planned.plan, folder)
-    outcome = launch(launch_request(planned, folder), planned, resolved, folder, lambda: None)
+    outcome = launch(launch_spec(planned, folder), planned, resolved, folder, lambda: None)
     if not outcome.ok:
         raise error_of(outcome, folder, saves=resolved.config.saves)

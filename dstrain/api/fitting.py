@@ -105,7 +105,7 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
     return Fitted(
         fit=found,
         rows=rows,
-        machines=_in_words(machines),
+        machines=_describe(machines),
         fixed=tuple(" ".join(as_flags(key, value)) for key, value in fixed_choices(resolved).items()),
         helps=() if found.fits else _helps(resolved, prepared, machines),
     )
@@ -174,7 +174,7 @@ def _helps(resolved: ResolvedConfig, prepared: Prepared, machines: Machines) -> 
     return tuple(found)
 
 
-def _in_words(machines: Machines) -> str:
+def _describe(machines: Machines) -> str:
     total = sum(host.slots for host in machines.hosts)
     name = machines.device.name if machines.device else machines.accelerator
     if machines.accelerator == "cpu" and len(machines.hosts) == 1:

@@ -15,15 +15,15 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
-from dstrain.launch.launch_spec import LaunchRequest, runs_here
+from dstrain.launch.launch_spec import LaunchSpec, runs_here
 from dstrain.runs.record.record import write_record
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import Outcome, supervise
 
 
 def launch(
-    request: LaunchRequest,
+    request: LaunchSpec,
     planned: Planned,
     resolved: ResolvedConfig,
     folder: RunFolder,
@@ -39,13 +39,13 @@ def launch(
         prepare(request, planned, resolved, folder)
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = request.runs_here or request.launcher == "none"
-        with Lifeline(plan.layout.world_size, plan_text, only_here=only_here) as lifeline:
-            _name_launch(lifeline, folder)
+        with ControlServer(plan.layout.world_size, plan_text, only_here=only_here) as control:
+            _name_launch(control, folder)
             return supervise(
                 ["bash", str(folder.launch_script)],
-                environment=supervised_environment(request, lifeline.address()),
+                environment=supervised_environment(request, control.address()),
                 folder=folder,
-                lifeline=lifeline,
+                control=control,
                 world_size=len(request.ranks),
                 first_rank=request.ranks.start,
                 on_tick=on_tick,
@@ -74,15 +74,15 @@ def locked(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def _name_launch(lifeline: Lifeline, folder: RunFolder) -> None:
+def _name_launch(control: ControlServer, folder: RunFolder) -> None:
     """For rank 0 to see, if this is its folder. Raises DstrainError where it can't be written."""
     try:
-        write_atomically(folder.launch, lifeline.launch + "\n")
+        write_atomically(folder.launch, control.launch + "\n")
     except OSError as error:
         raise not_writable(error, folder) from error
 
 
-def prepare(request: LaunchRequest, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
+def prepare(request: LaunchSpec, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
     """Write what a launch reads: afterwards launch.sh starts the run. Raises DstrainError where it can't be written."""
     try:
         # Of several nodes that share the folder the first one says what the run is. Where they don't, each has its own.
@@ -98,14 +98,14 @@ def prepare(request: LaunchRequest, planned: Planned, resolved: ResolvedConfig, 
         raise not_writable(error, folder) from error
 
 
-def launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
+def launch_spec(planned: Planned, folder: RunFolder) -> LaunchSpec:
     layout, config = planned.plan.layout, planned.plan.run_config
     hosts = layout.hosts if planned.site.hosts else ()
     processes = layout.hosts[0].slots
     # The hosts' names are numbers then, and the port must be the same on all.
     by_hand = planned.site.launcher == "none"
     first = "127.0.0.1" if by_hand or not hosts else layout.hosts[0].name
-    return LaunchRequest(
+    return LaunchSpec(
         run_folder=folder.path,
         hosts=hosts,
         processes_per_host=processes,

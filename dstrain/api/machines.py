@@ -10,7 +10,7 @@ from dstrain.errors import DstrainError
 from dstrain.estimate.device import cpu_device, device_like, find_device
 from dstrain.launch.devices import Devices, has_async_io, local_devices, processor
 from dstrain.launch.hosts import read_hostfile
-from dstrain.launch.placement import Site, find_site
+from dstrain.launch.placement import Placement, find_placement
 from dstrain.planning.attention import FLASH_PACKAGES
 from dstrain.planning.layout import Host
 from dstrain.planning.plan import Machines
@@ -46,7 +46,7 @@ def elsewhere(device: str | None, gpus_per_node: int | None) -> Elsewhere | None
 
 def find_machines(
     resolved: ResolvedConfig, described: Elsewhere | None = None
-) -> tuple[Devices, Site, Machines]:
+) -> tuple[Devices, Placement, Machines]:
     """What there is to run on: looked at, or as described; then no GPU is looked for.
 
     Raises:
@@ -55,7 +55,7 @@ def find_machines(
     return _described(resolved, described) if described else _here(resolved)
 
 
-def _here(resolved: ResolvedConfig) -> tuple[Devices, Site, Machines]:
+def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
     config = resolved.config
     if config.offload == "nvme" and not has_async_io():
         raise DstrainError(
@@ -64,7 +64,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Site, Machines]:
             hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
         )
     devices = local_devices()
-    site = find_site(resolved, devices)
+    site = find_placement(resolved, devices)
     if devices.kind == "cuda":
         device = device_like(devices.names)
     else:
@@ -88,7 +88,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Site, Machines]:
     return devices, site, machines
 
 
-def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Site, Machines]:
+def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Placement, Machines]:
     if described.device == "cpu":
         raise DstrainError(
             "how fast a CPU is differs from machine to machine: only the one that is here is known",
@@ -109,7 +109,7 @@ def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices,
     )
     names = machines.device_names
     devices = Devices(device.kind, len(names), names, device.memory_bytes, precisions=device.precisions)
-    return devices, Site(hosts, resolved.config.launcher or "pdsh"), machines
+    return devices, Placement(hosts, resolved.config.launcher or "pdsh"), machines
 
 
 def _described_hosts(resolved: ResolvedConfig, described: Elsewhere, usual: int) -> tuple[Host, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from dstrain.api.launch_attempt import launch_request, locked, prepare
+from dstrain.api.launch_attempt import launch_spec, locked, prepare
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import refuse_full_disk, refuse_other_training
 from dstrain.config.loader import ResolvedConfig
@@ -55,7 +55,7 @@ def prepare_to_be_typed(
     """
     refuse_other_training(planned.plan, folder, console)
     refuse_full_disk(planned.plan, folder)
-    request = launch_request(planned, folder)
+    request = launch_spec(planned, folder)
     with locked(folder):
         prepare(request, planned, resolved, folder)
     which = [str(folder.node)] if request.launcher == "none" else []
@@ -79,7 +79,7 @@ def prepare_for_nodes(
 ) -> None:
     """Fill the run folder, and say what to type on each node. Raises DstrainError where it can't be written."""
     if not dry_run:
-        prepare(launch_request(planned, folder), planned, resolved, folder)
+        prepare(launch_spec(planned, folder), planned, resolved, folder)
     place = shlex.quote(str(Path.cwd()))
     for node in range(len(planned.site.hosts)):
         command = shlex.join(["dstrain", "resume", str(folder.path), "--node-rank", str(node)])

@@ -18,7 +18,7 @@ from dstrain.data.dataset_summary_cache import read_summary, summary_file, token
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
-from dstrain.launch.placement import Site
+from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
 from dstrain.planning.layout import Host
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
@@ -32,7 +32,7 @@ class Planned:
 
     plan: Plan
     devices: Devices
-    site: Site
+    site: Placement
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
 
@@ -42,7 +42,7 @@ class Prepared:
     """All that a plan follows from but the choices: the model's shape, its data, the machines."""
 
     devices: Devices
-    site: Site
+    site: Placement
     shape: ModelShape
     machines: Machines
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
@@ -128,7 +128,7 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
         find_files(config.data),
         tokenizer_state(tokenizer),
         seq_len=config.seq_len,
-        held_out=config.held_out,
+        validation=config.validation,
         pack=config.pack,
     )
     known = read_summary(kept)
@@ -146,7 +146,7 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
                     "source": config.data,
                     "tokenizer": tokenizer,
                     "seq_len": config.seq_len,
-                    "held_out": config.held_out,
+                    "validation": config.validation,
                     "cache_dir": str(cache_folder() / "data"),
                     "pack": config.pack,
                 }

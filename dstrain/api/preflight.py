@@ -13,7 +13,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import check_disk
-from dstrain.launch.placement import Site
+from dstrain.launch.placement import Placement
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.identity import refuse_other, what_changes
 from dstrain.runs.checkpoint.manifest import newest_complete
@@ -71,7 +71,7 @@ def refuse_other_training(plan: Plan, folder: RunFolder, console: Console) -> No
         console.print(Text.assemble(("resume ", "bold"), line), soft_wrap=True)
 
 
-def refuse_elastic_alone(site: Site, resolved: ResolvedConfig) -> None:
+def refuse_elastic_alone(site: Placement, resolved: ResolvedConfig) -> None:
     """Raises DstrainError where a run is to leave hosts out, and has none to leave out or can't ask them."""
     if not resolved.config.elastic or (len(site.hosts) > 1 and site.launcher not in ("slurm", "none")):
         return

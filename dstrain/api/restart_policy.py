@@ -20,7 +20,7 @@ from dstrain.runs.run_folder import RunFolder, last_step
 from dstrain.supervise.restarts import GiveUp, Restarts
 
 
-class Restarting:
+class RestartLoop:
     """Decides after each failure of one run, and waits until it can go on.
 
     Args:
@@ -62,7 +62,7 @@ class Restarting:
                 except DstrainError as error:
                     now += f" ({error.message})"
                 else:
-                    self._say("elastic", f"{_in_words(smaller)}, without {now}")
+                    self._say("elastic", f"{_describe(smaller)}, without {now}")
                     return smaller
             if now != told:
                 self._say("waiting", f"for {now}")
@@ -110,9 +110,9 @@ def fewer_replicas(
     raise refusal
 
 
-def _in_words(planned: Planned) -> str:
+def _describe(planned: Planned) -> str:
     layout = planned.plan.layout
-    return f"on {', '.join(host.name for host in layout.hosts)}: {planned.plan.batch.in_words()}"
+    return f"on {', '.join(host.name for host in layout.hosts)}: {planned.plan.batch.describe()}"
 
 
 def _saved_step(folder: RunFolder) -> int:

@@ -73,8 +73,8 @@ def _log(cause: Cause, folder: RunFolder) -> str:
 def tell_the_end(folder: RunFolder, console: Console) -> None:
     """Of a run that was trained to its end."""
     result = json.loads(folder.result.read_text(encoding="utf-8"))
-    if result["held_out_loss"] is not None:
-        console.print(Text.assemble(("held-out loss  ", "bold"), f"{result['held_out_loss']:.4f}"))
+    if result["validation_loss"] is not None:
+        console.print(Text.assemble(("validation loss  ", "bold"), f"{result['validation_loss']:.4f}"))
     if result["continuation"]:
         console.print(Text.assemble(("the model continues ", "bold"), repr(result["prompt"])))
         console.print(Text(result["continuation"], style="cyan"))

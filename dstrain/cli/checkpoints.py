@@ -149,7 +149,7 @@ def _show(name: str, records: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dstrain.formatting import in_words
+    from dstrain.formatting import format_bytes
 
     table = Table(title=f"checkpoints of {escape(name)}")
     for heading in ("step", "size", "layout", "loss", "saved at", "state"):
@@ -163,7 +163,7 @@ def _show(name: str, records: list[dict[str, Any]]) -> None:
         saved_at = record["saved_at"]
         table.add_row(
             str(record["step"]),
-            in_words(record["bytes"]),
+            format_bytes(record["bytes"]),
             record["layout"] or "-",
             f"{record['loss']:.4f}" if record["loss"] is not None else "-",
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at)) if saved_at else "-",

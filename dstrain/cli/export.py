@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 @click.option(
     "--no-loss",
     is_flag=True,
-    help="Do not load the exported model for its held-out loss: it may not fit here.",
+    help="Do not load the exported model for its validation loss: it may not fit here.",
 )
 def command(run: str, out: Path, step: int | None, dtype: str | None, no_loss: bool) -> None:
     """Write the model of RUN (a run folder, or its name below runs/) to the folder OUT.
 
     AutoModelForCausalLM.from_pretrained(OUT) loads it, tokenizer and generation config included. Works
     for every layout but offload: nvme, without GPUs, and a block at a time. Every tensor is read back and
-    compared; then the exported model's held-out loss stands next to the run's own.
+    compared; then the exported model's validation loss stands next to the run's own.
     """
     from dstrain.api.child_process import run_module
     from dstrain.cli.resume import find_run
@@ -97,11 +97,11 @@ def _tell(out: Path, answer: dict[str, Any], *, with_loss: bool) -> None:
         f"checked    all {answer['tensors']} tensors equal the checkpoint's, and from_pretrained finds each"
     )
     if answer["loss"] is not None:
-        click.echo(f"held-out   {answer['loss']:.6f}  the exported model's loss")
+        click.echo(f"validation {answer['loss']:.6f}  the exported model's loss")
     elif answer["no_loss_because"] is not None:
-        click.echo(f"held-out loss: not taken: {answer['no_loss_because']}")
+        click.echo(f"validation loss: not taken: {answer['no_loss_because']}")
     elif with_loss:
-        click.echo("held-out   nothing is held out in this run, so there is no loss to compare")
+        click.echo("validation this run has no validation set, so there is no loss to compare")
     if answer["run_loss"] is not None:
         at = "the run's own" if answer["run_loss_step"] == answer["step"] else "the run's last before that"
         click.echo(f"           {answer['run_loss']:.6f}  {at}, at step {answer['run_loss_step']}")

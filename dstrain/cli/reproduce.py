@@ -59,7 +59,7 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     console = Console()
     planned = plan_for(resolved)
     console.print(
-        f"{folder.name}, once more as {again.name}: {planned.plan.batch.in_words()}",
+        f"{folder.name}, once more as {again.name}: {planned.plan.batch.describe()}",
         soft_wrap=True,
         markup=False,
     )

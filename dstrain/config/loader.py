@@ -18,6 +18,7 @@ from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
+from dstrain.renamed import CONFIG_KEYS
 
 DEFAULT_RECIPE = "quickstart"
 # What the same thing is called elsewhere.
@@ -39,12 +40,14 @@ Path_ = tuple[str, ...]
 class ResolvedConfig:
     """A run config and the origin of each of its keys (of each leaf, inside ``deepspeed``).
 
-    ``blocks``: where the mappings inside ``deepspeed`` begin in a file.
+    ``blocks``: where the mappings inside ``deepspeed`` begin in a file. ``notes``: what the user should know, such as a
+    deprecated key.
     """
 
     config: RunConfig
     origins: Mapping[Path_, Origin]
     blocks: Mapping[Path_, Origin] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def origin(self, *path: str) -> Origin:
         """The origin of a key; of its nearest parent, where the key itself has none."""
@@ -102,8 +105,10 @@ def load_config(
     values: dict[str, Any] = {}
     origins: dict[Path_, Origin] = {}
     blocks: dict[Path_, Origin] = {}
+    notes: list[str] = []
 
     def lay(document: Document, kind: str, name: str) -> None:
+        notes.extend(_rename_deprecated(document, name))
         blocks.update({path: Origin(kind, f"{name}:{line}") for path, line in document.lines.items()})
         for path, value in leaves(document.values):
             line = document.lines.get(path)
@@ -129,12 +134,13 @@ def load_config(
         lay(read_yaml(path, where="--recipe"), "recipe", path.name)
     if own is not None:
         lay(own, "file", str(config_file))
-    return _finish(values, origins, settings, flags or {}, blocks)
+    return _finish(values, origins, settings, flags or {}, blocks, notes)
 
 
 def read_config(path: Path) -> ResolvedConfig:
     """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
     document = read_yaml(path, where=str(path))
+    _rename_deprecated(document, path.name)  # an earlier dstrain wrote it: nothing for its user to change
     origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
     return _finish(document.values, origins, (), {}, origins)
 
@@ -166,14 +172,19 @@ def _finish(
     settings: Sequence[str],
     flags: Mapping[str, Any],
     blocks: Mapping[Path_, Origin],
+    notes: Sequence[str] = (),
 ) -> ResolvedConfig:
     """Lay ``--set`` and the flags on top, refuse unknown keys, check the values."""
+    notes = list(notes)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise DstrainError(
                 f"{_shown(setting)} is not KEY=VALUE", where="--set", hint="for example --set lr=1e-3"
             )
+        if key in CONFIG_KEYS:
+            notes.append(_deprecated(f"--set {key}", key))
+            key = CONFIG_KEYS[key]
         for path, value in leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
@@ -182,8 +193,31 @@ def _finish(
     found = [_unknown_key(key, origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
     if found or wrong:
-        raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks))
-    return ResolvedConfig(config, origins, blocks)
+        raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks, tuple(notes)))
+    return ResolvedConfig(config, origins, blocks, tuple(notes))
+
+
+def _rename_deprecated(document: Document, name: str) -> list[str]:
+    """Give a document's deprecated keys their new names, in place; a note for each. Raises DstrainError for both."""
+    notes = []
+    for old, new in CONFIG_KEYS.items():
+        if old not in document.values:
+            continue
+        line = document.lines.pop((old,), None)
+        place = f"{name}:{line}" if line else name
+        if new in document.values:
+            raise DstrainError(
+                f"{old} is the old name of {new}, and both are given", where=place, hint=f"remove {old}"
+            )
+        document.values[new] = document.values.pop(old)
+        if line:
+            document.lines[(new,)] = line
+        notes.append(_deprecated(place, old))
+    return notes
+
+
+def _deprecated(place: str, old: str) -> str:
+    return f"{place}: {old} is deprecated, the key is now {CONFIG_KEYS[old]}"
 
 
 def _put(
@@ -248,7 +282,7 @@ def _wrong_value(field: str, error: Any, given: Any, origins: Mapping[Path_, Ori
         (origin for known, origin in origins.items() if known[0] == field), DEFAULT
     )
     return DstrainError(
-        f"{field} = {_shown(given)}: {_in_words(error)}", where=str(origin), hint=_hint(field, given, error)
+        f"{field} = {_shown(given)}: {_describe(error)}", where=str(origin), hint=_hint(field, given, error)
     )
 
 
@@ -258,7 +292,7 @@ def _shown(given: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def _in_words(error: Any) -> str:
+def _describe(error: Any) -> str:
     """pydantic's message in the tone of the others."""
     if error["type"] == "string_pattern_mismatch":  # of host names alone
         return "must be a host name or an address: letters, digits and . _ : - only"

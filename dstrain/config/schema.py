@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
     pack: bool = Field(
         True, description="fill each sample with several documents, which do not see each other"
     )
-    held_out: Fraction = Field(0.05, description="fraction of the documents kept for the held-out loss")
+    validation: Fraction = Field(0.05, description="fraction of the documents kept for validation")
 
     # How long, and in which steps.
     steps: PositiveInt = Field(100, description="optimizer steps")
@@ -113,8 +113,10 @@ class RunConfig(BaseModel):
     # What is kept and said.
     name: str | None = Field(None, description="name of the run folder; made from date and model if left out")
     runs_dir: str = Field("runs", description="folder that holds the run folders")
-    eval_every: NonNegativeInt = Field(50, description="steps between held-out losses; 0 for only the last")
-    eval_samples: PositiveInt = Field(64, description="held-out samples that a held-out loss is taken over")
+    eval_every: NonNegativeInt = Field(
+        50, description="steps between evaluations; 0: only after the last step"
+    )
+    eval_samples: PositiveInt = Field(64, description="validation samples per evaluation")
     save_every: int | str = Field(
         100,
         description="steps between checkpoints, or time: 500, 20m, 1h30m; 0 for only the last, never for none at all",

@@ -8,7 +8,7 @@ from typing import Any
 
 from dstrain import __version__
 from dstrain.config.schema import RunConfig
-from dstrain.config.words import type_in_words
+from dstrain.config.words import describe_type
 from dstrain.config.yaml_reader import dump_yaml
 
 _WIDTH = 100
@@ -38,7 +38,7 @@ def template() -> str:
         if key in GROUPS:
             lines.append(f"\n# --- {GROUPS[key]}\n\n")
         value = field.get_default()
-        words = type_in_words(field.rebuild_annotation()).removesuffix(" or null").removesuffix(",")
+        words = describe_type(field.rebuild_annotation()).removesuffix(" or null").removesuffix(",")
         text = f"{field.description} ({words})" if field.description else words
         lines += [f"# {line}\n" for line in textwrap.wrap(text, _WIDTH - 2)]
         lines.append(_EXAMPLES.get(key) or _line(key, value))

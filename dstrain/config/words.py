@@ -11,20 +11,20 @@ _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", t
 _LIMITS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
-def type_in_words(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """``fp32, bf16, fp16``; ``integer, greater than 0, or null``."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(map(str, parts))
     if origin is typing.Annotated:
         limits = [_limit(each) for each in parts[1:]]
-        return ", ".join(filter(None, [type_in_words(parts[0]), *limits]))
+        return ", ".join(filter(None, [describe_type(parts[0]), *limits]))
     if origin is list:
-        return f"list of {type_in_words(parts[0])}"
+        return f"list of {describe_type(parts[0])}"
     if annotation in _NAMES:
         return _NAMES[annotation]
     if parts and origin is not dict:
-        words = [type_in_words(part) for part in parts]
+        words = [describe_type(part) for part in parts]
         return (", or " if "," in words[0] else " or ").join(words)
     return "KEY: VALUE lines"
 

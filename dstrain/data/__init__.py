@@ -1,7 +1,7 @@
 """Text -> tokens -> packed rows -> the order in which a run reads them.
 
 Read in this order: ``sources`` (which files), ``documents`` (their text), ``tokenizers``, ``token_cache``
-(tokens on disk), ``split`` (training and held-out documents), ``packing`` (rows and labels), ``order`` (which
+(tokens on disk), ``split`` (training and validation documents), ``packing`` (rows and labels), ``order`` (which
 rows make up a step), ``prepare`` (all of it in one call, and on the command line).
 
 Nothing is imported here: `sources` alone costs milliseconds, `prepare` pulls in Hugging Face `datasets`.

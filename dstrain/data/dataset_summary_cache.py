@@ -44,7 +44,7 @@ def tokenizer_state(tokenizer: str) -> State:
 
 
 def summary_file(
-    cache_dir: Path, source: Source, tokenizer: State, *, seq_len: int, held_out: float, pack: bool
+    cache_dir: Path, source: Source, tokenizer: State, *, seq_len: int, validation: float, pack: bool
 ) -> Path:
     """Where the summary of these choices is kept, if it is.
 
@@ -60,7 +60,7 @@ def summary_file(
             source.root,
             [(file.relative, file.kind, file.size, file.mtime_ns) for file in source.files],
             tokenizer,
-            [seq_len, held_out, pack],
+            [seq_len, validation, pack],
         ]
     )
     return cache_dir / "summaries" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 class TokenStream:
     """Documents laid end to end, as pieces of a token file that need not touch each other there.
 
-    Training and held-out documents can so be drawn from one file of tokens, at any sequence length.
+    Training and validation documents can so be drawn from one file of tokens, at any sequence length.
 
     Attributes:
         tokens: [file tokens], any unsigned integers, usually a memory map.

@@ -27,7 +27,7 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
     "seq_len": int,
-    "held_out": (int, float),
+    "validation": (int, float),
     "cache_dir": str,
     "pack": bool,
 }
@@ -35,7 +35,7 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class PackedData:
-    """The rows to train on, and those to evaluate on (None if nothing is held out).
+    """The rows to train on, and those to evaluate on (None without a validation set).
 
     `fingerprint` is a hash of the tokens, the sequence length, the split and whether rows are packed, not of file
     names or times: hosts with equal fingerprints hold the same rows under the same numbers. `folder` is that of the
@@ -43,12 +43,12 @@ class PackedData:
     """
 
     train: Rows
-    held_out: Rows | None
+    validation: Rows | None
     tokenizer: Tokenizer
     fingerprint: str
     source: Source
     documents: int
-    held_out_documents: int
+    validation_documents: int
     empty_documents: int
     tokens: int
     folder: Path
@@ -62,12 +62,12 @@ class PackedData:
             "files": len(self.source.files),
             "bytes": self.source.bytes,
             "documents": self.documents,
-            "held_out_documents": self.held_out_documents,
+            "validation_documents": self.validation_documents,
             "empty_documents": self.empty_documents,
             "tokens": self.tokens,
             "seq_len": self.train.seq_len,
             "train_rows": len(self.train),
-            "held_out_rows": len(self.held_out) if self.held_out is not None else 0,
+            "validation_rows": len(self.validation) if self.validation is not None else 0,
             "padding": self.train.padding,
             "tokenizer": self.tokenizer.name,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
@@ -80,20 +80,20 @@ def prepare(
     source: str,
     tokenizer: str,
     seq_len: int,
-    held_out: float | int,
+    validation: float | int,
     cache_dir: Path | str,
     pack: bool = True,
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
     Safe to call from any number of processes and hosts at once; a cache that is not whole is built anew.
-    Tokens are cached for any `seq_len`, `held_out` and `pack`.
+    Tokens are cached for any `seq_len`, `validation` and `pack`.
 
     Args:
         source: see `dstrain.data.sources`.
         tokenizer: see `dstrain.data.tokenizers`.
         seq_len: tokens a row, at least 1.
-        held_out: the share of the documents to keep from training, at least 0 (none) and less than 1.
+        validation: the share of the documents to keep from training, at least 0 (none) and less than 1.
         cache_dir: made if it is not there.
         pack: fill each row with as many documents as it takes, else with one and padding.
 
@@ -102,17 +102,17 @@ def prepare(
     """
     if seq_len < 1:
         raise DstrainError(f"seq_len is {seq_len}, and a row needs at least 1 token")
-    if not 0 <= held_out < 1:
+    if not 0 <= validation < 1:
         raise DstrainError(
-            f"held_out is {held_out}, and it is a share of the documents: at least 0 (none), less than 1",
-            hint="0.01 holds out about one document in a hundred",
+            f"validation is {validation}, and it is a share of the documents: at least 0 (none), less than 1",
+            hint="0.01 keeps about one document in a hundred",
         )
     tokens_of = load_tokenizer(tokenizer)
     files = find_files(source)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
-    train, held = split_stream(tokens.stream, held_out)
+    train, held = split_stream(tokens.stream, validation)
     if pack:
-        _check_rows(tokens, train, held, seq_len, held_out, files)
+        _check_rows(tokens, train, held, seq_len, validation, files)
     else:
         _check_labels(train, held, files)
 
@@ -123,12 +123,12 @@ def prepare(
 
     return PackedData(
         train=rows(train),
-        held_out=rows(held) if held is not None else None,
+        validation=rows(held) if held is not None else None,
         tokenizer=tokens_of,
         fingerprint=_fingerprint(tokens, train, seq_len, pack),
         source=files,
         documents=int(tokens.stream.lengths.size),
-        held_out_documents=int(held.lengths.size) if held is not None else 0,
+        validation_documents=int(held.lengths.size) if held is not None else 0,
         empty_documents=tokens.empty_documents,
         tokens=tokens.stream.size,
         folder=tokens.folder,
@@ -142,7 +142,12 @@ def _fingerprint(tokens: Tokens, train: TokenStream, seq_len: int, pack: bool) -
 
 
 def _check_rows(
-    tokens: Tokens, train: TokenStream, held: TokenStream | None, seq_len: int, held_out: float, files: Source
+    tokens: Tokens,
+    train: TokenStream,
+    held: TokenStream | None,
+    seq_len: int,
+    validation: float,
+    files: Source,
 ) -> None:
     if train.size < seq_len:
         total = f"{tokens.stream.size:,} tokens"
@@ -154,22 +159,22 @@ def _check_rows(
         )
     if held is not None and held.size < seq_len:
         fraction = fraction_for(tokens.stream, seq_len)
-        more = f"set held_out to {fraction:g}, " if fraction is not None else ""
+        more = f"set validation to {fraction:g}, " if fraction is not None else ""
         raise DstrainError(
-            f"held_out {held_out:g} holds out {held.size:,} tokens ({held.lengths.size:,} documents), "
+            f"validation: {validation:g} keeps {held.size:,} tokens ({held.lengths.size:,} documents), "
             f"less than one row of {seq_len:,}",
-            hint=f"{more}set held_out to 0 (none), or set seq_len to {held.size:,} or less",
+            hint=f"{more}set validation to 0 (none), or set seq_len to {held.size:,} or less",
             where=files.place,
         )
 
 
 def _check_labels(train: TokenStream, held: TokenStream | None, files: Source) -> None:
     """Separate rows may be short, but one must have something to predict."""
-    for what, stream in (("to train on", train), ("held out", held)):
+    for what, stream in (("to train on", train), ("for validation", held)):
         if stream is not None and stream.lengths.max() < 2:
             raise DstrainError(
                 f"no document {what} has two tokens, so there is nothing to predict",
-                hint="give it more text, or another held_out",
+                hint="give it more text, or another validation",
                 where=files.place,
             )
 
@@ -191,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
             data.source,
             state,
             seq_len=request["seq_len"],
-            held_out=request["held_out"],
+            validation=request["validation"],
             pack=request["pack"],
         )
         keep_summary(kept, data.folder, data.summary())

@@ -1,4 +1,4 @@
-"""Which documents are held out from training: by a hash of their number, so the same every time."""
+"""Which documents are kept for validation: chosen by a hash of their number, so the same every time."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dstrain.data.packing import TokenStream
 _SALT = 0x68656C645F6F7574  # "held_out": the split must not share its hash with anything else
 
 
-def split_stream(stream: TokenStream, held_out: float) -> tuple[TokenStream, TokenStream | None]:
-    """The stream cut into what is trained on and what is held out (None for a fraction of 0).
+def split_stream(stream: TokenStream, validation: float) -> tuple[TokenStream, TokenStream | None]:
+    """The stream cut into training and validation documents (None for a fraction of 0).
 
-    The documents with the smallest hashes of their numbers are held out, which spreads them over the corpus:
-    the share `held_out` of all documents, rounded, and at least one on each side. A single document is cut
-    instead: its last `held_out` share of tokens, at least one, is held out.
+    The documents with the smallest hashes of their numbers are for validation, which spreads them over the corpus:
+    the share `validation` of all documents, rounded, and at least one on each side. A single document is cut
+    instead: its last `validation` share of tokens, at least one, is for validation.
 
     Args:
         stream: of at least 2 tokens.
-        held_out: 0 <= held_out < 1.
+        validation: 0 <= validation < 1.
     """
     documents = stream.lengths.size
-    if held_out == 0:
+    if validation == 0:
         return stream, None
     if documents == 1:
-        return _cut_tail(stream, _share(held_out, stream.size))
+        return _cut_tail(stream, _share(validation, stream.size))
     out = np.zeros(documents, dtype=bool)
-    out[_hash_order(documents)[: _share(held_out, documents)]] = True
+    out[_hash_order(documents)[: _share(validation, documents)]] = True
     return _chosen(stream, ~out), _chosen(stream, out)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.diagnostics.facts import PACKAGES
-from dstrain.formatting import in_words
+from dstrain.formatting import format_bytes
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 # A rank holds this much before it has a model: torch, DeepSpeed and transformers.
@@ -151,10 +151,10 @@ def _room(host: str, slots: int, facts: Mapping[str, Any]) -> list[Check]:
         if free is None:
             checks.append(Check(host, name, WARNING, "not known"))
         elif free < enough:
-            message = f"{in_words(free)} free: little, for {slots or 1} ranks"
+            message = f"{format_bytes(free)} free: little, for {slots or 1} ranks"
             checks.append(Check(host, name, WARNING, message, fixes[name]))
         else:
-            checks.append(Check(host, name, OK, f"{in_words(free)} free"))
+            checks.append(Check(host, name, OK, f"{format_bytes(free)} free"))
     return checks
 
 

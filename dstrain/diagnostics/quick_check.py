@@ -10,13 +10,13 @@ from dstrain.diagnostics.diagnosis import FAILED, Check
 from dstrain.diagnostics.host_checks import examine_hosts
 from dstrain.errors import DstrainError
 from dstrain.launch.hosts import is_this_host, numbered_hosts
-from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.launch.launch_spec import LaunchSpec
 
 # Shown one by one; a mistake that all hosts share is one mistake.
 _SHOWN = 8
 
 
-def refuse_unfit_hosts(request: LaunchRequest, hostfile: str | None) -> None:
+def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     """Look at the hosts that are started over ssh, all at once; nothing where there are none.
 
     Raises:
@@ -48,13 +48,13 @@ def refuse_unfit_hosts(request: LaunchRequest, hostfile: str | None) -> None:
     first = failed[0].host
     look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` looks at everything" if hostfile else ""
     raise DstrainError(
-        _in_words(failed, len(hosts)),
+        _describe(failed, len(hosts)),
         hint=f"mend this, or take the host out{look}",
         where=f"{hostfile}:{lines[first][1]}" if first in lines else hostfile,
     )
 
 
-def _in_words(failed: list[Check], number: int) -> str:
+def _describe(failed: list[Check], number: int) -> str:
     names = dict.fromkeys(check.host for check in failed)
     can = f"{len(names)} of {number} hosts can't take part in this run"
     told = [

@@ -12,16 +12,16 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-from dstrain.engine.async_checkpoint import HeldFiles
-from dstrain.engine.deepspeed_patches import MendedEngine
+from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
-from dstrain.engine.replica_consistency import check_copies
+from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore
 from dstrain.engine.saved_files import PARAMETER_NAMES, TAG
 from dstrain.engine.saved_state import SavedState
-from dstrain.model.head_output import Asked
+from dstrain.model.head_output import HeadOutputRequest
 
 
 class _DeepSpeedAdapter(Engine):
@@ -43,15 +43,15 @@ class _DeepSpeedAdapter(Engine):
             loss_scale=float(getattr(self.engine.optimizer, "loss_scale", 1.0)),
         )
 
-    def check_copies(self) -> None:
-        check_copies(self.engine)
+    def check_replicas(self) -> None:
+        check_replicas(self.engine)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield hugging_face_name(name), parameter.detach().float().cpu().clone()
 
-    def save(self, folder: Path, state: Mapping[str, Any], held: HeldFiles | None = None) -> None:
+    def save(self, folder: Path, state: Mapping[str, Any], held: AsyncCheckpointStage | None = None) -> None:
         ours = dict(state)
         if not self.engine.zero_optimization():
             ours[PARAMETER_NAMES] = self._parameter_names()
@@ -122,8 +122,8 @@ class PipelineAdapter(_DeepSpeedAdapter):
 class OneStageAdapter(_DeepSpeedAdapter):
     """One stage: DeepSpeed's plain engine, which overlaps communication and knows ZeRO-3."""
 
-    def __init__(self, engine: MendedEngine, head: Asked) -> None:
-        self.engine: MendedEngine = engine
+    def __init__(self, engine: PatchedEngine, head: HeadOutputRequest) -> None:
+        self.engine: PatchedEngine = engine
         self.head = head
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:

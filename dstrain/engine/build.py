@@ -11,20 +11,20 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
-from dstrain.engine.deepspeed_patches import MendedEngine
+from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
 from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.pipeline_module import DualPipeVStagedModule, StagedModule
 from dstrain.engine.safe_reading import read_safely
-from dstrain.engine.single_stage import LayersInOne
-from dstrain.engine.zero3_init import sharing_out
-from dstrain.model.pipeline_model import LayeredModel, TiedWeight
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.engine.single_stage import SingleStageModel
+from dstrain.engine.zero3_init import zero3_init
+from dstrain.model.pipeline_model import PipelineModel, TiedWeight
+from dstrain.model.unsplit_model import UnsplitModel
 
 
 def build_engine(
-    model: LayeredModel | WholeModel,
+    model: PipelineModel | UnsplitModel,
     *,
     deepspeed: dict[str, Any],
     cut: Sequence[int],
@@ -51,7 +51,7 @@ def build_engine(
         DstrainError: activations of a model in one piece can't be recomputed.
     """
     weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
-    ties = model.tied if isinstance(model, LayeredModel) else ()
+    ties = model.tied if isinstance(model, PipelineModel) else ()
     tied = {f"{layer}.{path}" for weight in ties for layer, path in weight.owners}
     model.to(device)
     if pipeline > 1:
@@ -68,16 +68,16 @@ def build_engine(
         groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
         return PipelineAdapter(_make(engine_class, staged, groups, deepspeed, staged.mpu()))
     whole = head = model
-    if isinstance(model, LayeredModel):
-        model.after_build = sharing_out(deepspeed)
-        whole = LayersInOne(model, activation_checkpointing=activation_checkpointing).to(device)
+    if isinstance(model, PipelineModel):
+        model.after_build = zero3_init(deepspeed)
+        whole = SingleStageModel(model, activation_checkpointing=activation_checkpointing).to(device)
         head = whole.head
     elif activation_checkpointing:
         model.recompute_blocks()
     head.loss_chunk = loss_chunk
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
-    return OneStageAdapter(_make(MendedEngine, whole, groups, deepspeed, None), head)
+    return OneStageAdapter(_make(PatchedEngine, whole, groups, deepspeed, None), head)
 
 
 def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[TiedWeight]) -> None:

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from dstrain.engine.gradient_norm import clip_whole, is_copy, norm_over, partitioned_norm
 
 
-class MendedEngine(DeepSpeedEngine):
+class PatchedEngine(DeepSpeedEngine):
     """Mixed into both engines, before DeepSpeed's own."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.async_checkpoint import HeldFiles
+from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Engine(ABC):
         """Logits [V], fp32 on CPU, after one position of one row; the same on every rank."""
 
     @abstractmethod
-    def check_copies(self) -> None:
+    def check_replicas(self) -> None:
         """Make sure that replicas, and the copies of tied weights, are equal to the bit.
 
         Raises:
-            CopiesDifferError: they are not; the message says which and where.
+            ReplicasDifferError: they are not; the message says which and where.
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Engine(ABC):
         """This stage's parameters by Hugging Face name, whole, in fp32 on CPU."""
 
     @abstractmethod
-    def save(self, folder: Path, state: Mapping[str, Any], held: HeldFiles | None = None) -> None:
+    def save(self, folder: Path, state: Mapping[str, Any], held: AsyncCheckpointStage | None = None) -> None:
         """Write this rank's part of a checkpoint below ``folder``.
 
         Args:

@@ -13,7 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe import dualpipev, schedule
 from deepspeed.runtime.pipe import engine as pipe_engine
 
-from dstrain.engine.deepspeed_patches import MendedEngine
+from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.recompute import recompute
 from dstrain.engine.zero3_pipeline import check_orders_among, count_each_weight_once, partition_of_gradient
 
@@ -32,7 +32,7 @@ def _zero_stages_admitted() -> Iterator[None]:
         pipe_engine.ZeroStageEnum = original
 
 
-class _StagedMends(MendedEngine):
+class _StagedMends(PatchedEngine):
     """What both schedules need, before DeepSpeed's own pipeline engine in the order of classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

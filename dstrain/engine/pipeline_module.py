@@ -12,15 +12,15 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from torch import nn
 
 from dstrain.engine.topology import make_topology
-from dstrain.engine.zero3_init import sharing_out
+from dstrain.engine.zero3_init import zero3_init
 from dstrain.model.layers import HeadLayer
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 
 
 class _LayerOf(LayerSpec):
     """The spec of one layer of a model: building it gives the model's own layer."""
 
-    def __init__(self, model: LayeredModel, index: int) -> None:
+    def __init__(self, model: PipelineModel, index: int) -> None:
         super().__init__(nn.Module)
         self.model = model
         self.index = index
@@ -35,7 +35,7 @@ def _given(outputs: torch.Tensor, labels: object) -> torch.Tensor:
 
 
 class StagedModule(PipelineModule):
-    """The local stage of a `LayeredModel`.
+    """The local stage of a `PipelineModel`.
 
     What it changes in PipelineModule: the cut comes from the plan (upstream's ``parameters`` method
     builds every layer on every rank only to count); a tied weight is one parameter of each of its
@@ -45,7 +45,7 @@ class StagedModule(PipelineModule):
 
     def __init__(
         self,
-        model: LayeredModel,
+        model: PipelineModel,
         *,
         cut: Sequence[int],
         pipeline: int,
@@ -69,7 +69,7 @@ class StagedModule(PipelineModule):
         return next((layer for layer in self.children() if isinstance(layer, HeadLayer)), None)
 
     def _build(self) -> None:
-        self._model.after_build = sharing_out(self._deepspeed, self.mpu())
+        self._model.after_build = zero3_init(self._deepspeed, self.mpu())
         super()._build()
 
     def _partition_layers(self, method: str = "") -> None:

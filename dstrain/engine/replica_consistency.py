@@ -14,15 +14,15 @@ _PIECE = 1 << 22  # elements: 64 MB while they are looked at
 _AS_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-class CopiesDifferError(RuntimeError):
+class ReplicasDifferError(RuntimeError):
     """Ranks that must hold the same weights do not."""
 
 
-def check_copies(engine: Any) -> None:
+def check_replicas(engine: Any) -> None:
     """Compare the replicas of each stage, and the copies of each tied weight. Collective.
 
     Raises:
-        CopiesDifferError: they differ, on every rank of the group that they differ in.
+        ReplicasDifferError: they differ, on every rank of the group that they differ in.
     """
     module = engine.module
     if not engine.zero_optimization_partition_weights():  # ZeRO-3 keeps no copies among replicas
@@ -44,7 +44,7 @@ def _compare(names: list[str], weights: list[torch.nn.Parameter], group: Any, am
     ]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        raise CopiesDifferError(f"{differing[0]}{more}: not the same bits on {among}")
+        raise ReplicasDifferError(f"{differing[0]}{more}: not the same bits on {among}")
 
 
 def fingerprint(weight: torch.Tensor) -> torch.Tensor:

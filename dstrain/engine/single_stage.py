@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from dstrain.engine.recompute import recompute
-from dstrain.model.head_output import Asked
+from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.layers import BlockLayer
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 
 
-class LayersInOne(nn.Module):
+class SingleStageModel(nn.Module):
     """``(input_ids, position_ids)`` [B, S] -> what the head is asked for. Parameters are named as in a pipeline.
 
     Args:
@@ -20,14 +20,14 @@ class LayersInOne(nn.Module):
             gradient off.
     """
 
-    def __init__(self, model: LayeredModel, *, activation_checkpointing: bool) -> None:
+    def __init__(self, model: PipelineModel, *, activation_checkpointing: bool) -> None:
         super().__init__()
         for index in range(model.num_layers):
             self.add_module(str(index), model.build(index))
         self.activation_checkpointing = activation_checkpointing
 
     @property
-    def head(self) -> Asked:
+    def head(self) -> HeadOutputRequest:
         return self._modules[str(len(self._modules) - 1)]
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dstrain.engine.precision import DTYPES
 from dstrain.model.initialise import cast
 
 
-def sharing_out(deepspeed: dict[str, Any], mpu: Any = None) -> Callable[[nn.Module], None]:
+def zero3_init(deepspeed: dict[str, Any], mpu: Any = None) -> Callable[[nn.Module], None]:
     """What to do with a module whose parameters have just got their values: at ZeRO-3 a collective, else nothing.
 
     Args:

@@ -52,5 +52,5 @@ def assumptions_of(config: RunConfig, layout: Layout, device: Device, reached: f
         )
     if config.offload == "nvme":
         found.append(f"they share a disk of {device.disk_bandwidth / 1e9:,.3g} GB/s")
-    found.append("held-out losses, checkpoints, and waiting for data or for slower machines are left out")
+    found.append("validation losses, checkpoints, and waiting for data or for slower machines are left out")
     return tuple(found)

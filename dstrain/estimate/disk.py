@@ -7,7 +7,7 @@ import math
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.memory_stage import frozen_parameters
-from dstrain.formatting import in_words
+from dstrain.formatting import format_bytes
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
 
@@ -28,9 +28,9 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     """
     weight = 4 if config.precision == "fp32" else 2
     moments = 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
-    stages = [layout.spans(stage) for stage in range(layout.pipeline)]
-    held = sum(shape.parameters_of(spans) for spans in stages)
-    frozen = sum(frozen_parameters(shape, spans, config.freeze) for spans in stages)
+    stages = [layout.chunks(stage) for stage in range(layout.pipeline)]
+    held = sum(shape.parameters_of(chunks) for chunks in stages)
+    frozen = sum(frozen_parameters(shape, chunks, config.freeze) for chunks in stages)
     # One file a layer with stages: two layers that share a weight both write it.
     weights = sum(layer.parameters for layer in shape.layers) if layout.pipeline > 1 else held
     total = (moments + 4 * (config.zero > 0)) * (held - frozen)
@@ -90,8 +90,8 @@ def check_disk(*, needed: int, one: int, free: int, held: int, where: str) -> No
     if fitting >= 2:
         instead = f"--keep {fitting - 1} without --keep-every fits; or {instead}"
     raise DstrainError(
-        f"the checkpoints need {in_words(needed)} at most ({in_words(one)} each, one of them while it is being"
-        f" written), and {in_words(free + held)} are left for them",
+        f"the checkpoints need {format_bytes(needed)} at most ({format_bytes(one)} each, one of them while it is being"
+        f" written), and {format_bytes(free + held)} are left for them",
         where=where,
         hint=instead,
     )

@@ -93,13 +93,13 @@ def stage_memory(
         deepspeed: the composed JSON, whose buckets may be the user's own; None: those that a plan derives.
     """
     options = (deepspeed or {}).get("zero_optimization", {})
-    largest = max(shape.parameters_of(layout.spans(stage)) for stage in range(layout.pipeline))
+    largest = max(shape.parameters_of(layout.chunks(stage)) for stage in range(layout.pipeline))
     bucket = int(options.get("reduce_bucket_size", bucket_size(largest)))
     found = []
     for stage in range(layout.pipeline):
         parameters = stage_parameters(
             shape,
-            layout.spans(stage),
+            layout.chunks(stage),
             config.freeze,
             bucket=bucket,
             replicas=layout.data_parallel,
@@ -109,7 +109,7 @@ def stage_memory(
         several = batch.accumulation > 1
         later = batch.accumulation > max(spans_in_flight(layout, stage, batch.accumulation))
         if layout.schedule == "dualpipev" and layout.pipeline > 1:
-            later = several  # one span's gradients are there while the other's activations gather
+            later = several  # one chunk's gradients are there while the other's activations gather
         held = states(config, parameters, accelerator, options, several=several, later=later)
         moments = held.moments
         always = held.parameters + held.optimizer + passes.pipeline + passes.masks
@@ -163,10 +163,12 @@ class Memory:
     working: int
     in_flight: tuple[float, ...]
 
-    def of_stage(self, stage: int, spans: Sequence[range]) -> int:
+    def of_stage(self, stage: int, chunks: Sequence[range]) -> int:
         """Bytes that a rank of this stage needs for these layers."""
-        fixed = self.working + sum(self.states[layer] + self.once[layer] for span in spans for layer in span)
-        kept = sum(self.boundary + sum(self.kept[layer] for layer in span) for span in spans)
+        fixed = self.working + sum(
+            self.states[layer] + self.once[layer] for chunk in chunks for layer in chunk
+        )
+        kept = sum(self.boundary + sum(self.kept[layer] for layer in chunk) for chunk in chunks)
         return round(fixed + self.in_flight[stage] * kept)
 
 

@@ -51,9 +51,9 @@ class StageActivations:
 
 @cache
 def micro_batches_in_flight(pipeline: int, schedule: str, accumulation: int) -> tuple[float, ...]:
-    """How many micro-batches each stage keeps activations of, for each of its spans.
+    """How many micro-batches each stage keeps activations of, for each of its chunks.
 
-    1f1b: stage i has started pipeline - i of them before it ends the first one. dualpipev: 2 x pipeline + 1 spans'
+    1f1b: stage i has started pipeline - i of them before it ends the first one. dualpipev: 2 x pipeline + 1 chunks'
     worth on every rank, which holds two.
 
     Source: Narayanan et al. 2021, section 2.2; DeepSeek's DualPipe, table of its README.
@@ -64,7 +64,7 @@ def micro_batches_in_flight(pipeline: int, schedule: str, accumulation: int) -> 
 
 
 def spans_in_flight(layout: Layout, stage: int, accumulation: int) -> tuple[int, ...]:
-    """The same for each span of a stage by itself: with dualpipev more of those that were begun first."""
+    """The same for each chunk of a stage by itself: with dualpipev more of those that were begun first."""
     if layout.schedule == "dualpipev" and layout.pipeline > 1:
         return (min(2 * layout.pipeline - stage, accumulation), min(stage + 1, accumulation))
     return (min(layout.pipeline - stage, accumulation),)
@@ -146,12 +146,12 @@ def stage_activations(
     """Of one stage, for its layers and its place in the schedule."""
     micro_batch = batch.micro_batch
     hidden = hidden_bytes(config, shape, micro_batch)
-    frozen = frozen_layers(shape, config.freeze) if layout.spans(stage)[0].start == 0 else 0
+    frozen = frozen_layers(shape, config.freeze) if layout.chunks(stage)[0].start == 0 else 0
     kept = waiting = working = head = 0
     flights = spans_in_flight(layout, stage, batch.accumulation)
-    for span, flying in zip(layout.spans(stage), flights, strict=True):
+    for chunk, flying in zip(layout.chunks(stage), flights, strict=True):
         of_one = 0
-        for index in span:
+        for index in chunk:
             layer = shape.layers[index]
             if index < frozen:  # nothing before it is trained: no backward pass comes here
                 continue
@@ -167,13 +167,13 @@ def stage_activations(
         turns = (
             layout.schedule == "dualpipev"
             and stage == layout.pipeline - 1
-            and span.start < layout.spans(stage)[-1].start
+            and chunk.start < layout.chunks(stage)[-1].start
         )
-        if span.stop < len(shape.layers) and not turns:
+        if chunk.stop < len(shape.layers) and not turns:
             of_one += hidden  # its output waits for its gradient
         kept += flying * of_one
         waiting += (flying - 1) * of_one
-    held = any(span.stop == len(shape.layers) for span in layout.spans(stage))
+    held = any(chunk.stop == len(shape.layers) for chunk in layout.chunks(stage))
     return StageActivations(
         kept=kept,
         waiting=waiting,
@@ -183,7 +183,7 @@ def stage_activations(
         pipeline=_pipeline_buffers(layout, stage) * hidden,
         received=(flights[0] + 1) * hidden * (0 < stage < layout.pipeline - 1),
         masks=masks_held(
-            config, (shape.layers[i] for span in layout.spans(stage) for i in span), micro_batch
+            config, (shape.layers[i] for chunk in layout.chunks(stage) for i in chunk), micro_batch
         ),
     )
 

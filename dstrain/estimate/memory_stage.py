@@ -23,14 +23,14 @@ def moment_bytes(config: RunConfig) -> int:
     return 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
 
 
-def frozen_parameters(shape: ModelShape, spans: Sequence[range], patterns: Sequence[str]) -> int:
+def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequence[str]) -> int:
     """Frozen parameters that a stage holds; a weight that two of its layers tie counts once."""
     if not patterns:
         return 0
     frozen = frozen_names(shape, patterns)
     key = {name: tied.key for tied in shape.tied for name in tied.names}
     sizes: dict[str, int] = {}
-    for layer in (shape.layers[index] for span in spans for index in span):
+    for layer in (shape.layers[index] for chunk in chunks for index in chunk):
         for name, number in layer.tensors.items():
             if name in frozen:
                 where = key.get(name, name)
@@ -47,7 +47,7 @@ class Stage:
         tensor: the largest trained one.
         tied: of the trained weights that several layers use; each is an optimizer group of its own.
         both_ends: of those that two of this stage's layers use: their gradients meet.
-        pass_through: of those that one backward pass meets: with dualpipev a stage's spans have passes of their own.
+        pass_through: of those that one backward pass meets: with dualpipev a stage's chunks have passes of their own.
         bucket: of the reductions, sized to the largest stage.
         replicas: among which ZeRO shares out.
         loss: whether it computes the loss.
@@ -73,7 +73,7 @@ class Stage:
 
 def stage_parameters(
     shape: ModelShape,
-    spans: Sequence[range],
+    chunks: Sequence[range],
     patterns: Sequence[str],
     *,
     bucket: int,
@@ -82,7 +82,7 @@ def stage_parameters(
 ) -> Stage:
     """The parameters of one stage's layers."""
     frozen_of = frozen_names(shape, patterns)
-    layers = sorted({index for span in spans for index in span})
+    layers = sorted({index for chunk in chunks for index in chunk})
     key = {name: tied.key for tied in shape.tied for name in tied.names}
     sizes: dict[str, int] = {}
     for index in layers:
@@ -90,15 +90,15 @@ def stage_parameters(
             if name not in frozen_of:
                 sizes[key.get(name, name)] = max(number, sizes.get(key.get(name, name), 0))
     local = [tied for tied in shape.tied if set(tied.layers).intersection(layers) and tied.key in sizes]
-    still = frozen_parameters(shape, spans, patterns)
-    trained = shape.parameters_of(tuple(spans)) - still
+    still = frozen_parameters(shape, chunks, patterns)
+    trained = shape.parameters_of(tuple(chunks)) - still
     return Stage(
         trained=trained,
         frozen=still,
         tensor=max(sizes.values(), default=0),
         tied=tuple(tied.parameters for tied in local if len(tied.layers) > 1),
         both_ends=sum(tied.parameters for tied in local if len(set(tied.layers).intersection(layers)) > 1),
-        pass_through=min(trained, max(shape.parameters_of((span,)) for span in spans)),
+        pass_through=min(trained, max(shape.parameters_of((chunk,)) for chunk in chunks)),
         bucket=bucket,
         replicas=replicas,
         loss=len(shape.layers) - 1 in layers,

@@ -56,6 +56,8 @@ def attended_share(config: RunConfig) -> float:
 
 
 def stage_shares(layout: Layout, times: Sequence[float]) -> tuple[float, ...]:
-    """The time of each stage over the mean of all: all 1.0 is perfect. With dualpipev both spans count."""
-    stages = [sum(times[layer] for span in layout.spans(s) for layer in span) for s in range(layout.pipeline)]
+    """The time of each stage over the mean of all: all 1.0 is perfect. With dualpipev both chunks count."""
+    stages = [
+        sum(times[layer] for chunk in layout.chunks(s) for layer in chunk) for s in range(layout.pipeline)
+    ]
     return tuple(stage * len(stages) / sum(stages) for stage in stages)

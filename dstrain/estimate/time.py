@@ -33,7 +33,7 @@ class StepTime:
         optimizer: the update itself, offload's traffic included.
         bubble_fraction: of the time in the pipeline; (stages - 1) / (micro-batches + stages - 1) for even stages.
         tokens_per_second: of all devices together.
-        run_seconds: of all steps of the run; held-out losses and checkpoints are left out.
+        run_seconds: of all steps of the run; validation losses and checkpoints are left out.
         mfu: model FLOPs utilisation, as Chowdhery et al. 2022 (PaLM), appendix B define it: forward and backward
             without recomputation, attention over the full square, over the peak of all devices.
         traffic: what the busiest rank sends.
@@ -140,7 +140,7 @@ def backward_passes(config: RunConfig) -> float:
 def stages_waiting(pipeline: int, schedule: str, backward: float = 2.0) -> float:
     """For how many micro-batches' time a stage is idle while the pipeline fills and drains, with even stages.
 
-    1f1b: pipeline - 1. dualpipev, whose ranks hold two spans: each step of filling takes half a forward and a backward
+    1f1b: pipeline - 1. dualpipev, whose ranks hold two chunks: each step of filling takes half a forward and a backward
     pass, since DeepSpeed keeps the weights' gradients inside the backward pass. With them put off, as DeepSeek does
     it, it would be a third of 1f1b's; here it is 5/6, less half a forward pass.
 
@@ -174,7 +174,7 @@ def _layer_flops(config: RunConfig, shape: ModelShape, batch: Batch) -> tuple[in
 
 # Python's work for a layer and a micro-batch, in forward passes' launches (`Device.layer_overhead`): forward and
 # backward; the same once more, and the hooks that see to it; ZeRO's hooks by stage, which with ZeRO-3 gather and let go
-# of the parameters of every module. And a pipeline's instructions for each span. Measured with DeepSpeed 0.19.8 on a
+# of the parameters of every module. And a pipeline's instructions for each chunk. Measured with DeepSpeed 0.19.8 on a
 # CPU: processor seconds of a rank with 1 and with 8 micro-batches, a model of 8 small layers.
 _PASSES = 3
 _RECOMPUTED = 3
@@ -194,13 +194,13 @@ def _stage(
     sharing: int,
     sent: Sequence[Traffic],
 ) -> _Stage:
-    layers = [layer for span in layout.spans(stage) for layer in span]
+    layers = [layer for chunk in layout.chunks(stage) for layer in chunk]
     m = batch.accumulation
     compute = batch.micro_batch * sum(times[layer] for layer in layers) / rate
     if len(shape.layers) - 1 in layers:
         compute += _loss(shape, batch, device, sharing)
     each = _PASSES + _RECOMPUTED * config.activation_checkpointing + _HOOKS[config.zero]
-    instructions = _INSTRUCTIONS * len(layout.spans(stage)) if layout.pipeline > 1 else 0
+    instructions = _INSTRUCTIONS * len(layout.chunks(stage)) if layout.pipeline > 1 else 0
     launching = device.layer_overhead * (each * len(layers) + instructions)
     if device.kind == "cuda":  # launched ahead of the work: only what the work does not hide is lost
         launching = max(0.0, launching - compute)
@@ -227,7 +227,7 @@ def _stage(
 
 
 def _received(layout: Layout, stage: int, sent: Sequence[Traffic]) -> list[Traffic]:
-    """What a stage receives takes its time as well: messages wait for both ends. Neighbours send what it sends."""
+    """What a stage receives takes its time as well: messages wait for both ends. LocalRanks send what it sends."""
     if layout.schedule == "dualpipev":  # sent and received at once
         return []
     out, back = messages_along(layout, stage)

@@ -22,7 +22,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import BYTES, frozen_parameters
-from dstrain.formatting import count
+from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
 from dstrain.planning.buckets import LARGEST_BUCKET
 from dstrain.planning.checks import frozen_names
@@ -97,8 +97,8 @@ def stage_traffic(
 
 def trained_parameters(config: RunConfig, shape: ModelShape, layout: Layout, stage: int) -> int:
     """Those that get gradients on a rank of this stage before ZeRO shares anything out."""
-    spans = layout.spans(stage)
-    return shape.parameters_of(spans) - frozen_parameters(shape, spans, config.freeze)
+    chunks = layout.chunks(stage)
+    return shape.parameters_of(chunks) - frozen_parameters(shape, chunks, config.freeze)
 
 
 def _among_replicas(
@@ -117,7 +117,7 @@ def _among_replicas(
     keys = deepspeed.get("zero_optimization", {})
     weight = BYTES[config.precision]
     trained = trained_parameters(config, shape, layout, stage)
-    whole = shape.parameters_of(layout.spans(stage))
+    whole = shape.parameters_of(layout.chunks(stage))
     m = batch.accumulation
     each = f"each of {m} micro-batches" if m > 1 else "the one micro-batch"
 
@@ -204,7 +204,7 @@ def _tied(config: RunConfig, shape: ModelShape, layout: Layout, stage: int) -> l
 
 
 def _holds(layout: Layout, stage: int, layers: Sequence[int]) -> bool:
-    return any(layer in span for span in layout.spans(stage) for layer in layers)
+    return any(layer in chunk for chunk in layout.chunks(stage) for layer in layers)
 
 
 def _pipeline(
@@ -224,7 +224,7 @@ def _pipeline(
         found.append(
             Traffic(
                 "activations", link, out * m * (hidden + positions),
-                f"{count(m, 'micro-batch')} x {out} x ({tokens:,} tokens x ({shape.hidden_size:,} x"
+                f"{format_count(m, 'micro-batch')} x {out} x ({tokens:,} tokens x ({shape.hidden_size:,} x"
                 f" {BYTES[config.precision]} B + 8 B of positions))",
                 messages=2 * out * m,
             )
@@ -233,7 +233,7 @@ def _pipeline(
         found.append(
             Traffic(
                 "activation gradients", link, back * m * hidden,
-                f"{count(m, 'micro-batch')} x {back} x {tokens:,} tokens x {shape.hidden_size:,} x"
+                f"{format_count(m, 'micro-batch')} x {back} x {tokens:,} tokens x {shape.hidden_size:,} x"
                 f" {BYTES[config.precision]} B",
                 messages=back * m,
             )
@@ -246,7 +246,7 @@ def messages_along(layout: Layout, stage: int) -> tuple[int, int]:
     if layout.pipeline == 1:
         return 0, 0
     first, last = stage == 0, stage == layout.pipeline - 1
-    if layout.schedule == "dualpipev":  # it holds a span on the way out and one on the way back
+    if layout.schedule == "dualpipev":  # it holds a chunk on the way out and one on the way back
         return (not last) + (not first), (not first) + (not last)
     return int(not last), int(not first)
 

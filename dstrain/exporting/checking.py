@@ -1,4 +1,4 @@
-"""Whether an exported folder holds the trained model: file by file, name by name, and by its held-out loss."""
+"""Whether an exported folder holds the trained model: file by file, name by name, and by its validation loss."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, rows: PackedRows, samples: int) -> float:
+def validation_loss(model: PreTrainedModel, rows: PackedRows, samples: int) -> float:
     """Mean cross-entropy over the label tokens of the first ``samples`` rows, as during the training."""
     with_positions, documents = takes_positions(model), Documents(model)
     total, count = 0.0, 0
     samples = min(samples, len(rows))
-    progress = Progress("held-out loss of the exported model", samples, "samples")
+    progress = Progress("validation loss of the exported model", samples, "samples")
     for row in range(samples):
         batch = rows.rows(np.array([row]))
         input_ids, position_ids, labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)

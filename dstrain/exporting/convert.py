@@ -1,6 +1,6 @@
 """``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: a run's checkpoint becomes a model folder.
 
-Runs on a CPU, with one block and one file of the model in memory; only the held-out loss loads the whole.
+Runs on a CPU, with one block and one file of the model in memory; only the validation loss loads the whole.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dstrain.exporting.checking import (
     check_files,
     check_loaded,
     check_tokenizer,
-    held_out_loss,
     load_exported,
+    validation_loss,
 )
 from dstrain.exporting.tensors import ExportedTensors
 from dstrain.exporting.writing import refuse_full_disk, write_weights
@@ -47,12 +47,12 @@ def export(
 
     Args:
         dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
-        with_loss: load the exported model and take its held-out loss.
+        with_loss: load the exported model and take its validation loss.
 
     Returns:
         What there is to say: ``step``, ``dtype``, ``files``, ``tensors``, ``parameters``, ``bytes``, ``loss``
-        (None where none is held out, not asked for, or not to be had), ``no_loss_because`` (the data are gone,
-        or others now; else None), ``run_loss`` and ``run_loss_step``.
+        (None without a validation set, or where it is not wanted or not to be had), ``no_loss_because`` (the data
+        are gone, or others now; else None), ``run_loss`` and ``run_loss_step``.
 
     Raises:
         DstrainError: it can't be read, written, or is not what was trained.
@@ -159,25 +159,25 @@ def _write_descriptions(
 
 
 def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:
-    """The exported model's held-out loss, or why the run's data do not give one any more; the model is checked."""
+    """The exported model's validation loss, or why the run's data do not give one any more; the model is checked."""
     rows, reason = None, None
     try:
-        rows = prepare_run_data(plan).held_out
+        rows = prepare_run_data(plan).validation
     except DstrainError as error:  # the data, which the model does not need
         reason = f"{error.where}: {error.message}" if error.where else error.message
     model = load_exported(folder, tensors.dtype, plan.run_config.attention)
     check_loaded(model, tensors)
     if rows is None:
         return None, reason
-    return held_out_loss(model, rows, plan.run_config.eval_samples), None
+    return validation_loss(model, rows, plan.run_config.eval_samples), None
 
 
 def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:
-    """The run's held-out loss at ``step``, or the last one before it, and the step that it was taken at."""
+    """The run's validation loss at ``step``, or the last one before it, and the step that it was taken at."""
     known = {
-        record["step"]: record["held_out_loss"]
+        record["step"]: record["validation_loss"]
         for record in read_metrics(run.metrics)
-        if record["step"] <= step and "held_out_loss" in record
+        if record["step"] <= step and "validation_loss" in record
     }
     return (max(known), known[max(known)]) if known else (None, None)
 

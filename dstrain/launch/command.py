@@ -9,7 +9,7 @@ import socket
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting
-from dstrain.launch.launch_spec import LIFELINE, NODE, LaunchRequest
+from dstrain.launch.launch_spec import LIFELINE, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
@@ -21,12 +21,12 @@ USUAL_PORT = 29500
 """torch's own default, where nobody can ask all hosts for a free one."""
 
 
-def launch_command(request: LaunchRequest) -> list[str]:
+def launch_command(request: LaunchSpec) -> list[str]:
     """The argv of the request's launcher. Raises DstrainError where it can't start it."""
     return LAUNCHERS[request.launcher](request)
 
 
-def write_launch_files(request: LaunchRequest) -> None:
+def write_launch_files(request: LaunchSpec) -> None:
     """Write launch.sh, ``environment`` and, for several hosts, ``hostfile`` into the run folder.
 
     Raises:
@@ -68,10 +68,10 @@ def write_launch_files(request: LaunchRequest) -> None:
         ) from error
 
 
-def supervised_environment(request: LaunchRequest, lifeline: str) -> dict[str, str]:
+def supervised_environment(request: LaunchSpec, control: str) -> dict[str, str]:
     """What the supervisor sets for launch.sh: where the ranks find it. It stands in no file of the run that a
     person would start again by hand. Raises DstrainError where the file for other hosts can't be written."""
-    told = {ADDRESS: lifeline, NODE_RANK: str(request.node)}
+    told = {ADDRESS: control, NODE_RANK: str(request.node)}
     if request.over_ssh:
         travelling = RunFolder(request.run_folder).supervised_environment
         try:
@@ -82,14 +82,14 @@ def supervised_environment(request: LaunchRequest, lifeline: str) -> dict[str, s
     return told
 
 
-def _travelling(request: LaunchRequest) -> dict[str, str]:
+def _travelling(request: LaunchSpec) -> dict[str, str]:
     """What is carried to other hosts. Open MPI's ranks learn their number from it, and the meeting place from us."""
     if request.launcher != "openmpi":
         return request.environment
     return request.environment | _rendezvous(request)
 
 
-def _rendezvous(request: LaunchRequest) -> dict[str, str]:
+def _rendezvous(request: LaunchSpec) -> dict[str, str]:
     return {"MASTER_ADDR": request.master_addr, "MASTER_PORT": str(request.master_port)}
 
 
@@ -100,7 +100,7 @@ def _environment_file(folder: RunFolder, remote: bool) -> list[str]:
     return [f'export DS_ENV_FILE="${{{_TRAVELLING}:-{folder.environment}}}"']
 
 
-def _node(request: LaunchRequest) -> list[str]:
+def _node(request: LaunchSpec) -> list[str]:
     """launch.sh is the same on every node, and is told which one it is."""
     if request.launcher != "none":
         return []

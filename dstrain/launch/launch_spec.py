@@ -22,7 +22,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 
 @dataclass(frozen=True)
-class LaunchRequest:
+class LaunchSpec:
     """All that the launch depends on.
 
     ``launcher`` is a name of `dstrain.launch.launchers.LAUNCHERS`. ``hosts`` is empty where this machine is
@@ -89,7 +89,7 @@ def runs_here(hosts: tuple[Host, ...]) -> bool:
     return not hosts or (len(hosts) == 1 and is_this_host(hosts[0].name))
 
 
-def check_slots(request: LaunchRequest) -> None:
+def check_slots(request: LaunchSpec) -> None:
     """Raises DstrainError where a host has fewer slots than processes."""
     for host in request.hosts:
         if host.slots < request.processes_per_host:
@@ -100,7 +100,7 @@ def check_slots(request: LaunchRequest) -> None:
             )
 
 
-def check_remote(request: LaunchRequest) -> None:
+def check_remote(request: LaunchSpec) -> None:
     """Refuse what does not reach other hosts. Raises DstrainError."""
     check_slots(request)
     if len(request.hosts) > 1 and (

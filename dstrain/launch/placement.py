@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it brings pydantic, which nothing else here needs
 
 
 @dataclass(frozen=True)
-class Site:
+class Placement:
     """The hosts and the launcher.
 
     Attributes:
@@ -34,7 +34,9 @@ class Site:
     told: str | None = None
 
 
-def find_site(resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, str] = os.environ) -> Site:
+def find_placement(
+    resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, str] = os.environ
+) -> Placement:
     """Hosts from the hostfile, from Slurm's allocation or from ``nodes``; else this machine.
 
     Raises:
@@ -59,7 +61,7 @@ def find_site(resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, 
         )
     if config.hostfile is not None:
         hosts = read_hostfile(config.hostfile)
-        return Site(hosts, config.launcher or ("local" if runs_here(hosts) else "pdsh"))
+        return Placement(hosts, config.launcher or ("local" if runs_here(hosts) else "pdsh"))
     if config.launcher in ("pdsh", "openmpi"):
         raise DstrainError(
             f"{config.launcher} starts ranks on other machines, and no hostfile names them",
@@ -67,17 +69,17 @@ def find_site(resolved: ResolvedConfig, devices: Devices, environ: Mapping[str, 
             hint="--hostfile FILE, or leave --launcher out",
         )
     if config.launcher not in (None, "slurm"):
-        return Site((), config.launcher)
+        return Placement((), config.launcher)
     allocation = slurm_allocation(environ)
     if allocation is None:
         if config.launcher == "slurm":
             raise no_allocation(str(resolved.origin("launcher")))
-        return Site((), "local")
+        return Placement((), "local")
     if config.launcher == "slurm":
-        return Site(allocation.hosts, "slurm")
+        return Placement(allocation.hosts, "slurm")
     if len(allocation.hosts) == 1 and is_this_host(allocation.hosts[0].name):
-        return Site((), "local")
-    return Site(allocation.hosts, "slurm", _why_slurm(allocation))
+        return Placement((), "local")
+    return Placement(allocation.hosts, "slurm", _why_slurm(allocation))
 
 
 def no_allocation(where: str) -> DstrainError:
@@ -94,7 +96,7 @@ def _why_slurm(allocation: Allocation) -> str:
     return f"launcher slurm: job {allocation.job} has the hosts {hosts}{more}; --launcher local stays on this one"
 
 
-def _nodes(resolved: ResolvedConfig, devices: Devices) -> Site:
+def _nodes(resolved: ResolvedConfig, devices: Devices) -> Placement:
     """The same on every node, whichever asks: the plan must be, and it names them."""
     config = resolved.config
     if config.hostfile is not None:
@@ -117,4 +119,4 @@ def _nodes(resolved: ResolvedConfig, devices: Devices) -> Site:
             where=str(resolved.origin("launcher")),
             hint="--processes N",
         )
-    return Site(tuple(Host(f"node-{number}", processes) for number in range(nodes)), "none")
+    return Placement(tuple(Host(f"node-{number}", processes) for number in range(nodes)), "none")

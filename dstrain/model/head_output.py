@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 
-class Asked:
+class HeadOutputRequest:
     """Mixed into what computes logits. DeepSpeed's engines hand a model its inputs only, so the rest is asked here.
 
     Attributes:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.buffers import keep_buffer_types
-from dstrain.model.head_output import Asked
+from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pipeline_split.partial_forward import Call, Driver
-from dstrain.model.router import RouterEars, RouterLoss
+from dstrain.model.pipeline_split.partial_forward import Call, PartialForward
+from dstrain.model.router import RouterLogitsRecorder, RouterLoss
 
 State = tuple[Tensor, ...]
 """What one layer hands to the next: (hidden [B, S, H], position_ids int64 [B, S]), and with a router loss its sums
@@ -45,14 +45,16 @@ class Layer(nn.Module):
 class EmbedLayer(Layer):
     """(input_ids int64 [B, S], position_ids int64 [B, S]) -> State."""
 
-    def __init__(self, modules: dict[str, nn.Module], driver: Driver, router: RouterLoss | None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], partial_forward: PartialForward, router: RouterLoss | None
+    ) -> None:
         super().__init__(modules)
-        self._driver = driver
+        self._partial_forward = partial_forward
         self._router = router
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> State:
         input_ids, position_ids = inputs
-        hidden = self._driver.prologue(input_ids, position_ids, training=self.training)
+        hidden = self._partial_forward.prologue(input_ids, position_ids, training=self.training)
         sums = self._router.start(hidden.device) if self._router else ()
         return hidden, position_ids, *sums
 
@@ -69,14 +71,14 @@ class BlockLayer(Layer):
         self._number = number
         self._arguments = arguments
         self._router = router
-        self._ears = RouterEars(router, path, self._block) if router else None
+        self._router_logits = RouterLogitsRecorder(router, path, self._block) if router else None
 
     def forward(self, state: State) -> State:
         hidden, position_ids, *sums = state
         call = self._arguments(hidden, position_ids)[self._number]
         if self._router is None:
             return _hidden_of(call.apply(self._block, hidden)), position_ids
-        with self._ears.listening() as logits:
+        with self._router_logits.capture() as logits:
             output = call.apply(self._block, hidden)
         return _hidden_of(output), position_ids, *self._router.add(tuple(sums), logits)
 
@@ -85,15 +87,17 @@ def _hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-class HeadLayer(Asked, Layer):
+class HeadLayer(HeadOutputRequest, Layer):
     """State -> logits [B, S, V], or what it is asked for.
 
     The loss is the sum of the tokens' cross-entropies times the weight, and in training the router loss.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], driver: Driver, router: RouterLoss | None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], partial_forward: PartialForward, router: RouterLoss | None
+    ) -> None:
         super().__init__(modules)
-        self._driver = driver
+        self._partial_forward = partial_forward
         self._router = router
         self._loss = TokenLoss()
 
@@ -109,7 +113,7 @@ class HeadLayer(Asked, Layer):
         return self._logits(hidden, position_ids)
 
     def _logits(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        return self._driver.epilogue(hidden, position_ids, training=self.training)
+        return self._partial_forward.epilogue(hidden, position_ids, training=self.training)
 
     def _token_loss(self, hidden: Tensor, position_ids: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         """In chunks of tokens: a chunk's logits live only while its loss, or its gradient, is computed.
@@ -140,15 +144,15 @@ class ArgumentsCache:
 
     SIZE = 2
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, partial_forward: PartialForward) -> None:
+        self._partial_forward = partial_forward
         self._entries: OrderedDict[tuple[Any, ...], tuple[Tensor, list[Call]]] = OrderedDict()
 
     def __call__(self, hidden: Tensor, position_ids: Tensor) -> list[Call]:
         # Inference tensors have no version and may not be saved for a later backward; meta ones have no
         # address.
         if torch.is_inference_mode_enabled() or position_ids.is_inference() or position_ids.is_meta:
-            return self._driver.arguments(hidden, position_ids)
+            return self._partial_forward.arguments(hidden, position_ids)
         key = (
             position_ids.untyped_storage().data_ptr(),
             position_ids.storage_offset(),
@@ -164,7 +168,7 @@ class ArgumentsCache:
         if key in self._entries:
             self._entries.move_to_end(key)
         else:
-            self._entries[key] = (position_ids, self._driver.arguments(hidden, position_ids))
+            self._entries[key] = (position_ids, self._partial_forward.arguments(hidden, position_ids))
             while len(self._entries) > self.SIZE:
                 self._entries.popitem(last=False)
         return self._entries[key][1]

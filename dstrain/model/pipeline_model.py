@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from dstrain.errors import DstrainError
 from dstrain.model.initialise import cast, initialise, materialise
 from dstrain.model.layers import ArgumentsCache, BlockLayer, EmbedLayer, HeadLayer, Layer
-from dstrain.model.pipeline_split.probe import dissect
+from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
 
 
@@ -30,7 +30,7 @@ class TiedWeight:
     owners: tuple[tuple[int, str], ...]
 
 
-class LayeredModel:
+class PipelineModel:
     """The layers of a model, to be materialised one by one on the ranks that need them.
 
     Every layer drives one shared skeleton of the whole model, which is registered in none of them:
@@ -65,20 +65,20 @@ class LayeredModel:
         attention: str = "sdpa",
         weights: PretrainedWeights | None = None,
     ) -> None:
-        anatomy = dissect(config, attention)
-        if anatomy.refusal:
+        structure = find_structure(config, attention)
+        if structure.refusal:
             raise DstrainError(
-                f"a {config.model_type} model cannot be split into pipeline layers: {anatomy.refusal}",
+                f"a {config.model_type} model cannot be split into pipeline layers: {structure.refusal}",
                 hint="train it with one pipeline stage (ZeRO shards it over the GPUs)",
             )
-        self.config = anatomy.config
+        self.config = structure.config
         self.seed = seed
         self.dtype = dtype
-        self.num_layers = anatomy.num_blocks + 2
-        self.names = ("embed", *(f"block {i}" for i in range(anatomy.num_blocks)), "head")
-        self.tied = tuple(TiedWeight(key, owners) for key, owners in anatomy.tied)
-        self._anatomy = anatomy
-        self._arguments = ArgumentsCache(anatomy.driver)
+        self.num_layers = structure.num_blocks + 2
+        self.names = ("embed", *(f"block {i}" for i in range(structure.num_blocks)), "head")
+        self.tied = tuple(TiedWeight(key, owners) for key, owners in structure.tied)
+        self._structure = structure
+        self._arguments = ArgumentsCache(structure.partial_forward)
         self._shared: dict[str, nn.Parameter] = {}
         self._built: set[int] = set()
         self._loader = self._open(weights) if weights else None
@@ -102,7 +102,7 @@ class LayeredModel:
         if index in self._built:
             raise ValueError(f"layer {index} was built already: its modules are in use")
         self._built.add(index)
-        modules = self._anatomy.layer_modules(index)
+        modules = self._structure.layer_modules(index)
         for path, module in modules.items():
             self._fill(path, module)
         self._tie(index, modules)
@@ -112,14 +112,14 @@ class LayeredModel:
 
     def _layer(self, index: int, modules: dict[str, nn.Module]) -> Layer:
         if index == 0:
-            return EmbedLayer(modules, self._anatomy.driver, self._anatomy.router)
+            return EmbedLayer(modules, self._structure.partial_forward, self._structure.router)
         if index == self.num_layers - 1:
-            return HeadLayer(modules, self._anatomy.driver, self._anatomy.router)
-        return BlockLayer(modules, index - 1, self._arguments, self._anatomy.router)
+            return HeadLayer(modules, self._structure.partial_forward, self._structure.router)
+        return BlockLayer(modules, index - 1, self._arguments, self._structure.router)
 
-    def to(self, device: torch.device | str) -> LayeredModel:
+    def to(self, device: torch.device | str) -> PipelineModel:
         """Move the buffers that belong to no layer (rotary tables); they follow the input's device anyway."""
-        self._anatomy.driver.to(device)
+        self._structure.partial_forward.to(device)
         return self
 
     def _tie(self, index: int, modules: dict[str, nn.Module]) -> None:
@@ -134,23 +134,23 @@ class LayeredModel:
         """The tied weight as its canonical owner initialises it, or as the files hold it under any of its names."""
         if self._loader:
             [names] = [{path for _, path in weight.owners} for weight in self.tied if weight.key == key]
-            with self._anatomy.restored():
+            with self._structure.restored():
                 return self._loader.take([key, *sorted(names - {key})])
         path = next((p for p in modules if key.startswith(p + ".")), None)
         if path is not None:
             return modules[path].get_parameter(key[len(path) + 1 :])
-        path = next(p for p in self._anatomy.switches if key.startswith(p + "."))
-        stranger = copy.deepcopy(self._anatomy.switches[path]._twin)
+        path = next(p for p in self._structure.module_stubs if key.startswith(p + "."))
+        stranger = copy.deepcopy(self._structure.module_stubs[path].stub_twin)
         self._fill(path, stranger)
         return stranger.get_parameter(key[len(path) + 1 :])
 
     def _open(self, weights: PretrainedWeights) -> WeightLoader:
         """With the few buffers that the files hold and no layer does loaded at once."""
-        with self._anatomy.restored():
-            loader = weights.loader(self._anatomy.model, self.dtype)
-            names = set(self._anatomy.model.state_dict())
+        with self._structure.restored():
+            loader = weights.loader(self._structure.model, self.dtype)
+            names = set(self._structure.model.state_dict())
             for index in range(self.num_layers):
-                for path, module in self._anatomy.layer_modules(index).items():
+                for path, module in self._structure.layer_modules(index).items():
                     names -= set(module.state_dict(prefix=f"{path}."))
             loader.load(names)
         return loader
@@ -158,12 +158,12 @@ class LayeredModel:
     def _fill(self, path: str, module: nn.Module) -> None:
         if self._loader:
             tied = {name for weight in self.tied for _, name in weight.owners}
-            with self._anatomy.restored():
+            with self._structure.restored():
                 self._loader.load(set(module.state_dict(prefix=f"{path}.")) - tied)
             return
         materialise(module)
-        with self._anatomy.restored():  # some families look up where in the model a module stands
-            missed = initialise(path, module, self._anatomy.owners, self.seed)
+        with self._structure.restored():  # some families look up where in the model a module stands
+            missed = initialise(path, module, self._structure.owners, self.seed)
         if missed:
             raise DstrainError(
                 f"the {self.config.model_type} family defines no initial value for {path}.{missed[0]}",

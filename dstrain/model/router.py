@@ -1,6 +1,6 @@
 """The router loss of a mixture of experts, over blocks that lie on several stages.
 
-Hugging Face multiplies two means over all tokens and all blocks (Switch Transformer, arXiv 2101.03961, equations 4
+Hugging Face multiplies two means over all tokens and all blocks (ModuleStub Transformer, arXiv 2101.03961, equations 4
 to 6): a sum of losses per block would be another number. So each block adds to two sums, which travel with the
 hidden state, and the head multiplies.
 """
@@ -66,7 +66,7 @@ class RouterLoss:
         return self.coefficient * self.experts * torch.sum((counts / rows) * (probabilities / rows))
 
 
-class RouterEars:
+class RouterLogitsRecorder:
     """Hears what the routers inside a block say while it runs."""
 
     def __init__(self, router: RouterLoss, path: str, block: nn.Module) -> None:
@@ -85,7 +85,7 @@ class RouterEars:
         return hear
 
     @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
+    def capture(self) -> Iterator[list[Tensor]]:
         """The logits that the block's routers give inside this context."""
         self._heard = []
         try:

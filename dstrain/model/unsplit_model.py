@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dstrain.errors import DstrainError
 from dstrain.model.buffers import keep_buffer_types
 from dstrain.model.document_masks import Documents
-from dstrain.model.head_output import Asked
+from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.initialise import cast, initialise, initialisers, materialise
 from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
@@ -24,14 +24,14 @@ from dstrain.model.skeleton import empty_model, untouched_rng
 from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
 
 
-class WholeModel(Asked, nn.Module):
+class UnsplitModel(HeadOutputRequest, nn.Module):
     """(input_ids int64 [B, S], position_ids int64 [B, S]) -> logits [B, S, V], in one tuple argument, or what it is
     asked for.
 
-    Parameters have their Hugging Face names and the initial values that ``LayeredModel`` gives them.
+    Parameters have their Hugging Face names and the initial values that ``PipelineModel`` gives them.
 
     Args:
-        config, seed, dtype, attention, weights: as for ``LayeredModel``.
+        config, seed, dtype, attention, weights: as for ``PipelineModel``.
         after_build: called with each block as soon as its parameters have their values, and at the end with the
             whole model, for the others.
 
@@ -53,9 +53,9 @@ class WholeModel(Asked, nn.Module):
         super().__init__()
         model = empty_model(config, attention)
         if weights:
-            _load_whole(model, weights.loader(model, dtype), after_build)
+            _load_unsplit(model, weights.loader(model, dtype), after_build)
         else:
-            initialise_whole(model, seed, dtype, after_build)
+            initialise_unsplit(model, seed, dtype, after_build)
         self.config = model.config
         # The very dictionaries of the Hugging Face model: what is moved, cast or replaced here is so there.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
@@ -65,6 +65,11 @@ class WholeModel(Asked, nn.Module):
         self._loss = TokenLoss()
         asked_for = getattr(config, "output_router_logits", False)
         self._router_coefficient = router_coefficient(model) if asked_for else None
+
+    @property
+    def supports_flash_attention(self) -> bool:
+        """Whether the family has flash attention in transformers."""
+        return bool(self._model._supports_flash_attn)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         input_ids, position_ids = inputs
@@ -104,16 +109,16 @@ class WholeModel(Asked, nn.Module):
         """A block that makes its own mask keeps documents apart in the second forward pass too."""
         return nullcontext(), self._documents.apart(self._position_ids)
 
-    def train(self, mode: bool = True) -> WholeModel:
+    def train(self, mode: bool = True) -> UnsplitModel:
         super().train(mode)
         self._model.training = mode
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WholeModel:
-        return keep_buffer_types(self, lambda: super(WholeModel, self)._apply(fn, recurse))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnsplitModel:
+        return keep_buffer_types(self, lambda: super(UnsplitModel, self)._apply(fn, recurse))
 
 
-def initialise_whole(
+def initialise_unsplit(
     model: PreTrainedModel,
     seed: int,
     dtype: torch.dtype = torch.float32,
@@ -161,7 +166,7 @@ def _set_from_outside(
     return before != [parameter._version for parameter in model.parameters()]
 
 
-def _load_whole(
+def _load_unsplit(
     model: PreTrainedModel, loader: WeightLoader, after_build: Callable[[nn.Module], None]
 ) -> None:
     names = set(model.state_dict())

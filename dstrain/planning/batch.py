@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstrain.errors import DstrainError
-from dstrain.formatting import count
+from dstrain.formatting import format_count
 
 # A replica's micro-batch is at most this by default; larger ones are the user's choice.
 _LARGEST_DEFAULT = 8
@@ -27,11 +27,11 @@ class Batch:
         """Tokens of one step."""
         return self.global_batch * self.seq_len
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """The arithmetic in one line that can be checked by hand."""
         return (
             f"{self.global_batch} samples a step = {self.micro_batch} a micro-batch"
-            f" x {count(self.accumulation, 'micro-batch')} x {self.data_parallel} replica"
+            f" x {format_count(self.accumulation, 'micro-batch')} x {self.data_parallel} replica"
             f"{'s' if self.data_parallel > 1 else ''};"
             f" {self.global_batch} x {self.seq_len} = {self.tokens:,} tokens a step"
         )

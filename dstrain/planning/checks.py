@@ -13,9 +13,9 @@ from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.deepspeed.values import contradictions_of_config
-from dstrain.planning.layout import Layout, count_spans
+from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.partition import WORDS, blocks_of_spans, even_blocks
+from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,12 @@ def _refuse_elastic(resolved: ResolvedConfig) -> None:
 
 
 def _refuse_partition(resolved: ResolvedConfig) -> None:
-    """Refuse a ``partition`` that is neither a word nor a number for each span. Raises DstrainError."""
+    """Refuse a ``partition`` that is neither a word nor a number for each chunk. Raises DstrainError."""
     config = resolved.config
     where = str(resolved.origin("partition"))
     if config.partition in WORDS:
         return
-    blocks = blocks_of_spans(config.partition)
+    blocks = blocks_of_chunks(config.partition)
     if blocks is None:
         near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
         raise DstrainError(
@@ -206,18 +206,18 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
                 else "auto, parameters, uniform, or the number of blocks of each stage: 5,5,5,1"
             ),
         )
-    spans = count_spans(config.pipeline, config.schedule)
-    if len(blocks) != spans:
-        each = "two a rank with dualpipev" if spans > config.pipeline else "one a stage"
+    chunks = count_chunks(config.pipeline, config.schedule)
+    if len(blocks) != chunks:
+        each = "two a rank with dualpipev" if chunks > config.pipeline else "one a stage"
         raise DstrainError(
-            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {spans} ({each})",
+            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {chunks} ({each})",
             where=where,
-            hint=f"--partition {','.join(['4'] * spans)} for {4 * spans} blocks, or --partition auto",
+            hint=f"--partition {','.join(['4'] * chunks)} for {4 * chunks} blocks, or --partition auto",
         )
-    empty = [span for span in range(1, spans - 1) if blocks[span] == 0]
+    empty = [chunk for chunk in range(1, chunks - 1) if blocks[chunk] == 0]
     if empty:
         raise DstrainError(
-            f"{config.partition} leaves number {empty[0] + 1} of {spans} without a layer",
+            f"{config.partition} leaves number {empty[0] + 1} of {chunks} without a layer",
             where=where,
             hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
         )
@@ -229,7 +229,7 @@ def _numbers(count: int) -> str:
 
 def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
     """Refuse numbers of blocks that are not those of the model. Raises DstrainError."""
-    asked = blocks_of_spans(resolved.config.partition)
+    asked = blocks_of_chunks(resolved.config.partition)
     blocks = sum(layer.kind == "block" for layer in shape.layers)
     if asked is not None and sum(asked) != blocks:
         example = ",".join(map(str, even_blocks(blocks, len(asked))))
@@ -280,7 +280,7 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
     frozen = frozen_names(shape, resolved.config.freeze)
     for stage in range(layout.pipeline):
         held = [
-            name for span in layout.spans(stage) for layer in span for name in shape.layers[layer].tensors
+            name for chunk in layout.chunks(stage) for layer in chunk for name in shape.layers[layer].tensors
         ]
         if held and frozen.issuperset(held):
             raise DstrainError(
@@ -348,14 +348,14 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
             where=str(resolved.origin("pipeline")),
             hint="--pipeline 1, with --zero 1 to 3 to share memory between replicas",
         )
-    spans = count_spans(config.pipeline, config.schedule)
-    if spans > len(shape.layers):
-        per_rank = " (two a rank with dualpipev)" if spans > config.pipeline else ""
+    chunks = count_chunks(config.pipeline, config.schedule)
+    if chunks > len(shape.layers):
+        per_rank = " (two a rank with dualpipev)" if chunks > config.pipeline else ""
         raise DstrainError(
-            f"{spans} stages{per_rank} are more than the model's {len(shape.layers)} layers"
+            f"{chunks} stages{per_rank} are more than the model's {len(shape.layers)} layers"
             f" (embedding, {len(shape.layers) - 2} blocks, head)",
             where=str(resolved.origin("pipeline")),
-            hint=f"--pipeline {len(shape.layers) * config.pipeline // spans} or less,"
+            hint=f"--pipeline {len(shape.layers) * config.pipeline // chunks} or less,"
             " and --data-parallel for the other devices",
         )
     _refuse_unseparated(shape, resolved)

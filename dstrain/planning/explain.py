@@ -11,7 +11,7 @@ from typing import Any
 from dstrain.config.deepspeed_keys import GONE, canonical, deepspeed_version, find, homes_of, nearest
 from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig, field_names
-from dstrain.config.words import type_in_words
+from dstrain.config.words import describe_type
 from dstrain.errors import DstrainError
 from dstrain.planning.deepspeed.composition import owner_of
 from dstrain.planning.deepspeed.reasons import AS_DEFAULT, WHY
@@ -175,7 +175,7 @@ def _of_dstrain(plan: Plan, key: str) -> Explanation:
     return Explanation(
         key=key,
         does=field.description or "",
-        takes=type_in_words(field.rebuild_annotation()),
+        takes=describe_type(field.rebuild_annotation()),
         default=field.get_default(),
         set=origin != "default",
         value=value,

@@ -35,7 +35,7 @@ class Place:
     local_rank: int
     stage: int
     replica: int
-    spans: tuple[range, ...]
+    chunks: tuple[range, ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Layout:
 
     Attributes:
         hosts: the machines that are used, with the slots that are used.
-        cut: first layer of each span of layers, and the number of layers at the end.
-        schedule: ``1f1b``: stage s holds span s. ``dualpipev``: there are 2 x pipeline spans, and
-            stage s holds span s on the way out and span 2 x pipeline - 1 - s on the way back.
+        cut: first layer of each chunk of layers, and the number of layers at the end.
+        schedule: ``1f1b``: stage s holds chunk s. ``dualpipev``: there are 2 x pipeline chunks, and
+            stage s holds chunk s on the way out and chunk 2 x pipeline - 1 - s on the way back.
     """
 
     hosts: tuple[Host, ...]
@@ -56,7 +56,7 @@ class Layout:
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
-        if len(self.cut) != count_spans(self.pipeline, self.schedule) + 1 or any(
+        if len(self.cut) != count_chunks(self.pipeline, self.schedule) + 1 or any(
             a >= b for a, b in itertools.pairwise(self.cut)
         ):
             raise ValueError(f"cut {self.cut} does not cut {self.pipeline} non-empty stages")
@@ -90,7 +90,7 @@ class Layout:
         """The first rank behind each host."""
         return list(itertools.accumulate(self.slots))
 
-    def spans(self, stage: int) -> tuple[range, ...]:
+    def chunks(self, stage: int) -> tuple[range, ...]:
         """The layers of a stage, as ranges of positions in [embed, block 0, ..., head]."""
         indices = [stage]
         if self.schedule == "dualpipev" and self.pipeline > 1:
@@ -102,11 +102,11 @@ class Layout:
         seats = [(host.name, local) for host in self.hosts for local in range(host.slots)]
         for rank, (host, local_rank) in enumerate(seats):
             stage = self.stage(rank)
-            yield Place(rank, host, local_rank, stage, self.replica(rank), self.spans(stage))
+            yield Place(rank, host, local_rank, stage, self.replica(rank), self.chunks(stage))
 
 
-def count_spans(pipeline: int, schedule: str) -> int:
-    """Into how many spans the layers are cut: one a stage, two with DualPipeV."""
+def count_chunks(pipeline: int, schedule: str) -> int:
+    """Into how many chunks the layers are cut: one a stage, two with DualPipeV."""
     return 2 * pipeline if schedule == "dualpipev" and pipeline > 1 else pipeline
 
 

@@ -143,9 +143,9 @@ class ModelShape:
     def read(cls, path: Path) -> ModelShape:
         return cls.from_record(json.loads(path.read_text(encoding="utf-8")))
 
-    def parameters_of(self, spans: tuple[range, ...]) -> int:
+    def parameters_of(self, chunks: tuple[range, ...]) -> int:
         """Parameters that a rank holds for these layers; a weight that two of them tie counts once."""
-        held = [layer for span in spans for layer in span]
+        held = [layer for chunk in chunks for layer in chunk]
         own = sum(self.layers[layer].parameters for layer in held)
         doubled = sum(
             tied.parameters * (count - 1)

@@ -41,8 +41,10 @@ from dstrain.planning.warnings import (
     warnings_about_memory,
     warnings_about_time,
 )
+from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 
-FORMAT = 5
+FORMAT = 6
+_FORMAT_OF_0_1 = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Plan:
         for stage, need in zip(record["stage_memory"], self.stage_memory, strict=True):
             stage["total"] = need.total
         record["layout"]["ranks"] = [
-            asdict(place) | {"spans": [[span.start, span.stop] for span in place.spans]}
+            asdict(place) | {"chunks": [[chunk.start, chunk.stop] for chunk in place.chunks]}
             for place in self.layout.places()
         ]
         return record
@@ -168,7 +170,9 @@ class Plan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Plan:
-        """The plan that `to_record` wrote. Raises DstrainError for another version's format."""
+        """The plan that `to_record` wrote, in 0.1 too. Raises DstrainError for any other format."""
+        if record.get("format") == _FORMAT_OF_0_1:
+            record = _from_0_1(record)
         if record.get("format") != FORMAT:
             raise DstrainError(f"the plan is of format {record.get('format')}, this dstrain reads {FORMAT}")
         layout = record["layout"]
@@ -208,7 +212,7 @@ def make_plan(
         resolved: what is wanted.
         machines: what there is to run on.
         shape: the model's measured shape.
-        data: summary of the prepared data (``train_rows``, ``held_out_rows``, ``vocab_size``, ...).
+        data: summary of the prepared data (``train_rows``, ``validation_rows``, ``vocab_size``, ...).
         model_file: the Hugging Face config file that ``shape`` was measured from.
         model_fingerprint: hash of that file's content.
         model_folder: where the model's weights and tokenizer lie; None for a built-in shape.
@@ -267,7 +271,7 @@ def make_plan(
     stage_time = stage_shares(layout, times)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
-    stage_parameters = tuple(shape.parameters_of(layout.spans(stage)) for stage in range(config.pipeline))
+    stage_parameters = tuple(shape.parameters_of(layout.chunks(stage)) for stage in range(config.pipeline))
     deepspeed = deepspeed_config(resolved, batch, machines.accelerator, max(stage_parameters))
     checkpoint = checkpoint_bytes(config, shape, layout, machines.accelerator)
     needs = stage_memory(config, shape, layout, batch, machines.accelerator, deepspeed.values)
@@ -309,6 +313,7 @@ def make_plan(
         checkpoint_bytes=checkpoint,
         disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
         warnings=(
+            *resolved.notes,
             *warnings_about(config, layout, batch, data, shape, time),
             *warnings_about_determinism(config, machines.accelerator),
             *warnings_about_balance(
@@ -321,6 +326,16 @@ def make_plan(
             *warnings_about_devices(_gpu_names(machines), machines.device, config.precision),
         ),
     )
+
+
+def _from_0_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **record,
+        "format": FORMAT,
+        "config": with_new_names(record["config"], CONFIG_KEYS),
+        "origins": with_new_names(record["origins"], CONFIG_KEYS),
+        "data": with_new_names(record["data"], DATA_SUMMARY),
+    }
 
 
 def _gpu_names(machines: Machines) -> tuple[str, ...]:

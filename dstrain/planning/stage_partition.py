@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from dstrain.estimate.memory import Memory
-from dstrain.planning.layout import count_spans
+from dstrain.planning.layout import count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import (
     Farthest,
-    blocks_of_spans,
+    blocks_of_chunks,
     cut_by_blocks,
     cut_by_cost,
     cut_folded,
@@ -22,15 +22,15 @@ from dstrain.planning.partition import (
 
 def cut_as_asked(partition: str, shape: ModelShape, pipeline: int, schedule: str) -> tuple[int, ...] | None:
     """The cut that ``partition`` asks for, checked before; None for ``auto``."""
-    spans = count_spans(pipeline, schedule)
-    if spans == 1:
+    chunks = count_chunks(pipeline, schedule)
+    if chunks == 1:
         return (0, len(shape.layers))
     if partition == "parameters":
         parameters = [layer.parameters for layer in shape.layers]
-        return cut_folded(parameters, pipeline) if spans > pipeline else cut_by_cost(parameters, spans)
+        return cut_folded(parameters, pipeline) if chunks > pipeline else cut_by_cost(parameters, chunks)
     if partition == "uniform":
-        return cut_by_blocks(even_blocks(len(shape.layers) - 2, spans))
-    blocks = blocks_of_spans(partition)
+        return cut_by_blocks(even_blocks(len(shape.layers) - 2, chunks))
+    blocks = blocks_of_chunks(partition)
     return None if blocks is None else cut_by_blocks(blocks)
 
 
@@ -45,7 +45,7 @@ def cut_by_time(
     """
 
     def cut(limit: float | None, begin: Sequence[int] | None = None) -> tuple[int, ...] | None:
-        if count_spans(pipeline, schedule) == pipeline:
+        if count_chunks(pipeline, schedule) == pipeline:
             fits = None if limit is None else _farthest(memory, range(pipeline), limit, [range(0)] * pipeline)
             return cut_by_cost(times, pipeline, fits)
         if limit is None:
@@ -60,7 +60,7 @@ def cut_by_time(
     if limit is None or max(stage_bytes(fastest, pipeline, schedule, memory)) <= limit:
         return fastest
     lightest = None
-    if count_spans(pipeline, schedule) > pipeline:
+    if count_chunks(pipeline, schedule) > pipeline:
         layers = zip(memory.states, memory.once, memory.kept, strict=True)
         lightest = cut_folded([s + o + memory.in_flight[0] * k for s, o, k in layers], pipeline)
     # Where none is found: the fastest. What does not fit by a good deal would not run with the lightest cut either.
@@ -69,10 +69,10 @@ def cut_by_time(
 
 def stage_bytes(cut: Sequence[int], pipeline: int, schedule: str, memory: Memory) -> tuple[int, ...]:
     """Bytes that each stage of a cut needs."""
-    folded = count_spans(pipeline, schedule) > pipeline
-    spans = [range(cut[index], cut[index + 1]) for index in range(len(cut) - 1)]
+    folded = count_chunks(pipeline, schedule) > pipeline
+    chunks = [range(cut[index], cut[index + 1]) for index in range(len(cut) - 1)]
     return tuple(
-        memory.of_stage(stage, (spans[stage], spans[-1 - stage]) if folded else (spans[stage],))
+        memory.of_stage(stage, (chunks[stage], chunks[-1 - stage]) if folded else (chunks[stage],))
         for stage in range(pipeline)
     )
 
@@ -95,4 +95,4 @@ def _farthest(memory: Memory, stages: Sequence[int], limit: float, others: Seque
                 end += 1
             row.append(end)
         ends.append(row)
-    return lambda span, start: ends[span][start]
+    return lambda chunk, start: ends[chunk][start]

@@ -11,9 +11,9 @@ from dstrain.estimate.memory import USABLE, StageMemory
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
 from dstrain.estimate.verdict import memory_needed
-from dstrain.formatting import count
+from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
-from dstrain.planning.layout import Layout, count_spans
+from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 
 
@@ -80,7 +80,7 @@ def _about_the_pipeline(
         bubble = min(bubble, time.bubble_fraction)
     if bubble > 0.3:
         yield (
-            f"{count(batch.accumulation, 'micro-batch')} for {layout.pipeline} stages"
+            f"{format_count(batch.accumulation, 'micro-batch')} for {layout.pipeline} stages"
             f" leave{'s' if batch.accumulation == 1 else ''} each stage idle for {bubble:.0%} of the time;"
             f" {'a smaller --micro-batch or ' if batch.micro_batch > 1 else ''}a larger --global-batch helps"
         )
@@ -147,7 +147,7 @@ def _what_helps(
     more = 2 * layout.pipeline
     cuts = (
         shape.pipeline_refusal is None
-        and count_spans(more, layout.schedule) <= len(shape.layers)
+        and count_chunks(more, layout.schedule) <= len(shape.layers)
         and layout.world_size % more == 0
     )
     stages = [f"--pipeline {more}"] if cuts else []

@@ -10,6 +10,7 @@ from typing import Any
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import leaves
 from dstrain.errors import DstrainError
+from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.runs.checkpoint.manifest import choose_newest, read_manifest, run_id
 from dstrain.runs.run_folder import RunFolder
 
@@ -20,7 +21,7 @@ _FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "layout": ("hosts", "pipeline", "data_parallel", "schedule", "cut"),
     "batch": ("global_batch", "micro_batch", "accumulation", "seq_len"),
     "model": ("type", "parameters", "fingerprint"),
-    "data": ("source", "fingerprint", "tokens", "train_rows", "held_out_rows", "tokenizer"),
+    "data": ("source", "fingerprint", "tokens", "train_rows", "validation_rows", "tokenizer"),
 }
 
 
@@ -67,7 +68,7 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
     try:
         plan = json.loads(folder.plan.read_text(encoding="utf-8"))
         for part, key in list(side):
-            origin = plan["origins"].get(key)
+            origin = with_new_names(plan["origins"], CONFIG_KEYS).get(key)
             if key.startswith("deepspeed."):
                 origin = plan["deepspeed_origins"].get(key.removeprefix("deepspeed."))
             if origin:
@@ -79,7 +80,7 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
             side["deepspeed", dotted] = Value(value, plan["deepspeed_origins"].get(dotted))
         for part, keys in _FOLLOWS.items():
             for key in keys:
-                side[part, key] = Value(plan[part].get(key))
+                side[part, key] = Value(with_new_names(plan[part], DATA_SUMMARY).get(key))
         side["layout", "accelerator"] = Value(plan["accelerator"])
         side["versions", "dstrain"] = Value(plan["dstrain"])
     except (KeyError, AttributeError, TypeError, ValueError):

@@ -13,7 +13,7 @@ from rich.text import Text
 from dstrain.report.notes import Notes
 from dstrain.runs.run_folder import RunFolder
 
-# Without a terminal: about this many lines in a whole run, besides those with a held-out loss.
+# Without a terminal: about this many lines in a whole run, besides those with a validation loss.
 _PLAIN_LINES = 20
 
 
@@ -33,7 +33,7 @@ class LiveLine:
         self._file: int | None = None
         self._position = 0
         self._rest = b""
-        self._held_out: float | None = None
+        self._validation: float | None = None
         self._seconds: list[float] = []
         self._tokens = (0, 0)
         self._live = (
@@ -59,20 +59,20 @@ class LiveLine:
         for note in self._notes.new():
             self._print(Text(f"note   {note}"))
         for record in self._new_records():
-            self._held_out = record.get("held_out_loss", self._held_out)
+            self._validation = record.get("validation_loss", self._validation)
             if record["step"] == 0:
-                self._print(Text(f"step 0  held-out loss {self._held_out:.4f} before training"))
+                self._print(Text(f"step 0  validation loss {self._validation:.4f} before training"))
                 continue
             self._seconds = [*self._seconds[-49:], record["seconds"]]
             self._tokens = (self._tokens[1], record["tokens"])
             line = self._line(record)
             if self._live:
                 self._live.update(line)
-                if "held_out_loss" in record:
+                if "validation_loss" in record:
                     self._live.console.print(line)
             elif (
                 record["step"] % self._every == 0
-                or "held_out_loss" in record
+                or "validation_loss" in record
                 or record["step"] == self._steps
             ):
                 self._console.print(line, soft_wrap=True)
@@ -103,7 +103,7 @@ class LiveLine:
         parts = [
             ("step ", "dim"), (f"{record['step']}/{self._steps}", "bold"),
             ("  loss ", "dim"), (f"{record['loss']:.4f}", "bold"),
-            ("  held-out ", "dim"), (f"{self._held_out:.4f}" if self._held_out is not None else "-", ""),
+            ("  validation ", "dim"), (f"{self._validation:.4f}" if self._validation is not None else "-", ""),
             ("  lr ", "dim"), (f"{record['lr']:.2e}", ""),
             ("  grad ", "dim"), (f"{norm:.3f}" if norm is not None else "overflow, skipped", ""),
             ("  tokens/s ", "dim"), (f"{per_second:,.0f}" if per_second else "-", ""),

@@ -8,9 +8,9 @@ from typing import Any
 
 from dstrain.runs.run_folder import RunFolder, read_metrics
 
-COMPARED = ("loss", "grad_norm", "lr", "loss_scale", "held_out_loss")
+COMPARED = ("loss", "grad_norm", "lr", "loss_scale", "validation_loss")
 """What a step's line says of the numbers, one deciding the next; the other keys count and measure."""
-_NOT_ALWAYS = ("held_out_loss",)  # how often it is taken changes no other number
+_NOT_ALWAYS = ("validation_loss",)  # how often it is taken changes no other number
 
 
 @dataclass(frozen=True)

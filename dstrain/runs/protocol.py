@@ -1,11 +1,11 @@
-"""What both ends of the lifeline agree on: its variable, and when silence means that the other end is gone."""
+"""What both ends of a control connection agree on: its variable, and when silence means that the other end is gone."""
 
 from __future__ import annotations
 
 import hashlib
 import socket
 
-ADDRESS = "DSTRAIN_LIFELINE"
+ADDRESS = "DSTRAIN_CONTROL"
 """The environment variable that tells a rank where its supervisor is: ``LAUNCH@ADDRESS,ADDRESS,...:PORT``."""
 
 SILENCE_SECONDS = 16

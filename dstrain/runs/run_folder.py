@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.files import write_atomically
+from dstrain.renamed import METRICS, with_new_names
 
 NOTE = "dstrain: note: "
 """In front of a line of rank 0 that is for the user's eyes."""
@@ -121,7 +122,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """What rank 0 says at the end: steps, the last held-out loss, the prompt and its continuation."""
+        """What rank 0 says at the end: steps, the last validation loss, the prompt and its continuation."""
         return self.path / "result.json"
 
     @property
@@ -210,13 +211,13 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; what a killed run left half written is no line."""
+    """The whole lines of a metrics.jsonl, of 0.1 too; what a killed run left half written is no line."""
     if not path.exists():
         return []
     found = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(text))
+            found.append(with_new_names(json.loads(text), METRICS))
         except json.JSONDecodeError:
             continue
     return found

@@ -1,8 +1,8 @@
 """The supervisor's line to every rank, on whatever host and however it was started.
 
 Each rank connects to the supervisor over TCP (`dstrain.train.control_client`), says what it does, and ends when the
-line does. So a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends by
-itself everywhere. The kernel watches an idle line (keepalive), so a supervisor that is stopped with Ctrl-Z ends
+line does. So a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends
+by itself everywhere. The kernel watches an idle line (keepalive), so a supervisor that is stopped with Ctrl-Z ends
 nothing. The ranks of a host are told of each other: what one that is stopped or dead can't say, its neighbours do.
 
 Messages are JSON objects, a line each; `plan.run_folder.RankStatus` is what a rank says of itself.
@@ -63,7 +63,7 @@ class Line:
     tail: list[str] = field(default_factory=list)
 
 
-class Lifeline:
+class ControlServer:
     """Listens on a free port until `close`. Nothing blocks: `poll` handles what has come.
 
     Args:
@@ -91,7 +91,7 @@ class Lifeline:
         self.lines: dict[int, Line] = {}
 
     def address(self) -> str:
-        """What `plan.lifeline.ADDRESS` tells the ranks: where they find this line, from any host."""
+        """What `runs.protocol.ADDRESS` tells the ranks: where they find this line, from any host."""
         return f"{self.launch}@{','.join(self._addresses)}:{self.port}"
 
     def poll(self) -> None:
@@ -120,7 +120,7 @@ class Lifeline:
             self._selector.close()
             self._listener.close()
 
-    def __enter__(self) -> Lifeline:
+    def __enter__(self) -> ControlServer:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 from dstrain.files import write_atomically
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.control_server import Lifeline, Line
+from dstrain.supervise.control_server import ControlServer, Line
 from dstrain.supervise.rank_watch import Sign
 
 LEAST_SECONDS = 60.0
 """No step is called hung before, once one is known to compare it with."""
 BUSY_SECONDS = 1800.0
-"""Nor what nobody knows the length of: the second step, and a held-out loss or a checkpoint between two steps."""
+"""Nor what nobody knows the length of: the second step, and a validation loss or a checkpoint between two steps."""
 TIMES_THE_SLOWEST = 10.0
 STOPPED_SECONDS = 10.0
 """A rank that a signal (SIGSTOP, or Ctrl-Z) has stopped for so long holds up all others."""
@@ -76,8 +76,8 @@ class HangWatch:
         folder: gets ``logs/rank-N.stacks.txt`` of each rank that answers.
     """
 
-    def __init__(self, lifeline: Lifeline, progress: Progress, folder: RunFolder) -> None:
-        self._lifeline = lifeline
+    def __init__(self, control: ControlServer, progress: Progress, folder: RunFolder) -> None:
+        self._control = control
         self._progress = progress
         self._folder = folder
         self._asked_at: float | None = None
@@ -87,7 +87,7 @@ class HangWatch:
 
     def look(self) -> Sign | None:
         """To be called at each poll: the hang, once it is one and all ranks had time to answer."""
-        lines, now = self._lifeline.lines, time.monotonic()
+        lines, now = self._control.lines, time.monotonic()
         stopped = self._stopped_seconds(now)
         waited = self._progress.seconds_without_step(lines, now)
         if waited is None and stopped is None:
@@ -97,7 +97,7 @@ class HangWatch:
             self._asked_at = now
             for line in lines.values():
                 line.stacks = None  # of an earlier question
-            self._lifeline.tell("stacks")
+            self._control.tell("stacks")
             return None
         awaited = [line for line in lines.values() if line.stacks is None and line.stopped_at is None]
         if awaited and now - self._asked_at < _ANSWER_SECONDS:
@@ -110,7 +110,7 @@ class HangWatch:
         """How long a rank has been stopped, once that is too long; else None."""
         away, self._looked_at = now - self._looked_at > _AWAY_SECONDS, now
         longest = 0.0
-        for line in self._lifeline.lines.values():
+        for line in self._control.lines.values():
             if line.stopped_at is not None and line.lost_at is None:
                 line.stopped_at = now if away else line.stopped_at
                 longest = max(longest, now - line.stopped_at)
@@ -118,7 +118,7 @@ class HangWatch:
         return longest if longest > min(STOPPED_SECONDS, bound) and bound < float("inf") else None
 
     def _sign(self, what: str) -> Sign:
-        lines = self._lifeline.lines
+        lines = self._control.lines
         for rank, line in lines.items():
             if line.stacks is not None:
                 write_atomically(self._folder.rank_stacks(rank), line.stacks)

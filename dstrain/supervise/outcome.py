@@ -12,7 +12,7 @@ from pathlib import Path
 from dstrain.errors import RESUMABLE
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
-from dstrain.supervise.process_tree import in_words, signal_name
+from dstrain.supervise.process_tree import describe_signal, signal_name
 from dstrain.supervise.rank_watch import RankWatch, Sign
 from dstrain.supervise.subreaper import LEFT_BEHIND
 
@@ -102,7 +102,7 @@ def _blame(
         host, number = killed
         candidates = watch.still_running_on(host) if host else watch.unfinished()
         rank = candidates[0] if len(candidates) == 1 else None
-        return rank, host, ("a rank was " if rank is None else "") + f"killed by {in_words(number)}"
+        return rank, host, ("a rank was " if rank is None else "") + f"killed by {describe_signal(number)}"
     if not watch.spoke():
         telling = _telling_line(log)
         reason = f"the launcher {_ended(code)} before any rank spoke" + (f": {telling}" if telling else "")
@@ -125,7 +125,7 @@ def _how_it_ended(sign: Sign, killed: tuple[str | None, int] | None, watch: Rank
     words = watch.out_of_memory(sign.rank) if number in (None, signal.SIGKILL) else None
     if words is not None:
         return f"killed by SIGKILL: {words}"
-    return f"killed by {in_words(number)}" if number else sign.reason
+    return f"killed by {describe_signal(number)}" if number else sign.reason
 
 
 def _ended(code: int) -> str:

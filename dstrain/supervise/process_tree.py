@@ -47,7 +47,7 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def in_words(number: int) -> str:
+def describe_signal(number: int) -> str:
     """``SIGKILL (probably out of memory)`` for 9."""
     name = signal_name(number)
     hints = {

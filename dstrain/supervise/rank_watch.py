@@ -14,7 +14,7 @@ from dstrain.runs.out_of_memory import OutOfMemory
 from dstrain.runs.processes import Process, arguments, read_process
 from dstrain.runs.run_folder import RankStatus, RunFolder
 from dstrain.supervise.control_server import Line
-from dstrain.supervise.process_tree import in_words
+from dstrain.supervise.process_tree import describe_signal
 
 # Reading a thousand small files five times a second over NFS would load its server more than the training.
 _SECONDS_A_RANK = 0.002
@@ -55,7 +55,7 @@ class Sign:
 
 class RankWatch:
     """Follows the ranks of one launch. ``session`` tells the session that the launcher's processes share, and
-    ``lines`` what is known of each rank through its lifeline.
+    ``lines`` what is known of each rank through its connection.
 
     A rank counts as local when its status names this host (``socket.gethostname()``) and its pid was seen
     alive in that session, or with the run folder among its arguments (as when ssh started it). A host name
@@ -259,7 +259,7 @@ class RankWatch:
         status = self._ended[rank]
         signal_number = status & 0x7F if status >= 0 else 0
         if signal_number:
-            reason = f"killed by {in_words(signal_number)}"
+            reason = f"killed by {describe_signal(signal_number)}"
         elif status > 0:
             reason = f"ended with exit code {os.waitstatus_to_exitcode(status)} without a word"
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.hang_detection import HangWatch, Progress
 from dstrain.supervise.launcher_log import LogWatch
 from dstrain.supervise.outcome import Cause, Outcome, judge
@@ -40,7 +40,7 @@ def supervise(
     *,
     environment: Mapping[str, str],
     folder: RunFolder,
-    lifeline: Lifeline,
+    control: ControlServer,
     world_size: int,
     first_rank: int = 0,
     on_tick: Callable[[], None],
@@ -58,7 +58,7 @@ def supervise(
         command: the launcher's argv, as ``["bash", str(folder.launch_script)]``.
         environment: set on top of this process's own.
         folder: its earlier rank statuses are removed first; the launcher's output is appended to its log.
-        lifeline: whose address the environment tells. It is closed in the end: no rank outlives it, on any host.
+        control: whose address the environment tells. It is closed in the end: no rank outlives it, on any host.
         world_size: how many ranks must say ``done``, from ``first_rank`` on.
         hang_seconds: so long without a step is a hang (`progress.Progress`).
         terminate: whether SIGTERM may be sent to what doesn't end by itself. Not to DeepSpeed's launcher of several
@@ -77,9 +77,9 @@ def supervise(
     log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
     with _stop_signals() as stops:
         launcher = _Launcher(command, environment, folder.launcher_log, terminate)
-        watch = RankWatch(folder, ranks, lambda: launcher.pid, lifeline.lines)
+        watch = RankWatch(folder, ranks, lambda: launcher.pid, control.lines)
         log = LogWatch(folder.launcher_log, log_start)
-        hang = HangWatch(lifeline, Progress(hang_seconds), folder)
+        hang = HangWatch(control, Progress(hang_seconds), folder)
 
         def wait(seconds: float, until: Callable[[], bool]) -> bool:
             deadline = time.monotonic() + seconds
@@ -89,7 +89,7 @@ def supervise(
                 for _ in range(_LOOKS_A_POLL):
                     time.sleep(poll_seconds / _LOOKS_A_POLL)
                     watch.look()
-                    lifeline.poll()
+                    control.poll()
                 watch.update()
                 on_tick()
             return True
@@ -109,7 +109,7 @@ def supervise(
             wait(float("inf"), lambda: stopped() or failed())
             if stops.numbers and not launcher.ended():
                 folder.stop_request.touch()
-                lifeline.tell("stop")
+                control.tell("stop")
                 wait(leave_seconds, lambda: launcher.ended() or failed() or len(stops.numbers) > 1)
             first = watch.first_failure()
             if not stopped() and not (first is not None and first.quiet):
@@ -122,25 +122,25 @@ def supervise(
                 if len(stops.numbers) > 1:
                     grace_seconds = min(grace_seconds, _AT_ONCE_SECONDS)
                 # Every rank ends with its line, on whatever host, and each node's launcher with its ranks.
-                lifeline.close()
+                control.close()
                 kill_silent(
-                    (lifeline.lines[rank].status for rank in hang.silent if watch.is_far(rank)), folder
+                    (control.lines[rank].status for rank in hang.silent if watch.is_far(rank)), folder
                 )
                 if not wait(min(grace_seconds, _LINE_SECONDS), launcher.ended) and terminate:
                     launcher.terminate()
                     wait(grace_seconds, launcher.ended)
         finally:
-            lifeline.poll()
+            control.poll()
             watch.update(force=True)
             watch.stop()  # what is killed now is no sign
             code = launcher.kill_everything(watch)
             folder.stop_request.unlink(missing_ok=True)
-        lifeline.poll()
+        control.poll()
         watch.update(force=True)
         if own_end and code == 0:
             wait(settle_seconds, lambda: not watch.unfinished() or watch.first_failure() is not None)
             watch.update(force=True)
-        lifeline.close()
+        control.close()
     on_tick()
     return judge(folder, watch, log_start, code, own_end, stops.numbers)
 

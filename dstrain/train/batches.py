@@ -35,8 +35,8 @@ class TrainBatches:
         return [make_micro_batch(self.rows, ids, weight) for ids in parts]
 
 
-class HeldOutBatches:
-    """The same held-out samples every time, shared out among the replicas.
+class ValidationBatches:
+    """The same validation samples every time, shared out among the replicas.
 
     Where they do not fill the last micro-batches, or ``fewest`` of them, rows without a label stand in:
     they add nothing.

@@ -19,7 +19,7 @@ from typing import Any
 from dstrain.errors import DstrainError
 from dstrain.runs.protocol import ADDRESS, keep_alive
 from dstrain.runs.run_folder import RankStatus
-from dstrain.train.local_ranks import Neighbours
+from dstrain.train.local_ranks import LocalRanks
 
 GONE = 1
 """The exit code of a rank that lost its supervisor: its status says why."""
@@ -29,7 +29,7 @@ _SECONDS_BETWEEN_STEPS = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class Lifeline:
+class ControlClient:
     """Without a supervisor (launch.sh typed by hand) nothing is said and nothing is awaited.
 
     A thread listens, and looks at the processes beside this one. When the line ends, or this rank's launcher, it ends
@@ -55,7 +55,7 @@ class Lifeline:
         self._connection: socket.socket | None = None
         self._sending = threading.Lock()
         self._step_told_at = 0.0
-        self._neighbours = Neighbours()
+        self._neighbours = LocalRanks()
         address = environment.get(ADDRESS)
         if not address:
             return
@@ -66,7 +66,7 @@ class Lifeline:
         self._send({"launch": self.launch, "status": asdict(status), "plan": plan_seen})
         answer, received = _first_message(self._connection)
         self.plan = answer.get("plan")
-        threading.Thread(target=self._listen, args=(received,), name="lifeline", daemon=True).start()
+        threading.Thread(target=self._listen, args=(received,), name="control", daemon=True).start()
 
     def say(self, status: RankStatus, tail: list[str] | None = None) -> None:
         """The rank's newest word; with a failure the end of its log, which may lie on a disk of its own."""
@@ -83,7 +83,7 @@ class Lifeline:
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Between steps: a held-out loss or a checkpoint may take far longer than a step, and is no hang."""
+        """Between steps: a validation loss or a checkpoint may take far longer than a step, and is no hang."""
         self._send({"busy": what})
         try:
             yield

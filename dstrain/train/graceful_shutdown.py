@@ -14,7 +14,7 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 """SIGUSR1 is what Slurm is usually told to send before a job's time is over (``--signal=USR1@300``)."""
 
 
-class Leaving:
+class GracefulShutdown:
     """Asked after each step whether to leave. A second signal ends the process at once.
 
     Args:

@@ -15,7 +15,7 @@ from dstrain.runs.out_of_memory import OutOfMemory
 from dstrain.runs.processes import Process, read_process
 
 
-class Neighbours:
+class LocalRanks:
     """Asked now and then. ``meet`` tells which numbers the other ranks of this host have."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
 from dstrain.runs.protocol import plan_digest
 from dstrain.runs.run_folder import RunFolder
-from dstrain.train.control_client import Lifeline
+from dstrain.train.control_client import ControlClient
 
 LATE_SECONDS = 5.0
 """So long a network file system may show a file later on another host."""
@@ -27,20 +27,20 @@ def plan_seen(folder: RunFolder) -> str | None:
         return None
 
 
-def keep_plan(folder: RunFolder, lifeline: Lifeline, rank: int) -> None:
+def keep_plan(folder: RunFolder, control: ControlClient, rank: int) -> None:
     """Lay the plan that the supervisor sent into this host's run folder, where the rank reads it.
 
     Raises:
         DstrainError: there is none; or this is rank 0, and what it writes would not be seen where the run is watched.
     """
-    if rank == 0 and lifeline.launch and not sees(folder.launch, lifeline.launch):
+    if rank == 0 and control.launch and not sees(folder.launch, control.launch):
         raise DstrainError(
             f"the first host of the run, {socket.gethostname()}, does not see the run folder {folder.path}"
             " of the machine that the run was started on: metrics, result and checkpoints would stay there",
             hint="start the run on the first host; or --set runs_dir=FOLDER, one that both share",
         )
-    if lifeline.plan is not None:
-        write_atomically(folder.plan, lifeline.plan)
+    if control.plan is not None:
+        write_atomically(folder.plan, control.plan)
     elif not folder.plan.exists():
         raise DstrainError(
             f"{socket.gethostname()} has no {folder.plan}",

@@ -29,7 +29,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
             config.data,
             plan.data["tokenizer"],
             config.seq_len,
-            config.held_out,
+            config.validation,
             cache_folder() / "data",
             config.pack,
         )

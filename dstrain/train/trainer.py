@@ -18,23 +18,23 @@ from dstrain.engine.build import build_engine
 from dstrain.engine.communication import start_communication
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.engine.precision import DTYPES
-from dstrain.engine.zero3_init import sharing_out
+from dstrain.engine.zero3_init import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config as load_model_config
-from dstrain.model.pipeline_model import LayeredModel
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.pipeline_model import PipelineModel
+from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.planning.checks import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
-from dstrain.train.batches import HeldOutBatches, TrainBatches
+from dstrain.train.batches import TrainBatches, ValidationBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints
 from dstrain.train.checkpointing.save_schedule import SaveSchedule
-from dstrain.train.control_client import Lifeline
+from dstrain.train.control_client import ControlClient
 from dstrain.train.determinism import be_deterministic
-from dstrain.train.graceful_shutdown import Leaving
+from dstrain.train.graceful_shutdown import GracefulShutdown
 from dstrain.train.host_agreement import check_hosts_agree
 from dstrain.train.launch_record import record_launch
 from dstrain.train.lr_schedule import LearningRate
@@ -46,13 +46,13 @@ from dstrain.train.sampling import continuation
 from dstrain.train.weights import save_weights
 
 
-def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tuple[int, bool]:
+def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> tuple[int, bool]:
     """Train as the run folder's plan says, from its newest checkpoint if there is one.
 
     Args:
         folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
         console: where rank 0 says a line a step; None on the other ranks.
-        lifeline: tells the supervisor of each step, and may ask to stop.
+        control: tells the supervisor of each step, and may ask to stop.
 
     Returns:
         The last step, and whether it is the run's: the ranks may be asked to leave before.
@@ -75,8 +75,8 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     device = torch.device(get_accelerator().current_device_name())
 
     check_hosts_agree(folder, plan)
-    leaving = Leaving(
-        lambda: lifeline.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
+    leaving = GracefulShutdown(
+        lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
     engine = _build(plan, folder, device)
@@ -92,27 +92,27 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     )
     first = checkpoints.load_newest(engine) + 1
     if first > 1:
-        lifeline.ended(first - 1)  # another launch has, and this one is ready to go on
+        control.ended(first - 1)  # another launch has, and this one is ready to go on
     record_launch(folder, first, device)
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     lr_of = LearningRate.of(config)
     batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
-    held_out = None
-    if data.held_out is not None:
-        held_out = HeldOutBatches(
-            data.held_out,
+    validation = None
+    if data.validation is not None:
+        validation = ValidationBatches(
+            data.validation,
             plan.batch,
             samples=config.eval_samples,
             replica=replica,
             fewest=engine.fewest_micro_batches,
         )
 
-    held_out_loss = _last_held_out_loss(folder)  # of a run that is resumed at its end
-    if first == 1 and held_out is not None:
-        held_out_loss = engine.eval_loss(held_out.micro_batches())
+    validation_loss = _last_validation_loss(folder)  # of a run that is resumed at its end
+    if first == 1 and validation is not None:
+        validation_loss = engine.eval_loss(validation.micro_batches())
         if metrics:
-            metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
+            metrics.write({"step": 0, "validation_loss": validation_loss, "tokens": 0})
     schedule = SaveSchedule(config, device)
     with checkpoints:  # at its end the last one is complete, and an error lets it be
         for step in range(first, config.steps + 1):
@@ -123,7 +123,7 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
             result = engine.train_batch(batches.micro_batches(step), lr_of(step))
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
-            lifeline.ended(step)
+            control.ended(step)
             record = {
                 "step": step,
                 "loss": result.loss,
@@ -135,31 +135,31 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
             }
             if config.precision == "fp16":
                 record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
-            if held_out is not None and _due(step, config.eval_every, config.steps):
-                with lifeline.busy("held-out loss"):
-                    record["held_out_loss"] = held_out_loss = engine.eval_loss(held_out.micro_batches())
+            if validation is not None and _due(step, config.eval_every, config.steps):
+                with control.busy("validation loss"):
+                    record["validation_loss"] = validation_loss = engine.eval_loss(validation.micro_batches())
             if metrics:
                 metrics.write(record)
             if console:
                 console.write(_line(record, config.steps) + "\n")
             if config.check_every and _due(step, config.check_every, config.steps):
-                engine.check_copies()
+                engine.check_replicas()
             leave = leaving.agreed(device) and step < config.steps
             if schedule.due(step) or (leave and config.saves):
-                with lifeline.busy("checkpoint"):
+                with control.busy("checkpoint"):
                     if metrics:
                         metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
                     checkpoints.save(engine, step)
                 schedule.saved()
             if leave:
-                lifeline.ending()
+                control.ending()
                 return step, False
-        lifeline.ending()
+        control.ending()
     if metrics:
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
-    _finish(folder, plan, engine, data, device, held_out_loss)
+    _finish(folder, plan, engine, data, device, validation_loss)
     return config.steps, True
 
 
@@ -197,8 +197,10 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
     )
 
 
-def _last_held_out_loss(folder: RunFolder) -> float | None:
-    losses = [record["held_out_loss"] for record in read_metrics(folder.metrics) if "held_out_loss" in record]
+def _last_validation_loss(folder: RunFolder) -> float | None:
+    losses = [
+        record["validation_loss"] for record in read_metrics(folder.metrics) if "validation_loss" in record
+    ]
     return losses[-1] if losses else None
 
 
@@ -211,11 +213,11 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
         "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
     }
     model_config = load_model_config(plan.model["file"])
-    model: LayeredModel | WholeModel
+    model: PipelineModel | UnsplitModel
     if plan.model["pipelines"]:
-        model = LayeredModel(model_config, **options)
+        model = PipelineModel(model_config, **options)
     else:
-        model = WholeModel(model_config, **options, after_build=sharing_out(plan.deepspeed))
+        model = UnsplitModel(model_config, **options, after_build=zero3_init(plan.deepspeed))
     return build_engine(
         model,
         deepspeed=_with_own_swap_folder(plan.deepspeed, folder),
@@ -246,9 +248,9 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _line(record: dict[str, object], steps: int) -> str:
     """One line for a console that is no terminal."""
-    held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
+    validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
     norm = f"{record['grad_norm']:.3f}" if record["grad_norm"] is not None else "skipped"
-    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{held_out}  lr {record['lr']:.2e}  grad {norm}"
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{validation}  lr {record['lr']:.2e}  grad {norm}"
 
 
 def _finish(
@@ -257,7 +259,7 @@ def _finish(
     engine: Engine,
     data: PackedData,
     device: torch.device,
-    held_out_loss: float | None,
+    validation_loss: float | None,
 ) -> None:
     """Let the model speak, and leave result.json."""
     config = plan.run_config
@@ -278,7 +280,7 @@ def _finish(
             folder.result,
             {
                 "steps": config.steps,
-                "held_out_loss": held_out_loss,
+                "validation_loss": validation_loss,
                 "prompt": config.prompt,
                 "continuation": text,
             },

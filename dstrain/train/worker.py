@@ -19,7 +19,7 @@ from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
 from dstrain.runs.run_folder import NODE_RANK, RankStatus, RunFolder
-from dstrain.train.control_client import Lifeline
+from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.rank_environment import (
     launch_variables,
@@ -55,23 +55,23 @@ def main(arguments: list[str]) -> int:
     console = _log_to(folder.rank_log(rank))
     status = RankStatus(rank=rank, host=socket.gethostname(), pid=os.getpid(), state="running")
     folder.write_status(status)
-    lifeline: Lifeline | None = None
+    control: ControlClient | None = None
 
     def say(state: str, *, step: int = 0, error: str | None = None) -> None:
         word = RankStatus(status.rank, status.host, status.pid, state, step, error)
         try:
             folder.write_status(word)  # on a full disk this may fail; the line needs no disk
         finally:
-            if lifeline is not None:
-                lifeline.say(word, tail=_tail(folder.rank_log(rank)) if error else [])
-                lifeline.close()
+            if control is not None:
+                control.say(word, tail=_tail(folder.rank_log(rank)) if error else [])
+                control.close()
 
     try:
-        lifeline = Lifeline(os.environ, status, plan_seen(folder))
-        keep_plan(folder, lifeline, rank)
+        control = ControlClient(os.environ, status, plan_seen(folder))
+        keep_plan(folder, control, rank)
         from dstrain.train.trainer import train  # the heavy imports, after the first word
 
-        last_step, reached_the_end = train(folder, console if rank == 0 else None, lifeline)
+        last_step, reached_the_end = train(folder, console if rank == 0 else None, control)
     except BaseException as error:
         with suppress(OSError):  # a full disk takes no traceback; the rank must end all the same
             if isinstance(error, DstrainError):  # it says all that there is to know
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
             else:
                 traceback.print_exc()
             sys.stderr.flush()
-        if lifeline is not None and not lifeline.launch:  # a person typed it, and nobody else would say it
+        if control is not None and not control.launch:  # a person typed it, and nobody else would say it
             with suppress(OSError):
                 print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(400)
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "1", "--pipeline", "2", "--seq-len", "32"),
     *("--global-batch", "8", "--micro-batch", "2", "--steps", "5"),
-    *("--set", "held_out=0.2", "--set", "sample_tokens=4"),
+    *("--set", "validation=0.2", "--set", "sample_tokens=4"),
 ]
 
 

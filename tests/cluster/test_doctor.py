@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(300)
 RUN = [
     *("run", "--hostfile", "hosts", "--name", "far", "--model", "model", "--data", "text.jsonl"),
     *("--data-parallel", "2", "--seq-len", "32", "--global-batch", "2", "--micro-batch", "1", "--steps", "2"),
-    *("--set", "held_out=0.2", "--set", "sample_tokens=0"),
+    *("--set", "validation=0.2", "--set", "sample_tokens=0"),
 ]
 SECRETS = {
     name: f"secret-of-{name.lower()}"
@@ -136,7 +136,7 @@ def test_a_run_without_the_users_secrets_between_hosts_that_call_themselves_127_
     # What must hold for the search to mean anything: it saw the launcher, the ssh to n2, and n2's rank.
     assert any("deepspeed.launcher.runner" in line for line in seen)
     assert any("dstrain.train.worker" in line and "ssh" in line for line in seen)
-    assert any("DSTRAIN_LIFELINE" in text for text in elsewhere)
+    assert any("DSTRAIN_CONTROL" in text for text in elsewhere)
     written = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
     assert any(b"DS_ACCELERATOR" in text for text in written)
     for name, secret in SECRETS.items():

@@ -22,7 +22,7 @@ STEPS = 40
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--data-parallel", "3", "--seq-len", "32"),
     *("--global-batch", "12", "--micro-batch", "2", "--steps", str(STEPS), "--save-every", "2"),
-    *("--set", "held_out=0.2", "--set", "sample_tokens=0", "--set", "eval_every=10"),
+    *("--set", "validation=0.2", "--set", "sample_tokens=0", "--set", "eval_every=10"),
 ]
 
 

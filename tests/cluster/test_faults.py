@@ -35,7 +35,7 @@ STEPS, SAVE_EVERY = 400, 10
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--pipeline", "2", "--data-parallel", "2"),
     *("--seq-len", "16", "--global-batch", "4", "--micro-batch", "2", "--steps", str(STEPS)),
-    *("--save-every", str(SAVE_EVERY), "--set", "held_out=0", "--set", "sample_tokens=0"),
+    *("--save-every", str(SAVE_EVERY), "--set", "validation=0", "--set", "sample_tokens=0"),
 ]
 
 
@@ -230,7 +230,7 @@ def test_a_cable_that_comes_back_in_time_ends_nothing(small: Callable[..., Run])
     assert said.code == 0, said
 
 
-class Site:
+class Placement:
     """The folder on the shared disk where the real runs lie."""
 
     def __init__(self, cluster: Cluster, environment: dict[str, str], place: Path) -> None:
@@ -244,12 +244,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Site:
-    return Site(session_cluster, environment, shared_place)
+def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Placement:
+    return Placement(session_cluster, environment, shared_place)
 
 
 @pytest.fixture(scope="module")
-def unbroken(site: Site) -> list[dict[str, Any]]:
+def unbroken(site: Placement) -> list[dict[str, Any]]:
     """The numbers of the run that nothing happened to, on one host."""
     run = site.start("unbroken")
     said = run.command.wait(300)
@@ -274,7 +274,7 @@ def train(run: Run, *, saved: int = 0, pids: list[int] | None = None) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(400)
-def test_nothing_of_a_real_run_outlives_its_killed_command(site: Site) -> None:
+def test_nothing_of_a_real_run_outlives_its_killed_command(site: Placement) -> None:
     run = site.start("killed", "--hostfile", "hosts")
     train(run)
     begun = time.monotonic()
@@ -287,7 +287,7 @@ def test_nothing_of_a_real_run_outlives_its_killed_command(site: Site) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", REAL)
 def test_a_run_that_is_started_again_ends_as_the_unbroken_one(
-    site: Site, name: str, unbroken: list[dict[str, Any]]
+    site: Placement, name: str, unbroken: list[dict[str, Any]]
 ) -> None:
     run = site.start(f"again-{name}", "--hostfile", "hosts", "--restarts", "1")
     pids: list[int] = []

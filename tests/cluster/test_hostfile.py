@@ -30,11 +30,11 @@ STEPS, SAVE_EVERY = 12, 2
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--pipeline", "2", "--data-parallel", "2"),
     *("--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--steps", str(STEPS)),
-    *("--save-every", str(SAVE_EVERY), "--set", "held_out=0.2", "--set", "sample_tokens=4"),
+    *("--save-every", str(SAVE_EVERY), "--set", "validation=0.2", "--set", "sample_tokens=4"),
 ]
 
 
-class Site:
+class Placement:
     """The folder on the shared disk where this file's runs lie, and the hosts that they run on."""
 
     def __init__(self, cluster: Cluster, environment: dict[str, str], place: Path) -> None:
@@ -56,12 +56,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Site:
-    return Site(session_cluster, environment, shared_place)
+def site(session_cluster: Cluster, environment: dict[str, str], shared_place: Path) -> Placement:
+    return Placement(session_cluster, environment, shared_place)
 
 
 @pytest.fixture(scope="module")
-def near(site: Site) -> Result:
+def near(site: Placement) -> Result:
     """The same layout on one host."""
     said = site.start("near").wait(200)
     assert said.code == 0, said
@@ -69,14 +69,14 @@ def near(site: Site) -> Result:
 
 
 @pytest.fixture(scope="module")
-def far(site: Site) -> Result:
+def far(site: Placement) -> Result:
     said = site.start("far", "--hostfile", "hosts").wait(200)
     assert said.code == 0, f"{said}\n{site.folder('far').launcher_log.read_text()}"
     wait_until(lambda: not site.left(), 5, what="the end of all processes")
     return said
 
 
-def test_the_ranks_are_on_the_hosts_of_the_plan(site: Site, far: Result) -> None:
+def test_the_ranks_are_on_the_hosts_of_the_plan(site: Placement, far: Result) -> None:
     hosts = []
     for rank in range(4):
         status = site.folder("far").read_status(rank)
@@ -85,21 +85,21 @@ def test_the_ranks_are_on_the_hosts_of_the_plan(site: Site, far: Result) -> None
     assert hosts == ["n1", "n1", "n2", "n2"]
 
 
-def test_losses_and_norms_are_those_of_one_host(site: Site, far: Result, near: Result) -> None:
+def test_losses_and_norms_are_those_of_one_host(site: Placement, far: Result, near: Result) -> None:
     assert len(site.numbers("near")) == STEPS + 1
     assert site.numbers("far") == site.numbers("near")
     results = [json.loads(site.folder(name).result.read_text()) for name in ("far", "near")]
     assert results[0] == results[1]
 
 
-def test_launch_sh_is_the_command_that_was_shown(site: Site, far: Result) -> None:
+def test_launch_sh_is_the_command_that_was_shown(site: Placement, far: Result) -> None:
     shown = next(line for line in far.out.splitlines() if line.startswith("command"))
     script = site.folder("far").launch_script.read_text().splitlines()
     assert shlex.split(script[-1])[1:] == shlex.split(shown)[1:]
     assert "deepspeed.launcher.runner" in script[-1] and "--hostfile" in script[-1]
 
 
-def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Site, near: Result) -> None:
+def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Placement, near: Result) -> None:
     cluster, folder = site.cluster, site.folder("killed")
     command = site.start("killed", "--hostfile", "hosts")
     wait_until(
@@ -128,7 +128,7 @@ def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Site, nea
     wait_until(lambda: not site.left(), 5, what="the end of all processes")
 
 
-def test_deepspeed_typed_by_hand(site: Site, near: Result, real_environment: dict[str, str]) -> None:
+def test_deepspeed_typed_by_hand(site: Placement, near: Result, real_environment: dict[str, str]) -> None:
     """The README's second way to train: the folder is filled, and `deepspeed` itself starts the ranks."""
     prepared = site.start("typed", "--hostfile", "hosts", "--prepare").wait(100)
     assert prepared.code == 0, prepared

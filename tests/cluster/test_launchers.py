@@ -34,11 +34,11 @@ STEPS = 8
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--pipeline", "2", "--data-parallel", "2"),
     *("--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--steps", str(STEPS)),
-    *("--save-every", "2", "--set", "held_out=0.2", "--set", "sample_tokens=0"),
+    *("--save-every", "2", "--set", "validation=0.2", "--set", "sample_tokens=0"),
 ]
 
 
-class Site:
+class Placement:
     """The folder on the shared disk where the runs lie, and the hosts that they run on."""
 
     def __init__(
@@ -105,12 +105,12 @@ def place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(session_cluster: Cluster, environment: dict[str, str], place: Path) -> Site:
-    return Site(session_cluster, None, environment, place)
+def site(session_cluster: Cluster, environment: dict[str, str], place: Path) -> Placement:
+    return Placement(session_cluster, None, environment, place)
 
 
 @pytest.fixture(scope="module")
-def local(site: Site) -> list[dict[str, Any]]:
+def local(site: Placement) -> list[dict[str, Any]]:
     """The numbers of the same run on one host."""
     site.run("local")
     numbers = site.numbers("local")
@@ -121,15 +121,15 @@ def local(site: Site) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def slurm_site(
     environment: dict[str, str], place: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
+) -> Iterator[Placement]:
     """Slurm's daemons stay on their hosts: these are others than the rest of the tests has."""
     require_cluster(slurm=True)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", 2) as cluster, Slurm(cluster) as slurm:
-        yield Site(cluster, slurm, slurm.environment(environment), place)
+        yield Placement(cluster, slurm, slurm.environment(environment), place)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_typed_on_every_node(site: Site, local: list[dict[str, Any]]) -> None:
+def test_typed_on_every_node(site: Placement, local: list[dict[str, Any]]) -> None:
     """As in Kubernetes: nobody planned before, and the second node comes first."""
     typed = ["run", *ARGUMENTS, "--name", "none", "--launcher", "none", "--nodes", "2", "--processes", "2"]
     typed += ["--master-addr", "n1"]
@@ -144,7 +144,7 @@ def test_typed_on_every_node(site: Site, local: list[dict[str, Any]]) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("cluster")
-def test_what_is_said_to_be_typed_is_typed(site: Site, local: list[dict[str, Any]]) -> None:
+def test_what_is_said_to_be_typed_is_typed(site: Placement, local: list[dict[str, Any]]) -> None:
     """Word for word on each node; and where one adds a word, none of them trains."""
     prepared = [
         "--name",
@@ -187,7 +187,7 @@ def test_what_is_said_to_be_typed_is_typed(site: Site, local: list[dict[str, Any
 @pytest.mark.heavy
 @pytest.mark.parametrize("launcher", ["torchrun", "openmpi"])
 @pytest.mark.usefixtures("cluster")
-def test_another_launcher_over_ssh(site: Site, local: list[dict[str, Any]], launcher: str) -> None:
+def test_another_launcher_over_ssh(site: Placement, local: list[dict[str, Any]], launcher: str) -> None:
     if launcher == "openmpi":
         require_cluster(openmpi=True)
     site.run(launcher, "--hostfile", "hosts", "--launcher", launcher)
@@ -198,7 +198,7 @@ def test_another_launcher_over_ssh(site: Site, local: list[dict[str, Any]], laun
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("cluster")
-def test_three_hosts(site: Site) -> None:
+def test_three_hosts(site: Placement) -> None:
     """A replica on each host, with two stages."""
     three = ["--data-parallel", "3", "--global-batch", "12"]
     (site.place / "three").write_text("".join(f"{name} slots=2\n" for name in site.cluster.names))
@@ -210,7 +210,9 @@ def test_three_hosts(site: Site) -> None:
 
 
 @pytest.mark.heavy
-def test_a_job_of_several_hosts_is_used_without_a_word(slurm_site: Site, local: list[dict[str, Any]]) -> None:
+def test_a_job_of_several_hosts_is_used_without_a_word(
+    slurm_site: Placement, local: list[dict[str, Any]]
+) -> None:
     """sbatch with a `dstrain run` in it: no hostfile, no launcher."""
     slurm = slurm_site.slurm
     assert slurm is not None
@@ -226,7 +228,7 @@ def test_a_job_of_several_hosts_is_used_without_a_word(slurm_site: Site, local: 
 
 
 @pytest.mark.heavy
-def test_a_killed_rank_of_a_job_ends_it_and_is_named(slurm_site: Site) -> None:
+def test_a_killed_rank_of_a_job_ends_it_and_is_named(slurm_site: Placement) -> None:
     slurm, folder = slurm_site.slurm, slurm_site.folder("killed")
     assert slurm is not None
     arguments = [*ARGUMENTS, "--steps", "400", "--name", "killed"]
@@ -259,7 +261,7 @@ CONFIG: dict[str, Any] = {
     "global_batch": 8,
     "micro_batch": 2,
     "save_every": 2,
-    "held_out": 0.2,
+    "validation": 0.2,
     "sample_tokens": 0,
     "steps": 200,
 }
@@ -272,7 +274,7 @@ class Pods:
     arguments, the Service's names lead to the pods. Eight GPUs become two processes.
     """
 
-    def __init__(self, site: Site, repository: Path, volume: Path) -> None:
+    def __init__(self, site: Placement, repository: Path, volume: Path) -> None:
         self._site, self._volume = site, volume
         text = (repository / "launch" / "kubernetes.yaml").read_text()
         found = {one["kind"]: one for one in yaml.safe_load_all(text)}
@@ -314,7 +316,7 @@ def test_kubernetes_yaml(
     (volume / "train.yaml").write_text(json.dumps(CONFIG))
     path = f"{bin_}{os.pathsep}{environment['PATH']}"
     with Cluster(tmp_path / "cluster", 2) as cluster:
-        site = Site(cluster, None, {**environment, "PATH": path}, volume)
+        site = Placement(cluster, None, {**environment, "PATH": path}, volume)
         pods = Pods(site, repository_root, volume)
         running = [pods.start(number) for number in (1, 0)]
         folder = site.folder("train")
@@ -356,7 +358,7 @@ def test_kubernetes_yaml(
 
 
 @pytest.mark.heavy
-def test_slurm_sbatch(slurm_site: Site, local: list[dict[str, Any]], repository_root: Path) -> None:
+def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], repository_root: Path) -> None:
     """launch/slurm.sbatch as it stands there; only the numbers of ranks and GPUs are those of these hosts."""
     slurm, place = slurm_site.slurm, slurm_site.place
     assert slurm is not None

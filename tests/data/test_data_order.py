@@ -80,7 +80,7 @@ def test_seeds_and_epochs_shuffle_differently_and_well():
             # The correlation of two random permutations has a standard deviation of 1 / sqrt(rows - 1).
             assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(rows)
             assert (one == other).sum() < 10
-        # Neighbours in the order are no neighbours in the corpus.
+        # LocalRanks in the order are no neighbours in the corpus.
         assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 5 / np.sqrt(rows)
 
 

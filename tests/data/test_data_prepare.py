@@ -47,16 +47,16 @@ def test_rows_spell_the_documents(corpus, tmp_path):
     assert summary["tokens"] == len(whole)
     assert summary["bytes"] == len(whole) - 20
     assert (summary["files"], summary["documents"], summary["empty_documents"]) == (21, 20, 1)
-    assert (summary["train_rows"], summary["held_out_rows"]) == (len(whole) // 32, 0)
-    assert data.held_out is None
+    assert (summary["train_rows"], summary["validation_rows"]) == (len(whole) // 32, 0)
+    assert data.validation is None
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_held_out_documents_are_not_trained_on(corpus, tmp_path):
+def test_validation_documents_are_not_trained_on(corpus, tmp_path):
     data = prepare(str(corpus), "bytes", 16, 0.2, tmp_path / "cache")
-    assert data.summary()["held_out_documents"] == 4
+    assert data.summary()["validation_documents"] == 4
     trained = data.tokenizer.decode(everything(data.train).input_ids)
-    held = data.tokenizer.decode(everything(data.held_out).input_ids)
+    held = data.tokenizer.decode(everything(data.validation).input_ids)
     mentioned = [{n for n in range(20) if f"document {n}:" in text} for text in (trained, held)]
     assert not mentioned[0] & mentioned[1]
     assert len(mentioned[1]) >= 3 and len(mentioned[0]) >= 15
@@ -68,7 +68,7 @@ def test_without_packing_a_row_holds_one_document(corpus, tmp_path):
     assert (packed.documents, packed.tokens) == (data.documents, data.tokens)
     assert packed.fingerprint != data.fingerprint
     summary = data.summary()
-    assert (summary["train_rows"], summary["held_out_rows"]) == (len(data.train), len(data.held_out))
+    assert (summary["train_rows"], summary["validation_rows"]) == (len(data.train), len(data.validation))
     texts = [data.tokenizer.decode(row) for row in everything(data.train).input_ids]
     assert all(text.count("document") <= 1 for text in texts)
     starts = [text for text in texts if text.startswith("document")]
@@ -106,9 +106,9 @@ def test_the_fingerprint_is_of_the_content(corpus, tmp_path):
     for path in moved.iterdir():
         os.utime(path, (1, 1))
     assert prepare(str(moved), "bytes", 32, 0.2, tmp_path / "other").fingerprint == first.fingerprint
-    for held_out, seq_len in [(0.3, 32), (0.2, 31)]:
+    for validation, seq_len in [(0.3, 32), (0.2, 31)]:
         assert (
-            prepare(str(moved), "bytes", seq_len, held_out, tmp_path / "other").fingerprint
+            prepare(str(moved), "bytes", seq_len, validation, tmp_path / "other").fingerprint
             != first.fingerprint
         )
 
@@ -212,22 +212,22 @@ def test_threads_without_file_locks_still_agree(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "seq_len", "held_out", "words", "advice"),
+    ("text", "seq_len", "validation", "words", "advice"),
     [
         ("abc", 8, 0, "4 tokens and one row takes 8", "set seq_len to 4 or less"),
         ("a" * 99, 90, 0.5, "100 tokens, 50 of them to train on,", "set seq_len to 50 or less"),
-        ("a" * 99, 20, 0.05, "holds out 5 tokens", "set held_out to 0.2, set held_out to 0 (none)"),
-        ("a" * 99, 60, 0.4, "holds out 40 tokens", "set held_out to 0 (none)"),
+        ("a" * 99, 20, 0.05, "keeps 5 tokens", "set validation to 0.2, set validation to 0 (none)"),
+        ("a" * 99, 60, 0.4, "keeps 40 tokens", "set validation to 0 (none)"),
         ("a" * 99, 0, 0, "seq_len is 0", None),
-        ("a" * 99, 8, 1, "held_out is 1", "0.01 holds out"),
-        ("a" * 99, 8, -0.1, "held_out is -0.1", "0.01 holds out"),
-        ("a" * 99, 8, float("nan"), "held_out is nan", "0.01 holds out"),
+        ("a" * 99, 8, 1, "validation is 1", "0.01 keeps"),
+        ("a" * 99, 8, -0.1, "validation is -0.1", "0.01 keeps"),
+        ("a" * 99, 8, float("nan"), "validation is nan", "0.01 keeps"),
     ],
 )
-def test_too_little_text_and_senseless_shares_are_refused(tmp_path, text, seq_len, held_out, words, advice):
+def test_too_little_text_and_senseless_shares_are_refused(tmp_path, text, seq_len, validation, words, advice):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DstrainError) as caught:
-        prepare(str(tmp_path / "a.txt"), "bytes", seq_len, held_out, tmp_path / "cache")
+        prepare(str(tmp_path / "a.txt"), "bytes", seq_len, validation, tmp_path / "cache")
     assert words in caught.value.message
     assert advice is None or advice in caught.value.hint
 

@@ -46,7 +46,7 @@ def test_no_label_crosses_the_cut():
     assert batch.labels.tolist() == [[5, 6, 7, IGNORED]]
 
 
-def test_nothing_is_held_out_at_zero():
+def test_nothing_is_validation_at_zero():
     stream = stream_of([3, 4])
     assert split_stream(stream, 0) == (stream, None)
 

@@ -17,7 +17,7 @@ from dstrain.data.prepare import main
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 
-CHOICES = {"seq_len": 16, "held_out": 0.25, "pack": True}
+CHOICES = {"seq_len": 16, "validation": 0.25, "pack": True}
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_another_source_has_another_summary(tmp_path, corpus, change):
     assert looked_up(tmp_path, corpus) is None
 
 
-@pytest.mark.parametrize("change", [{"seq_len": 8}, {"held_out": 0.0}, {"pack": False}])
+@pytest.mark.parametrize("change", [{"seq_len": 8}, {"validation": 0.0}, {"pack": False}])
 def test_other_choices_have_another_summary_of_the_same_tokens(tmp_path, corpus, change):
     first = prepared(tmp_path, corpus)
     assert looked_up(tmp_path, corpus, **change) is None

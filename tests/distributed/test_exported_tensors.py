@@ -57,12 +57,12 @@ def family_config(family: str, case: Case) -> Any:
 def train_family(rank: int, family: str, case: Case, folder: str) -> dict[str, torch.Tensor]:
     """Train and save; this rank's live weights. A router's correction gets values, as a pretrained one has."""
     from dstrain.model import pipeline_model
-    from dstrain.model.unsplit_model import WholeModel
+    from dstrain.model.unsplit_model import UnsplitModel
 
     training.model_config = lambda case: family_config(family, case)
     build = training.build_case_engine
     if family == IN_ONE_PIECE:
-        pipeline_model.LayeredModel = WholeModel
+        pipeline_model.PipelineModel = UnsplitModel
 
     def with_corrections(case: Case) -> Any:
         engine, plan = build(case)

@@ -106,4 +106,4 @@ def test_data_parallel_equals_ddp_and_gradient_accumulation(optimizer: str) -> N
     in_ddp = run(4, train_in_ddp, case)
     assert difference(in_ddp, reference(case.in_one_process())).loss < 1e-5
     found = difference(run(4, train_in_layout, case), in_ddp[0])
-    assert max(found.loss, found.norm, found.weights, found.held_out) < 1e-5, found
+    assert max(found.loss, found.norm, found.weights, found.validation) < 1e-5, found

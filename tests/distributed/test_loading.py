@@ -39,13 +39,13 @@ def write_big(rank: int, folder: str) -> int:
     """A random bf16 checkpoint in shards of one layer each; how many parameters it has."""
     from safetensors.torch import save_file
 
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
 
     config = big_config()
     config.save_pretrained(folder)
     index: dict[str, str] = {}
     total = 0
-    shapes = LayeredModel(config, seed=0)
+    shapes = PipelineModel(config, seed=0)
     # Bits of numbers below 2.0; each tensor starts elsewhere in them.
     random = (torch.randint(0, 1 << 14, (1 << 22,), dtype=torch.int16)).view(torch.bfloat16)
     for number in range(shapes.num_layers):
@@ -54,7 +54,7 @@ def write_big(rank: int, folder: str) -> int:
             .repeat(-(-value.numel() // random.numel()))[: value.numel()]
             .view(value.shape)
             .clone()
-            for path, module in shapes._anatomy.layer_modules(number).items()
+            for path, module in shapes._structure.layer_modules(number).items()
             for name, value in module.named_parameters()
         }
         file = f"model-{number:05d}.safetensors"
@@ -72,11 +72,11 @@ def peak() -> int:
 
 def load_stage(rank: int, folder: str) -> tuple[int, int, int]:
     """Peak before and after this rank has loaded its stage, and the stage's bytes."""
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
     from dstrain.model.weights.pretrained import PretrainedWeights
 
     before = peak()
-    model = LayeredModel(
+    model = PipelineModel(
         big_config(), seed=0, dtype=torch.bfloat16, weights=PretrainedWeights(folder), attention="sdpa"
     )
     layers = [model.build(index) for index in range(CUT[rank], CUT[rank + 1])]
@@ -105,23 +105,23 @@ def test_a_rank_s_memory_is_its_stage(big: tuple[str, int]) -> None:
 def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, int]:
     """Peak before, after each process has its share of the whole model; the share's bytes and the largest layer's."""
     from dstrain.engine.communication import start_communication
-    from dstrain.engine.single_stage import LayersInOne
-    from dstrain.engine.zero3_init import sharing_out
-    from dstrain.model.pipeline_model import LayeredModel
-    from dstrain.model.unsplit_model import WholeModel
+    from dstrain.engine.single_stage import SingleStageModel
+    from dstrain.engine.zero3_init import zero3_init
+    from dstrain.model.pipeline_model import PipelineModel
+    from dstrain.model.unsplit_model import UnsplitModel
     from dstrain.model.weights.pretrained import PretrainedWeights
 
     start_communication()
     case = Case(zero=3, data_parallel=4, precision="bf16")
-    share_out = sharing_out(make_case_plan(case).deepspeed)
+    share_out = zero3_init(make_case_plan(case).deepspeed)
     options = {"seed": 0, "dtype": torch.bfloat16, "weights": PretrainedWeights(folder)}
     before = peak()
     if pipelines:
-        layered = LayeredModel(big_config(), **options)
+        pipeline_model = PipelineModel(big_config(), **options)
         pipeline_model.after_build = share_out
-        module: Any = LayersInOne(pipeline_model, activation_checkpointing=False)
+        module: Any = SingleStageModel(pipeline_model, activation_checkpointing=False)
     else:
-        module = WholeModel(big_config(), after_build=share_out, **options)
+        module = UnsplitModel(big_config(), after_build=share_out, **options)
     held = sum(value.ds_tensor.nbytes for value in module.parameters())
     return before, peak(), held, 32_000 * 1536 * 2
 
@@ -150,14 +150,14 @@ def train_pretrained(rank: int, case: Case, folder: str) -> Outcome:
     from dstrain.model import pipeline_model
     from dstrain.model.weights.pretrained import PretrainedWeights
 
-    original = pipeline_model.LayeredModel
+    original = pipeline_model.PipelineModel
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def from_folder(config: Any, **options: Any) -> Any:
         options |= {"seed": 99, "weights": PretrainedWeights(folder), "dtype": types[case.precision]}
         return original(config, **options)
 
-    pipeline_model.LayeredModel = from_folder  # type: ignore[assignment,misc]
+    pipeline_model.PipelineModel = from_folder  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 
@@ -177,22 +177,22 @@ def test_training_from_a_folder_is_training_from_the_same_weights(case: Case, tm
     drawn = run(case.world_size, train_in_layout, case)
     loaded = run(case.world_size, train_pretrained, case, str(tmp_path))
     for a, b in zip(drawn, loaded, strict=True):
-        assert (a.losses, a.norms, a.held_out) == (b.losses, b.norms, b.held_out)
+        assert (a.losses, a.norms, a.validation) == (b.losses, b.norms, b.validation)
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
 def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
     """Through the model that families get which can't be split; from the folder, block by block."""
-    from dstrain.engine.zero3_init import sharing_out
+    from dstrain.engine.zero3_init import zero3_init
     from dstrain.model import pipeline_model
-    from dstrain.model.unsplit_model import WholeModel
+    from dstrain.model.unsplit_model import UnsplitModel
     from dstrain.model.weights.pretrained import PretrainedWeights
 
     def whole(config: Any, **options: Any) -> Any:
-        share_out = sharing_out(make_case_plan(case).deepspeed)
-        return WholeModel(config, seed=99, weights=PretrainedWeights(folder), after_build=share_out)
+        share_out = zero3_init(make_case_plan(case).deepspeed)
+        return UnsplitModel(config, seed=99, weights=PretrainedWeights(folder), after_build=share_out)
 
-    pipeline_model.LayeredModel = whole  # type: ignore[assignment,misc]
+    pipeline_model.PipelineModel = whole  # type: ignore[assignment,misc]
     return train_in_layout(rank, case)
 
 

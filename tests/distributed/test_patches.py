@@ -103,10 +103,10 @@ def test_a_stage_with_only_frozen_parameters_is_refused() -> None:
 
 
 def initial_weights(rank: int, case: Case) -> dict[str, torch.Tensor]:
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
     from tests.support.distributed.training import model_config
 
-    layers = LayeredModel(model_config(case), seed=7)
+    layers = PipelineModel(model_config(case), seed=7)
     found: dict[str, torch.Tensor] = {}
     for index in range(layers.num_layers):
         found |= {name: value.detach().clone() for name, value in layers.build(index).named_parameters()}
@@ -126,7 +126,7 @@ def initial_weights(rank: int, case: Case) -> dict[str, torch.Tensor]:
 def test_the_same_layout_twice_is_equal_to_the_bit(case: Case) -> None:
     first, second = (run(case.world_size, train_in_layout, case) for _ in range(2))
     for a, b in zip(first, second, strict=True):
-        assert (a.losses, a.norms, a.held_out) == (b.losses, b.norms, b.held_out)
+        assert (a.losses, a.norms, a.validation) == (b.losses, b.norms, b.validation)
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
@@ -153,7 +153,7 @@ def test_saved_and_resumed_is_equal_to_the_bit(case: Case, tmp_path: Path) -> No
     run(case.world_size, train_in_layout, start, str(tmp_path / "saved"))
     rest = run(case.world_size, train_in_layout, case, None, str(tmp_path / "saved"))
     for a, b in zip(whole, rest, strict=True):
-        assert (a.losses[8:], a.norms[8:], a.held_out) == (b.losses, b.norms, b.held_out)
+        assert (a.losses[8:], a.norms[8:], a.validation) == (b.losses, b.norms, b.validation)
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
@@ -163,21 +163,21 @@ def test_copies_that_drift_apart_are_found(zero: int, tampered: str) -> None:
     if tampered == "replica" and zero == 3:
         run(4, tamper, zero, "nothing")  # ZeRO-3's replicas hold different parts: only ties can be compared
         return
-    with pytest.raises(WorkerError, match=r"CopiesDifferError.*not the same bits"):
+    with pytest.raises(WorkerError, match=r"ReplicasDifferError.*not the same bits"):
         run(4, tamper, zero, tampered)
 
 
 def tamper(rank: int, zero: int, what: str) -> None:
     """Change the lowest bit of one weight on one rank; the check must notice."""
     engine, _ = build_case_engine(Case(zero=zero, pipeline=2, data_parallel=2))
-    engine.check_copies()
+    engine.check_replicas()
     names = {"tied copy": "lm_head.weight", "replica": "self_attn.q_proj.weight"}
     if rank == 1 and what in names:
         module = engine.engine.module
         weight = next(p for name, p in module.named_parameters() if name.endswith(names[what]))
         held = getattr(weight, "ds_tensor", weight).data.view(-1)
         held[:1].view(torch.int32)[0] ^= 1
-    engine.check_copies()
+    engine.check_replicas()
 
 
 class Stock:
@@ -197,7 +197,7 @@ class Stock:
             stock[ReduceGrads] = PipelineEngine._exec_reduce_grads
             pipeline_engine.StagedEngine._INSTRUCTION_MAP = stock
         elif undo == "clipping":
-            deepspeed_patches.MendedEngine.clip_fp32_gradients = PipelineEngine.clip_fp32_gradients
+            deepspeed_patches.PatchedEngine.clip_fp32_gradients = PipelineEngine.clip_fp32_gradients
         elif undo == "counting copies":
             gradient_norm.is_copy = deepspeed_patches.is_copy = lambda parameter: False
         elif undo == "micro-batch count of ZeRO-3":

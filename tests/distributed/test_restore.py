@@ -99,9 +99,9 @@ def test_zero_3_with_groups_in_small_parts(
 def in_one_piece() -> None:
     """As a family is trained that can't be cut into layers: its parameters have no layer's number in front."""
     from dstrain.model import pipeline_model
-    from dstrain.model.unsplit_model import WholeModel
+    from dstrain.model.unsplit_model import UnsplitModel
 
-    pipeline_model.LayeredModel = WholeModel
+    pipeline_model.PipelineModel = UnsplitModel
 
 
 @pytest.mark.parametrize(("before", "after"), [(ZERO3_DP2, {"zero": 0}), ({"zero": 0}, ZERO2_DP2)], ids=str)
@@ -127,7 +127,11 @@ def test_what_is_saved_after_the_change_is_resumed_as_ever(
     run(case.world_size, go_on, short, str(start), str(tmp_path / "at-once"), str(tmp_path / "saved"))
     rest = run(case.world_size, resume_alike, case, str(tmp_path / "saved"))
     for one, other in zip(straight, rest, strict=True):
-        assert (one.losses[2:], one.norms[2:], one.held_out) == (other.losses, other.norms, other.held_out)
+        assert (one.losses[2:], one.norms[2:], one.validation) == (
+            other.losses,
+            other.norms,
+            other.validation,
+        )
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
 
 

@@ -25,7 +25,7 @@ ARGUMENTS = [
     *("--model", "own", "--data", "text.jsonl", "--tokenizer", "bytes", "--zero", "1", "--pipeline", "2"),
     *("--steps", "6", "--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--lr", "1e-2"),
     *("--set", "save_every=2", "--set", "keep=3", "--set", "eval_every=2", "--set", "eval_samples=6"),
-    *("--set", "sample_tokens=0", "--set", "held_out=0.2", "--set", "save_weights=true", "--name", "small"),
+    *("--set", "sample_tokens=0", "--set", "validation=0.2", "--set", "save_weights=true", "--name", "small"),
 ]
 
 
@@ -65,7 +65,9 @@ def newest(bench: Bench) -> Said:
 
 
 def losses(bench: Bench) -> dict[int, float]:
-    return {r["step"]: r["held_out_loss"] for r in read_metrics(bench.run.metrics) if "held_out_loss" in r}
+    return {
+        r["step"]: r["validation_loss"] for r in read_metrics(bench.run.metrics) if "validation_loss" in r
+    }
 
 
 def told_losses(said: Said) -> list[float]:
@@ -216,7 +218,7 @@ def test_without_its_data_a_run_is_exported_all_the_same(
         data.unlink(missing_ok=True)
         aside.rename(data)
     assert said.code == 0, said.err
-    [line] = [line for line in said.out.splitlines() if line.startswith("held-out loss: not taken: ")]
+    [line] = [line for line in said.out.splitlines() if line.startswith("validation loss: not taken: ")]
     assert "text.jsonl" in line
     assert told_losses(said) == pytest.approx([losses(bench)[6]], abs=1e-6), "the run's own stands there"
     assert changed["loss"] is None and "the data are not those" in changed["no_loss_because"]

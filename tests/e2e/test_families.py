@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import prepare
 from dstrain.model.architecture import load_config
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.planning.batch import make_batch
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches
@@ -110,7 +110,7 @@ def test_five_steps_are_those_of_the_plain_loop(
         "lr_schedule": "constant",
         "warmup_steps": 0,
         "eps": EPS,
-        "held_out": 0,
+        "validation": 0,
         "save_weights": "true",
     }
     settings |= {"save_every": 0, "sample_tokens": 0}
@@ -161,7 +161,7 @@ def keys_on_disk(folder: Path) -> tuple[set[str], list[Path]]:
 def initial_model(config: PretrainedConfig) -> PreTrainedModel:
     """Hugging Face's own model with dstrain's initial weights."""
     hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    layers = LayeredModel(config, seed=SEED, attention="auto")
+    layers = PipelineModel(config, seed=SEED, attention="auto")
     initial: dict[str, torch.Tensor] = {}
     for index in range(layers.num_layers):
         initial |= dict(layers.build(index).named_parameters())

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(400)
 
 ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "4"),
-    *("--set", "held_out=0", "--set", "sample_tokens=0", "--set", "lr_schedule=constant"),
+    *("--set", "validation=0", "--set", "sample_tokens=0", "--set", "lr_schedule=constant"),
     *("--set", "warmup_steps=0", "--restarts", "5", "--name", "again"),
 ]
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 ARGUMENTS = [
     *("--model", "model", "--data", "mine.jsonl", "--zero", "1", "--pipeline", "2", "--steps", "4"),
     *("--seq-len", "32", "--global-batch", "4", "--micro-batch", "1", "--set", "eval_every=2"),
-    *("--set", "held_out=0.2", "--set", "sample_tokens=0", "--save-every", "0", "--name", "first"),
+    *("--set", "validation=0.2", "--set", "sample_tokens=0", "--save-every", "0", "--name", "first"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_a_run_is_repeated_to_the_bit_and_what_is_changed_is_named(
     said = dstrain("reproduce", "../runs/first", "--seed", "5", change="import os; os.chdir('elsewhere')")
     (place / "gone").rename(place / "model")
     assert said.code == 1, said
-    assert "before training: held_out_loss was" in said.err
+    assert "before training: validation_loss was" in said.err
     assert "seed: 1234 -> 5" in said.err
 
     said = dstrain("reproduce", "first", "--pipeline", "1", "--data-parallel", "2")

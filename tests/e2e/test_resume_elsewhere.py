@@ -31,7 +31,7 @@ COMMON = [
         "8",
     ),
     *("--set", "lr_schedule=constant", "--lr", "3e-3", "--set", "eps=1e-5", "--set", "save_every=3"),
-    *("--set", "sample_tokens=0", "--set", "held_out=0.2"),
+    *("--set", "sample_tokens=0", "--set", "validation=0.2"),
 ]
 
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_in_another_layout(
     assert exported.code == 0, exported.out + exported.err
     losses = [float(found) for found in re.findall(r"^(?:held-out)? +(\d\.\d+)", exported.out, re.MULTILINE)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5), exported.out
-    assert losses[1] == pytest.approx(moved[5]["held_out_loss"], abs=1e-6), exported.out
+    assert losses[1] == pytest.approx(moved[5]["validation_loss"], abs=1e-6), exported.out
 
 
 class Call:
@@ -107,7 +107,7 @@ def poison(checkpoint: Path, marker: Path) -> None:
 
 
 def test_code_in_a_checkpoint_is_never_run(place: Path, dstrain: Callable[..., Said]) -> None:
-    first = ["--zero", "1", "--pipeline", "2", "--micro-batch", "2", "--set", "held_out=0"]
+    first = ["--zero", "1", "--pipeline", "2", "--micro-batch", "2", "--set", "validation=0"]
     made = dstrain("run", *COMMON, *first, "--steps", "1", "--name", "given")
     assert made.code == 0, made.out + made.err
     marker = place / "marker"

@@ -33,10 +33,10 @@ ARGUMENTS = [
     *("--model", "model", "--data", "text.jsonl", "--zero", "2", "--pipeline", "2", "--steps", str(STEPS)),
     *("--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--set", f"save_every={SAVE_EVERY}"),
     *("--set", f"eval_every={EVAL_EVERY}", "--set", "eval_samples=4", "--set", "sample_tokens=8"),
-    *("--set", "prompt=007 the", "--set", "held_out=0.2"),
+    *("--set", "prompt=007 the", "--set", "validation=0.2"),
 ]
 # What must be the same in a run that was killed and resumed; seconds and memory may differ.
-SAME = ("step", "loss", "lr", "grad_norm", "tokens", "held_out_loss")
+SAME = ("step", "loss", "lr", "grad_norm", "tokens", "validation_loss")
 
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
@@ -127,22 +127,22 @@ def test_a_run_leaves_all_that_it_promises(workshop: Workshop, calm: Said) -> No
 
 def test_metrics_hold_one_record_a_step(workshop: Workshop, calm: Said) -> None:
     first, *steps = records(workshop.calm)
-    assert first["step"] == 0 and first["held_out_loss"] > 4  # about log 260, before training
+    assert first["step"] == 0 and first["validation_loss"] > 4  # about log 260, before training
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     for record in steps:
         assert {"step", "loss", "lr", "grad_norm", "tokens", "seconds", "memory"} <= set(record)
         assert record["tokens"] == record["step"] * 8 * 32
         assert record["seconds"] > 0 and record["memory"] > 2**20 and record["grad_norm"] > 0
-        assert ("held_out_loss" in record) == (record["step"] % EVAL_EVERY == 0)
+        assert ("validation_loss" in record) == (record["step"] % EVAL_EVERY == 0)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5, "it learns"
 
 
 def test_the_end_says_what_came_out(workshop: Workshop, calm: Said) -> None:
     result = json.loads(workshop.calm.result.read_text())
     assert result["steps"] == STEPS
-    assert result["held_out_loss"] == records(workshop.calm)[-1]["held_out_loss"]
+    assert result["validation_loss"] == records(workshop.calm)[-1]["validation_loss"]
     assert result["continuation"].startswith("007 the") and len(result["continuation"]) > len("007 the")
-    assert f"held-out loss  {result['held_out_loss']:.4f}" in calm.out
+    assert f"validation loss  {result['validation_loss']:.4f}" in calm.out
     assert str(workshop.calm.path) in calm.out and f"step-{STEPS:06d}" in calm.out
     assert f"step {STEPS}/{STEPS}" in calm.out
 

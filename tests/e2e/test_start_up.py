@@ -55,7 +55,7 @@ def test_a_warm_plan_is_light(place: Path, materials: Path, dstrain_here: Callab
 
 def test_changed_data_are_looked_at_again(place: Path, dstrain_here: Callable[..., Said]) -> None:
     def tokens() -> int:
-        said = dstrain_here("plan", *GOOD, "--data", "own.txt", "--set", "held_out=0", "--json")
+        said = dstrain_here("plan", *GOOD, "--data", "own.txt", "--set", "validation=0", "--json")
         return int(json.loads(said.out)["data"]["tokens"])
 
     (place / "own.txt").write_text("first words " * 100)

@@ -38,7 +38,7 @@ NETWORK, NODES = f"dstrain-test-{os.getpid()}", [f"node{number}-{os.getpid()}" f
 USER = 10001
 SMALL = [
     *("run", "--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "8"),
-    *("--micro-batch", "2", "--steps", "6", "--set", "held_out=0.2", "--set", "sample_tokens=4"),
+    *("--micro-batch", "2", "--steps", "6", "--set", "validation=0.2", "--set", "sample_tokens=4"),
 ]
 TWO_STAGES = ["--zero", "2", "--pipeline", "2"]
 ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
@@ -124,7 +124,7 @@ def test_the_main_job_by_docker_sh(script: Any, place: Path) -> None:
     main_job = ("run", "--zero", "2", "--pipeline", "4")
     shortened = ("--name", "main", "--steps", "2", "--set", "eval_samples=4")
     out = said(script(*main_job, *shortened, DOCKER_OPTIONS="--network none"))
-    assert "held-out loss" in out
+    assert "validation loss" in out
     assert len(numbers(RunFolder(place / "runs" / "main"))) == 3
     owners = {path.stat().st_uid for path in (place / "runs").rglob("*")}
     assert owners == {USER if os.getuid() == 0 else os.getuid()}
@@ -147,7 +147,7 @@ def test_offload_without_a_compiler_by_any_user(docker: Engine, image: str, plac
     for choice in (["--offload", "cpu", "--zero", "1"], ["--offload", "nvme", "--zero", "3"]):
         more = ["--set", "nvme_path=/tmp/swap", "--save-every", "never"] if "nvme" in choice else []
         out = docker.run(*user, *read, image, *SMALL, *choice, *more, "--set", "runs_dir=/tmp/runs")
-        assert "held-out loss" in out, out
+        assert "validation loss" in out, out
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
 from dstrain.model.capability.small_model import small_family
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.probe import why_not_pipelined
 from dstrain.model.skeleton import HUGE, empty_model
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.unsplit_model import UnsplitModel
 from tests.support.model_families import tiny
 
 
@@ -92,8 +92,8 @@ def test_a_dict_of_its_own_class_is_refused_if_a_block_fills_it(monkeypatch, fil
 
 
 def test_a_hidden_state_of_several_streams_passes():
-    assert LayeredModel(family("qwen4_exp_text"), seed=0)._anatomy.hidden == (128,)
-    assert LayeredModel(tiny("llama"), seed=0)._anatomy.hidden == (32,)
+    assert PipelineModel(family("qwen4_exp_text"), seed=0)._structure.hidden == (128,)
+    assert PipelineModel(tiny("llama"), seed=0)._structure.hidden == (32,)
 
 
 @pytest.mark.parametrize(
@@ -106,24 +106,24 @@ def test_a_hidden_state_of_several_streams_passes():
 )
 def test_initial_values_do_not_depend_on_which_layers_are_here(name, choices):
     config = family(name, **choices)
-    together = LayeredModel(config, seed=1, attention="auto")
+    together = PipelineModel(config, seed=1, attention="auto")
     layers = [together.build(i) for i in range(together.num_layers)]
     for index, layer in enumerate(layers):
-        alone = LayeredModel(config, seed=1, attention="auto").build(index)
+        alone = PipelineModel(config, seed=1, attention="auto").build(index)
         for path, weight in alone.named_parameters():
             assert torch.equal(weight, layer.get_parameter(path)), path
 
 
 def test_initial_values_from_a_constructor_are_those_of_the_whole_model():
-    whole = WholeModel(family("openai-gpt"), seed=1, attention="auto")
-    layers = LayeredModel(family("openai-gpt"), seed=1, attention="auto")
+    whole = UnsplitModel(family("openai-gpt"), seed=1, attention="auto")
+    layers = PipelineModel(family("openai-gpt"), seed=1, attention="auto")
     for index in range(layers.num_layers):
         for path, weight in layers.build(index).named_parameters():
             assert torch.equal(weight, whole.get_parameter(path)), path
 
 
 def test_what_a_constructor_draws_is_drawn_from_the_seed():
-    one, other = (WholeModel(family("openai-gpt"), seed=seed, attention="eager") for seed in (1, 2))
+    one, other = (UnsplitModel(family("openai-gpt"), seed=seed, attention="eager") for seed in (1, 2))
     name = "transformer.h.0.attn.c_attn.weight"
     assert one.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(one.get_parameter(name), other.get_parameter(name))

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from tests.support.model_families import FAMILIES, tiny
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "deepseek_v3", "opt"])
 def test_a_layer_does_not_depend_on_its_neighbours(name):
-    together = LayeredModel(tiny(name), seed=1)
+    together = PipelineModel(tiny(name), seed=1)
     layers = [together.build(i) for i in range(together.num_layers)]
     for index in reversed(range(together.num_layers)):
-        alone = LayeredModel(tiny(name), seed=1).build(index)
+        alone = PipelineModel(tiny(name), seed=1).build(index)
         for (path, one), (_, other) in zip(
             alone.named_parameters(), layers[index].named_parameters(), strict=True
         ):
@@ -27,18 +27,18 @@ def test_a_layer_does_not_depend_on_its_neighbours(name):
 def test_global_random_state_is_untouched():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    model = LayeredModel(tiny("llama-tied"), seed=1)
+    model = PipelineModel(tiny("llama-tied"), seed=1)
     model.build(5)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_seeds_differ():
-    one, two = (LayeredModel(tiny("llama"), seed=s).build(0).model.embed_tokens.weight for s in (1, 2))
+    one, two = (PipelineModel(tiny("llama"), seed=s).build(0).model.embed_tokens.weight for s in (1, 2))
     assert not torch.equal(one, two)
 
 
 def test_blocks_differ():
-    model = LayeredModel(tiny("llama"), seed=1)
+    model = PipelineModel(tiny("llama"), seed=1)
     one, two = (dict(model.build(i).named_parameters()) for i in (1, 2))
     assert not torch.equal(
         one["model.layers.0.self_attn.q_proj.weight"], two["model.layers.1.self_attn.q_proj.weight"]
@@ -47,7 +47,7 @@ def test_blocks_differ():
 
 def test_distribution_is_the_family_s():
     config = tiny("llama", hidden_size=128, intermediate_size=256, initializer_range=0.05, pad_token_id=0)
-    model = LayeredModel(config, seed=1)
+    model = PipelineModel(config, seed=1)
     block, embed = model.build(1), model.build(0)
     for path, param in block.named_parameters():
         if "norm" in path:
@@ -60,7 +60,7 @@ def test_distribution_is_the_family_s():
 
 def test_gpt2_scales_its_residual_projections():
     config = tiny("gpt2", n_embd=128)
-    block = LayeredModel(config, seed=1).build(1)
+    block = PipelineModel(config, seed=1).build(1)
     std = block.get_parameter("transformer.h.0.mlp.c_proj.weight").std().item()
     assert std == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.05)
 
@@ -68,7 +68,7 @@ def test_gpt2_scales_its_residual_projections():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_is_spread_as_in_hugging_face(name):
     config = tiny(name)
-    model = LayeredModel(config, seed=1, attention="auto")
+    model = PipelineModel(config, seed=1, attention="auto")
     theirs = AutoModelForCausalLM.from_config(config)
     for index in range(model.num_layers):
         for path, ours in model.build(index).named_parameters():
@@ -81,20 +81,20 @@ def test_every_parameter_is_spread_as_in_hugging_face(name):
 
 
 def test_tied_weights_are_one_parameter_where_both_are_local():
-    model = LayeredModel(tiny("llama-tied"), seed=1)
+    model = PipelineModel(tiny("llama-tied"), seed=1)
     (tied,) = model.tied
     assert tied.key == "model.embed_tokens.weight"
     assert tied.owners == ((0, "model.embed_tokens.weight"), (5, "lm_head.weight"))
     head, embed = model.build(5), model.build(0)  # in either order
     assert head.lm_head.weight is embed.model.embed_tokens.weight
-    apart = LayeredModel(tiny("llama-tied"), seed=1).build(5)
+    apart = PipelineModel(tiny("llama-tied"), seed=1).build(5)
     assert apart.lm_head.weight is not head.lm_head.weight
     assert torch.equal(apart.lm_head.weight, head.lm_head.weight)
-    assert not LayeredModel(tiny("llama"), seed=1).tied
+    assert not PipelineModel(tiny("llama"), seed=1).tied
 
 
 def test_parameters_are_rounded_once():
-    exact = LayeredModel(tiny("llama"), seed=1).build(1)
-    rounded = LayeredModel(tiny("llama"), seed=1, dtype=torch.bfloat16).build(1)
+    exact = PipelineModel(tiny("llama"), seed=1).build(1)
+    rounded = PipelineModel(tiny("llama"), seed=1, dtype=torch.bfloat16).build(1)
     for one, other in zip(exact.parameters(), rounded.parameters(), strict=True):
         assert torch.equal(one.to(torch.bfloat16), other)

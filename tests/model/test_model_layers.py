@@ -9,13 +9,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pipeline_model import LayeredModel
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.pipeline_model import PipelineModel
+from dstrain.model.unsplit_model import UnsplitModel
 from tests.support.model_families import FAMILIES, batch, reference, tiny
 
 
 def build(config, indices=None, seed=3, **options):
-    model = LayeredModel(config, seed=seed, **{"attention": "auto", **options})
+    model = PipelineModel(config, seed=seed, **{"attention": "auto", **options})
     return [model.build(i) for i in (range(model.num_layers) if indices is None else indices)]
 
 
@@ -41,7 +41,7 @@ def test_two_stages_and_one_equal_the_family_itself(name):
     config = tiny(name)
     ids, positions, labels, weight = batch()
     one = build(config)
-    probe = LayeredModel(config, seed=3, attention="auto")
+    probe = PipelineModel(config, seed=3, attention="auto")
     cut = probe.num_layers // 2
     first, second = build(config, range(cut)), build(config, range(cut, probe.num_layers))
     model = reference(config, one)
@@ -99,7 +99,7 @@ def test_a_cast_keeps_the_buffers():
 
 
 def test_names_are_hugging_face_names():
-    model = LayeredModel(tiny("llama"), seed=0)
+    model = PipelineModel(tiny("llama"), seed=0)
     assert model.names == ("embed", "block 0", "block 1", "block 2", "block 3", "head")
     assert [n for n, _ in model.build(0).named_parameters()] == ["model.embed_tokens.weight"]
     assert "model.layers.2.self_attn.q_proj.weight" in dict(model.build(3).named_parameters())
@@ -180,18 +180,18 @@ def test_gradients_off_and_inference_mode():
 def test_whole_model_equals_the_layers(name):
     config = tiny(name)
     ids, positions, _, _ = batch()
-    layers, whole = build(config), WholeModel(config, seed=3)
+    layers, whole = build(config), UnsplitModel(config, seed=3)
     for layer in layers:
         for path, param in layer.named_parameters():
             assert torch.equal(whole.get_parameter(path), param), path
     assert torch.equal(whole((ids, positions)), run(layers, (ids, positions)))
-    cast = copy.deepcopy(WholeModel(config, seed=3).to(torch.bfloat16))
+    cast = copy.deepcopy(UnsplitModel(config, seed=3).to(torch.bfloat16))
     assert cast((ids, positions)).dtype == torch.bfloat16
     assert not whole.eval()._model.training
 
 
 def test_misuse_is_refused():
-    model = LayeredModel(tiny("llama"), seed=0)
+    model = PipelineModel(tiny("llama"), seed=0)
     model.build(1)
     with pytest.raises(ValueError, match="built already"):
         model.build(1)

@@ -76,10 +76,10 @@ def test_a_large_vocabulary_takes_little_memory():
     script = """
 import resource, torch
 from transformers import LlamaConfig
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 config = LlamaConfig(vocab_size=131072, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                      num_attention_heads=4, num_key_value_heads=4)
-head = LayeredModel(config, seed=0).build(2)
+head = PipelineModel(config, seed=0).build(2)
 head.loss_chunk = 512
 hidden = torch.randn(2, 2048, 64, requires_grad=True)
 positions = torch.arange(2048).expand(2, -1)

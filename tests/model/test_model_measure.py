@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.small_model import small_family
 from dstrain.model.measuring.measure import FORMAT, main, measure
-from dstrain.model.pipeline_split.probe import dissect
+from dstrain.model.pipeline_split.probe import find_structure
 from tests.support.model_families import FAMILIES, tiny
 
 
@@ -62,7 +62,7 @@ def test_saved_bytes_are_those_of_a_real_forward(name):
     config = tiny(name)
     length = 64
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    block = dissect(config).blocks[1][0]
+    block = find_structure(config).blocks[1][0]
     kept, shared, inside = {}, set(), False
 
     def note(tensor):

@@ -19,8 +19,8 @@ from dstrain.model.capability import packing
 from dstrain.model.capability.packing import judge_packing, packing_leaks
 from dstrain.model.capability.small_model import small_family
 from dstrain.model.document_masks import Documents, document_lengths
-from dstrain.model.pipeline_model import LayeredModel
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.pipeline_model import PipelineModel
+from dstrain.model.unsplit_model import UnsplitModel
 from tests.support.model_families import tiny
 
 LENGTHS = 9, 7, 6
@@ -111,7 +111,7 @@ class TestJudgement:
         def breaks(*_: Any) -> None:
             raise DstrainError("broken")
 
-        monkeypatch.setattr(WholeModel, "forward", breaks)
+        monkeypatch.setattr(UnsplitModel, "forward", breaks)
         assert "could not be tried" in (packing_leaks(tiny("llama")) or "")
 
     def test_logits_that_are_no_numbers_are_no_clean_bill(self, monkeypatch):
@@ -176,7 +176,7 @@ class TestStages:
         torch.testing.assert_close(run(IDS, positions), torch.cat(rows), rtol=0, atol=1e-6)
 
     def test_the_family_is_left_as_it_was(self):
-        model = WholeModel(family("falcon"), seed=0)
+        model = UnsplitModel(family("falcon"), seed=0)
         module = sys.modules[type(model._model).__module__]
         before = module.create_causal_mask
         inside = []
@@ -210,15 +210,15 @@ class TestFlash:
         torch.testing.assert_close(flash, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
     def test_a_model_in_one_piece(self, kernel):
-        flash = WholeModel(family("llama"), seed=0, attention="flash_attention_2")((IDS, POSITIONS))
-        expected = WholeModel(family("llama"), seed=0)((IDS, POSITIONS))
+        flash = UnsplitModel(family("llama"), seed=0, attention="flash_attention_2")((IDS, POSITIONS))
+        expected = UnsplitModel(family("llama"), seed=0)((IDS, POSITIONS))
         assert {tuple(lengths) for lengths, _ in kernel} == {(0, 9, 16, 22, 31, 38, 44)}
         torch.testing.assert_close(flash, expected, rtol=0, atol=1e-6)
 
 
 def two_stages(config: PretrainedConfig, attention: str = "auto") -> Any:
     """A function (ids, positions) -> logits, through two instances that each build half of the layers."""
-    stages = [LayeredModel(config, seed=0, attention=attention) for _ in range(2)]
+    stages = [PipelineModel(config, seed=0, attention=attention) for _ in range(2)]
     cut = stages[0].num_layers // 2
     layers = [stages[index >= cut].build(index).eval() for index in range(stages[0].num_layers)]
     random = torch.Generator().manual_seed(0)

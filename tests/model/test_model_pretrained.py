@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.pipeline_model import LayeredModel
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.pipeline_model import PipelineModel
+from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.check_weights import check_weights, main
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
@@ -64,7 +64,7 @@ def test_three_stages_load_what_hugging_face_loads(name: str, dtype: torch.dtype
     assert len(list(folder.glob("*.safetensors"))) > 2
     wanted, seen = theirs(folder, dtype), set()
     for stage in SPLIT:
-        model = LayeredModel(
+        model = PipelineModel(
             tiny(name), seed=0, dtype=dtype, attention="auto", weights=PretrainedWeights(folder)
         )
         for index in stage:
@@ -72,7 +72,7 @@ def test_three_stages_load_what_hugging_face_loads(name: str, dtype: torch.dtype
     assert seen == {
         n
         for n in wanted
-        if n in dict(WholeModel(tiny(name), seed=0).named_parameters(remove_duplicate=False))
+        if n in dict(UnsplitModel(tiny(name), seed=0).named_parameters(remove_duplicate=False))
     }
 
 
@@ -80,7 +80,7 @@ def test_three_stages_load_what_hugging_face_loads(name: str, dtype: torch.dtype
 def test_a_model_in_one_piece_loads_the_same_block_by_block(name: str, tmp_path: Path) -> None:
     folder = save(tmp_path, name)
     built: list[torch.nn.Module] = []
-    whole = WholeModel(
+    whole = UnsplitModel(
         tiny(name), seed=0, dtype=torch.bfloat16, weights=PretrainedWeights(folder), after_build=built.append
     )
     assert_loaded(whole, theirs(folder, torch.bfloat16), torch.bfloat16)
@@ -89,10 +89,10 @@ def test_a_model_in_one_piece_loads_the_same_block_by_block(name: str, tmp_path:
 
 def test_a_model_in_one_piece_is_drawn_block_by_block_as_at_once() -> None:
     seen: list[bool] = []
-    apart = WholeModel(
+    apart = UnsplitModel(
         tiny("gpt2"), seed=3, after_build=lambda m: seen.append(any(p.is_meta for p in m.parameters()))
     )
-    layers = LayeredModel(tiny("gpt2"), seed=3)
+    layers = PipelineModel(tiny("gpt2"), seed=3)
     for index in range(layers.num_layers):
         for name, value in layers.build(index).named_parameters():
             assert torch.equal(apart.get_parameter(name), value)
@@ -118,7 +118,7 @@ def test_pytorch_files(name: str, shards: int, tmp_path: Path) -> None:
             index |= dict.fromkeys(part, file)
         (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     wanted = theirs(folder, torch.float32)
-    model = LayeredModel(tiny(name), seed=0, attention="auto", weights=PretrainedWeights(old))
+    model = PipelineModel(tiny(name), seed=0, attention="auto", weights=PretrainedWeights(old))
     for index in range(model.num_layers):
         assert_loaded(model.build(index), wanted, torch.float32)
     assert check_weights(old / "config.json", old)["absent"] == []
@@ -127,7 +127,7 @@ def test_pytorch_files(name: str, shards: int, tmp_path: Path) -> None:
 def test_tied_weights_are_one_parameter_in_a_process(tmp_path: Path) -> None:
     folder = save(tmp_path, "llama-tied")
     assert "lm_head.weight" not in WeightFiles(folder).tensors
-    model = LayeredModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder))
+    model = PipelineModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder))
     head, embed = model.build(5), model.build(0)
     assert head.lm_head.weight is embed.model.embed_tokens.weight
     assert not head.lm_head.weight.is_meta
@@ -140,12 +140,12 @@ def test_a_tied_weight_is_found_by_any_of_its_names(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     check_weights(folder / "config.json", folder)
     for first in (0, 5):
-        layer = LayeredModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder)).build(first)
+        layer = PipelineModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder)).build(first)
         [loaded] = [
             p for n, p in layer.named_parameters() if n.endswith(("embed_tokens.weight", "lm_head.weight"))
         ]
         assert torch.equal(loaded, tensors["lm_head.weight"].float())
-    whole = WholeModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder))
+    whole = UnsplitModel(tiny("llama-tied"), seed=0, weights=PretrainedWeights(folder))
     assert whole.get_parameter("lm_head.weight") is whole.get_parameter("model.embed_tokens.weight")
 
 
@@ -155,7 +155,7 @@ def test_weights_without_the_base_model_s_prefix(tmp_path: Path) -> None:
     wanted = theirs(folder, torch.float32)
     tensors = {n.removeprefix("transformer."): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model = LayeredModel(tiny("gpt2"), seed=0, weights=PretrainedWeights(folder))
+    model = PipelineModel(tiny("gpt2"), seed=0, weights=PretrainedWeights(folder))
     for index in range(model.num_layers):
         assert_loaded(model.build(index), wanted, torch.float32)
 
@@ -170,7 +170,9 @@ def test_each_stage_reads_only_its_own_and_only_once(tmp_path: Path, monkeypatch
     everything: set[StoredTensor] = set()
     for stage in SPLIT:
         read.clear()
-        model = LayeredModel(tiny("mixtral"), seed=0, dtype=torch.bfloat16, weights=PretrainedWeights(folder))
+        model = PipelineModel(
+            tiny("mixtral"), seed=0, dtype=torch.bfloat16, weights=PretrainedWeights(folder)
+        )
         held = sum(p.nbytes for index in stage for p in model.build(index).parameters())
         assert len(read) == len(set(read))
         assert sum(tensor.bytes for tensor in read) == held
@@ -183,7 +185,7 @@ def test_nothing_is_drawn_and_no_random_state_is_touched(tmp_path: Path) -> None
     folder = save(tmp_path, "llama")
     before = torch.get_rng_state()
     one, other = (
-        LayeredModel(tiny("llama"), seed=seed, weights=PretrainedWeights(folder)).build(1) for seed in (1, 2)
+        PipelineModel(tiny("llama"), seed=seed, weights=PretrainedWeights(folder)).build(1) for seed in (1, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert torch.equal(before, torch.get_rng_state())
@@ -333,7 +335,7 @@ def test_damaged_folder(case: str, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_loading_fails_as_the_check_does(tmp_path: Path) -> None:
     """Whoever changes files between the plan and the run."""
     folder = save(tmp_path, "llama")
-    model = LayeredModel(tiny("llama"), seed=0, weights=PretrainedWeights(folder))
+    model = PipelineModel(tiny("llama"), seed=0, weights=PretrainedWeights(folder))
     path = folder / shard_of(folder, Q)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DstrainError, match="ends in the middle"):
@@ -396,7 +398,7 @@ def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
         "vision_tower",
         "multi_modal_projector",
     }
-    model = LayeredModel(load_config(tmp_path), seed=0, weights=PretrainedWeights(tmp_path))
+    model = PipelineModel(load_config(tmp_path), seed=0, weights=PretrainedWeights(tmp_path))
     wanted = whole.model.language_model.state_dict() | {"embed_tokens.weight": whole.lm_head.weight}
     for index in range(model.num_layers):
         for name, value in model.build(index).named_parameters():

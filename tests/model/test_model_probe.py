@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.packing import packing_leaks
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.probe import why_not_pipelined
 from tests.support.model_families import COMMON, FAMILIES, GQA, tiny
 
@@ -56,7 +56,7 @@ def test_gemma3n_is_refused():
     reason = why_not_pipelined(config)
     assert reason and "hidden" in reason
     with pytest.raises(DstrainError, match="cannot be split"):
-        LayeredModel(config, seed=0)
+        PipelineModel(config, seed=0)
 
 
 def _gemma3n():

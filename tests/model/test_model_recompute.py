@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 
 from dstrain.errors import DstrainError
 from dstrain.model.capability.small_model import small_family
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.unsplit_model import UnsplitModel
 
 
 def step(name: str, recompute: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
@@ -16,7 +16,7 @@ def step(name: str, recompute: bool) -> tuple[torch.Tensor, dict[str, torch.Tens
     ids = torch.randint(0, 99, (2, 16), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(16).repeat(2, 1)
     positions[0, 7:] -= 7
-    model = WholeModel(small_family(CONFIG_MAPPING[name]), seed=1, attention="auto").train()
+    model = UnsplitModel(small_family(CONFIG_MAPPING[name]), seed=1, attention="auto").train()
     if recompute:
         model.recompute_blocks()
     kept = 0
@@ -44,7 +44,7 @@ def test_gradients_are_the_same_with_less_kept(name: str) -> None:
 
 
 def test_a_family_that_can_not_recompute_is_refused() -> None:
-    model = WholeModel(small_family(CONFIG_MAPPING["xlnet"]), seed=1, attention="auto")
+    model = UnsplitModel(small_family(CONFIG_MAPPING["xlnet"]), seed=1, attention="auto")
     with pytest.raises(DstrainError) as caught:
         model.recompute_blocks()
     assert "xlnet" in caught.value.message and caught.value.hint == "--no-activation-checkpointing"

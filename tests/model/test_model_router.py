@@ -13,10 +13,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Mixt
 from dstrain.model.capability.small_model import small_family
 from dstrain.model.layers import HeadLayer
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.probe import why_not_pipelined
 from dstrain.model.router import router_coefficient
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.unsplit_model import UnsplitModel
 from tests.support.model_families import batch
 
 
@@ -62,7 +62,7 @@ def test_three_stages_have_the_loss_of_the_family_itself(name: str) -> None:
         assert why_not_pipelined(config, "auto"), f"only its router loss is refused: {reason}"
         pytest.skip(f"{name} is not split at all: {reason}")
     ids, positions, labels, weight = batch()
-    stages = [LayeredModel(config, seed=3, attention="auto") for _ in range(3)]
+    stages = [PipelineModel(config, seed=3, attention="auto") for _ in range(3)]
     count = stages[0].num_layers
     bounds = [0, 2, count - 2, count]
     layers = [
@@ -118,18 +118,18 @@ def test_three_stages_have_the_loss_of_the_family_itself(name: str) -> None:
 def test_a_whole_model_has_it_too(name: str) -> None:
     config = routed(name)
     ids, positions, labels, weight = batch()
-    whole = WholeModel(config, seed=3, attention="auto")
+    whole = UnsplitModel(config, seed=3, attention="auto")
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).train()
     model.load_state_dict({n: p.detach() for n, p in whole.named_parameters()}, strict=False)
     output = model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
     plain = TokenLoss()(output.logits, (labels, weight))
     with whole.asked(target=(labels, weight)):
         training = whole.train()((ids, positions))
-        held_out = whole.eval()((ids, positions))
+        validation = whole.eval()((ids, positions))
     torch.testing.assert_close(
         training, plain + router_coefficient(model) * output.aux_loss, rtol=1e-6, atol=0
     )
-    torch.testing.assert_close(held_out, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(validation, plain, rtol=1e-6, atol=0)
 
 
 def test_another_kind_of_router_loss_is_refused() -> None:
@@ -142,6 +142,6 @@ def test_another_kind_of_router_loss_is_refused() -> None:
 def test_nothing_is_added_unless_it_is_asked_for() -> None:
     config = small_family(MixtralConfig)
     assert config.output_router_logits is False
-    model = LayeredModel(config, seed=3, attention="auto")
+    model = PipelineModel(config, seed=3, attention="auto")
     ids, positions, _, _ = batch()
     assert len(model.build(0)((ids, positions))) == 2

@@ -12,8 +12,8 @@ from dstrain.planning.plan import Machines, Plan, make_plan
 
 MINIMAL = Path(__file__).parent / "minimal.yaml"
 DATA = {
-    "source": "text.txt", "files": 1, "bytes": 1000, "documents": 10, "held_out_documents": 1,
-    "empty_documents": 0, "tokens": 100_000, "seq_len": 256, "train_rows": 390, "held_out_rows": 10,
+    "source": "text.txt", "files": 1, "bytes": 1000, "documents": 10, "validation_documents": 1,
+    "empty_documents": 0, "tokens": 100_000, "seq_len": 256, "train_rows": 390, "validation_rows": 10,
     "tokenizer": "bytes", "vocab_size": 257, "fingerprint": "f" * 32,
 }  # fmt: skip
 LAPTOP = Machines((Host("localhost", 0),), "cpu", ("a processor",))

@@ -99,11 +99,11 @@ def test_refusals_name_what_works(
 
 
 def test_in_words_can_be_checked_by_hand() -> None:
-    words = make(32, 4, 2).in_words()
+    words = make(32, 4, 2).describe()
     assert words == (
         "32 samples a step = 4 a micro-batch x 4 micro-batches x 2 replicas; 32 x 128 = 4,096 tokens a step"
     )
-    assert "1 replica;" in make(32, 4, 1).in_words()
+    assert "1 replica;" in make(32, 4, 1).describe()
 
 
 @pytest.mark.parametrize(("flags", "where"), [({"micro_batch": 5}, "--micro-batch"), ({}, "--global-batch")])

@@ -238,7 +238,7 @@ CONFIGS = st.builds(
     lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     eps=st.floats(min_value=1e-30, max_value=1),
     betas=st.lists(FRACTION, min_size=2, max_size=2),
-    held_out=FRACTION,
+    validation=FRACTION,
     zero=st.sampled_from([0, 1, 2, 3]),
     micro_batch=st.none() | st.integers(1, LARGEST),
     activation_checkpointing=st.booleans(),

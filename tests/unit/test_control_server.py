@@ -19,7 +19,7 @@ import pytest
 from dstrain.runs.addresses import own_addresses
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import RankStatus, RunFolder
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.hang_detection import (
     BUSY_SECONDS,
     LEAST_SECONDS,
@@ -32,9 +32,9 @@ from tests.unit.test_launch_supervisor import ROOT, TWO_RANKS, Fake
 
 # A rank of a host that the supervisor can't look at: only its line tells of it.
 FAR = """
-from dstrain.train.control_client import Lifeline
+from dstrain.train.control_client import ControlClient
 status = RankStatus(rank, "n2", os.getpid(), "running")
-line = Lifeline(os.environ, status)
+line = ControlClient(os.environ, status)
 def steps(numbers, seconds=0.6):
     for step in numbers:
         time.sleep(seconds); line.ended(step)
@@ -178,8 +178,8 @@ def test_slow_steps_are_no_hang(fake: Fake) -> None:
 def test_strangers_are_not_heard() -> None:
     status = {"rank": 0, "host": "x", "pid": 1, "state": "failed"}
     launch = ""
-    with Lifeline(2) as lifeline:
-        launch = lifeline.address().partition("@")[0]
+    with ControlServer(2) as control:
+        launch = control.address().partition("@")[0]
         for said in (
             b"GET / HTTP/1.1\r\n\r\n",
             b"[]\n",
@@ -188,16 +188,16 @@ def test_strangers_are_not_heard() -> None:
             json.dumps({"launch": launch, "status": {"rank": 0}}).encode() + b"\n",
             b"x" * 3_000_000,
         ):
-            with socket.create_connection(("127.0.0.1", lifeline.port)) as stranger:
+            with socket.create_connection(("127.0.0.1", control.port)) as stranger:
                 stranger.settimeout(5)
                 threading.Thread(target=_send, args=(stranger, said), daemon=True).start()
-                _poll(lifeline, lambda stranger=stranger: _closed(stranger))
-        assert lifeline.lines == {}
-        with socket.create_connection(("127.0.0.1", lifeline.port)) as friend:
+                _poll(control, lambda stranger=stranger: _closed(stranger))
+        assert control.lines == {}
+        with socket.create_connection(("127.0.0.1", control.port)) as friend:
             friend.sendall(json.dumps({"launch": launch, "status": status}).encode() + b"\n")
-            _poll(lifeline, lambda: 0 in lifeline.lines)
-        _poll(lifeline, lambda: lifeline.lines[0].lost_at is not None)
-        assert not lifeline.lines[0].by_silence
+            _poll(control, lambda: 0 in control.lines)
+        _poll(control, lambda: control.lines[0].lost_at is not None)
+        assert not control.lines[0].by_silence
 
 
 def test_a_rank_without_supervisor_listens_to_nobody() -> None:
@@ -205,37 +205,37 @@ def test_a_rank_without_supervisor_listens_to_nobody() -> None:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         + """
 from dstrain.runs.run_folder import RankStatus
-from dstrain.train.control_client import Lifeline
-line = Lifeline({}, RankStatus(0, "n1", 1, "running")); line.ended(1); line.close(); print(line.asked_to_stop)
+from dstrain.train.control_client import ControlClient
+line = ControlClient({}, RankStatus(0, "n1", 1, "running")); line.ended(1); line.close(); print(line.asked_to_stop)
 """
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_rank_that_comes_after_the_wish_to_stop_hears_of_it() -> None:
-    with Lifeline(1) as lifeline:
-        lifeline.tell("stop")
-        launch, _, places = lifeline.address().partition("@")
+    with ControlServer(1) as control:
+        control.tell("stop")
+        launch, _, places = control.address().partition("@")
         with socket.create_connection(("127.0.0.1", int(places.rpartition(":")[2]))) as rank:
             hello = {"launch": launch, "status": asdict(RankStatus(0, "n1", 1, "running"))}
             rank.sendall(json.dumps(hello).encode() + b"\n")
             deadline = time.monotonic() + 10
-            while not lifeline.lines and time.monotonic() < deadline:
-                lifeline.poll()
+            while not control.lines and time.monotonic() < deadline:
+                control.poll()
             answers = rank.makefile()
             assert [json.loads(answers.readline()) for _ in range(2)] == [{"say": "welcome"}, {"say": "stop"}]
 
 
 def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
-    with Lifeline(1) as gone:
+    with ControlServer(1) as gone:
         address = gone.address()
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         + """
 import os
 from dstrain.runs.run_folder import RankStatus
-from dstrain.train.control_client import Lifeline
-Lifeline(os.environ, RankStatus(0, "n1", 1, "running"))
+from dstrain.train.control_client import ControlClient
+ControlClient(os.environ, RankStatus(0, "n1", 1, "running"))
 """
     )
     said = subprocess.run(
@@ -251,49 +251,49 @@ def test_the_line_is_offered_on_every_address() -> None:
 
 
 def test_ranks_of_this_machine_alone_need_no_network() -> None:
-    with Lifeline(1, only_here=True) as lifeline:
-        assert lifeline.address() == f"{lifeline.launch}@127.0.0.1:{lifeline.port}"
+    with ControlServer(1, only_here=True) as control:
+        assert control.address() == f"{control.launch}@127.0.0.1:{control.port}"
         for address in own_addresses()[:-1]:
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection((address, lifeline.port), timeout=5)
+                socket.create_connection((address, control.port), timeout=5)
 
 
 def test_the_bound_of_a_hang_follows_from_the_slowest_step() -> None:
-    with Lifeline(1) as lifeline:
-        line = _line(lifeline)
+    with ControlServer(1) as control:
+        line = _line(control)
         progress = Progress(None)
-        assert progress.seconds_without_step(lifeline.lines, 1e9) is None, (
+        assert progress.seconds_without_step(control.lines, 1e9) is None, (
             "nothing hangs before the first step"
         )
         for step, at in ((1, 100.0), (2, 120.0), (3, 121.0)):
             line.step, line.step_at = step, at
-            assert progress.seconds_without_step(lifeline.lines, at + 1) is None
+            assert progress.seconds_without_step(control.lines, at + 1) is None
         assert progress.bound == 200.0
-        assert progress.seconds_without_step(lifeline.lines, 320.0) is None
-        assert progress.seconds_without_step(lifeline.lines, 322.0) == 201.0
-        line.busy = "held-out loss"
-        assert progress.seconds_without_step(lifeline.lines, 322.0) is None, "it is between two steps"
-        assert progress.seconds_without_step(lifeline.lines, 121.0 + BUSY_SECONDS + 1) == BUSY_SECONDS + 1
+        assert progress.seconds_without_step(control.lines, 320.0) is None
+        assert progress.seconds_without_step(control.lines, 322.0) == 201.0
+        line.busy = "validation loss"
+        assert progress.seconds_without_step(control.lines, 322.0) is None, "it is between two steps"
+        assert progress.seconds_without_step(control.lines, 121.0 + BUSY_SECONDS + 1) == BUSY_SECONDS + 1
         line.busy, line.step_at = None, 300.0
-        assert progress.seconds_without_step(lifeline.lines, 499.0) is None, "the next step began at 300"
+        assert progress.seconds_without_step(control.lines, 499.0) is None, "the next step began at 300"
         line.step, line.step_at = 4, 301.0
-        assert progress.seconds_without_step(lifeline.lines, 302.0) is None
+        assert progress.seconds_without_step(control.lines, 302.0) is None
         assert progress.bound == 200.0, "what is done between steps is no slow step"
         assert Progress(None).bound == BUSY_SECONDS, "the second step has none to be compared with"
 
 
 def test_two_slow_steps_are_no_hang() -> None:
-    with Lifeline(1) as lifeline:
-        line, progress = _line(lifeline), Progress(None)
+    with ControlServer(1) as control:
+        line, progress = _line(control), Progress(None)
         line.step, line.step_at = 1, 100.0
-        assert progress.seconds_without_step(lifeline.lines, 189.0) is None
+        assert progress.seconds_without_step(control.lines, 189.0) is None
         line.step, line.step_at = 2, 190.0
-        assert progress.seconds_without_step(lifeline.lines, 191.0) is None
+        assert progress.seconds_without_step(control.lines, 191.0) is None
         assert progress.bound == 900.0
         quick = Progress(None)
         for step in (1, 2):
             line.step, line.step_at = step, 100.0 + step
-            quick.seconds_without_step(lifeline.lines, 102.0)
+            quick.seconds_without_step(control.lines, 102.0)
         assert quick.bound == LEAST_SECONDS
 
 
@@ -303,11 +303,11 @@ def test_a_rank_that_is_stopped_is_no_hang_while_we_were_away(
     """The whole run may have been suspended, and goes on."""
     folder = RunFolder(tmp_path)
     folder.logs.mkdir()
-    with Lifeline(1) as lifeline:
-        line = _line(lifeline)
+    with ControlServer(1) as control:
+        line = _line(control)
         line.stopped_at = time.monotonic() - STOPPED_SECONDS - 1
-        assert HangWatch(lifeline, Progress(float("inf")), folder).look() is None, "asked for never"
-        hang = HangWatch(lifeline, Progress(None), folder)
+        assert HangWatch(control, Progress(float("inf")), folder).look() is None, "asked for never"
+        hang = HangWatch(control, Progress(None), folder)
         assert hang.look() is None, "it asks the others first"
         sign = hang.look()
         assert sign is not None and "rank 0 on n1 does not answer: stopped (SIGSTOP)" in sign.reason
@@ -327,11 +327,11 @@ Thread 0x2 (most recent call first):
     assert where_it_stands("") == "no Python code"
 
 
-def _line(lifeline: Lifeline):
+def _line(control: ControlServer):
     from dstrain.supervise.control_server import Line
 
-    lifeline.lines[0] = Line(RankStatus(0, "n1", 1, "running"))
-    return lifeline.lines[0]
+    control.lines[0] = Line(RankStatus(0, "n1", 1, "running"))
+    return control.lines[0]
 
 
 def _send(stranger: socket.socket, said: bytes) -> None:
@@ -353,11 +353,11 @@ def _closed(stranger: socket.socket) -> bool:
         return True
 
 
-def _poll(lifeline: Lifeline, until: Callable[[], bool]) -> None:
+def _poll(control: ControlServer, until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not until():
         assert time.monotonic() < deadline
-        lifeline.poll()
+        control.poll()
         time.sleep(0.01)
 
 

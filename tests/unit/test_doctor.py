@@ -32,7 +32,7 @@ from dstrain.diagnostics.facts import facts
 from dstrain.diagnostics.network import judge_exchange
 from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import Trouble, ssh_command, trouble
 from dstrain.planning.layout import Host
 
@@ -384,7 +384,7 @@ def test_the_devices_of_a_host(case: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert found["directory"] is found["sees_runs"] is True
 
 
-def request(**changed: Any) -> LaunchRequest:
+def request(**changed: Any) -> LaunchSpec:
     kept = {
         "run_folder": Path("/runs/a"),
         "hosts": (Host("192.0.2.1", 1), Host("192.0.2.2", 1)),  # RFC 5737: never this machine
@@ -395,7 +395,7 @@ def request(**changed: Any) -> LaunchRequest:
         "environment": {},
         "launcher": "pdsh",
     }
-    return LaunchRequest(**{**kept, **changed})
+    return LaunchSpec(**{**kept, **changed})
 
 
 def test_pdsh_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

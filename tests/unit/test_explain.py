@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.cli.showing.explanation import in_words
+from dstrain.cli.showing.explanation import format_explanation
 from dstrain.config.deepspeed_keys import GONE, all_keys, find
 from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
@@ -58,7 +58,7 @@ def test_every_reason_is_of_a_key_that_some_fragment_sets() -> None:
 def test_every_key_of_dstrain_is_explained(key: str) -> None:
     found = explain(plan(), key)[0]
     assert found.key == key and found.origin and found.why and found.takes
-    assert in_words(found).startswith(key)
+    assert format_explanation(found).startswith(key)
 
 
 def test_every_key_of_deepspeed_can_be_asked_for() -> None:
@@ -66,7 +66,7 @@ def test_every_key_of_deepspeed_can_be_asked_for() -> None:
     for path, _ in all_keys():
         for found in explain(made, f"deepspeed.{'.'.join(path)}"):
             json.dumps(found.to_record())
-            assert in_words(found)
+            assert format_explanation(found)
 
 
 def test_a_value_that_follows_says_from_what() -> None:
@@ -90,7 +90,7 @@ def test_a_key_that_nobody_set() -> None:
     assert found.set  # zero 1 writes it
     found = one(plan(zero=0), "round_robin_gradients")
     assert (found.set, found.value, found.why) == (False, False, "neither dstrain nor you set it")
-    assert "not set: false" in in_words(found)
+    assert "not set: false" in format_explanation(found)
 
 
 def test_a_name_of_both_is_explained_twice() -> None:

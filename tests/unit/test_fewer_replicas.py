@@ -10,11 +10,11 @@ from rich.console import Console
 
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import refuse_elastic_alone
-from dstrain.api.restart_policy import Restarting, fewer_replicas
+from dstrain.api.restart_policy import RestartLoop, fewer_replicas
 from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
-from dstrain.launch.placement import Site
+from dstrain.launch.placement import Placement
 from dstrain.planning.layout import Host
 from dstrain.planning.plan import Machines, Plan, make_plan
 from dstrain.runs.run_folder import RunFolder
@@ -30,7 +30,7 @@ def planned(hosts: tuple[Host, ...] = HOSTS, **flags: object) -> tuple[Planned, 
         return make_plan(resolved, Machines(hosts, "cuda"), shape(), DATA, "/models/tiny/config.json")
 
     devices = Devices("cuda", 2, ("a GPU", "a GPU"), memory_bytes=None)
-    return Planned(make(resolved, hosts), devices, Site(hosts, "pdsh"), make), resolved
+    return Planned(make(resolved, hosts), devices, Placement(hosts, "pdsh"), make), resolved
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(
     hosts = Hosts(monkeypatch, {"n3": "No route to host"}, {})
     before, resolved = planned(pipeline=2, global_batch=24)
     console = Console(file=io.StringIO(), width=200)
-    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
     smaller = restarting.next_attempt(DstrainError("n3 is gone"), trained=True)
     assert smaller.plan.layout.data_parallel == 3 and len(hosts.answers) == 1
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
@@ -131,7 +131,7 @@ def test_it_waits_where_it_can_not_shrink_and_says_why(
     hosts = Hosts(monkeypatch, down, down, {})
     before, resolved = planned(pipeline=8, global_batch=24)
     console = Console(file=io.StringIO(), width=200)
-    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
     assert restarting.next_attempt(DstrainError("x"), trained=True) is before
     assert hosts.answers == []
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ def test_a_host_that_the_run_does_not_use_is_not_waited_for(
     hosts = Hosts(monkeypatch, {"n4": "No route to host"})
     before, resolved = planned(pipeline=2, data_parallel=3, global_batch=24)
     console = Console(file=io.StringIO(), width=200)
-    restarting = Restarting(before, resolved, RunFolder(tmp_path), console)
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
     assert restarting.next_attempt(DstrainError("x"), trained=True) is before
     assert hosts.answers == []
 
@@ -153,10 +153,10 @@ def test_a_host_that_the_run_does_not_use_is_not_waited_for(
 @pytest.mark.parametrize("launcher", ["slurm", "none", "local"])
 def test_elastic_needs_several_hosts_that_can_be_asked(launcher: str) -> None:
     _, resolved = planned()
-    refuse_elastic_alone(Site(HOSTS, "pdsh"), resolved)
+    refuse_elastic_alone(Placement(HOSTS, "pdsh"), resolved)
     hosts = HOSTS[:1] if launcher == "local" else HOSTS
     with pytest.raises(DstrainError, match="no hostfile with several hosts"):
-        refuse_elastic_alone(Site(hosts, launcher), resolved)
+        refuse_elastic_alone(Placement(hosts, launcher), resolved)
 
 
 @pytest.mark.parametrize("flags", [{"elastic": True}, {"elastic": True, "restarts": 0}])

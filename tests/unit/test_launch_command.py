@@ -18,7 +18,7 @@ from dstrain.launch.command import (
     write_launch_files,
 )
 from dstrain.launch.environment import check_environment, default_environment
-from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.planning.layout import Host
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import RunFolder
@@ -30,7 +30,7 @@ from dstrain.train.rank_environment import (
     without_local_rank,
 )
 
-HERE = LaunchRequest(
+HERE = LaunchSpec(
     run_folder=Path("/runs/a"),
     hosts=(),
     processes_per_host=4,
@@ -91,16 +91,16 @@ def test_torchrun_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DstrainError, match="does not keep"):
         write_launch_files(request)
     write_launch_files(replace(request, environment={"A": "two words"}))
-    for lifeline in ("", "ab12@10.0.0.1,127.0.0.1:4711"):
+    for control in ("", "ab12@10.0.0.1,127.0.0.1:4711"):
         answer = subprocess.run(
             ["/bin/bash", str(tmp_path / "run" / "launch.sh")],
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin", ADDRESS: lifeline},
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", ADDRESS: control},
             check=True,
             capture_output=True,
             text=True,
         )
         seen = json.loads(answer.stdout)
-        assert (seen["env"]["A"], seen["env"][ADDRESS]) == ("two words", lifeline)
+        assert (seen["env"]["A"], seen["env"][ADDRESS]) == ("two words", control)
         assert {"--nnodes=2", "--node-rank=%n", "--master-addr=192.0.2.1"} < set(seen["argv"])
 
 
@@ -266,7 +266,7 @@ def test_chosen_gpus(ids: tuple[int, ...], argument: list[str]) -> None:
         (replace(THERE, python="/ven$v/python"), "python"),
     ],
 )
-def test_refused(request_: LaunchRequest, message: str) -> None:
+def test_refused(request_: LaunchSpec, message: str) -> None:
     with pytest.raises(DstrainError, match=message.replace("$", r"\$")):
         launch_command(request_)
 

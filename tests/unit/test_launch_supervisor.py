@@ -16,7 +16,7 @@ import pytest
 from dstrain.errors import RESUMABLE
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import RankStatus, RunFolder
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
 from dstrain.supervise.outcome import Outcome
 from dstrain.supervise.supervisor import supervise
@@ -70,11 +70,11 @@ class Fake:
         def tick() -> None:
             self.ticks += 1
 
-        lifeline = Lifeline(world_size)
+        control = ControlServer(world_size)
         return supervise(
             self.command(launcher, rank),
-            environment={"FAKE": "1", ADDRESS: lifeline.address()},
-            lifeline=lifeline,
+            environment={"FAKE": "1", ADDRESS: control.address()},
+            control=control,
             folder=self.folder,
             world_size=world_size,
             on_tick=tick,
@@ -197,7 +197,7 @@ def test_launcher_that_can_not_be_started(fake: Fake) -> None:
         ["/no/such/launcher"],
         environment={},
         folder=fake.folder,
-        lifeline=Lifeline(1),
+        control=ControlServer(1),
         world_size=1,
         on_tick=lambda: None,
     )
@@ -268,7 +268,7 @@ def test_an_error_of_the_display_ends_the_run(fake: Fake) -> None:
             fake.command("time.sleep(300)"),
             environment={},
             folder=fake.folder,
-            lifeline=Lifeline(1),
+            control=ControlServer(1),
             world_size=1,
             on_tick=tick,
         )
@@ -334,10 +334,10 @@ def test_nothing_outlives_a_killed_supervisor(fake: Fake) -> None:
     command = fake.command(TWO_RANKS, "say(rank, 'running'); time.sleep(300)")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import supervise
 from dstrain.runs.run_folder import RunFolder
-supervise({command!r}, environment={{}}, folder=RunFolder(sys.argv[1]), lifeline=Lifeline(2), world_size=2,
+supervise({command!r}, environment={{}}, folder=RunFolder(sys.argv[1]), control=ControlServer(2), world_size=2,
     on_tick=lambda: None)
 """
     supervisor = subprocess.Popen([sys.executable, "-c", code, str(fake.folder.path)])

@@ -54,14 +54,14 @@ def test_hosts_are_filled_one_after_the_other(pipeline: int, data_parallel: int,
 def test_every_replica_holds_every_layer_once(pipeline: int, data_parallel: int) -> None:
     places = list(layout(pipeline, data_parallel).places())
     for replica in range(data_parallel):
-        held = [n for place in places if place.replica == replica for span in place.spans for n in span]
+        held = [n for place in places if place.replica == replica for chunk in place.chunks for n in chunk]
         assert sorted(held) == list(range(pipeline))
 
 
 def test_dualpipev_folds_the_spans() -> None:
     it = Layout((Host("a", 2),), 2, 1, (0, 1, 3, 4, 8), "dualpipev")
-    assert it.spans(0) == (range(1), range(4, 8))
-    assert it.spans(1) == (range(1, 3), range(3, 4))
+    assert it.chunks(0) == (range(1), range(4, 8))
+    assert it.chunks(1) == (range(1, 3), range(3, 4))
 
 
 @pytest.mark.parametrize("cut", [(0, 2), (0, 1, 1), (0, 2, 1), (0, 1, 2, 3)])

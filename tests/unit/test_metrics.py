@@ -28,7 +28,7 @@ def record(step: int, seconds: float = 0.1) -> dict[str, object]:
 def write(folder: RunFolder, first: int, last: int, *, after_step: int, seconds: float = 0.1) -> None:
     file = MetricsFile(folder.metrics, after_step=after_step)
     if after_step == 0:
-        file.write({"step": 0, "held_out_loss": 5.5, "tokens": 0})
+        file.write({"step": 0, "validation_loss": 5.5, "tokens": 0})
     for step in range(first, last + 1):
         file.write(record(step, seconds))
     file.close()

@@ -1,4 +1,4 @@
-"""The cut against every other cut, free and within a memory, of one and of two spans a stage."""
+"""The cut against every other cut, free and within a memory, of one and of two chunks a stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dstrain.planning.partition import (
-    blocks_of_spans,
+    blocks_of_chunks,
     cut_by_blocks,
     cut_by_cost,
     cut_folded,
@@ -103,12 +103,12 @@ def test_no_other_cut_that_fits_is_better(
         assert quality(costs, found) == min(quality(costs, other) for other in fitting)
 
 
-# --- two spans a stage
+# --- two chunks a stage
 
 
 def folded(costs: Sequence[float], cut: Sequence[int]) -> list[float]:
-    spans = stage_costs(costs, cut)
-    return [spans[stage] + spans[-1 - stage] for stage in range(len(spans) // 2)]
+    chunks = stage_costs(costs, cut)
+    return [chunks[stage] + chunks[-1 - stage] for stage in range(len(chunks) // 2)]
 
 
 def least_folded(costs: Sequence[float], stages: int) -> float:
@@ -147,7 +147,7 @@ def test_folding_is_never_worse_than_even_spans(costs: list[int], stages: int) -
 
 
 @pytest.mark.parametrize(
-    ("blocks", "spans", "even", "cut"),
+    ("blocks", "chunks", "even", "cut"),
     [
         (16, 4, (4, 4, 4, 4), (0, 5, 9, 13, 18)),
         (6, 4, (2, 2, 1, 1), (0, 3, 5, 6, 8)),
@@ -157,8 +157,8 @@ def test_folding_is_never_worse_than_even_spans(costs: list[int], stages: int) -
         (5, 1, (5,), (0, 7)),
     ],
 )
-def test_even_blocks(blocks: int, spans: int, even: tuple[int, ...], cut: tuple[int, ...]) -> None:
-    assert even_blocks(blocks, spans) == even
+def test_even_blocks(blocks: int, chunks: int, even: tuple[int, ...], cut: tuple[int, ...]) -> None:
+    assert even_blocks(blocks, chunks) == even
     assert cut_by_blocks(even) == cut
 
 
@@ -174,4 +174,4 @@ def test_even_blocks(blocks: int, spans: int, even: tuple[int, ...], cut: tuple[
     ],
 )
 def test_numbers_of_blocks(text: str, blocks: tuple[int, ...] | None) -> None:
-    assert blocks_of_spans(text) == blocks
+    assert blocks_of_chunks(text) == blocks

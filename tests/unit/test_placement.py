@@ -14,7 +14,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch import placement as placement_module
 from dstrain.launch.allocation import Allocation, names_of, slurm_allocation
 from dstrain.launch.devices import Devices
-from dstrain.launch.placement import Site, find_site
+from dstrain.launch.placement import Placement, find_placement
 from dstrain.planning.layout import Host
 
 CPU = Devices("cpu", 0, (), None)
@@ -75,36 +75,38 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_a_job")
 def test_a_job_of_several_hosts_is_taken_unless_told_otherwise(tmp_path: Path) -> None:
-    chosen = find_site(config(), CPU)
+    chosen = find_placement(config(), CPU)
     assert (chosen.launcher, len(chosen.hosts)) == ("slurm", 2)
     assert chosen.told is not None and "job 7 has the hosts 192.0.2.1 (2), 192.0.2.2 (2)" in chosen.told
-    assert find_site(config(launcher="slurm"), CPU) == Site(chosen.hosts, "slurm")
-    assert find_site(config(launcher="local"), CPU) == Site((), "local")
+    assert find_placement(config(launcher="slurm"), CPU) == Placement(chosen.hosts, "slurm")
+    assert find_placement(config(launcher="local"), CPU) == Placement((), "local")
     (tmp_path / "hosts").write_text("192.0.2.3 slots=4\n")
-    assert find_site(config(hostfile=str(tmp_path / "hosts")), CPU) == Site((Host("192.0.2.3", 4),), "pdsh")
+    assert find_placement(config(hostfile=str(tmp_path / "hosts")), CPU) == Placement(
+        (Host("192.0.2.3", 4),), "pdsh"
+    )
 
 
 def test_a_job_of_this_host_alone_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Allocation("7", (Host(socket.gethostname(), 2),))
     monkeypatch.setattr(placement_module, "slurm_allocation", lambda environ: own)
-    assert find_site(config(), CPU) == Site((), "local")
-    assert find_site(config(launcher="slurm"), CPU) == Site(own.hosts, "slurm")
+    assert find_placement(config(), CPU) == Placement((), "local")
+    assert find_placement(config(launcher="slurm"), CPU) == Placement(own.hosts, "slurm")
 
 
 def test_this_machine(tmp_path: Path) -> None:
-    assert find_site(config(), CPU, {}) == Site((), "local")
+    assert find_placement(config(), CPU, {}) == Placement((), "local")
     (tmp_path / "hosts").write_text("localhost slots=4\n")
-    assert find_site(config(hostfile=str(tmp_path / "hosts")), CPU, {}) == Site(
+    assert find_placement(config(hostfile=str(tmp_path / "hosts")), CPU, {}) == Placement(
         (Host("localhost", 4),), "local"
     )
     with pytest.raises(DstrainError, match="no Slurm allocation"):
-        find_site(config(launcher="slurm"), CPU, {})
+        find_placement(config(launcher="slurm"), CPU, {})
 
 
 def test_nodes_are_the_same_whoever_asks() -> None:
     wanted = config(launcher="none", nodes=2, processes=4, master_addr="a", name="x")
-    assert find_site(wanted, CPU) == Site((Host("node-0", 4), Host("node-1", 4)), "none")
-    assert find_site(config(launcher="none", name="x"), Devices("cuda", 8, (), None)) == Site(
+    assert find_placement(wanted, CPU) == Placement((Host("node-0", 4), Host("node-1", 4)), "none")
+    assert find_placement(config(launcher="none", name="x"), Devices("cuda", 8, (), None)) == Placement(
         (Host("node-0", 8),), "none"
     )
     assert [node_of(wanted, rank) for rank in (None, 0, 1)] == [None, 0, 1]
@@ -128,7 +130,7 @@ def test_nodes_are_the_same_whoever_asks() -> None:
 )
 def test_choices_that_contradict_each_other(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(DstrainError) as refused:
-        find_site(config(**flags), CPU, {})
+        find_placement(config(**flags), CPU, {})
     assert message in str(refused.value)
 
 

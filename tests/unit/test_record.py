@@ -263,9 +263,13 @@ def test_the_cause_is_what_changed_before_the_first_number_that_differs(launch: 
         ([{"step": 1, "loss": 0.1}], [{"step": 1, "loss": 0.1 + 2e-17}], "step 1: loss was 0.1 and is 0.1"),
         ([{"step": 1, "loss": 0.1, "seconds": 1}], [{"step": 1, "loss": 0.1, "seconds": 2}], "equal"),
         ([{"step": 1, "grad_norm": None}], [{"step": 1, "grad_norm": 1.0}], "step 1: grad_norm was None and is 1.0"),
-        ([{"step": 0, "held_out_loss": 1.0}], [{"step": 0, "held_out_loss": 2.0}], "before training: held_out_loss"),
+        (
+            [{"step": 0, "validation_loss": 1.0}],
+            [{"step": 0, "validation_loss": 2.0}],
+            "before training: validation_loss",
+        ),
         ([{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}], [{"step": 1, "loss": 0.1}], "equal to step 1 of 2"),
-        ([{"step": 1, "loss": 0.1, "held_out_loss": 1.0}], [{"step": 1, "loss": 0.1}], "equal"),
+        ([{"step": 1, "loss": 0.1, "validation_loss": 1.0}], [{"step": 1, "loss": 0.1}], "equal"),
         ([{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": float("nan")}], "equal"),
     ],
 )  # fmt: skip

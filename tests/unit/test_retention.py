@@ -15,7 +15,7 @@ from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import check_disk, most_checkpoints
-from dstrain.formatting import in_words
+from dstrain.formatting import format_bytes
 from dstrain.train.checkpointing.save_schedule import SaveSchedule
 from tests.support.plans import MINIMAL, plan, shape
 
@@ -139,4 +139,4 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers() -> None:
      (1_540_000_000, "1.54 GB"), (2e12, "2 TB"), (1.5e16, "15,000 TB")],
 )  # fmt: skip
 def test_bytes_in_words(size: float, words: str) -> None:
-    assert in_words(size) == words
+    assert format_bytes(size) == words

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dstrain.cli.showing.formatting import duration_in_words
+from dstrain.cli.showing.formatting import format_duration
 from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.plan import show_plan
 from dstrain.estimate.device import find_device
@@ -128,7 +128,7 @@ def test_the_whole_plan_fits_the_line_and_says_each_part() -> None:
     ],
 )  # fmt: skip
 def test_durations(seconds: float, words: str) -> None:
-    assert duration_in_words(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize("flags", [{"offload": "cpu"}, {"zero": 3}, {"activation_checkpointing": True}])

@@ -44,8 +44,8 @@ def layout(
     world = pipeline * replicas
     slots = slots or world
     hosts = tuple(Host(f"n{number}", slots) for number in range(world // slots))
-    spans = pipeline * (2 if schedule == "dualpipev" and pipeline > 1 else 1)
-    return Layout(hosts, pipeline, replicas, tuple(range(0, layers + 1, layers // spans)), schedule)
+    chunks = pipeline * (2 if schedule == "dualpipev" and pipeline > 1 else 1)
+    return Layout(hosts, pipeline, replicas, tuple(range(0, layers + 1, layers // chunks)), schedule)
 
 
 def batch(accumulation: int, replicas: int = 1, micro_batch: int = 2, seq_len: int = 32) -> Batch:

@@ -24,7 +24,7 @@ def make_run(path: Path, *, shift: float = 0.0, steps: int = 3, skipped: bool = 
     """A finished run whose losses, norms and weights are off by ``shift``, relatively."""
     run = RunFolder(path)
     run.weights.mkdir(parents=True)
-    records = [{"step": 0, "held_out_loss": 5.0}]
+    records = [{"step": 0, "validation_loss": 5.0}]
     for step in range(1, steps + 1):
         norm = None if skipped and step == 1 else 2.0 * (1 + shift)
         records.append({"step": step, "loss": 4.0 * (1 + shift), "grad_norm": norm})

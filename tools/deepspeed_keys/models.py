@@ -75,7 +75,7 @@ def fields(model: type[DeepSpeedConfigModel]) -> dict[str, Node]:
             accepts = _accepted(model, field.alias or name, choices)
             default = field.get_default(call_default_factory=True)
             node = {
-                "type": _annotation_in_words(field.annotation),
+                "type": _describe_annotation(field.annotation),
                 "accepts": accepts,
                 "default": as_json(default),
             }
@@ -153,12 +153,12 @@ def _strings_below_fields(model: type) -> dict[str, str]:
     return words
 
 
-def _annotation_in_words(annotation: Any) -> str:
+def _describe_annotation(annotation: Any) -> str:
     """``Optional[int]`` -> ``integer or null``."""
     if annotation is type(None):
         return "null"
     if typing.get_origin(annotation) is typing.Union:
-        return " or ".join(_annotation_in_words(part) for part in typing.get_args(annotation))
+        return " or ".join(_describe_annotation(part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is typing.Literal:
         return "text"
     kind = typing.get_origin(annotation) or annotation

@@ -112,7 +112,7 @@ def _plain(path: Path, default: Any) -> Node:
         assert default is not None, f"{dotted} has no default to take its type from: note it in TYPES"
         types = [type(default).__name__]
     accepts = [kind for name in types for kind in _PLAIN.get(name, [name])]
-    node: Node = {"type": _type_in_words(types), "accepts": accepts, "default": default}
+    node: Node = {"type": _describe_type(types), "accepts": accepts, "default": default}
     if choices:
         node["choices"] = choices
     if dotted in ANY_CASE:
@@ -131,7 +131,7 @@ def _describe(path: Path, node: Node) -> None:
         node["null"] = True
 
 
-def _type_in_words(types: list[str]) -> str:
+def _describe_type(types: list[str]) -> str:
     """``int``, ``null`` -> ``integer or null``."""
     names = {"bool": "boolean", "int": "integer", "float": "number", "str": "text", "dict": "object"}
     return " or ".join(names.get(name, name) for name in types)

@@ -45,7 +45,7 @@ def command(run_a: str, run_b: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=2))
     else:
-        click.echo("\n".join(_in_words(found)) or "no difference")
+        click.echo("\n".join(_describe(found)) or "no difference")
     sys.exit(1 if found else 0)
 
 
@@ -64,7 +64,7 @@ def _side(name: str) -> Side:
     return followed(folder, read_config(folder.config))
 
 
-def _in_words(found: Sequence[Difference]) -> list[str]:
+def _describe(found: Sequence[Difference]) -> list[str]:
     """A block of lines for each part: key, value of one side, value of the other, each with its origin."""
     lines = []
     for part, title in _TITLES.items():

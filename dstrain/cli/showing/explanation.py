@@ -20,10 +20,10 @@ def show_explanation(plan: Plan, name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([each.to_record() for each in found], indent=2))
         return
-    click.echo("\n\n".join(in_words(each) for each in found))
+    click.echo("\n\n".join(format_explanation(each) for each in found))
 
 
-def in_words(found: Explanation) -> str:
+def format_explanation(found: Explanation) -> str:
     """An explanation as lines of a heading and a text."""
     of_deepspeed = found.key.startswith("deepspeed.")
     is_block = found.takes.startswith("keys of its own")

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dstrain.api.fitting import Fitted, Row
-from dstrain.cli.showing.formatting import duration_in_words, headed
-from dstrain.formatting import count, in_words
+from dstrain.cli.showing.formatting import format_duration, headed
+from dstrain.formatting import format_bytes, format_count
 
 
 def show_fit(fitted: Fitted, *, as_json: bool) -> None:
@@ -29,7 +29,9 @@ def show_fit(fitted: Fitted, *, as_json: bool) -> None:
         console.print()
     console.print(_table(fitted))
     if fit.limit is not None:
-        console.print(Text(f"100% of the memory is what may be filled: {in_words(fit.limit)}", style="dim"))
+        console.print(
+            Text(f"100% of the memory is what may be filled: {format_bytes(fit.limit)}", style="dim")
+        )
     console.print(Text("times within 2 % count as equal: the simpler layout comes first", style="dim"))
     console.print()
     console.print(headed("type", "the same arguments, and for"))
@@ -37,7 +39,9 @@ def show_fit(fitted: Fitted, *, as_json: bool) -> None:
         flags = row.flags or "nothing more: it is what you have chosen"
         console.print(headed(f"{number:>7}", f"{flags}  ({row.scored.binds})"))
     console.print()
-    console.print(headed("found", f"among {count(fit.looked_at, 'candidate')}; the others fell:", "dim"))
+    console.print(
+        headed("found", f"among {format_count(fit.looked_at, 'candidate')}; the others fell:", "dim")
+    )
     for reason, number in fit.fallen.items():
         console.print(headed(f"{number:>7,}", reason, "dim"))
 
@@ -56,7 +60,7 @@ def _table(fitted: Fitted) -> Table:
             candidate.layout.name,
             str(candidate.micro_batch),
             "yes" if candidate.activation_checkpointing else "no",
-            duration_in_words(time.total),
+            format_duration(time.total),
             f"{time.tokens_per_second:,.0f}",
             _memory(row, fitted.fit.limit),
         )
@@ -65,9 +69,9 @@ def _table(fitted: Fitted) -> Table:
 
 def _memory(row: Row, limit: float | None) -> str:
     if limit is None:
-        return in_words(row.scored.memory)
+        return format_bytes(row.scored.memory)
     tight = ", tight" if row.plan.memory_verdict.startswith("tight") else ""
-    return f"{in_words(row.scored.memory)}, {row.scored.memory / limit:.0%}{tight}"
+    return f"{format_bytes(row.scored.memory)}, {row.scored.memory / limit:.0%}{tight}"
 
 
 def _nothing_fits(fitted: Fitted) -> str:
@@ -76,8 +80,8 @@ def _nothing_fits(fitted: Fitted) -> str:
     limit = fit.limit or 0.0
     on = "on a host" if nearest.plan.accelerator == "cpu" else "on a rank"
     text = (
-        f"nothing fits. The nearest needs {in_words(nearest.scored.memory)} {on}, and {in_words(limit)} may be"
-        f" filled: {in_words(nearest.scored.memory - limit)} more. "
+        f"nothing fits. The nearest needs {format_bytes(nearest.scored.memory)} {on}, and {format_bytes(limit)} may be"
+        f" filled: {format_bytes(nearest.scored.memory - limit)} more. "
     )
     if fitted.helps:
         return text + f"Without {' or without '.join(fitted.helps)} there is one that fits."

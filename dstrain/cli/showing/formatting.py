@@ -17,13 +17,13 @@ def headed(heading: str, text: str, style: str = "bold") -> Table:
     return grid
 
 
-def layers_in_words(names: Sequence[str], span: range) -> str:
-    """The layers of a span: ``embed .. block 7``."""
-    first, last = names[span[0]], names[span[-1]]
+def format_layers(names: Sequence[str], chunk: range) -> str:
+    """The layers of a chunk: ``embed .. block 7``."""
+    first, last = names[chunk[0]], names[chunk[-1]]
     return first if first == last else f"{first} .. {last}"
 
 
-def duration_in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time with the two units that matter: ``0.82 s``, ``3 min 20 s``, ``2 h 5 min``, ``12.4 days``."""
     if seconds < 1:
         return f"{seconds * 1000:.3g} ms"

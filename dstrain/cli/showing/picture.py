@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.formatting import count
+from dstrain.formatting import format_count
 from dstrain.planning.layout import Layout, Place
 from dstrain.planning.plan import Plan
 
@@ -36,7 +36,8 @@ def picture(plan: Plan, console: Console) -> RenderableType:
         last = by_host[-1]
         parts.append(
             Text(
-                f"... and {count(len(by_host) - len(shown), 'more host')} like these, the last one {last[0].host}"
+                f"... and {format_count(len(by_host) - len(shown), 'more host')} like these, the last one"
+                f" {last[0].host}"
                 f" with the ranks {last[0].rank} to {last[-1].rank}"
             )
         )
@@ -46,9 +47,11 @@ def picture(plan: Plan, console: Console) -> RenderableType:
 
 def _title(plan: Plan) -> str:
     layout = plan.layout
-    ranks = f"{count(layout.pipeline, 'stage')} x {count(layout.data_parallel, 'replica')}"
-    where = f"{count(len(layout.hosts), 'host')} x {count(layout.hosts[0].slots, 'device')}"
-    return f"{ranks} = {count(layout.world_size, 'rank')} on {where} ({plan.device or plan.accelerator})"
+    ranks = f"{format_count(layout.pipeline, 'stage')} x {format_count(layout.data_parallel, 'replica')}"
+    where = f"{format_count(len(layout.hosts), 'host')} x {format_count(layout.hosts[0].slots, 'device')}"
+    return (
+        f"{ranks} = {format_count(layout.world_size, 'rank')} on {where} ({plan.device or plan.accelerator})"
+    )
 
 
 def _columns(devices: int, pipeline: int, width: int) -> int:
@@ -79,7 +82,7 @@ def _devices(plan: Plan, places: Sequence[Place]) -> Table:
         [f"rank {place.rank}" for place in places],
         [f"stage {place.stage}" for place in places],
         [f"replica {place.replica}" for place in places],
-        ["\n".join(_short(names, span) for span in place.spans) for place in places],
+        ["\n".join(_short(names, chunk) for chunk in place.chunks) for place in places],
     )
     for row in rows:
         table.add_row(
@@ -88,9 +91,11 @@ def _devices(plan: Plan, places: Sequence[Place]) -> Table:
     return table
 
 
-def _short(names: Sequence[str], span: range) -> str:
+def _short(names: Sequence[str], chunk: range) -> str:
     """``embed-b7``, ``b8-b15``, ``b24-head``."""
-    ends = [names[at].replace(_BLOCK, "b") for at in ((span[0], span[-1]) if len(span) > 1 else (span[0],))]
+    ends = [
+        names[at].replace(_BLOCK, "b") for at in ((chunk[0], chunk[-1]) if len(chunk) > 1 else (chunk[0],))
+    ]
     return "-".join(ends)
 
 

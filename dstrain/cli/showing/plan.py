@@ -10,7 +10,7 @@ from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.stages import memory, stages
 from dstrain.cli.showing.time import time
 from dstrain.estimate.disk import most_checkpoints
-from dstrain.formatting import in_words
+from dstrain.formatting import format_bytes
 from dstrain.planning.plan import Plan
 
 _VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -26,10 +26,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         headed(
             "data",
             f"{data['source']}: {data['documents']:,} documents, {data['tokens']:,} tokens,"
-            f" {data['train_rows']:,} samples to train on, {data['held_out_rows']:,} held out",
+            f" {data['train_rows']:,} training samples, {data['validation_rows']:,} validation samples",
         )
     )
-    console.print(headed("batch", plan.batch.in_words()))
+    console.print(headed("batch", plan.batch.describe()))
     console.print(headed("disk", _disk(plan)))
     console.print()
     console.print(picture(plan, console))
@@ -55,12 +55,12 @@ def _disk(plan: Plan) -> str:
     """What a checkpoint takes, and all of them at once."""
     config = plan.run_config
     if not config.saves:
-        weights = f" (the last weights: {in_words(plan.disk_bytes)})" if config.save_weights else ""
+        weights = f" (the last weights: {format_bytes(plan.disk_bytes)})" if config.save_weights else ""
         return f"no checkpoint (save_every: never): what fails or is stopped begins anew{weights}"
     number = most_checkpoints(config)
     for_good = f", every {config.keep_every:,}th step's for good" if config.keep_every else ""
     weights = ", and the last weights" if config.save_weights else ""
     return (
-        f"about {in_words(plan.checkpoint_bytes)} a checkpoint, {in_words(plan.disk_bytes)} at most"
+        f"about {format_bytes(plan.checkpoint_bytes)} a checkpoint, {format_bytes(plan.disk_bytes)} at most"
         f" ({number:,} at once: keep {config.keep}{for_good}, and the one being written{weights})"
     )

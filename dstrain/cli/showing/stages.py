@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.cli.showing.formatting import layers_in_words
-from dstrain.formatting import in_words
+from dstrain.cli.showing.formatting import format_layers
+from dstrain.formatting import format_bytes
 from dstrain.planning.plan import Plan
 
 # More stages than these are left out of the middle.
@@ -35,7 +35,7 @@ def stages(plan: Plan) -> RenderableType:
             continue
         table.add_row(
             str(stage),
-            ", ".join(layers_in_words(names, span) for span in plan.layout.spans(stage)),
+            ", ".join(format_layers(names, chunk) for chunk in plan.layout.chunks(stage)),
             f"{plan.stage_parameters[stage]:,}",
             f"{plan.stage_time[stage]:.2f}",
         )
@@ -67,12 +67,12 @@ def memory(plan: Plan) -> RenderableType:
         table.add_row(f"stage {stage}", *(_bytes(getattr(need, name)) for name in used), _bytes(need.total))
     notes = ["each class at its own fullest moment; total: the most at any one moment, less than their sum"]
     if host := max(need.host for need in plan.stage_memory):
-        notes.append(f"and up to {in_words(host)} of its host's memory for what is offloaded")
+        notes.append(f"and up to {format_bytes(host)} of its host's memory for what is offloaded")
     return Group(table, Text("\n".join(notes), style="dim"))
 
 
 def _bytes(size: int) -> str:
-    return in_words(size) if size else "-"
+    return format_bytes(size) if size else "-"
 
 
 def _stages(plan: Plan) -> list[int | None]:

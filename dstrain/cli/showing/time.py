@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dstrain.cli.showing.formatting import duration_in_words, headed
+from dstrain.cli.showing.formatting import format_duration, headed
 from dstrain.estimate.time import StepTime
-from dstrain.formatting import count, in_words
+from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
 
 _PARTS = {
@@ -26,11 +26,11 @@ def time(plan: Plan, step: StepTime) -> RenderableType:
     """The parts of a step, what they make of the run, the traffic, and the assumptions."""
     steps = plan.run_config.steps
     lines: list[RenderableType] = [
-        headed("time", f"{duration_in_words(step.total)} a step, estimated: {_parts(plan, step)}"),
+        headed("time", f"{format_duration(step.total)} a step, estimated: {_parts(plan, step)}"),
         headed(
             "",
             f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} of the peak;"
-            f" {count(steps, 'step')}: {duration_in_words(step.run_seconds)}",
+            f" {format_count(steps, 'step')}: {format_duration(step.run_seconds)}",
         ),
     ]
     if step.traffic:
@@ -59,5 +59,5 @@ def _traffic(step: StepTime) -> Table:
     table.add_column("of a rank", justify="right", header_style="bold")
     table.add_column("because", style="dim")
     for traffic in step.traffic:
-        table.add_row(traffic.what, _LINKS[traffic.link], in_words(traffic.bytes), Text(traffic.reason))
+        table.add_row(traffic.what, _LINKS[traffic.link], format_bytes(traffic.bytes), Text(traffic.reason))
     return table

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dstrain.launch.launch_spec import LaunchRequest
+from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.launchers import local, none, openmpi, pdsh, slurm, torchrun
 
-LAUNCHERS: dict[str, Callable[[LaunchRequest], list[str]]] = {
+LAUNCHERS: dict[str, Callable[[LaunchSpec], list[str]]] = {
     "local": local.command,
     "pdsh": pdsh.command,
     "openmpi": openmpi.command,

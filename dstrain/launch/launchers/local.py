@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LaunchRequest, check_slots
+from dstrain.launch.launch_spec import LaunchSpec, check_slots
 
 
-def command(request: LaunchRequest) -> list[str]:
+def command(request: LaunchSpec) -> list[str]:
     """The argv. The module is named, not the ``deepspeed`` script: that may be missing in PATH, and its first line
     breaks where the path of the virtual environment holds a space or is longer than the kernel's limit.
 
@@ -31,7 +31,7 @@ def command(request: LaunchRequest) -> list[str]:
     ]
 
 
-def _devices(request: LaunchRequest) -> list[str]:
+def _devices(request: LaunchSpec) -> list[str]:
     """--num_gpus, or --include where the user chose GPUs: --num_gpus would take 0, 1, ... whatever
     CUDA_VISIBLE_DEVICES says."""
     count = request.processes_per_host

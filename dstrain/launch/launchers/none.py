@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dstrain.launch.launch_spec import NODE, LaunchRequest
+from dstrain.launch.launch_spec import NODE, LaunchSpec
 from dstrain.launch.launchers.torchrun import agent
 
 
-def command(request: LaunchRequest) -> list[str]:
+def command(request: LaunchSpec) -> list[str]:
     """The argv, with `NODE` where the number of the node belongs.
 
     torchrun on node 0 opens the port and waits ten minutes for the others, which may come in any order.

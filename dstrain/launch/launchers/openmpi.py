@@ -6,11 +6,11 @@ import os
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LaunchRequest, check_remote
+from dstrain.launch.launch_spec import LaunchSpec, check_remote
 from dstrain.runs.run_folder import RunFolder
 
 
-def command(request: LaunchRequest) -> list[str]:
+def command(request: LaunchSpec) -> list[str]:
     """The argv; a rank learns its number from Open MPI's variables (`train.rank_environment`).
 
     Raises:

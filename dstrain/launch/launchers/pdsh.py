@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dstrain.launch.launch_spec import LaunchRequest, check_remote
+from dstrain.launch.launch_spec import LaunchSpec, check_remote
 from dstrain.runs.run_folder import RunFolder
 
 
-def command(request: LaunchRequest) -> list[str]:
+def command(request: LaunchSpec) -> list[str]:
     """The argv. Raises DstrainError where something would not reach the other hosts as it is."""
     check_remote(request)
     return [

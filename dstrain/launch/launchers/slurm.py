@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from dstrain.launch.launch_spec import LaunchRequest, check_slots
+from dstrain.launch.launch_spec import LaunchSpec, check_slots
 from dstrain.launch.placement import no_allocation
 
 
-def command(request: LaunchRequest, environ: Mapping[str, str] = os.environ) -> list[str]:
+def command(request: LaunchSpec, environ: Mapping[str, str] = os.environ) -> list[str]:
     """The argv; a rank learns its number from Slurm's variables (`train.rank_environment`).
 
     DeepSpeed's own ``--launcher slurm`` sets neither a rank nor the master's address for its ranks.

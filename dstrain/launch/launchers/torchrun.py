@@ -6,11 +6,11 @@ import shlex
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LIFELINE, LaunchRequest, check_remote, check_slots
+from dstrain.launch.launch_spec import LIFELINE, LaunchSpec, check_remote, check_slots
 from dstrain.runs.protocol import ADDRESS
 
 
-def command(request: LaunchRequest) -> list[str]:
+def command(request: LaunchSpec) -> list[str]:
     """The argv: torchrun here, or pdsh, which starts one on each host.
 
     The world has a fixed size: stages can't be taken away. torchrun's own restarts are off, since a pipeline that
@@ -40,7 +40,7 @@ def command(request: LaunchRequest) -> list[str]:
     return ["pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", names, f"{exported}cd {place} && exec {started}"]
 
 
-def agent(request: LaunchRequest, master: str, *, node_rank: str, nodes: int) -> list[str]:
+def agent(request: LaunchSpec, master: str, *, node_rank: str, nodes: int) -> list[str]:
     """torchrun for the ranks of one node. ``master``: where node 0 is reached."""
     return [
         *(request.python, "-m", "torch.distributed.run"),

@@ -16,7 +16,7 @@ from dstrain.model.architecture import canonical_config
 from dstrain.model.capability.small_model import small_config
 from dstrain.model.document_masks import document_lengths
 from dstrain.model.skeleton import empty_model
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.unsplit_model import UnsplitModel
 
 LENGTHS = 20, 15, 13
 """Tokens of the documents in a test row: more than a small model's window or block, fewer than its positions."""
@@ -88,7 +88,7 @@ def packing_leaks(config: PretrainedConfig, attention: str = "auto") -> str | No
     return packing.flash_leak if attention.startswith("flash") else packing.leak
 
 
-def _leak(model: WholeModel) -> str | None:
+def _leak(model: UnsplitModel) -> str | None:
     """Change the first document and see whether the others move; and compare each with itself alone in a row.
 
     Raises:
@@ -114,8 +114,8 @@ def _leak(model: WholeModel) -> str | None:
     return None
 
 
-def _flash_leak(model: WholeModel) -> str | None:
-    if not model._model._supports_flash_attn:
+def _flash_leak(model: UnsplitModel) -> str | None:
+    if not model.supports_flash_attention:
         return f"{model.config.model_type} has no flash attention in transformers"
     try:
         leak = _leak(_with_flash(model))
@@ -124,7 +124,7 @@ def _flash_leak(model: WholeModel) -> str | None:
     return leak and f"{leak} with flash attention, which is not told where documents begin"
 
 
-def _looks_ahead(model: WholeModel) -> str | None:
+def _looks_ahead(model: UnsplitModel) -> str | None:
     one = _tokens(model, seed=0)
     other = one.clone()
     other[:, LENGTHS[0] :] = _tokens(model, seed=1)[:, LENGTHS[0] :]
@@ -136,13 +136,13 @@ def _looks_ahead(model: WholeModel) -> str | None:
     return f"{model.config.model_type} lets a token see the ones after it (logits move by {moved:.0%})"
 
 
-def _tokens(model: WholeModel, seed: int) -> Tensor:
+def _tokens(model: UnsplitModel, seed: int) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.vocab_size, (ROWS, sum(LENGTHS)), generator=random)
 
 
 @torch.no_grad()
-def _logits(model: WholeModel, ids: Tensor, positions: Tensor) -> Tensor:
+def _logits(model: UnsplitModel, ids: Tensor, positions: Tensor) -> Tensor:
     try:
         return model((ids, positions))
     except Exception as error:  # whatever the family's code runs into
@@ -156,9 +156,9 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def _trial_model(config: PretrainedConfig) -> WholeModel:
+def _trial_model(config: PretrainedConfig) -> UnsplitModel:
     """A model whose every weight tells: initial values are small, and gates often 0."""
-    model = WholeModel(config, seed=0, attention="auto").eval()
+    model = UnsplitModel(config, seed=0, attention="auto").eval()
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -211,7 +211,7 @@ def shallow(config: PretrainedConfig) -> PretrainedConfig:
 # A stand-in for flash attention
 
 
-def _with_flash(model: WholeModel) -> WholeModel:
+def _with_flash(model: UnsplitModel) -> UnsplitModel:
     """The same model, computing its attention by document."""
     _register()
     # Past `set_attn_implementation`, which would look for kernels where a family lists those that fit it.

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dstrain.errors import DstrainError
 from dstrain.model.loss import TokenLoss
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.structure import takes_positions
-from dstrain.model.unsplit_model import WholeModel
+from dstrain.model.unsplit_model import UnsplitModel
 
 ROWS, LENGTH = 2, 12
 SEED = 3
@@ -35,7 +35,7 @@ def compare_stages(config: PretrainedConfig) -> float:
         DstrainError: the family cannot be split.
         AssertionError: parameters have other names than in Hugging Face, or a gradient is missing.
     """
-    ranks = [LayeredModel(config, seed=SEED, attention="auto") for _ in range(3)]
+    ranks = [PipelineModel(config, seed=SEED, attention="auto") for _ in range(3)]
     count = ranks[0].num_layers
     layers = [rank.build(i) for rank, cut in zip(ranks, _cut(count, 3), strict=True) for i in range(*cut)]
     weights: dict[str, list[nn.Parameter]] = {}
@@ -99,7 +99,7 @@ def _batch(config: PretrainedConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, torch.arange(LENGTH).repeat(ROWS, 1), labels, torch.tensor([1 / (ROWS * (LENGTH - 1))])
 
 
-def _run_whole(model: nn.Module, forward: Any) -> Outcome:
+def _run_unsplit(model: nn.Module, forward: Any) -> Outcome:
     ids, positions, labels, weight = _batch(model.config)
     torch.manual_seed(SEED)
     logits = forward(ids, positions)
@@ -113,7 +113,7 @@ def _run_reference(model: PreTrainedModel) -> Outcome:
         options = {"position_ids": positions} if takes_positions(model) else {}
         return model(input_ids=ids, use_cache=False, **options).logits
 
-    return _run_whole(model, forward)
+    return _run_unsplit(model, forward)
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -176,13 +176,13 @@ def _difference(wanted: Outcome, got: Outcome) -> float:
     return float(largest)
 
 
-def compare_whole(config: PretrainedConfig) -> str | None:
+def compare_unsplit(config: PretrainedConfig) -> str | None:
     """Why a model of this family does not train in one piece, or None."""
     try:
-        model = WholeModel(config, seed=SEED, attention="auto").train()
+        model = UnsplitModel(config, seed=SEED, attention="auto").train()
         weights = {name: [weight] for name, weight in model.named_parameters(remove_duplicate=False)}
         wanted = _run_reference(reference(config, weights))
-        got = _run_whole(model, lambda ids, positions: model((ids, positions)))
+        got = _run_unsplit(model, lambda ids, positions: model((ids, positions)))
     except DstrainError as error:
         return error.message
     except Exception as error:  # whatever the family's code runs into

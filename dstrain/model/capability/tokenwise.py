@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.capability.small_model import small_config
-from dstrain.model.pipeline_model import LayeredModel
+from dstrain.model.pipeline_model import PipelineModel
 
 LENGTH = 12
 CUT = 5
@@ -20,7 +20,7 @@ def head_is_tokenwise(config: PretrainedConfig) -> bool:
     False too where the model has no head of its own (it can't be split), or no small copy.
     """
     try:
-        model = LayeredModel(small_config(config), seed=0, attention="auto")
+        model = PipelineModel(small_config(config), seed=0, attention="auto")
         head = model.build(model.num_layers - 1).eval()
     except DstrainError:
         return False

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.model.pipeline_split.meta_run import run_on_meta
-from dstrain.model.pipeline_split.probe import Trial
-from dstrain.model.pipeline_split.structure import Anatomy, Refused
+from dstrain.model.pipeline_split.probe import ProbeRun
+from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 
 LENGTH = 256
 """A block is measured at this length and at twice it; recurrent families work in chunks that divide it."""
@@ -26,47 +26,51 @@ def per_token(at_length: float, at_double: float) -> tuple[float, float]:
     return at_double / (2 * LENGTH) - share * 2 * LENGTH, share
 
 
-def block_flops(anatomy: Anatomy, index: int) -> tuple[int, float]:
+def block_flops(structure: ModelStructure, index: int) -> tuple[int, float]:
     """FLOPs of a block's forward for a token: the fixed part, and attention's for each position of the sequence.
 
     Attention is counted over the full square of positions, so a sliding window as if it had no end. Where the
     block cannot run on meta: two for each parameter that a token meets, and nothing for attention.
     """
-    _, block = anatomy.blocks[index]
+    _, block = structure.blocks[index]
     try:
-        fixed, share = per_token(*(_count(anatomy, index, length) for length in (LENGTH, 2 * LENGTH)))
+        fixed, share = per_token(*(_count(structure, index, length) for length in (LENGTH, 2 * LENGTH)))
     except Refused:
-        return _by_parameters(block, anatomy.config), 0.0
+        return _by_parameters(block, structure.config), 0.0
     # Where a family loops over the experts that were chosen, none is chosen on meta: count them by
     # parameters.
-    experts = _experts(block, anatomy.config) if loops_over_experts(anatomy) else 0
+    experts = _experts(block, structure.config) if loops_over_experts(structure) else 0
     return round(fixed) + experts, share
 
 
-def _count(anatomy: Anatomy, index: int, length: int) -> int:
+def _count(structure: ModelStructure, index: int, length: int) -> int:
     """FLOPs of a block's forward for one sequence. Raises Refused where it does not run on meta."""
-    _, block = anatomy.blocks[index]
-    call = Trial(anatomy, extras=anatomy.driver.extras, rows=1, length=length, stop_at=index).run()[index]
+    _, block = structure.blocks[index]
+    call = ProbeRun(
+        structure, extras=structure.partial_forward.extras, rows=1, length=length, stop_at=index
+    ).run()[index]
     with FlopCounterMode(display=False) as counter:
-        run_on_meta(copy.deepcopy(block), call, anatomy.hidden, 1, length)
+        run_on_meta(copy.deepcopy(block), call, structure.hidden, 1, length)
     return counter.get_total_flops()
 
 
-def outer_flops_per_token(anatomy: Anatomy) -> tuple[int, int]:
+def outer_flops_per_token(structure: ModelStructure) -> tuple[int, int]:
     """FLOPs for each token before the blocks, and behind them."""
-    trial = _Counted(anatomy, extras=anatomy.driver.extras)
+    trial = _Counted(structure, extras=structure.partial_forward.extras)
     try:
         trial.run()
     except Refused:
         parameters = sum(
-            p.numel() for m in anatomy.layer_modules(anatomy.num_blocks + 1).values() for p in m.parameters()
+            p.numel()
+            for m in structure.layer_modules(structure.num_blocks + 1).values()
+            for p in m.parameters()
         )
         return 0, 2 * parameters
     tokens = trial.rows * trial.length
     return trial.flops["before"] // tokens, trial.flops["after"] // tokens
 
 
-class _Counted(Trial):
+class _Counted(ProbeRun):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flops = {"before": 0, "after": 0}
@@ -79,9 +83,9 @@ class _Counted(Trial):
         return output
 
 
-def loops_over_experts(anatomy: Anatomy) -> bool:
+def loops_over_experts(structure: ModelStructure) -> bool:
     """Whether a block runs its chosen experts one by one: on meta then none is."""
-    return getattr(anatomy.config, "_experts_implementation", None) in (None, "eager")
+    return getattr(structure.config, "_experts_implementation", None) in (None, "eager")
 
 
 def expert_parameters_met(block: nn.Module, config: Any) -> int:

@@ -20,8 +20,8 @@ from dstrain.model.capability.packing import judge_packing
 from dstrain.model.capability.tokenwise import head_is_tokenwise
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.measuring.saved import Activations, block_activations, outer_activations
-from dstrain.model.pipeline_split.probe import dissect
-from dstrain.model.pipeline_split.structure import Anatomy
+from dstrain.model.pipeline_split.probe import find_structure
+from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient
 
 FORMAT = 7
@@ -49,33 +49,33 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         DstrainError: the model cannot be built.
     """
-    anatomy = dissect(config)
-    layers = _layers(anatomy)
+    structure = find_structure(config)
+    layers = _layers(structure)
     packing = judge_packing(config)
     tied = [
         {
             "key": key,
-            "parameters": _at(anatomy, owners[0]).numel(),
+            "parameters": _at(structure, owners[0]).numel(),
             "layers": [index for index, _ in owners],
             "names": [name for _, name in owners],
         }
-        for key, owners in anatomy.tied
+        for key, owners in structure.tied
     ]
-    if not anatomy.blocks:
-        tied = _tied_in_one(anatomy)
+    if not structure.blocks:
+        tied = _tied_in_one(structure)
     return {
         "format": FORMAT,
         "model_type": config.model_type,
-        "hidden_size": anatomy.config.hidden_size,
-        "vocab_size": anatomy.config.vocab_size,
-        "max_positions": getattr(anatomy.config, "max_position_embeddings", None),
+        "hidden_size": structure.config.hidden_size,
+        "vocab_size": structure.config.vocab_size,
+        "max_positions": getattr(structure.config, "max_position_embeddings", None),
         "layers": layers,
         "tied": tied,
-        "total_parameters": anatomy.total_parameters,
-        "pipeline_refusal": anatomy.refusal,
-        "dropout": _largest_dropout(anatomy.config),
-        "layerdrop": _layerdrop(anatomy.config),
-        "router_loss": _has_router_loss(config, anatomy),
+        "total_parameters": structure.total_parameters,
+        "pipeline_refusal": structure.refusal,
+        "dropout": _largest_dropout(structure.config),
+        "layerdrop": _layerdrop(structure.config),
+        "router_loss": _has_router_loss(config, structure),
         "tokenwise_head": head_is_tokenwise(config),
         "packing_leak": packing.leak,
         "flash_packing_leak": packing.flash_leak,
@@ -83,18 +83,18 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
-    if not anatomy.blocks:
-        total = anatomy.total_parameters
-        return [_entry("whole", "block", _tensors_in_one(anatomy), total, 2 * total)]
+def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
+    if not structure.blocks:
+        total = structure.total_parameters
+        return [_entry("whole", "block", _tensors_in_one(structure), total, 2 * total)]
     # What belongs to no layer, in models that can't be split: counted with the embedding.
-    stranded = {name: param.numel() for name, param in anatomy.model.named_parameters()}
-    outer = outer_flops_per_token(anatomy)
-    before, behind = outer_activations(anatomy)
+    stranded = {name: param.numel() for name, param in structure.model.named_parameters()}
+    outer = outer_flops_per_token(structure)
+    before, behind = outer_activations(structure)
     known: dict[Any, Any] = {}
     entries = []
-    for index in range(anatomy.num_blocks + 2):
-        modules = anatomy.layer_modules(index)
+    for index in range(structure.num_blocks + 2):
+        modules = structure.layer_modules(index)
         tensors = {
             f"{path}.{name}" if name else path: param.numel()
             for path, module in modules.items()
@@ -104,30 +104,30 @@ def _layers(anatomy: Anatomy) -> list[dict[str, Any]]:
         if index == 0:
             count += sum(stranded.values())
             entries.append(_entry("embed", "embed", tensors | stranded, count, outer[0], 0.0, before))
-        elif index == anatomy.num_blocks + 1:
+        elif index == structure.num_blocks + 1:
             entries.append(_entry("head", "head", tensors, count, outer[1], 0.0, behind))
         else:
             block = next(iter(modules.values()))
             signature = _signature(block)
             if signature not in known:
-                known[signature] = *block_flops(anatomy, index - 1), block_activations(anatomy, index - 1)
+                known[signature] = *block_flops(structure, index - 1), block_activations(structure, index - 1)
             entries.append(_entry(f"block {index - 1}", "block", tensors, count, *known[signature]))
     return entries
 
 
-def _tensors_in_one(anatomy: Anatomy) -> dict[str, int]:
+def _tensors_in_one(structure: ModelStructure) -> dict[str, int]:
     """Elements of each parameter by name; 0 under every name but the first of a tied weight."""
-    first = {name for name, _ in anatomy.model.named_parameters()}
+    first = {name for name, _ in structure.model.named_parameters()}
     return {
         name: param.numel() if name in first else 0
-        for name, param in anatomy.model.named_parameters(remove_duplicate=False)
+        for name, param in structure.model.named_parameters(remove_duplicate=False)
     }
 
 
-def _tied_in_one(anatomy: Anatomy) -> list[dict[str, Any]]:
+def _tied_in_one(structure: ModelStructure) -> list[dict[str, Any]]:
     """The weights with several names in a model that is measured as one layer."""
     names: dict[nn.Parameter, list[str]] = {}
-    for name, param in anatomy.model.named_parameters(remove_duplicate=False):
+    for name, param in structure.model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
     return [
         {"key": alike[0], "parameters": param.numel(), "layers": [0], "names": alike}
@@ -140,11 +140,11 @@ def _layerdrop(config: PretrainedConfig) -> float:
     return max(float(getattr(config, name, None) or 0.0) for name in ("layerdrop", "decoder_layerdrop"))
 
 
-def _has_router_loss(config: PretrainedConfig, anatomy: Anatomy) -> bool:
+def _has_router_loss(config: PretrainedConfig, structure: ModelStructure) -> bool:
     """Whether training adds a router loss: of the layers, or of a model in one piece, whose family makes it."""
-    if anatomy.refusal is None:
-        return anatomy.router is not None and anatomy.router.coefficient != 0
-    return bool(getattr(config, "output_router_logits", False) and router_coefficient(anatomy.model))
+    if structure.refusal is None:
+        return structure.router is not None and structure.router.coefficient != 0
+    return bool(getattr(config, "output_router_logits", False) and router_coefficient(structure.model))
 
 
 def _largest_dropout(config: PretrainedConfig) -> float:
@@ -186,9 +186,9 @@ def _signature(block: nn.Module) -> Any:
     return tuple(type(module) for module in block.modules()), shapes
 
 
-def _at(anatomy: Anatomy, owner: tuple[int, str]) -> torch.Tensor:
+def _at(structure: ModelStructure, owner: tuple[int, str]) -> torch.Tensor:
     index, name = owner
-    modules = anatomy.layer_modules(index)
+    modules = structure.layer_modules(index)
     root = next(path for path in modules if name.startswith(path + "."))
     return modules[root].get_parameter(name[len(root) + 1 :])
 

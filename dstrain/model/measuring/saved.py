@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dstrain.model.measuring.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
 from dstrain.model.pipeline_split.meta_run import NoData, to_meta_kwargs
-from dstrain.model.pipeline_split.partial_forward import Call, Switch, to_meta
-from dstrain.model.pipeline_split.probe import Trial
-from dstrain.model.pipeline_split.structure import Anatomy, Refused
+from dstrain.model.pipeline_split.partial_forward import Call, ModuleStub, to_meta
+from dstrain.model.pipeline_split.probe import ProbeRun
+from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 
 DTYPES = (torch.bfloat16, torch.float32)
 """The bytes are found in 16 bits and in fp32: what a family raises to fp32 itself is not halved."""
@@ -56,40 +56,40 @@ class _Bytes:
     working: int = 0
 
 
-def block_activations(anatomy: Anatomy, index: int) -> Activations:
+def block_activations(structure: ModelStructure, index: int) -> Activations:
     """Bytes of a block. With sdpa and flash attention its parts for each position are 0: they keep no square."""
-    config = anatomy.config
+    config = structure.config
     found = []
     for dtype in DTYPES:
         try:
-            both = [_of_block(anatomy, index, length, dtype) for length in (LENGTH, 2 * LENGTH)]
+            both = [_of_block(structure, index, length, dtype) for length in (LENGTH, 2 * LENGTH)]
         except Refused:
             width = config.hidden_size * dtype.itemsize
             found.append((BY_FORMULA * width / 2, 0.0, 2 * width, 0.0))
             continue
         part, part_of_position = per_token(*(one.saved for one in both))
-        if loops_over_experts(anatomy):
+        if loops_over_experts(structure):
             # None is chosen on meta. A matrix keeps its input: parameters / hidden size elements, as two of an
             # expert's three matrices are as wide as that, and its activation functions one half again.
-            met = expert_parameters_met(anatomy.blocks[index][1], config)
+            met = expert_parameters_met(structure.blocks[index][1], config)
             part += 1.5 * dtype.itemsize * met / config.hidden_size
         found.append((part, part_of_position, *per_token(*(one.working for one in both))))
     return _both_types(found)
 
 
-def outer_activations(anatomy: Anatomy) -> tuple[Activations, Activations]:
+def outer_activations(structure: ModelStructure) -> tuple[Activations, Activations]:
     """Bytes of what runs before the blocks, and behind them: of its modules, without what lies between these.
 
     Logits are not counted: what they take depends on the loss.
     """
     before, after = [], []
     for dtype in DTYPES:
-        trials = [_Outer(anatomy, length, dtype) for length in (LENGTH, 2 * LENGTH)]
+        trials = [_Outer(structure, length, dtype) for length in (LENGTH, 2 * LENGTH)]
         try:
             for trial in trials:
                 trial.run()
         except Refused:
-            width = anatomy.config.hidden_size * dtype.itemsize
+            width = structure.config.hidden_size * dtype.itemsize
             before.append((0.0,) * 4)
             after.append((2.0 * width, 0.0, 2.0 * width, 0.0))
             continue
@@ -174,12 +174,14 @@ class _Alive(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def _of_block(anatomy: Anatomy, index: int, length: int, dtype: torch.dtype) -> _Bytes:
+def _of_block(structure: ModelStructure, index: int, length: int, dtype: torch.dtype) -> _Bytes:
     """Of a block and one sequence, beside weights and what all blocks share. Raises Refused: it does not run so."""
-    call = Trial(anatomy, extras=anatomy.driver.extras, rows=1, length=length, stop_at=index).run()[index]
+    call = ProbeRun(
+        structure, extras=structure.partial_forward.extras, rows=1, length=length, stop_at=index
+    ).run()[index]
     args, kwargs = _cast(to_meta(call.args), dtype), _cast(to_meta_kwargs(call.kwargs), dtype)
-    block = copy.deepcopy(anatomy.blocks[index][1]).to("meta", dtype).train()
-    hidden = torch.empty(1, length, *anatomy.hidden, device="meta", dtype=dtype, requires_grad=True)
+    block = copy.deepcopy(structure.blocks[index][1]).to("meta", dtype).train()
+    hidden = torch.empty(1, length, *structure.hidden, device="meta", dtype=dtype, requires_grad=True)
     return _of_module(block, lambda given: Call(args, kwargs).apply(block, given), hidden, (args, kwargs))
 
 
@@ -215,29 +217,29 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
     return _Bytes(saved, max(0, forward - saved, backward - saved))
 
 
-class _Outer(Trial):
+class _Outer(ProbeRun):
     """A run that measures the modules before and behind the blocks, each by itself."""
 
-    def __init__(self, anatomy: Anatomy, length: int, dtype: torch.dtype) -> None:
-        super().__init__(anatomy, extras=anatomy.driver.extras, rows=1, length=length)
+    def __init__(self, structure: ModelStructure, length: int, dtype: torch.dtype) -> None:
+        super().__init__(structure, extras=structure.partial_forward.extras, rows=1, length=length)
         self.dtype = dtype
         self.found = {"before": _Bytes(), "after": _Bytes()}
 
-    def on_meta(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_meta(self, stub: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = "after" if self.calls else "before"
-        output = super().on_meta(switch, args, kwargs)
+        output = super().on_meta(stub, args, kwargs)
         first = args[0] if args else None
         if isinstance(first, Tensor) and first.is_floating_point() and isinstance(output, Tensor):
-            one = self._measured(switch, first, args[1:], kwargs, output)
+            one = self._measured(stub, first, args[1:], kwargs, output)
             sums = self.found[place]
             self.found[place] = _Bytes(sums.saved + one.saved, max(sums.working, one.working))
         return output
 
-    def _measured(self, switch: Switch, first: Tensor, args: Any, kwargs: Any, output: Tensor) -> _Bytes:
-        module = copy.deepcopy(switch._twin).to(self.dtype).train()
+    def _measured(self, stub: ModuleStub, first: Tensor, args: Any, kwargs: Any, output: Tensor) -> _Bytes:
+        module = copy.deepcopy(stub.stub_twin).to(self.dtype).train()
         hidden = torch.empty(first.shape, device="meta", dtype=self.dtype, requires_grad=True)
         others = _cast((to_meta(args), to_meta(kwargs)), self.dtype)
-        if output.shape[-1] == getattr(self.anatomy.config, "vocab_size", None):
+        if output.shape[-1] == getattr(self.structure.config, "vocab_size", None):
             return _Bytes(hidden.untyped_storage().nbytes())  # the matrix multiplication keeps its input
         return _of_module(module, lambda given: module(given, *others[0], **others[1]), hidden, others)
 

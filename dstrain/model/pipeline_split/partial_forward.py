@@ -1,13 +1,13 @@
 """Drive a family's own forward in parts, so that each pipeline layer runs just its share of it.
 
-The modules of the skeleton that own weights are replaced by two kinds of stand-in, which the ``Driver`` tells
+The modules of the skeleton that own weights are replaced by two kinds of stand-in, which the ``PartialForward`` tells
 what to do:
 
-- ``Recorder`` in the place of each decoder block. *Prologue*: stop at block 0, its hidden state is what the
+- ``BlockStub`` in the place of each decoder block. *Prologue*: stop at block 0, its hidden state is what the
   embeddings hand on. *Arguments*: note how each block is called (rotary tables, masks, alibi). *Epilogue*:
   the last one returns the hidden state that arrived, and the family's own norm, head, scaling and
   soft-capping run.
-- ``Switch`` in the place of each other module with weights. It calls the real module, or, where only shapes
+- ``ModuleStub`` in the place of each other module with weights. It calls the real module, or, where only shapes
   matter, runs a weightless twin on meta and returns zeros of that shape.
 """
 
@@ -28,7 +28,7 @@ from dstrain.model.document_masks import Documents
 PROLOGUE, ARGUMENTS, EPILOGUE, PROBE = "prologue", "arguments", "epilogue", "probe"
 
 BEFORE = -1
-"""``Driver.reached`` while no block has been called yet."""
+"""``PartialForward.reached`` while no block has been called yet."""
 
 
 class Hidden:
@@ -59,45 +59,47 @@ class Reached(Exception):  # noqa: N818 - not an error: it ends a partial forwar
         self.value = value
 
 
-class Recorder(nn.Module):
+class BlockStub(nn.Module):
     """Stands in the model's list of blocks; attributes that the model reads come from the real block."""
 
-    def __init__(self, driver: Driver, index: int, real: nn.Module) -> None:
+    def __init__(self, partial_forward: PartialForward, index: int, real: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(_driver=driver, _index=index, _real=real)
+        self.__dict__.update(_partial_forward=partial_forward, _index=index, stub_real=real)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_real"], name)
+        return getattr(self.__dict__["stub_real"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._driver.at_block(self._index, args, kwargs)
+        return self._partial_forward.at_block(self._index, args, kwargs)
 
 
-class Switch(nn.Module):
+class ModuleStub(nn.Module):
     """Stands for a module with weights outside the blocks."""
 
-    def __init__(self, driver: Driver, path: str, real: nn.Module) -> None:
+    def __init__(self, partial_forward: PartialForward, path: str, real: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(_driver=driver, _path=path, _real=real, _twin=meta_twin(real))
+        self.__dict__.update(
+            _partial_forward=partial_forward, stub_path=path, stub_real=real, stub_twin=meta_twin(real)
+        )
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_real"], name)
+        return getattr(self.__dict__["stub_real"], name)
 
     # The dunders that modules answer to are looked up on the class, past __getattr__.
     def __len__(self) -> int:
-        return len(self._real)
+        return len(self.stub_real)
 
     def __bool__(self) -> bool:
         return True
 
     def __iter__(self) -> Any:
-        return iter(self._real)
+        return iter(self.stub_real)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._real[index]
+        return self.stub_real[index]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._driver.at_switch(self, args, kwargs)
+        return self._partial_forward.at_module_stub(self, args, kwargs)
 
 
 def meta_twin(module: nn.Module) -> nn.Module:
@@ -117,7 +119,7 @@ def hidden_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
-class Driver:
+class PartialForward:
     """Runs parts of the skeleton's forward. Not thread-safe; one a process is enough.
 
     Attributes:
@@ -165,12 +167,12 @@ class Driver:
             return self.packed(hidden)
         raise RuntimeError("the skeleton's forward was called outside of a layer")
 
-    def at_switch(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_module_stub(self, stub: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.phase == PROBE:
-            return self.probe.at_switch(switch, args, kwargs)
+            return self.probe.at_module_stub(stub, args, kwargs)
         if self.phase in (ARGUMENTS, EPILOGUE) and self.reached == BEFORE:
-            return self._zeros_like_output(switch, args, kwargs)
-        return switch._real(*args, **kwargs)
+            return self._zeros_like_output(stub, args, kwargs)
+        return stub.stub_real(*args, **kwargs)
 
     def packed(self, hidden: Any) -> Any:
         """``hidden`` in the shape that the family's blocks return it."""
@@ -244,9 +246,13 @@ class Driver:
                 module.training = training
             self._training = training
 
-    def _zeros_like_output(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forget_training(self) -> None:
+        """After a probe, which sets the modes of modules by itself: all are in eval mode."""
+        self._training = False
+
+    def _zeros_like_output(self, stub: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():
-            output = switch._twin(*to_meta(args), **to_meta(kwargs))
+            output = stub.stub_twin(*to_meta(args), **to_meta(kwargs))
         hidden = self.hidden
         assert hidden is not None
 

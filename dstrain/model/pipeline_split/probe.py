@@ -22,13 +22,13 @@ from dstrain.model.pipeline_split.meta_run import run_on_meta
 from dstrain.model.pipeline_split.partial_forward import (
     PROBE,
     Call,
+    ModuleStub,
     Reached,
-    Switch,
     hidden_slot,
     marked,
     to_meta,
 )
-from dstrain.model.pipeline_split.structure import Anatomy, Refused
+from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 from dstrain.model.router import OtherRouterLossError, router_loss_of
 
 ROWS, LENGTH = 2, 6
@@ -38,33 +38,33 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Siz
 def why_not_pipelined(config: PretrainedConfig, attention: str | None = None) -> str | None:
     """Why a model with this configuration cannot be split into stages, in one sentence; None if it can."""
     try:
-        return dissect(config, attention).refusal
+        return find_structure(config, attention).refusal
     except DstrainError as error:
         return error.message
 
 
-def dissect(config: PretrainedConfig, attention: str | None = None) -> Anatomy:
+def find_structure(config: PretrainedConfig, attention: str | None = None) -> ModelStructure:
     """Build the skeleton, take it apart and probe it; ``refusal`` of the result says why it must stay whole.
 
     Raises:
         DstrainError: the model cannot be built at all.
     """
-    anatomy = Anatomy(config, attention)
+    structure = ModelStructure(config, attention)
     try:
-        refuse_options(anatomy.config)
-        anatomy.router = router_loss_of(anatomy.model, config)
-        anatomy.take_apart()
-        with without_flash(anatomy.config):
-            probe(anatomy)
-        anatomy.find_tied()
+        refuse_options(structure.config)
+        structure.router = router_loss_of(structure.model, config)
+        structure.take_apart()
+        with without_flash(structure.config):
+            probe(structure)
+        structure.find_tied()
     except Refused as refused:
-        anatomy.refusal = str(refused)
+        structure.refusal = str(refused)
     except OtherRouterLossError:
-        anatomy.refusal = (
+        structure.refusal = (
             "the router loss of its experts is not the usual one, and is not carried between stages;"
             " set output_router_logits: false in its config.json"
         )
-    return anatomy
+    return structure
 
 
 def refuse_options(config: PretrainedConfig) -> None:
@@ -76,31 +76,31 @@ def refuse_options(config: PretrainedConfig) -> None:
             raise Refused(f"it drops whole layers at random ({name}); set {name}: 0")
 
 
-def probe(anatomy: Anatomy) -> None:
-    """Try the model's forward, and note in ``anatomy`` which modules belong to the head.
+def probe(structure: ModelStructure) -> None:
+    """Try the model's forward, and note in ``structure`` which modules belong to the head.
 
     Raises:
         Refused: with the reason.
     """
-    consists_of = anatomy.modules_of_blocks()
-    call = Trial(anatomy, stop_at=0).run()[0]
-    anatomy.driver.extras = extras = _extras_of_block(anatomy, call)
-    first = Trial(anatomy, extras=extras)
+    consists_of = structure.modules_of_blocks()
+    call = ProbeRun(structure, stop_at=0).run()[0]
+    structure.partial_forward.extras = extras = _extras_of_block(structure, call)
+    first = ProbeRun(structure, extras=extras)
     calls = first.run()
-    if anatomy.modules_of_blocks() != consists_of:
+    if structure.modules_of_blocks() != consists_of:
         raise Refused("its forward exchanges parts of its blocks, depending on the sequence length")
-    second = Trial(anatomy, extras=extras, seed=1)
+    second = ProbeRun(structure, extras=extras, seed=1)
     for index, (one, other) in enumerate(zip(calls, second.run(), strict=True)):
         _same_arguments(index, one, other)
     assert first.logits is not None and second.logits is not None
     if not torch.equal(first.logits, second.logits):
         raise Refused("its head depends on more than the last block's hidden state")
-    anatomy.in_head = {path for path in anatomy.switches if path not in first.before}
-    _refuse_changed_containers(anatomy, calls)
-    _refuse_used_values(anatomy, calls)
+    structure.in_head = {path for path in structure.module_stubs if path not in first.before}
+    _refuse_changed_containers(structure, calls)
+    _refuse_used_values(structure, calls)
 
 
-class Trial:
+class ProbeRun:
     """One run of the skeleton's forward with stand-ins for everything.
 
     Args:
@@ -114,7 +114,7 @@ class Trial:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        structure: ModelStructure,
         *,
         extras: int | None = None,
         seed: int = 0,
@@ -122,7 +122,7 @@ class Trial:
         rows: int = ROWS,
         length: int = LENGTH,
     ) -> None:
-        self.anatomy = anatomy
+        self.structure = structure
         self.extras = extras
         self.stop_at = stop_at
         self.rows, self.length = rows, length
@@ -135,20 +135,20 @@ class Trial:
         self.logits: Tensor | None = None
 
     def run(self) -> list[Call]:
-        driver = self.anatomy.driver
-        vocabulary = getattr(self.anatomy.config, "vocab_size", 2)
+        partial_forward = self.structure.partial_forward
+        vocabulary = getattr(self.structure.config, "vocab_size", 2)
         ids = torch.randint(vocabulary, (self.rows, self.length), generator=self.random)
         if self.seed == 0:
             ids.zero_()
         positions = (torch.arange(self.length) % (3 if self.length == LENGTH else self.length)).repeat(
             self.rows, 1
         )
-        for module in driver.loose:
+        for module in partial_forward.loose:
             module.training = False
-        driver.probe = self
+        partial_forward.probe = self
         try:
             with torch.enable_grad():
-                output = driver.run(PROBE, ids, positions)
+                output = partial_forward.run(PROBE, ids, positions)
                 self._check_logits(getattr(output, "logits", None))
         except (Reached, Refused) as done:
             if isinstance(done, Refused):
@@ -159,10 +159,10 @@ class Trial:
                 f"its forward does not run without its weights ({type(error).__name__}: {text})"
             ) from error
         finally:
-            driver.probe = None
-            driver._training = False
-        if self.stop_at is None and len(self.calls) != driver.count:
-            raise Refused(f"its forward calls {len(self.calls)} of its {driver.count} blocks")
+            partial_forward.probe = None
+            partial_forward.forget_training()
+        if self.stop_at is None and len(self.calls) != partial_forward.count:
+            raise Refused(f"its forward calls {len(self.calls)} of its {partial_forward.count} blocks")
         return self.calls
 
     def at_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,25 +181,25 @@ class Trial:
         self.calls.append(call)
         if index == self.stop_at:
             raise Reached
-        final = index == self.anatomy.num_blocks - 1
+        final = index == self.structure.num_blocks - 1
         self.last = self._leaf(hidden, torch.Generator().manual_seed(7) if final else self.random)
         if self.extras is None:
             return self.last
-        return (self.last, *self.anatomy.beside)
+        return (self.last, *self.structure.beside)
 
-    def at_switch(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_module_stub(self, stub: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.calls:
-            self.before.add(switch._path)
-        elif len(self.calls) < self.anatomy.num_blocks:
-            raise Refused(f"its module {switch._path} is used between blocks")
-        elif switch._path in self.before:
-            raise Refused(f"its module {switch._path} is used both before and after the blocks")
+            self.before.add(stub.stub_path)
+        elif len(self.calls) < self.structure.num_blocks:
+            raise Refused(f"its module {stub.stub_path} is used between blocks")
+        elif stub.stub_path in self.before:
+            raise Refused(f"its module {stub.stub_path} is used both before and after the blocks")
         # The output follows the input's values, so that what the input depends on shows in the result.
         inputs = [
             x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_floating_point()
         ]
         trace = sum((x.float().mean() for x in inputs), torch.zeros(()))
-        output = self.on_meta(switch, args, kwargs)
+        output = self.on_meta(stub, args, kwargs)
 
         def real(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -212,10 +212,10 @@ class Trial:
 
         return tree_map(real, output)
 
-    def on_meta(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_meta(self, stub: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns, on meta."""
         with torch.no_grad():
-            return switch._twin(*to_meta(args), **to_meta(kwargs))
+            return stub.stub_twin(*to_meta(args), **to_meta(kwargs))
 
     def _leaf(self, like: Tensor, random: torch.Generator) -> Tensor:
         leaf = torch.randn(like.shape, generator=random).requires_grad_()
@@ -227,7 +227,7 @@ class Trial:
             raise Refused("its blocks are not given the hidden state first")
         if hidden.dim() < 3 or hidden.shape[:2] != (self.rows, self.length):
             raise Refused(f"its hidden state is not [batch, sequence, hidden] but {list(hidden.shape)}")
-        self.anatomy.hidden = tuple(hidden.shape[2:])
+        self.structure.hidden = tuple(hidden.shape[2:])
 
     def _check_arguments(self, index: int, call: Call) -> None:
         for name, value in _named(call):
@@ -241,8 +241,8 @@ class Trial:
                     raise Refused(f"block {index} is given a {type(leaf).__name__} as {name}")
 
     def _check_logits(self, logits: Any) -> None:
-        if len(self.calls) != self.anatomy.num_blocks:
-            raise Refused(f"its forward calls {len(self.calls)} of its {self.anatomy.num_blocks} blocks")
+        if len(self.calls) != self.structure.num_blocks:
+            raise Refused(f"its forward calls {len(self.calls)} of its {self.structure.num_blocks} blocks")
         if (
             not isinstance(logits, Tensor)
             or logits.dim() != 3
@@ -262,7 +262,7 @@ class Trial:
 def _harmless(leaf: Any) -> bool:
     if isinstance(leaf, MutableMapping):
         return not leaf  # a dict of a class of its own; _refuse_changed_containers looks after it
-    return type(leaf).__name__ in ("Hidden", "BlockMask", "Untouchable")
+    return type(leaf).__name__ in ("Hidden", "BlockMask", "OpaqueOutput")
 
 
 def _named(call: Call) -> list[tuple[str, Any]]:
@@ -283,35 +283,35 @@ def _equal(x: Any, y: Any) -> bool:
     return type(x) is type(y) and (not isinstance(x, PLAIN) or x == y)
 
 
-def _extras_of_block(anatomy: Anatomy, call: Call) -> int | None:
+def _extras_of_block(structure: ModelStructure, call: Call) -> int | None:
     """How many values block 0 returns beside the hidden state; None: it returns a bare tensor."""
-    block = copy.deepcopy(anatomy.blocks[0][1])
-    output = run_on_meta(block, call, anatomy.hidden, ROWS, LENGTH)
+    block = copy.deepcopy(structure.blocks[0][1])
+    output = run_on_meta(block, call, structure.hidden, ROWS, LENGTH)
     if isinstance(output, Tensor):
         return None
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        anatomy.beside = tuple(None if value is None else Untouchable() for value in output[1:])
+        structure.beside = tuple(None if value is None else OpaqueOutput() for value in output[1:])
         return len(output) - 1
     raise Refused(f"its blocks return a {type(output).__name__}, not the hidden state")
 
 
-def _refuse_used_values(anatomy: Anatomy, calls: list[Call]) -> None:
+def _refuse_used_values(structure: ModelStructure, calls: list[Call]) -> None:
     """Refuse blocks that look at what the block before returned beside the hidden state.
 
     It may be handed to them: a recurrent state that is None in training, or a choice that only some settings reuse.
     """
-    if not anatomy.beside:
+    if not structure.beside:
         return
-    for index, ((_, block), call) in enumerate(zip(anatomy.blocks, calls, strict=True)):
-        handed = any(isinstance(value, Untouchable) for _, value in _named(call))
-        if handed or None in anatomy.beside:
-            output = run_on_meta(copy.deepcopy(block), call, anatomy.hidden, ROWS, LENGTH)
-            for ours, value in zip(anatomy.beside, output[1:], strict=True):
+    for index, ((_, block), call) in enumerate(zip(structure.blocks, calls, strict=True)):
+        handed = any(isinstance(value, OpaqueOutput) for _, value in _named(call))
+        if handed or None in structure.beside:
+            output = run_on_meta(copy.deepcopy(block), call, structure.hidden, ROWS, LENGTH)
+            for ours, value in zip(structure.beside, output[1:], strict=True):
                 if ours is None and value is not None:
                     raise Refused(f"block {index} returns another kind of values than block 0")
 
 
-class Untouchable:
+class OpaqueOutput:
     """Stands for a value that a block returns beside the hidden state and that stays on its stage.
 
     It may be handed on, even to the next block, as long as nobody looks at it.
@@ -324,7 +324,7 @@ class Untouchable:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _touched
 
 
-def _refuse_changed_containers(anatomy: Anatomy, calls: list[Call]) -> None:
+def _refuse_changed_containers(structure: ModelStructure, calls: list[Call]) -> None:
     """Refuse blocks that talk to each other through a dict or list that they are all given."""
     shared: Any = [v for call in calls for _, v in _named(call) if isinstance(v, MutableMapping | list)]
     if not shared:
@@ -334,10 +334,10 @@ def _refuse_changed_containers(anatomy: Anatomy, calls: list[Call]) -> None:
         id(value): to_meta(value) if type(value) in (dict, list) else copy.copy(value) for value in shared
     }
     before = {key: tree_flatten(value) for key, value in metas.items()}
-    for (_, block), call in zip(anatomy.blocks, calls, strict=True):
+    for (_, block), call in zip(structure.blocks, calls, strict=True):
         args = tuple(metas.get(id(value), value) for value in call.args)
         kwargs = {name: metas.get(id(value), value) for name, value in call.kwargs.items()}
-        run_on_meta(copy.deepcopy(block), Call(args, kwargs), anatomy.hidden, ROWS, LENGTH)
+        run_on_meta(copy.deepcopy(block), Call(args, kwargs), structure.hidden, ROWS, LENGTH)
     for key, value in metas.items():
         (leaves, spec), (old, old_spec) = tree_flatten(value), before[key]
         filled = type(value) not in (dict, list) and len(value) > 0

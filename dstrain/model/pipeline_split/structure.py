@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstrain.model.initialise import initialisers, uninitialised
-from dstrain.model.pipeline_split.partial_forward import Driver, Recorder, Switch
+from dstrain.model.pipeline_split.partial_forward import BlockStub, ModuleStub, PartialForward
 from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng
 
@@ -36,16 +36,16 @@ class OuterInitialiser:
         self._outer._init_weights(self._container)
 
 
-class Anatomy:
+class ModelStructure:
     """A skeleton taken apart, with stand-ins in the places of all modules that own weights.
 
     Attributes:
         blocks: (Hugging Face path, module) of each decoder block.
-        switches: the stand-ins of the other modules with weights, by path.
+        module_stubs: the stand-ins of the other modules with weights, by path.
         in_head: the paths of those that the head layer holds; the embedding layer holds the others.
         tied: (key, ((layer index, Hugging Face name), ...)) of weights that two layers use.
         hidden: the shape of a token's hidden state, [H] or, for hyper-connections, [streams, H].
-        beside: what stands for the values that a block returns beside the hidden state, see ``probe.Untouchable``.
+        beside: what stands for the values that a block returns beside the hidden state, see ``probe.OpaqueOutput``.
         owners: whose ``_init_weights`` initialises the module at a path.
         router: the router loss that its blocks add to, or None.
         refusal: why the model cannot be split, or None.
@@ -56,16 +56,16 @@ class Anatomy:
         self.config: PretrainedConfig = self.model.config
         self.owners = initialisers(self.model)
         self.total_parameters = sum(p.numel() for p in self.model.parameters())
-        self.driver = Driver(self.model, self.config, takes_positions(self.model))
+        self.partial_forward = PartialForward(self.model, self.config, takes_positions(self.model))
         self.blocks: list[tuple[str, nn.Module]] = []
-        self.switches: dict[str, Switch] = {}
+        self.module_stubs: dict[str, ModuleStub] = {}
         self.in_head: set[str] = set()
         self.tied: list[tuple[str, tuple[tuple[int, str], ...]]] = []
         self.router: RouterLoss | None = None
         self.hidden: tuple[int, ...] = (getattr(self.config, "hidden_size", 0),)
         self.beside: tuple[Any, ...] = ()
         self.refusal: str | None = None
-        self._places: list[tuple[nn.Module, str, Recorder | Switch]] = []
+        self._places: list[tuple[nn.Module, str, BlockStub | ModuleStub]] = []
 
     @property
     def num_blocks(self) -> int:
@@ -77,11 +77,11 @@ class Anatomy:
             path, block = self.blocks[index - 1]
             return {path: block}
         head = index > 0
-        return {path: s._real for path, s in self.switches.items() if (path in self.in_head) == head}
+        return {path: s.stub_real for path, s in self.module_stubs.items() if (path in self.in_head) == head}
 
     def layer_of(self, path: str) -> int:
-        """The layer that holds the module at ``path`` (a block's or a switch's)."""
-        if path in self.switches:
+        """The layer that holds the module at ``path`` (a block or a module stub)."""
+        if path in self.module_stubs:
             return self.num_blocks + 1 if path in self.in_head else 0
         return 1 + [p for p, _ in self.blocks].index(path)
 
@@ -93,19 +93,19 @@ class Anatomy:
         """
         path, blocks = find_blocks(self.model, self.config)
         self.blocks = [(f"{path}.{i}", block) for i, block in enumerate(blocks)]
-        self.driver.count = len(self.blocks)
+        self.partial_forward.count = len(self.blocks)
         spine = [path.rsplit(".", cut)[0] if cut else path for cut in range(path.count(".") + 1)] + [""]
         in_the_way = self._outer_initialisers(spine)
         self._replace(self.model, "", set(spine))
         for i, (_, block) in enumerate(self.blocks):
-            self._stand_in(blocks, str(i), Recorder(self.driver, i, block))
+            self._stand_in(blocks, str(i), BlockStub(self.partial_forward, i, block))
         stranded = [name for name, _ in self.model.named_parameters()]
         if stranded:
             raise Refused(f"its weight {stranded[0]} belongs to no layer")
         if in_the_way:
             raise Refused(in_the_way)
 
-    def _stand_in(self, parent: nn.Module, name: str, stand_in: Recorder | Switch) -> None:
+    def _stand_in(self, parent: nn.Module, name: str, stand_in: BlockStub | ModuleStub) -> None:
         parent._modules[name] = stand_in
         self._places.append((parent, name, stand_in))
 
@@ -113,7 +113,7 @@ class Anatomy:
     def restored(self) -> Iterator[None]:
         """Put the real modules back for a while, for code that walks through the whole model."""
         for parent, name, stand_in in self._places:
-            parent._modules[name] = stand_in._real
+            parent._modules[name] = stand_in.stub_real
         try:
             yield
         finally:
@@ -145,7 +145,7 @@ class Anatomy:
         return None
 
     def _replace(self, module: nn.Module, path: str, spine: set[str]) -> None:
-        self.driver.loose.append(module)
+        self.partial_forward.loose.append(module)
         if path and path == max(spine, key=len):
             return
         for name, child in list(module.named_children()):
@@ -154,9 +154,9 @@ class Anatomy:
             if below in spine or container or not any(True for _ in child.parameters()):
                 self._replace(child, below, spine)
             else:
-                switch = Switch(self.driver, below, child)
-                self._stand_in(module, name, switch)
-                self.switches[below] = switch
+                stub = ModuleStub(self.partial_forward, below, child)
+                self._stand_in(module, name, stub)
+                self.module_stubs[below] = stub
 
     def find_tied(self) -> None:
         """Fill ``tied``.
@@ -190,7 +190,7 @@ class Anatomy:
         return [[(name, type(child)) for name, child in block.named_modules()] for _, block in self.blocks]
 
     def _roots(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from ((path, switch._real) for path, switch in self.switches.items())
+        yield from ((path, stub.stub_real) for path, stub in self.module_stubs.items())
         yield from self.blocks
 
 

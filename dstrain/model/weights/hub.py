@@ -96,7 +96,7 @@ def _explained(error: Exception, name: str) -> DstrainError:
             hint=f"check the name on {constants.ENDPOINT}; for a private model `hf auth login`, or set HF_TOKEN",
         )
     if isinstance(error, HFValidationError):
-        return DstrainError(f"{repository!r} is no folder here, and no name on the hub: {_in_words(error)}")
+        return DstrainError(f"{repository!r} is no folder here, and no name on the hub: {_describe(error)}")
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
         part = "only a part of it is" if isinstance(error, IncompleteSnapshotError) else "it is not"
         return DstrainError(
@@ -105,14 +105,14 @@ def _explained(error: Exception, name: str) -> DstrainError:
             hint=f"unset HF_HUB_OFFLINE; {offline}",
         )
     if isinstance(error, HfHubHTTPError):
-        return DstrainError(f"the hub does not give {repository}: {_in_words(error)}", hint=offline)
+        return DstrainError(f"the hub does not give {repository}: {_describe(error)}", hint=offline)
     return DstrainError(
-        f"{name!r} is no folder here, and the hub can't be reached: {_in_words(error.__cause__ or error)}",
+        f"{name!r} is no folder here, and the hub can't be reached: {_describe(error.__cause__ or error)}",
         hint=f"check the network ({constants.ENDPOINT}); {offline}",
     )
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
 

@@ -174,7 +174,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DstrainError(f"the index can't be read: {_in_words(error)}", where=str(path)) from None
+        raise DstrainError(f"the index can't be read: {_describe(error)}", where=str(path)) from None
     named = isinstance(entries, dict) and all(isinstance(name, str) for name in entries.values())
     # A name with a folder in it could reach files outside.
     if not named or not entries or any(Path(name).name != name for name in entries.values()):
@@ -193,7 +193,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(path, _in_words(error)) from None
+            raise _broken(path, _describe(error)) from None
     end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=0)
     if end > size:
         raise DstrainError(
@@ -220,7 +220,7 @@ def _pytorch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         with FakeTensorMode():
             content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises what it likes for files that are none of its own
-        reason = _in_words(error).split(". ")[0]
+        reason = _describe(error).split(". ")[0]
         raise DstrainError(
             f"torch can't load this file as plain tensors (weights_only): {reason}",
             where=str(path),
@@ -261,5 +261,5 @@ def _broken(path: Path, reason: str) -> DstrainError:
     )
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -11,10 +11,10 @@ from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.planning.batch import make_batch
-from dstrain.planning.layout import Host, count_spans, fill_hosts
+from dstrain.planning.layout import Host, count_chunks, fill_hosts
 from dstrain.planning.layout_choice import LayoutChoice
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.partition import blocks_of_spans
+from dstrain.planning.partition import blocks_of_chunks
 
 FREE = ("zero", "pipeline", "data_parallel", "schedule", "offload", "micro_batch", "activation_checkpointing")
 """The run-config keys that `fit` may choose: none of them changes what is trained."""
@@ -127,11 +127,11 @@ def _reason_against(layout: LayoutChoice, resolved: ResolvedConfig, shape: Model
     refusal = layout.refusal(resolved.config.precision)
     if refusal is not None:
         return refusal.reason
-    spans = count_spans(layout.pipeline, layout.schedule)
-    if spans > len(shape.layers):
+    chunks = count_chunks(layout.pipeline, layout.schedule)
+    if chunks > len(shape.layers):
         return "more stages than layers"
-    blocks = blocks_of_spans(resolved.config.partition)
-    if blocks is not None and len(blocks) != spans:
+    blocks = blocks_of_chunks(resolved.config.partition)
+    if blocks is not None and len(blocks) != chunks:
         return f"partition {resolved.config.partition} is of another number of stages"
     if blocks is not None and (sum(blocks) != len(shape.layers) - 2 or 0 in blocks[1:-1]):
         return (

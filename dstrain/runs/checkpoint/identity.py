@@ -19,7 +19,7 @@ _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
 _WHY = {
     "global_batch": " (which samples come next, and the learning rate, are counted in its steps)",
-    "data": " (the same files, tokenizer and held-out part)",
+    "data": " (the same files, tokenizer and validation split)",
 }
 
 

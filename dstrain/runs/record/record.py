@@ -18,6 +18,7 @@ from typing import Any
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.planning.plan import Plan
+from dstrain.renamed import CONFIG_KEYS, with_new_names
 from dstrain.runs.record.source import source_of
 from dstrain.runs.record.surroundings import image, variables
 from dstrain.runs.record.versions import own_version, packages, python_version
@@ -100,6 +101,8 @@ def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):  # half a line of a launch that was killed
             launch = json.loads(line)
             if isinstance(launch, dict) and "first_step" in launch:
+                if "config" in launch:
+                    launch["config"] = with_new_names(launch["config"], CONFIG_KEYS)
                 launches.append(launch)
     where = str(folder.launches)
     hint = f"`dstrain run --config {folder.config} --name NAME` trains it again, and compares nothing"

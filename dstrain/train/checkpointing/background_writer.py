@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.engine.async_checkpoint import HeldFiles
+from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.runs.checkpoint.integrity import checksum
 from dstrain.runs.checkpoint.manifest import FileRecord
 from dstrain.train.checkpointing.to_disk import flush, why_not_written
@@ -55,7 +55,7 @@ class BackgroundWriter:
         self,
         aside: Path,
         *,
-        held: HeldFiles,
+        held: AsyncCheckpointStage,
         written: Sequence[str],
         rank: int,
         ranks: int,

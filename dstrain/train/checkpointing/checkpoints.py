@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import distributed
 
-from dstrain.engine.async_checkpoint import HeldFiles
+from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.identity import is_other_layout, refuse_other
@@ -84,7 +84,7 @@ class Checkpoints:
         """
         self.finish()
         aside = aside_of(self.folder, step)
-        held = HeldFiles(room_for_copy() if self.background else 0)
+        held = AsyncCheckpointStage(room_for_copy() if self.background else 0)
         try:
             if self._rank == 0:
                 begin(self.folder, step, keep=self.keep, keep_every=self.keep_every, damaged=self._damaged)

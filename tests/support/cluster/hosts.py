@@ -173,7 +173,7 @@ class Cluster:
         self._power_off(host, crash=True)
 
     def revive(self, host: str) -> None:
-        """Switch a crashed host on. Its disk is as it was; /run and /dev/shm are new."""
+        """ModuleStub a crashed host on. Its disk is as it was; /run and /dev/shm are new."""
         if host in self._up:
             raise ValueError(f"{host} is up")
         self._power_on([host])

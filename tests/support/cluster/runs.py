@@ -11,7 +11,7 @@ END_SECONDS = 30
 """The end of a run after a fault, on every host: what the user is promised."""
 
 # What must be the same wherever the ranks are; seconds and memory may differ.
-_SAME = ("step", "loss", "lr", "grad_norm", "tokens", "held_out_loss")
+_SAME = ("step", "loss", "lr", "grad_norm", "tokens", "validation_loss")
 
 
 def lay_out(materials: Path, place: Path) -> None:

@@ -103,7 +103,7 @@ class Slurm:
         return state
 
     def revive(self, host: str) -> None:
-        """Switch a crashed host on, its daemons with it, and wait until Slurm has it back."""
+        """ModuleStub a crashed host on, its daemons with it, and wait until Slurm has it back."""
         self.cluster.revive(host)
         self._start(host)
         self.wait_for_hosts()

@@ -1,4 +1,4 @@
-"""A run on two hosts without torch: supervisor, guard, pdsh and ssh, lifelines and their neighbours are the real ones;
+"""A run on two hosts without torch: supervisor, guard, pdsh and ssh, control and their neighbours are the real ones;
 the launcher and the ranks are small, and behave like DeepSpeed's and like ranks that wait for each other.
 
     python -m tests.support.cluster.small_run command FOLDER STEPS HANG_SECONDS
@@ -21,9 +21,9 @@ from dataclasses import asdict
 
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import RankStatus, RunFolder
-from dstrain.supervise.control_server import Lifeline
+from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import supervise
-from dstrain.train.control_client import Lifeline as RankLifeline
+from dstrain.train.control_client import ControlClient
 
 _HOSTS = ("n1", "n2")
 _RANKS = 2  # a host
@@ -36,12 +36,12 @@ def argv(role: str, *arguments: str) -> list[str]:
 
 def command(folder: str, steps: str, hang_seconds: str) -> int:
     """Supervise a run, print its outcome as JSON, and return its exit code."""
-    lifeline = Lifeline(len(_HOSTS) * _RANKS)
+    control = ControlServer(len(_HOSTS) * _RANKS)
     outcome = supervise(
         argv("runner", folder, steps),
-        environment={ADDRESS: lifeline.address()},
+        environment={ADDRESS: control.address()},
         folder=RunFolder(folder),
-        lifeline=lifeline,
+        control=control,
         world_size=len(_HOSTS) * _RANKS,
         on_tick=lambda: None,
         hang_seconds=float(hang_seconds),
@@ -86,14 +86,14 @@ def rank(folder: str, steps: str, number: str) -> int:
     # The real one leaves after its step, which does not end without the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.write_status(status)
-    lifeline = RankLifeline(os.environ, status)
+    control = ControlClient(os.environ, status)
     others = _Others(status.rank)
 
     def say(state: str, step: int, error: str | None = None) -> None:
         word = RankStatus(status.rank, status.host, status.pid, state, step, error)
         run.write_status(word)
-        lifeline.say(word)
-        lifeline.close()
+        control.say(word)
+        control.close()
 
     for step in range(1, int(steps) + 1):
         time.sleep(0.1)
@@ -102,7 +102,7 @@ def rank(folder: str, steps: str, number: str) -> int:
         except ConnectionError:
             say("failed", step, "RuntimeError: [pair.cc:534] Connection closed by peer")
             return 1
-        lifeline.ended(step)
+        control.ended(step)
     say("done", int(steps))
     return 0
 

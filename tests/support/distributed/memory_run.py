@@ -144,7 +144,7 @@ def plan_of(case: Counting) -> tuple[Plan, ModelShape]:
         "momentum": case.momentum if case.optimizer == "sgd" else 0.0,
     }
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = {"train_rows": 10_000, "held_out_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    data = {"train_rows": 10_000, "validation_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
     machines = Machines((Host("localhost", 0),), "cpu")
     with case.chunks():
         return make_plan(load_config(flags=flags), machines, shape, data, "test"), shape
@@ -155,7 +155,7 @@ def count(rank: int, case: Counting, traced: bool = False) -> Counted:
     from dstrain.engine.build import build_engine
     from dstrain.engine.communication import start_communication
     from dstrain.engine.interface import MicroBatch
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
 
     start_communication()
     plan, _ = plan_of(case)
@@ -163,7 +163,7 @@ def count(rank: int, case: Counting, traced: bool = False) -> Counted:
     random = torch.Generator().manual_seed(rank)
     with counter:
         adapter = build_engine(
-            LayeredModel(model_config(case), seed=7, attention=case.attention),
+            PipelineModel(model_config(case), seed=7, attention=case.attention),
             deepspeed=plan.deepspeed,
             cut=plan.layout.cut,
             pipeline=plan.layout.pipeline,

@@ -46,12 +46,12 @@ def _train(rank: int, plan: Plan, model: Any, threads: int, ends: list[Any]) -> 
     from dstrain.engine.build import build_engine
     from dstrain.engine.communication import start_communication
     from dstrain.engine.interface import MicroBatch
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
 
     torch.set_num_threads(threads)
     start_communication()
     engine = build_engine(
-        LayeredModel(model, seed=1),
+        PipelineModel(model, seed=1),
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,

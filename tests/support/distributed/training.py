@@ -95,12 +95,12 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Loss and gradient norm of each step, a held-out loss, the weights at the end by Hugging Face names."""
+    """Loss and gradient norm of each step, a validation loss, the weights at the end by Hugging Face names."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor]
-    held_out: float = 0.0
+    validation: float = 0.0
 
 
 def model_config(case: Case, **sizes: int) -> Any:
@@ -156,7 +156,7 @@ def make_case_plan(case: Case) -> Plan:
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = {"train_rows": 10_000, "held_out_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    data = {"train_rows": 10_000, "validation_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
     machines = Machines((Host("localhost", 0),), "cpu")
     return make_plan(load_config(flags=flags), machines, shape, data, "test")
 
@@ -194,7 +194,7 @@ def samples(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, position_ids, labels
 
 
-HELD_OUT = 9999  # the step whose samples are used for the held-out loss
+HELD_OUT = 9999  # the step whose samples are used for the validation loss
 
 
 def train_in_layout(
@@ -224,7 +224,7 @@ def train_in_layout(
             parts.append(MicroBatch(ids[rows], positions[rows], labels[rows], torch.tensor([weight])))
         return parts
 
-    def held_out_batches() -> list[MicroBatch]:
+    def validation_batches() -> list[MicroBatch]:
         """Half as many micro-batches again as in training, padded without labels: any number must do."""
         empty = [replace(m, labels=torch.full_like(m.labels, -100)) for m in micro_batches(HELD_OUT)]
         found = micro_batches(HELD_OUT) + empty[: (len(empty) + 1) // 2]
@@ -237,8 +237,8 @@ def train_in_layout(
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         if step in (first, case.steps):
-            engine.check_copies()
-    outcome.held_out = engine.eval_loss(held_out_batches())
+            engine.check_replicas()
+    outcome.validation = engine.eval_loss(validation_batches())
     if save_to:
         Path(save_to).mkdir(parents=True, exist_ok=True)
         engine.save(Path(save_to), {"step": case.steps})
@@ -252,14 +252,14 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
 
     from dstrain.engine.build import build_engine
     from dstrain.engine.communication import start_communication
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
     start_communication()
     plan = plan or make_case_plan(case)
     engine = build_engine(
-        LayeredModel(model_config(case), seed=7),
+        PipelineModel(model_config(case), seed=7),
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,

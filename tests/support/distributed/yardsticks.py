@@ -103,10 +103,10 @@ def _hugging_face_model(case: Case) -> torch.nn.Module:
 
     from transformers import AutoModelForCausalLM
 
-    from dstrain.model.pipeline_model import LayeredModel
+    from dstrain.model.pipeline_model import PipelineModel
 
     hf = AutoModelForCausalLM.from_config(model_config(case))
-    layers = LayeredModel(model_config(case), seed=7)
+    layers = PipelineModel(model_config(case), seed=7)
     initial: dict[str, torch.Tensor] = {}
     for index in range(layers.num_layers):
         initial |= dict(layers.build(index).named_parameters())
@@ -149,7 +149,7 @@ def _loss_of(model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tens
 def _finished(hf: torch.nn.Module, outcome: Outcome) -> Outcome:
     hf.eval()
     with torch.no_grad():
-        outcome.held_out = _loss_of(hf, torch.arange(GLOBAL_BATCH), samples(HELD_OUT)).item()
+        outcome.validation = _loss_of(hf, torch.arange(GLOBAL_BATCH), samples(HELD_OUT)).item()
     outcome.weights = {
         name: p.detach().float().clone() for name, p in hf.named_parameters(remove_duplicate=False)
     }

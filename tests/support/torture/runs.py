@@ -30,7 +30,7 @@ CONFIG = {
     "model": "model",
     "data": "text.jsonl",
     "seq_len": 32,
-    "held_out": 0.0,
+    "validation": 0.0,
     "steps": STEPS,
     "global_batch": 8,
     "micro_batch": 2,

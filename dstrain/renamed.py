@@ -1,0 +1,19 @@
+"""Names that version 0.1 used in configs and run folders, and what they are called now: both are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CONFIG_KEYS: Mapping[str, str] = {"held_out": "validation"}
+METRICS: Mapping[str, str] = {"held_out_loss": "validation_loss"}
+DATA_SUMMARY: Mapping[str, str] = {
+    "held_out_rows": "validation_rows",
+    "held_out_documents": "validation_documents",
+}
+
+
+def with_new_names(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The same record under the names of today; where it has both, the new one counts."""
+    renamed = {names.get(key, key): value for key, value in record.items()}
+    return renamed | {key: value for key, value in record.items() if key in names.values()}
