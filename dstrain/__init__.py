@@ -1,8 +1,78 @@
 """dstrain: a configuration-driven trainer on DeepSpeed.
 
-The rooms, in the order in which a run walks through them: ``config`` (what is wanted), ``plan``
-(what will run), ``launch`` (how it starts), ``data``/``model``/``engine``/``train`` (what each rank
-does), ``report`` (what happened). ``cli`` holds one file for each command.
+    import dstrain
+
+    config = dstrain.load_config(zero=2, pipeline=4)
+    print(dstrain.plan(config).memory_verdict)
+    result = dstrain.run(config)
+
+The rooms, in the order in which a run walks through them: ``config`` (what is wanted), ``planning`` and ``estimate``
+(what will run), ``launch`` and ``supervise`` (how it starts and ends), ``data``, ``model``, ``engine`` and ``train``
+(what each rank does), ``runs`` (what lies in a run folder), ``report`` and ``exporting`` (what came out). ``api`` has
+the use cases as functions, and ``cli`` shows them.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0.dev0"
+
+if TYPE_CHECKING:
+    from dstrain.api import (
+        ConfigError,
+        DstrainError,
+        Events,
+        Plan,
+        ResolvedConfig,
+        RunFailedError,
+        RunResult,
+        Step,
+        checkpoints,
+        doctor,
+        export,
+        fit,
+        generate,
+        load_config,
+        plan,
+        reproduce,
+        resume,
+        run,
+        verify,
+    )
+
+__all__ = [
+    "ConfigError",
+    "DstrainError",
+    "Events",
+    "Plan",
+    "ResolvedConfig",
+    "RunFailedError",
+    "RunResult",
+    "Step",
+    "__version__",
+    "checkpoints",
+    "doctor",
+    "export",
+    "fit",
+    "generate",
+    "load_config",
+    "plan",
+    "reproduce",
+    "resume",
+    "run",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The API, imported when it is first used: ``import dstrain`` alone costs nothing."""
+    if name in __all__:
+        from dstrain import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

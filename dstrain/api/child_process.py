@@ -1,4 +1,4 @@
-"""What imports the heavy libraries runs in a process of its own, so that the command line stays light."""
+"""What imports the heavy libraries runs in a process of its own, so that the caller stays light."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import os
 import subprocess
 import sys
 
+from dstrain.api.events import SILENT, Events
 from dstrain.errors import DstrainError
 
 # How a line begins that is no error but says how far the work has come (dstrain.data.progress).
 _PROGRESS = "dstrain: "
 
 
-def run_module(module: str, *arguments: str, speaks: bool = False) -> None:
-    """Run ``python -m module`` to its end. Its progress goes to the terminal; its error message becomes ours.
-
-    Args:
-        speaks: what it prints is for the user; else it is thrown away.
+def run_module(module: str, *arguments: str, events: Events = SILENT) -> None:
+    """Run ``python -m module`` to its end. Its progress becomes notes, its error message becomes ours.
 
     Raises:
         DstrainError: it ended with another exit code than 0.
@@ -27,14 +25,14 @@ def run_module(module: str, *arguments: str, speaks: bool = False) -> None:
         [sys.executable, "-m", module, *arguments],
         env=environment,
         stderr=subprocess.PIPE,
-        stdout=None if speaks else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
         text=True,
         errors="replace",
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith(_PROGRESS):
-                sys.stderr.write(line)
+                events.note(line.removeprefix(_PROGRESS).rstrip(), "progress")
             else:
                 lines.append(line.rstrip())
     if process.returncode == 0:

@@ -6,7 +6,8 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dstrain.api.machines import Elsewhere
+from dstrain.api.events import SILENT, Events
+from dstrain.api.machines import Elsewhere, elsewhere
 from dstrain.api.planning import Prepared, prepare
 from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import as_flags
@@ -14,13 +15,14 @@ from dstrain.errors import DstrainError
 from dstrain.estimate.verdict import memory_needed
 from dstrain.planning.checks import check_precision, refusals_in_any_layout
 from dstrain.planning.fitting.candidates import Candidate, fixed_choices
-from dstrain.planning.fitting.search import Fit, Scored, fit
+from dstrain.planning.fitting.search import Fit, Scored
+from dstrain.planning.fitting.search import fit as search
 from dstrain.planning.layout import Host
 from dstrain.planning.plan import Machines, Plan
 
 
 @dataclass(frozen=True)
-class Row:
+class FitRow:
     """A layout, the flags that choose it, and its plan."""
 
     scored: Scored
@@ -29,8 +31,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What `--fit` says.
+class FitResult:
+    """The layouts that suit a config best.
 
     Attributes:
         fit: what was found.
@@ -41,7 +43,7 @@ class Fitted:
     """
 
     fit: Fit
-    rows: tuple[Row, ...]
+    rows: tuple[FitRow, ...]
     machines: str
     fixed: tuple[str, ...]
     helps: tuple[str, ...]
@@ -69,7 +71,29 @@ class Fitted:
         }
 
 
-def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Fitted:
+def fit(
+    config: ResolvedConfig,
+    *,
+    device: str | None = None,
+    gpus_per_node: int | None = None,
+    events: Events = SILENT,
+) -> FitResult:
+    """Search the layouts that train this config fastest on the devices that are here, or on described ones.
+
+    What the config sets stays as it is; the global batch never changes.
+
+    Args:
+        config, device, gpus_per_node, events: as in `plan`.
+
+    Raises:
+        DstrainError: nothing can be trained with these choices, or the devices' speed is not known.
+    """
+    return fit_for(config, elsewhere(device, gpus_per_node), events)
+
+
+def fit_for(
+    resolved: ResolvedConfig, described: Elsewhere | None = None, events: Events = SILENT
+) -> FitResult:
     """The layouts that suit these choices best.
 
     Args:
@@ -80,7 +104,7 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
     """
     for mistake in refusals_in_any_layout(resolved):  # before the model and the data are looked at
         raise mistake
-    prepared = prepare(resolved, described)
+    prepared = prepare(resolved, described, events)
     machines = _counted(prepared.machines, resolved)
     name = machines.device_names[0] if machines.device_names else machines.accelerator
     check_precision(resolved, machines.precisions, name)
@@ -91,7 +115,7 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
             hint="--device NAME for one that is like it, or --device FILE with its numbers",
         )
     try:
-        found = fit(resolved, prepared.shape, machines, machines.device)
+        found = search(resolved, prepared.shape, machines, machines.device)
     except DstrainError:
         # What the user has chosen leaves nothing to search: what is wrong with it, `make_plan` knows better.
         fixed = fixed_choices(resolved)
@@ -102,7 +126,7 @@ def fitted_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> 
     rows, refused = _rows(found, resolved, prepared, machines)
     if not rows:
         raise refused[0]
-    return Fitted(
+    return FitResult(
         fit=found,
         rows=rows,
         machines=_describe(machines),
@@ -128,7 +152,7 @@ def flags_for(candidate: Candidate, resolved: ResolvedConfig, slots: int | None)
 
 def _rows(
     found: Fit, resolved: ResolvedConfig, prepared: Prepared, machines: Machines
-) -> tuple[tuple[Row, ...], list[DstrainError]]:
+) -> tuple[tuple[FitRow, ...], list[DstrainError]]:
     """The plan of each layout, as `dstrain plan` with these flags makes it; and what speaks against the others."""
     rows, refused = [], []
     for scored in found.best:
@@ -145,7 +169,7 @@ def _rows(
                 time=plan.time,
                 memory=memory_needed(plan.layout, plan.stage_memory, plan.accelerator)[0],
             )
-        rows.append(Row(scored, flags_for(scored.candidate, resolved, prepared.machines.slots), plan))
+        rows.append(FitRow(scored, flags_for(scored.candidate, resolved, prepared.machines.slots), plan))
     return tuple(rows), refused
 
 
@@ -166,7 +190,7 @@ def _helps(resolved: ResolvedConfig, prepared: Prepared, machines: Machines) -> 
         origins = {path: origin for path, origin in resolved.origins.items() if path != (key,)}
         freed = ResolvedConfig(resolved.config, origins)
         assert machines.device is not None
-        if fit(freed, prepared.shape, machines, machines.device, wanted=1).fits:
+        if search(freed, prepared.shape, machines, machines.device, wanted=1).fits:
             found.append(" ".join(as_flags(key, value)))
     if prepared.shape.router_loss and "micro_batch" not in fixed_choices(resolved):
         # It is held: another one would train another model. That is for the user to choose.

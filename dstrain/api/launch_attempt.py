@@ -6,16 +6,18 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from dstrain.api.model_files import keep_model_files
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import not_writable
 from dstrain.config.loader import ResolvedConfig
+from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
 from dstrain.launch.launch_spec import LaunchSpec, runs_here
+from dstrain.planning.plan import Plan
 from dstrain.runs.record.record import write_record
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -23,7 +25,7 @@ from dstrain.supervise.supervisor import Outcome, supervise
 
 
 def launch(
-    request: LaunchSpec,
+    spec: LaunchSpec,
     planned: Planned,
     resolved: ResolvedConfig,
     folder: RunFolder,
@@ -36,21 +38,21 @@ def launch(
     """
     plan = planned.plan
     with locked(folder):
-        prepare(request, planned, resolved, folder)
+        fill_run_folder(spec, planned, resolved, folder)
         plan_text = folder.plan.read_text(encoding="utf-8")
-        only_here = request.runs_here or request.launcher == "none"
+        only_here = spec.runs_here or spec.launcher == "none"
         with ControlServer(plan.layout.world_size, plan_text, only_here=only_here) as control:
             _name_launch(control, folder)
             return supervise(
                 ["bash", str(folder.launch_script)],
-                environment=supervised_environment(request, control.address()),
+                environment=supervised_environment(spec, control.address()),
                 folder=folder,
                 control=control,
-                world_size=len(request.ranks),
-                first_rank=request.ranks.start,
+                world_size=len(spec.ranks),
+                first_rank=spec.ranks.start,
                 on_tick=on_tick,
                 hang_seconds=plan.run_config.hang_after_seconds,
-                terminate=request.may_terminate,
+                terminate=spec.may_terminate,
             )
 
 
@@ -82,17 +84,17 @@ def _name_launch(control: ControlServer, folder: RunFolder) -> None:
         raise not_writable(error, folder) from error
 
 
-def prepare(request: LaunchSpec, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
+def fill_run_folder(spec: LaunchSpec, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
     """Write what a launch reads: afterwards launch.sh starts the run. Raises DstrainError where it can't be written."""
     try:
         # Of several nodes that share the folder the first one says what the run is. Where they don't, each has its own.
         if folder.node == 0 or not folder.config.exists():
             write_atomically(folder.config, resolved.to_yaml())
             write_json(folder.deepspeed_config, planned.plan.deepspeed)
-            write_record(folder, planned.plan, os.environ | request.environment)
-            keep_model_files(folder, planned.plan)
+            write_record(folder, planned.plan, os.environ | spec.environment)
+            _keep_model_files(folder, planned.plan)
         write_json(folder.plan, planned.plan.to_record())
-        write_launch_files(request)
+        write_launch_files(spec)
         folder.result.unlink(missing_ok=True)
     except OSError as error:
         raise not_writable(error, folder) from error
@@ -100,10 +102,10 @@ def prepare(request: LaunchSpec, planned: Planned, resolved: ResolvedConfig, fol
 
 def launch_spec(planned: Planned, folder: RunFolder) -> LaunchSpec:
     layout, config = planned.plan.layout, planned.plan.run_config
-    hosts = layout.hosts if planned.site.hosts else ()
+    hosts = layout.hosts if planned.placement.hosts else ()
     processes = layout.hosts[0].slots
     # The hosts' names are numbers then, and the port must be the same on all.
-    by_hand = planned.site.launcher == "none"
+    by_hand = planned.placement.launcher == "none"
     first = "127.0.0.1" if by_hand or not hosts else layout.hosts[0].name
     return LaunchSpec(
         run_folder=folder.path,
@@ -119,7 +121,22 @@ def launch_spec(planned: Planned, folder: RunFolder) -> LaunchSpec:
             hosts=() if by_hand else [host.name for host in hosts],
             deterministic=config.deterministic,
         ),
-        launcher=planned.site.launcher,
+        launcher=planned.placement.launcher,
         device_ids=planned.devices.ids,
         node=folder.node,
     )
+
+
+def _keep_model_files(folder: RunFolder, plan: Plan) -> None:
+    """Copies of the model's config and the tokenizer's files: small, and needed to repeat the run. Raises OSError.
+
+    They are made once: what a resumed run finds there stays.
+    """
+    wanted = {"config.json": Path(plan.model["file"])}
+    if plan.data["tokenizer"] != BYTES:
+        tokenizer = Path(plan.data["tokenizer"]).expanduser()
+        wanted |= {name: tokenizer / name for name in TOKENIZER_FILES}
+    for name, source in wanted.items():
+        kept = folder.model / name
+        if source.is_file() and not kept.exists():
+            write_atomically(kept, source.read_bytes())

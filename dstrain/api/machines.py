@@ -64,7 +64,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
             hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
         )
     devices = local_devices()
-    site = find_placement(resolved, devices)
+    placement = find_placement(resolved, devices)
     if devices.kind == "cuda":
         device = device_like(devices.names)
     else:
@@ -77,7 +77,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
             memory_bytes=devices.memory_bytes,
         )
     machines = Machines(
-        hosts=site.hosts or (Host("localhost", devices.count),),
+        hosts=placement.hosts or (Host("localhost", devices.count),),
         accelerator=devices.kind,
         device_names=devices.names,
         precisions=devices.precisions,
@@ -85,7 +85,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
         flash_packages=tuple(package for package in FLASH_PACKAGES.values() if find_spec(package)),
         device=device,
     )
-    return devices, site, machines
+    return devices, placement, machines
 
 
 def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Placement, Machines]:

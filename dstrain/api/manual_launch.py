@@ -1,90 +1,51 @@
-"""Somebody else starts the ranks: a person who types the command, or Kubernetes on every node (``none``)."""
+"""Somebody else starts the ranks: a person who types the command, or Kubernetes on every node (``launcher: none``)."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
-from dstrain.api.launch_attempt import launch_spec, locked, prepare
-from dstrain.api.planning import Planned
+from dstrain.api.events import SILENT, Events
+from dstrain.api.launch_attempt import fill_run_folder, launch_spec, locked
 from dstrain.api.preflight import refuse_full_disk, refuse_other_training
-from dstrain.config.loader import ResolvedConfig
-from dstrain.errors import DstrainError
-from dstrain.runs.run_folder import RunFolder
+from dstrain.api.running import Job
 
 
-def node_of(resolved: ResolvedConfig, node_rank: int | None) -> int | None:
-    """The number of this node, or None where none was given.
+def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
+    """Fill the run folder; the shell commands any of which starts the ranks.
 
-    Raises:
-        DstrainError: the launcher has no use for it, there are fewer nodes, or each would name the run by itself.
-    """
-    config = resolved.config
-    if config.launcher == "none" and config.name is None:
-        raise DstrainError(
-            "every node must call the run by the same name", where="--launcher none", hint="--name NAME"
-        )
-    if node_rank is None:
-        return None
-    if config.launcher != "none":
-        raise DstrainError(
-            "a node's number is for --launcher none, where dstrain is typed on every node",
-            where="--node-rank",
-            hint="leave it out, or say --launcher none --nodes N",
-        )
-    nodes = config.nodes or 1
-    if node_rank >= nodes:
-        raise DstrainError(
-            f"there is no node {node_rank} among {nodes}",
-            where="--node-rank",
-            hint="they are counted from 0; --nodes N says how many there are",
-        )
-    return node_rank
-
-
-def prepare_to_be_typed(
-    planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console
-) -> None:
-    """Fill the run folder, and say what starts it.
+    Nobody watches ranks that were started so: a lost one may leave the others waiting.
 
     Raises:
         DstrainError: another training lies in the folder, or goes on in it; it can't be written; the disk is full.
     """
-    refuse_other_training(planned.plan, folder, console)
-    refuse_full_disk(planned.plan, folder)
-    request = launch_spec(planned, folder)
+    folder = job.folder
+    refuse_other_training(job.planned.plan, folder, events)
+    refuse_full_disk(job.planned.plan, folder)
+    spec = launch_spec(job.planned, folder)
     with locked(folder):
-        prepare(request, planned, resolved, folder)
-    which = [str(folder.node)] if request.launcher == "none" else []
-    ways = {"type     ": ["bash", str(folder.launch_script), *which]}
-    if request.launcher == "pdsh":
-        alone = ["--force_multi"] if len(request.hosts) == 1 else []
-        address = ["--master_addr", request.master_addr] if resolved.config.master_addr else []
+        fill_run_folder(spec, job.planned, job.resolved, folder)
+    which = [str(folder.node)] if spec.launcher == "none" else []
+    ways = [["bash", str(folder.launch_script), *which]]
+    if spec.launcher == "pdsh":
+        alone = ["--force_multi"] if len(spec.hosts) == 1 else []
+        address = ["--master_addr", spec.master_addr] if job.resolved.config.master_addr else []
         place = ["--hostfile", str(folder.hostfile), *alone, *address]
-        ways["or here  "] = ["deepspeed", *place, "--module", *request.worker]
-    for beginning, way in ways.items():
-        console.print(Text.assemble((beginning, "bold"), shlex.join(way)), soft_wrap=True)
-    console.print(
-        "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
-        f" {folder.path}` starts them and watches.",
-        soft_wrap=True,
-    )
+        ways.append(["deepspeed", *place, "--module", *spec.worker])
+    return [shlex.join(way) for way in ways]
 
 
-def prepare_for_nodes(
-    planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console, *, dry_run: bool
-) -> None:
-    """Fill the run folder, and say what to type on each node. Raises DstrainError where it can't be written."""
+def prepare_for_nodes(job: Job, *, dry_run: bool = False) -> list[str]:
+    """Fill the run folder; the shell command of each node, by its number.
+
+    Raises:
+        DstrainError: the folder can't be written.
+    """
     if not dry_run:
-        prepare(launch_spec(planned, folder), planned, resolved, folder)
+        spec = launch_spec(job.planned, job.folder)
+        fill_run_folder(spec, job.planned, job.resolved, job.folder)
     place = shlex.quote(str(Path.cwd()))
-    for node in range(len(planned.site.hosts)):
-        command = shlex.join(["dstrain", "resume", str(folder.path), "--node-rank", str(node)])
-        console.print(Text.assemble((f"node {node}  ", "bold"), f"cd {place} && {command}"), soft_wrap=True)
-    console.print(
-        "The order does not matter: node 0 waits ten minutes for the others. Each watches its own ranks.",
-        soft_wrap=True,
-    )
+    return [
+        f"cd {place} && " + shlex.join(["dstrain", "resume", str(job.folder.path), "--node-rank", str(node)])
+        for node in range(len(job.planned.placement.hosts))
+    ]

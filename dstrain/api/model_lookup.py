@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstrain.api.events import SILENT, Events
 from dstrain.config.files import cache_folder, is_hub_name, model_config_file, model_shapes
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import read_text
@@ -38,7 +38,7 @@ class FoundModel:
         return "bytes"
 
 
-def find_model(resolved: ResolvedConfig) -> FoundModel:
+def find_model(resolved: ResolvedConfig, events: Events = SILENT) -> FoundModel:
     """The model that the config names, fetched from the hub where it lies there. Raises DstrainError."""
     config, where = resolved.config, str(resolved.origin("model"))
     if config.init == "pretrained" and config.model in model_shapes():
@@ -49,7 +49,7 @@ def find_model(resolved: ResolvedConfig) -> FoundModel:
         )
     model = config.model
     if is_hub_name(model):
-        model = str(_fetch(model, "weights" if config.init == "pretrained" else "config", where))
+        model = str(_fetch(model, "weights" if config.init == "pretrained" else "config", where, events))
     file = model_config_file(model, where=where).absolute()
     _refuse_no_config(file, where)
     found = FoundModel(file, None if config.model in model_shapes() else file.parent)
@@ -84,7 +84,7 @@ def _refuse_no_config(file: Path, where: str) -> None:
         )
 
 
-def _fetch(name: str, what: str, where: str) -> Path:
+def _fetch(name: str, what: str, where: str, events: Events) -> Path:
     import tempfile
 
     from dstrain.api.child_process import run_module
@@ -92,13 +92,13 @@ def _fetch(name: str, what: str, where: str) -> Path:
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "folder.json"
         try:
-            run_module("dstrain.model.weights.hub", name, what, str(answer))
+            run_module("dstrain.model.weights.hub", name, what, str(answer), events=events)
         except DstrainError as error:
             raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
         return Path(json.loads(answer.read_text(encoding="utf-8"))["folder"])
 
 
-def check_pretrained(model: FoundModel) -> None:
+def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     """Refuse weights that are not whole or not this model's, before anything is launched; no data are read.
 
     A good result is kept by the names, sizes and times of the files. Raises DstrainError.
@@ -117,13 +117,17 @@ def check_pretrained(model: FoundModel) -> None:
 
         kept.parent.mkdir(parents=True, exist_ok=True)
         run_module(
-            "dstrain.model.weights.check_weights", str(model.config_file), str(model.folder), str(kept)
+            "dstrain.model.weights.check_weights",
+            str(model.config_file),
+            str(model.folder),
+            str(kept),
+            events=events,
         )
     found = json.loads(kept.read_text(encoding="utf-8"))
     for names, what in (
-        (found["unexpected"], "the model has no place for, and are left out"),
-        (found["absent"], "the weight files lack; they keep the family's first value"),
+        (found["unexpected"], "are not part of the model, and are ignored"),
+        (found["absent"], "are missing from the weight files, and keep the family's initial value"),
     ):
         if names:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            print(f"dstrain: {len(names)} tensors that {what}: {shown}", file=sys.stderr)
+            events.note(f"{len(names)} tensors {what}: {shown}", "weights")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.api.machines import Elsewhere, find_machines
+from dstrain.api.events import SILENT, Events
+from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
@@ -32,7 +33,7 @@ class Planned:
 
     plan: Plan
     devices: Devices
-    site: Placement
+    placement: Placement
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
 
@@ -42,14 +43,42 @@ class Prepared:
     """All that a plan follows from but the choices: the model's shape, its data, the machines."""
 
     devices: Devices
-    site: Placement
+    placement: Placement
     shape: ModelShape
     machines: Machines
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
     """The plan of these choices on these hosts."""
 
 
-def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Planned:
+def plan(
+    config: ResolvedConfig,
+    *,
+    device: str | None = None,
+    gpus_per_node: int | None = None,
+    events: Events = SILENT,
+) -> Plan:
+    """What `run` would do with this config; nothing is started.
+
+    The model is measured and the data are tokenized in processes of their own, where that was not done before.
+
+    Args:
+        config: from `load_config`.
+        device: plan for machines that are not here: a name such as ``h100-80g``, or a YAML file that describes one.
+            The number of nodes is the config's ``nodes``, or that of its hostfile.
+        gpus_per_node: with ``device``; by default what such machines usually have.
+        events: told of the progress.
+
+    Raises:
+        DstrainError: the config can't be trained: the reason, and what to do instead.
+    """
+    made = plan_for(config, elsewhere(device, gpus_per_node), events).plan
+    events.planned(made)
+    return made
+
+
+def plan_for(
+    resolved: ResolvedConfig, described: Elsewhere | None = None, events: Events = SILENT
+) -> Planned:
     """Make the plan, measuring the model and preparing the data where that was not done before.
 
     Args:
@@ -59,22 +88,24 @@ def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pl
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
-    prepared = prepare(resolved, described)
-    site = prepared.site
+    prepared = prepare(resolved, described, events)
+    placement = prepared.placement
     plan = prepared.make(resolved, prepared.machines.hosts)
-    if site.launcher == "none" and described is None and len(plan.layout.hosts) < len(site.hosts):
+    if placement.launcher == "none" and described is None and len(plan.layout.hosts) < len(placement.hosts):
         raise DstrainError(
-            f"{plan.layout.world_size} ranks leave {len(site.hosts) - len(plan.layout.hosts)} of {len(site.hosts)}"
-            " nodes without any",
+            f"{plan.layout.world_size} ranks leave {len(placement.hosts) - len(plan.layout.hosts)} of"
+            f" {len(placement.hosts)} nodes without any",
             where=str(resolved.origin("nodes")),
             hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
         )
-    if site.told is not None:
-        plan = replace(plan, warnings=(*plan.warnings, site.told))
-    return Planned(plan, prepared.devices, site, prepared.make)
+    if placement.told is not None:
+        plan = replace(plan, warnings=(*plan.warnings, placement.told))
+    return Planned(plan, prepared.devices, placement, prepared.make)
 
 
-def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Prepared:
+def prepare(
+    resolved: ResolvedConfig, described: Elsewhere | None = None, events: Events = SILENT
+) -> Prepared:
     """Look at the machines, measure the model and prepare the data, where that was not done before.
 
     Args:
@@ -84,12 +115,13 @@ def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pre
         DstrainError: one of them can't be used.
     """
     config = resolved.config
-    devices, site, machines = find_machines(resolved, described)
-    model = find_model(resolved)
-    shape = _measure_model(model.config_file)
+    devices, placement, machines = find_machines(resolved, described)
+    model = find_model(resolved, events)
+    shape = _measure_model(model.config_file, events)
     if config.init == "pretrained":
-        check_pretrained(model)
-    data = _prepare_data(resolved, model.tokenizer if config.tokenizer == "auto" else config.tokenizer)
+        check_pretrained(model, events)
+    tokenizer = model.tokenizer if config.tokenizer == "auto" else config.tokenizer
+    data = _prepare_data(resolved, tokenizer, events)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None
 
@@ -97,10 +129,10 @@ def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pre
         on = replace(machines, hosts=hosts)
         return make_plan(resolved, on, shape, data, str(model.config_file), fingerprint, folder)
 
-    return Prepared(devices, site, shape, machines, make)
+    return Prepared(devices, placement, shape, machines, make)
 
 
-def _measure_model(model_file: Path) -> ModelShape:
+def _measure_model(model_file: Path, events: Events) -> ModelShape:
     """The model's shape: measured once for a config file and a version of transformers, then kept."""
     version = importlib.metadata.version("transformers")
     key = hashlib.sha256(f"{SHAPE_FORMAT} {version} ".encode() + model_file.read_bytes()).hexdigest()[:24]
@@ -113,11 +145,11 @@ def _measure_model(model_file: Path) -> ModelShape:
     from dstrain.api.child_process import run_module
 
     kept.parent.mkdir(parents=True, exist_ok=True)
-    run_module("dstrain.model.measuring.measure", str(model_file), str(kept))
+    run_module("dstrain.model.measuring.measure", str(model_file), str(kept), events=events)
     return ModelShape.read(kept)
 
 
-def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
+def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> dict[str, Any]:
     """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
 
     What was found out about the same data before is read instead, where their tokens are still as they were.
@@ -153,6 +185,6 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
             ),
             encoding="utf-8",
         )
-        run_module("dstrain.data.prepare", str(request), str(answer))
+        run_module("dstrain.data.prepare", str(request), str(answer), events=events)
         summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return summary

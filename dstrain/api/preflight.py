@@ -6,9 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
+from dstrain.api.events import Events
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
@@ -61,19 +59,21 @@ def _refuse_no_folder(runs: Path, where: str) -> None:
         raise DstrainError(f"{shown(above)} is a file, not a folder", where=where, hint=hint)
 
 
-def refuse_other_training(plan: Plan, folder: RunFolder, console: Console) -> None:
+def refuse_other_training(plan: Plan, folder: RunFolder, events: Events) -> None:
     """Refuse a folder with the checkpoint of another training, and say what changes. Raises DstrainError."""
     newest = newest_complete(folder.checkpoints)
     if newest is None:
         return
     refuse_other(newest, plan.identity)
     for line in what_changes(newest, plan.identity):
-        console.print(Text.assemble(("resume ", "bold"), line), soft_wrap=True)
+        events.note(line, "resume")
 
 
-def refuse_elastic_alone(site: Placement, resolved: ResolvedConfig) -> None:
+def refuse_elastic_alone(placement: Placement, resolved: ResolvedConfig) -> None:
     """Raises DstrainError where a run is to leave hosts out, and has none to leave out or can't ask them."""
-    if not resolved.config.elastic or (len(site.hosts) > 1 and site.launcher not in ("slurm", "none")):
+    if not resolved.config.elastic or (
+        len(placement.hosts) > 1 and placement.launcher not in ("slurm", "none")
+    ):
         return
     raise DstrainError(
         "elastic leaves out hosts that no longer answer over ssh, and this run has no hostfile with several hosts",
@@ -102,3 +102,32 @@ def not_writable(error: OSError, folder: RunFolder) -> DstrainError:
         where=str(error.filename or folder.path),
         hint="--set runs_dir=FOLDER names another place",
     )
+
+
+def node_of(resolved: ResolvedConfig, node_rank: int | None) -> int | None:
+    """The number of this node, or None where none was given.
+
+    Raises:
+        DstrainError: the launcher has no use for it, there are fewer nodes, or each would name the run by itself.
+    """
+    config = resolved.config
+    if config.launcher == "none" and config.name is None:
+        raise DstrainError(
+            "every node must call the run by the same name", where="--launcher none", hint="--name NAME"
+        )
+    if node_rank is None:
+        return None
+    if config.launcher != "none":
+        raise DstrainError(
+            "a node's number is for --launcher none, where dstrain is typed on every node",
+            where="--node-rank",
+            hint="leave it out, or say --launcher none --nodes N",
+        )
+    nodes = config.nodes or 1
+    if node_rank >= nodes:
+        raise DstrainError(
+            f"there is no node {node_rank} among {nodes}",
+            where="--node-rank",
+            hint="they are counted from 0; --nodes N says how many there are",
+        )
+    return node_rank

@@ -6,9 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rich.console import Console
-from rich.text import Text
-
+from dstrain.api.events import Events
 from dstrain.api.planning import Planned
 from dstrain.config.loader import ResolvedConfig, override
 from dstrain.errors import DstrainError
@@ -27,11 +25,9 @@ class RestartLoop:
         planned: as the user wants it, on all hosts.
     """
 
-    def __init__(
-        self, planned: Planned, resolved: ResolvedConfig, folder: RunFolder, console: Console
-    ) -> None:
+    def __init__(self, planned: Planned, resolved: ResolvedConfig, folder: RunFolder, events: Events) -> None:
         self._planned, self._resolved = planned, resolved
-        self._folder, self._console = folder, console
+        self._folder, self._events = folder, events
         self._restarts = Restarts(resolved.config.restarts)
 
     def next_attempt(self, error: DstrainError, *, trained: bool) -> Planned:
@@ -43,10 +39,10 @@ class RestartLoop:
         decision = self._restarts.after_failure(step=step, saved=saved)
         if isinstance(decision, GiveUp):
             if decision.reason:
-                self._say("restart", f"no: {decision.reason}")
+                self._events.note(f"no: {decision.reason}", "restart")
             raise error
-        self._console.print(Text(error.message), soft_wrap=True)
-        self._say("restart", f"{decision.number} of {decision.most} in {decision.seconds:.0f} s")
+        self._events.note(error.message, "failed")
+        self._events.note(f"{decision.number} of {decision.most} in {decision.seconds:.0f} s", "restart")
         time.sleep(decision.seconds)
         return self._when_hosts_answer(decision.seconds)
 
@@ -62,22 +58,21 @@ class RestartLoop:
                 except DstrainError as error:
                     now += f" ({error.message})"
                 else:
-                    self._say("elastic", f"{_describe(smaller)}, without {now}")
+                    self._events.note(f"{_describe(smaller)}, without {now}", "elastic")
                     return smaller
             if now != told:
-                self._say("waiting", f"for {now}")
+                self._events.note(f"for {now}", "waiting")
                 told = now
             time.sleep(seconds)
         return self._planned
 
     def _silent_hosts(self) -> dict[str, str]:
-        site = self._planned.site
-        if not site.hosts or site.launcher in ("slurm", "none"):
+        placement = self._planned.placement
+        if not placement.hosts or placement.launcher in ("slurm", "none"):
             return {}  # Slurm's hosts need not let anybody in over ssh; with `none` they have no names
-        return silent_hosts(site.hosts if self._resolved.config.elastic else self._planned.plan.layout.hosts)
-
-    def _say(self, what: str, text: str) -> None:
-        self._console.print(Text.assemble((f"{what} ", "bold"), text), soft_wrap=True)
+        return silent_hosts(
+            placement.hosts if self._resolved.config.elastic else self._planned.plan.layout.hosts
+        )
 
 
 def fewer_replicas(
@@ -88,12 +83,12 @@ def fewer_replicas(
     Raises:
         DstrainError: they hold no replica, or the global batch can't be shared by as many as they hold or fewer.
     """
-    site, full = planned.site, planned.plan.layout
-    hosts = tuple(host for host in site.hosts if host.name not in silent)
+    placement, full = planned.placement, planned.plan.layout
+    hosts = tuple(host for host in placement.hosts if host.name not in silent)
     held = sum(host.slots for host in hosts) // full.pipeline
     refusal = DstrainError(f"the other hosts don't hold the {full.pipeline} stages of a replica")
     # An address that the user gave for the first host is not that of another one.
-    changes = {} if hosts[:1] == site.hosts[:1] else {"master_addr": None}
+    changes = {} if hosts[:1] == placement.hosts[:1] else {"master_addr": None}
     for replicas in range(min(held, full.data_parallel), 0, -1):
         try:
             plan = planned.make(override(resolved, {**changes, "data_parallel": replicas}), hosts)
@@ -104,9 +99,11 @@ def fewer_replicas(
             refusal = error
             continue
         launcher = (
-            "local" if runs_here(plan.layout.hosts) and resolved.config.launcher is None else site.launcher
+            "local"
+            if runs_here(plan.layout.hosts) and resolved.config.launcher is None
+            else placement.launcher
         )
-        return replace(planned, plan=plan, site=replace(site, hosts=hosts, launcher=launcher))
+        return replace(planned, plan=plan, placement=replace(placement, hosts=hosts, launcher=launcher))
     raise refusal
 
 

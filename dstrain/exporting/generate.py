@@ -1,4 +1,4 @@
-"""``python -m dstrain.exporting.generate REQUEST.json``: a model folder continues a prompt, token by token."""
+"""``python -m dstrain.exporting.generate REQUEST.json ANSWER.json``: a model folder continues a prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from dstrain.errors import DstrainError
@@ -19,8 +19,8 @@ from dstrain.model.architecture import load_config
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 
 
-def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: int) -> None:
-    """Print ``prompt`` and up to ``tokens`` tokens after it, no more than the model has positions for.
+def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: int) -> str:
+    """``prompt`` and up to ``tokens`` tokens after it, no more than the model has positions for.
 
     Args:
         folder: of any Hugging Face causal language model.
@@ -43,13 +43,13 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
     tokens = _tokens_that_fit(config, ids["input_ids"].shape[-1], tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(
+    [written] = model.generate(
         **{name: value.to(model.device) for name, value in ids.items()},
         max_new_tokens=tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
+    return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -104,20 +104,21 @@ def _tokens_that_fit(config: PretrainedConfig, prompt: int, wanted: int) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    if len(argv) != 1:
-        print("usage: python -m dstrain.exporting.generate REQUEST.json", file=sys.stderr)
+    if len(argv) != 2:
+        print("usage: python -m dstrain.exporting.generate REQUEST.json ANSWER.json", file=sys.stderr)
         return 2
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     try:
-        generate(
+        text = generate(
             Path(request["folder"]),
             request["prompt"],
             tokens=request["tokens"],
             temperature=request["temperature"],
             seed=request["seed"],
         )
+        Path(argv[1]).write_text(json.dumps({"text": text}), encoding="utf-8")
     except DstrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,157 @@
+"""`export` and `generate`: a run's checkpoint as a Hugging Face folder, and a look at what its model writes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from dstrain.api.child_process import run_module
+from dstrain.api.events import SILENT, Events
+from dstrain.api.resuming import find_run
+from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.manifest import complete_checkpoints, read_manifest
+from dstrain.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported model, every tensor of which was read back and compared with the checkpoint's.
+
+    Attributes:
+        folder: `AutoModelForCausalLM.from_pretrained` loads it.
+        step: of the checkpoint.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        files, tensors, parameters, bytes: of the weights.
+        loss: the exported model's validation loss; None where it was not taken.
+        no_loss_because: why it could not be taken.
+        run_loss, run_loss_step: the run's own validation loss, and the step that it was taken after.
+    """
+
+    folder: Path
+    step: int
+    dtype: str
+    files: int
+    tensors: int
+    parameters: int
+    bytes: int
+    loss: float | None
+    no_loss_because: str | None
+    run_loss: float | None
+    run_loss_step: int | None
+
+
+def export(
+    run: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    with_loss: bool = True,
+    events: Events = SILENT,
+) -> ExportResult:
+    """Write a run's model as a Hugging Face folder, tokenizer and generation config included.
+
+    Works for every layout but ``offload: nvme``, without GPUs, and a block at a time.
+
+    Args:
+        run: a run folder, or a run's name below ``runs/``.
+        out: a folder that is not there yet, or empty.
+        step: of which checkpoint; by default of the newest.
+        dtype: by default the precision that was trained in.
+        with_loss: load the exported model for its validation loss.
+        events: told of the progress.
+
+    Raises:
+        DstrainError: there is no such run or checkpoint, or ``out`` can't be written.
+    """
+    folder, target = find_run(run), Path(out)
+    checkpoint = _checkpoint(folder, step)
+    _refuse_occupied(target)
+    request = {
+        "run": str(folder.path),
+        "checkpoint": str(checkpoint),
+        "out": str(target.absolute()),
+        "dtype": dtype,
+        "with_loss": with_loss,
+    }
+    return ExportResult(folder=target, **_ask("dstrain.exporting.convert", request, events))
+
+
+def generate(
+    folder: str | PathLike[str],
+    prompt: str,
+    *,
+    tokens: int = 120,
+    temperature: float = 0.7,
+    seed: int = 0,
+    events: Events = SILENT,
+) -> str:
+    """Let a Hugging Face causal language model continue a prompt.
+
+    Args:
+        folder: of `export`, or any model folder with a tokenizer.
+        tokens: at most so many.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling.
+        events: told of the progress.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        DstrainError: the model or its tokenizer can't be loaded, or the prompt fills all positions.
+    """
+    place = Path(folder)
+    if not (place / "config.json").is_file():
+        raise DstrainError(
+            f"{place} is no model folder (it has no config.json)",
+            where="FOLDER",
+            hint="`dstrain export RUN FOLDER` makes one from a run",
+        )
+    choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
+    answer = _ask("dstrain.exporting.generate", {"folder": str(place)} | choices, events)
+    text: str = answer["text"]
+    return text
+
+
+def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]:
+    """Run a module that reads a request and writes an answer. Raises DstrainError."""
+    with tempfile.TemporaryDirectory() as aside:
+        asked, answered = Path(aside) / "request.json", Path(aside) / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        run_module(module, str(asked), str(answered), events=events)
+        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        return answer
+
+
+def _checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """The newest complete checkpoint, or that of ``step``. Raises DstrainError."""
+    found = {int(read_manifest(path)["step"]): path for path in complete_checkpoints(folder.checkpoints)}
+    if not found:
+        raise DstrainError(
+            f"{folder.name} has no complete checkpoint",
+            where=str(folder.checkpoints),
+            hint=f"`dstrain resume {folder.name}` trains it to its end, where it saves one",
+        )
+    if step is not None and step not in found:
+        raise DstrainError(
+            f"{folder.name} has no checkpoint of step {step}",
+            where="--step",
+            hint=f"there are: {', '.join(map(str, found))}; keep: N keeps more",
+        )
+    return found[step or max(found)]
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise DstrainError(f"{out} {what}", where="OUT", hint="name a folder that is not there yet")
+    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise DstrainError(
+            f"{out} can't be made: {above} is a file", where="OUT", hint="name a folder that is not there yet"
+        )

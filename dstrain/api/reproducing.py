@@ -1,0 +1,143 @@
+"""`reproduce`: train a run again, and compare it step by step, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from dstrain.api.events import SILENT, Events
+from dstrain.api.planning import plan_for
+from dstrain.api.preflight import new_run_folder, not_writable
+from dstrain.api.reproduce_config import choices_again
+from dstrain.api.resuming import find_run
+from dstrain.api.running import Job, execute
+from dstrain.errors import DstrainError
+from dstrain.files import write_json
+from dstrain.report.reproduction import Deviation, Repetition, compare_bits
+from dstrain.runs.record.differences import Difference, differences
+from dstrain.runs.record.record import first_launch, read_launches
+from dstrain.runs.run_folder import RunFolder, last_step
+
+
+@dataclass(frozen=True)
+class ReproduceResult:
+    """A run and its repetition.
+
+    Attributes:
+        run, again: the two run folders.
+        repetition: how far both got, and the first number that differs.
+        differences: what was recorded of ``run`` that is another now, what most likely changes numbers first.
+        cause: why the numbers differ, as far as it was recorded; None where they don't.
+        stopped: why the repetition did not come to its end; None where it did.
+    """
+
+    run: Path
+    again: Path
+    repetition: Repetition
+    differences: tuple[Difference, ...]
+    cause: str | None = None
+    stopped: DstrainError | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Whether every number that both have is the same, to the bit."""
+        return self.repetition.deviation is None
+
+    @property
+    def deviation(self) -> Deviation | None:
+        """The first number that differs."""
+        return self.repetition.deviation
+
+
+def reproduce(
+    run: str | PathLike[str],
+    *,
+    changes: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    events: Events = SILENT,
+) -> ReproduceResult:
+    """Train ``run`` again beside it, and compare every step.
+
+    Args:
+        run: a run folder, or a run's name below ``runs/``.
+        changes: config keys that change on purpose, such as ``{"seed": 5}``.
+        settings: the same as ``KEY=VALUE`` strings.
+        events: told of the repetition.
+
+    Raises:
+        DstrainError: the run has no record to be repeated from, or the repetition is refused, or fails before it has
+            trained a step.
+    """
+    folder = find_run(run)
+    launches = read_launches(folder)
+    first = first_launch(launches, folder)
+    if last_step(folder.metrics) == 0:
+        raise DstrainError(
+            "it has trained no step: there is nothing to compare with", where=str(folder.metrics)
+        )
+    resolved = choices_again(folder, first, changes or {}, settings)
+    again = new_run_folder(resolved, resume=False)
+    planned = plan_for(resolved, events=events)
+    events.note(f"{folder.name}, once more as {again.name}: {planned.plan.batch.describe()}", "reproduce")
+    stopped: DstrainError | None = None
+    try:
+        result = execute(Job(resolved, planned, again), events)
+        if not result.completed:
+            stopped = DstrainError(f"stopped after step {result.step}", exit_code=result.exit_code)
+    except DstrainError as error:  # what it has trained is compared all the same
+        stopped = error
+    if stopped is not None and last_step(again.metrics) == 0:
+        raise stopped
+    found = differences(first, first_launch(read_launches(again), again))
+    repetition = compare_bits(folder, again)
+    record = {"of": folder.name, **repetition.to_record(), "differences": [str(one) for one in found]}
+    try:
+        write_json(again.reproduction, record)
+    except OSError as error:
+        raise not_writable(error, again) from error
+    deviation = repetition.deviation
+    why = None if deviation is None else _cause(deviation.step, launches, first, found)
+    return ReproduceResult(folder.path, again.path, repetition, tuple(found), why, stopped)
+
+
+def recorded_image(folder: RunFolder) -> tuple[str | None, Mapping[str, Any]]:
+    """The container image that a run was made in (None: in none), and the config of its first launch.
+
+    Raises:
+        DstrainError: it has no record.
+    """
+    first = first_launch(read_launches(folder), folder)
+    return first["image"], first["config"]
+
+
+def _cause(
+    step: int, launches: Sequence[Mapping[str, Any]], first: Mapping[str, Any], found: Sequence[Difference]
+) -> str:
+    """Why the two differ from this step on, as far as it was recorded.
+
+    Args:
+        launches: all of the run that was repeated.
+        found: what is another now than in its ``first`` one.
+    """
+    since = launches[launches.index(first) :]
+    trained = [launch for launch in since if launch["first_step"] <= max(step, 1)][-1]
+    if "config" in trained:
+        meanwhile = differences(first, trained)
+        if meanwhile:
+            since_then = f"; what is another than then: {_in_short(found)}" if found else ""
+            return (
+                f"the run itself changed at step {trained['first_step']}: {_in_short(meanwhile)}{since_then}"
+            )
+    if found:
+        return f"what is another than then: {_in_short(found)}"
+    unknown = "nothing that was recorded is another: a kernel that does not add in the same order each time"
+    if first["config"]["deterministic"]:
+        return unknown
+    return f"{unknown}; runs with --deterministic can be repeated to the bit"
+
+
+def _in_short(found: Sequence[Difference]) -> str:
+    return "; ".join(str(difference) for difference in found[:3])

@@ -1,0 +1,104 @@
+"""`resume`: go on with a run from its newest complete checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from dstrain.api.events import SILENT, Events
+from dstrain.api.outcome import RunResult
+from dstrain.api.planning import plan_for
+from dstrain.api.preflight import node_of
+from dstrain.api.running import Job, execute
+from dstrain.config.loader import override, read_config
+from dstrain.config.text_file import shown
+from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.identity import refuse_other_batch
+from dstrain.runs.checkpoint.manifest import choose_newest, newest_complete, read_manifest, run_id
+from dstrain.runs.run_folder import RunFolder, last_step
+
+
+def resume(
+    run: str | PathLike[str],
+    *,
+    changes: Mapping[str, Any] | None = None,
+    node_rank: int | None = None,
+    events: Events = SILENT,
+) -> RunResult:
+    """Go on with a run from its newest complete checkpoint; at the same layout, with the same bits.
+
+    Args:
+        run: a run folder, or a run's name below ``runs/``.
+        changes: config keys that change, such as ``{"steps": 200}`` to train longer, or ``{"zero": 3, "pipeline": 1}``
+            to go on in another layout.
+        node_rank, events: as in `run`.
+
+    Returns:
+        How the run ended; at once where all of its steps are trained already.
+
+    Raises:
+        RunFailedError: the first rank that failed, its host and its reason.
+        DstrainError: there is no such run, or what would change makes it another training.
+    """
+    folder = find_run(run)
+    job = resumed_job(folder, changes or {}, node_rank=node_rank, events=events)
+    if job is None:
+        checkpoint = newest_complete(folder.checkpoints)
+        return RunResult(folder.path, last_step(folder.metrics), True, checkpoint is not None, checkpoint)
+    return execute(job, events)
+
+
+def resumed_job(
+    folder: RunFolder,
+    flags: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    *,
+    node_rank: int | None = None,
+    events: Events = SILENT,
+) -> Job | None:
+    """What goes on with a run; None where all of its steps are trained.
+
+    Args:
+        flags, settings: what changes in its config.
+
+    Raises:
+        DstrainError: it can't be resumed so.
+    """
+    if flags.get("name") is not None:
+        raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
+    resolved = override(read_config(folder.config), flags, settings)
+    node = node_of(resolved, node_rank)
+    newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
+    trained = (
+        read_manifest(newest)["step"] if newest else 0 if resolved.config.saves else last_step(folder.metrics)
+    )
+    if folder.result.exists() and trained >= resolved.config.steps:
+        events.note(
+            f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N trains on",
+            "resume",
+        )
+        return None
+    if newest is None:
+        events.note(f"{folder.name} has no complete checkpoint yet: it starts from step 1", "resume")
+    else:
+        events.note(f"{folder.name} goes on from {newest.name}", "resume")
+        config = resolved.config
+        refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
+    planned = plan_for(resolved, events=events)
+    events.planned(planned.plan)
+    return Job(resolved, planned, RunFolder(folder.path, node or 0), node)
+
+
+def find_run(run: str | PathLike[str]) -> RunFolder:
+    """The run folder that ``run`` means: a path, or a name below ``runs/``. Raises DstrainError."""
+    name = str(run)
+    with suppress(OSError):  # a name that no folder can have
+        for path in (Path(name), Path("runs") / name):
+            if (path / "config.yaml").is_file():
+                return RunFolder(path)
+    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+    hint = f"below runs/ there are: {', '.join(known[-8:])}" if known else "`dstrain run` makes one"
+    raise DstrainError(f"{shown(name)!r} is no run folder (it has no config.yaml)", where="RUN", hint=hint)

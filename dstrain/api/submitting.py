@@ -1,0 +1,121 @@
+"""`submit`: a Slurm batch script for a run, and the job that it becomes."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dstrain.api.preflight import new_run_folder, not_writable
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.files import write_atomically
+from dstrain.launch.batch_script import Job, batch_script
+from dstrain.planning.checks import refuse
+from dstrain.planning.layout import choose_data_parallel
+from dstrain.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job that is ready to be submitted.
+
+    Attributes:
+        resolved: the run's config.
+        folder: the run folder, not made yet.
+        job: nodes, tasks and options.
+        script: the text of the batch script.
+    """
+
+    resolved: ResolvedConfig
+    folder: RunFolder
+    job: Job
+    script: str
+
+
+def slurm_job(
+    config: ResolvedConfig,
+    *,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    tasks_per_node: int | None = None,
+    options: Sequence[str] = (),
+    resume: bool = False,
+) -> SlurmJob:
+    """The batch script of a run. The job plans and trains when it gets its turn.
+
+    Args:
+        nodes, gpus_per_node: what the job asks for; a rank for each GPU.
+        tasks_per_node: ranks of each node, where there are no GPUs.
+        options: further options of sbatch, such as ``--time=04:00:00``.
+        resume: go on in the run folder of the config's ``name``.
+
+    Raises:
+        DstrainError: the config is refused, or names other places than Slurm's.
+    """
+    tasks = gpus_per_node or tasks_per_node
+    if tasks is None or (gpus_per_node and tasks_per_node):
+        raise DstrainError(
+            "how many ranks does each node hold?",
+            where="--gpus-per-node",
+            hint="--gpus-per-node N, or --tasks-per-node N where there are no GPUs",
+        )
+    _refuse_other_places(config)
+    refuse(config)
+    # What does not fit is said now, and not when the job gets its turn.
+    choose_data_parallel(
+        config.config.pipeline,
+        config.config.data_parallel,
+        nodes * tasks,
+        where=str(config.origin("pipeline")),
+    )
+    folder = new_run_folder(config, resume=resume)
+    job = Job(folder.path, nodes, tasks, gpus_per_node or 0, tuple(options))
+    return SlurmJob(config, folder, job, batch_script(job))
+
+
+def submit(job: SlurmJob) -> str:
+    """Write the script and the config, hand it to sbatch, and return the job's number.
+
+    Raises:
+        DstrainError: there is no sbatch, it takes no such job, or the folder can't be written.
+    """
+    if shutil.which("sbatch") is None:
+        raise DstrainError(
+            "Slurm's sbatch is not in PATH",
+            where="dstrain submit",
+            hint="type it on a login node of the cluster; `dstrain run` trains here, or on the hosts of a --hostfile",
+        )
+    folder = job.folder
+    try:
+        write_atomically(folder.config, job.resolved.to_yaml())
+        write_atomically(folder.batch_script, job.script)
+    except OSError as error:
+        raise not_writable(error, folder) from error
+    script = str(folder.batch_script)
+    done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DstrainError(
+            f"sbatch takes no such job: {done.stderr.strip().removeprefix('sbatch: ')}",
+            where=script,
+            hint=f"mend the script and type: sbatch {shlex.quote(script)}",
+        )
+    return done.stdout.strip().split(";")[0]  # "number;cluster" where there are several clusters
+
+
+def _refuse_other_places(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.hostfile is not None:
+        raise DstrainError(
+            "a Slurm job has the hosts that Slurm gives it, and a hostfile names others",
+            where=str(resolved.origin("hostfile")),
+            hint="leave the hostfile out, and say --nodes N",
+        )
+    if config.launcher not in (None, "slurm", "local"):
+        raise DstrainError(
+            f"a Slurm job starts its ranks with srun, not with the launcher {config.launcher}",
+            where=str(resolved.origin("launcher")),
+            hint="leave --launcher out; launch/slurm.sbatch is a script to change at will",
+        )

@@ -1,0 +1,212 @@
+"""`verify`: the same config in one process and in other layouts, and how far they are apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.api.events import SILENT, Events
+from dstrain.api.launch_attempt import launch, launch_spec
+from dstrain.api.outcome import result_of
+from dstrain.api.planning import Planned, plan_for
+from dstrain.api.preflight import new_run_folder, refuse_full_disk
+from dstrain.api.tiny_model import shrink_model
+from dstrain.config.loader import ResolvedConfig, override
+from dstrain.errors import DstrainError
+from dstrain.files import write_atomically, write_json
+from dstrain.launch.devices import local_devices
+from dstrain.planning.layout_choice import LayoutChoice, layouts_for
+from dstrain.runs.run_folder import RunFolder
+
+# fp32 agrees to this at least; more only where one process itself spreads further.
+FLOOR = 1e-5
+STEPS = 8
+"""Of each run, where the config does not say how many."""
+
+COLUMNS = ("layout", "loss", "grad_norm", "weights", "verdict", "seconds")
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One layout.
+
+    Attributes:
+        layout: its name, such as ``zero2-pp2-dp2``.
+        verdict: ``equal``, ``DIFFERS``, ``refused: WHY`` or ``failed: WHY``.
+        loss, grad_norm, weights: largest relative difference from one process; None where it was not trained.
+        seconds: of its run.
+    """
+
+    layout: str
+    verdict: str
+    loss: float | None = None
+    grad_norm: float | None = None
+    weights: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """How other layouts train a config, beside one process.
+
+    Attributes:
+        rows: one a layout.
+        bound: the largest relative differences that are allowed: of losses, gradient norms, weights.
+        folder: of the runs, and of ``verify.json`` and ``verify.md``.
+    """
+
+    rows: tuple[VerifyRow, ...]
+    bound: Mapping[str, float]
+    folder: Path
+
+    @property
+    def equal(self) -> bool:
+        """Whether at least one layout was trained, and each that was is equal to one process."""
+        tried = [row for row in self.rows if row.verdict in ("equal", "DIFFERS")]
+        failed = any(row.verdict.startswith("failed") for row in self.rows)
+        return bool(tried) and not failed and all(row.verdict == "equal" for row in tried)
+
+    def cells(self) -> list[list[str]]:
+        """The table as text: ``COLUMNS``, a line a layout, and what is allowed."""
+        allowed = {"layout": "allowed", **self.bound, "verdict": "", "seconds": ""}
+        return [
+            [_cell(row.get(column)) for column in COLUMNS]
+            for row in [*(asdict(row) for row in self.rows), allowed]
+        ]
+
+
+def verify(
+    config: ResolvedConfig,
+    *,
+    layouts: Sequence[str] | None = None,
+    ranks: int | None = None,
+    tiny: bool = False,
+    events: Events = SILENT,
+) -> VerifyResult:
+    """Train a config in one process and in other layouts; compare every step and the last weights.
+
+    Each layout is a real, launched run on this machine. Without ``steps`` in the config it has 8 steps.
+
+    Args:
+        layouts: names such as ``zero2-pp4`` or ``zero1-pp2-dp2``; by default all that ``ranks`` can hold.
+        ranks: of the layouts; by default the GPUs, 4 on CPUs.
+        tiny: shrink the model to a few small blocks, and samples to 64 tokens.
+        events: told of the progress, in notes.
+
+    Raises:
+        DstrainError: a layout is refused for every model, the model draws random numbers that depend on the layout, or
+            a run in one process fails.
+    """
+    if config.origin("steps").kind in ("default", "recipe"):
+        config = override(config, {"steps": STEPS})
+    folder = Path(config.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    quiet: dict[str, Any] = {
+        "eval_every": 0, "sample_tokens": 0, "save_every": 0, "save_weights": True, "check_every": 1,
+        "runs_dir": str(folder), "hostfile": None, "launcher": "local", "nodes": None, "processes": None,
+    }  # fmt: skip
+    if tiny:
+        quiet |= {
+            "model": str(shrink_model(config, folder / "model")),
+            "seq_len": min(64, config.config.seq_len),
+        }
+    config = override(config, quiet)
+    precision = config.config.precision
+    wanted = (
+        list(dict.fromkeys(LayoutChoice.parse(name) for name in layouts))
+        if layouts
+        else layouts_for(ranks or local_devices().count or 4, precision)
+    )
+    for choice in wanted:
+        refusal = choice.refusal(precision)
+        if refusal:
+            raise DstrainError(f"{choice.name}: {refusal.reason}", where="--layouts", hint=refusal.instead)
+    return _compare(config, wanted, folder, events)
+
+
+def _compare(
+    config: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, events: Events
+) -> VerifyResult:
+    """Run the references and the layouts, and write the table."""
+    from dstrain.report.comparison import bound_from, compare_runs  # numpy
+
+    choices = config.config
+    alone = LayoutChoice(zero=0 if choices.precision == "fp32" else 1)
+    sizes = _micro_batches(choices.global_batch, choices.micro_batch)
+    events.note(f"{choices.model}, {choices.precision}, {choices.steps} steps; runs in {folder}", "verify")
+    references = []
+    for size in sizes:
+        events.note(f"one process, micro-batches of {size} ...", "verify")
+        name = f"one-process-micro-batch-{size}"
+        planned, reference = _plan(config, alone, {"micro_batch": size}, name, events)
+        if planned.plan.model["dropout"]:
+            raise DstrainError(
+                "the model drops activations at random, and which ones depends on the layout",
+                where=str(config.origin("model")),
+                hint="set the dropout probabilities in its config.json to 0 to compare layouts",
+            )
+        references.append(_train(planned, reference)[0])
+    bound = bound_from(references, FLOOR)
+    rows = []
+    for choice in wanted:
+        events.note(f"{choice.name} ...", "verify")
+        try:
+            planned, layout_config = _plan(config, choice, {}, choice.name, events)
+        except DstrainError as error:  # this model, batch or machine can't have the layout
+            rows.append(VerifyRow(choice.name, f"refused: {error.message}"))
+            continue
+        try:
+            run, seconds = _train(planned, layout_config)
+            found = compare_runs(run, references[0])
+        except (DstrainError, ValueError) as error:  # the others are compared all the same
+            rows.append(VerifyRow(choice.name, f"failed: {str(error).splitlines()[0]}"))
+            continue
+        verdict = "equal" if found.within(bound) else "DIFFERS"
+        rows.append(VerifyRow(choice.name, verdict, **asdict(found), seconds=round(seconds, 1)))
+    result = VerifyResult(tuple(rows), asdict(bound), folder)
+    _write(result)
+    return result
+
+
+def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:
+    """Three sizes for one process: the sums of a step in three orders."""
+    divisors = [size for size in range(1, global_batch + 1) if global_batch % size == 0 and size <= 32]
+    first = wanted if wanted in divisors else divisors[len(divisors) // 2]
+    return [first, *[size for size in divisors if size != first][:2]]
+
+
+def _plan(
+    resolved: ResolvedConfig, choice: LayoutChoice, more: dict[str, Any], name: str, events: Events
+) -> tuple[Planned, ResolvedConfig]:
+    config = override(resolved, choice.flags() | {"name": name} | more)
+    return plan_for(config, events=events), config
+
+
+def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
+    """Run a plan to its end; the run folder, and how many seconds it took. Raises DstrainError."""
+    folder = new_run_folder(config, resume=False)
+    refuse_full_disk(planned.plan, folder)
+    began = time.monotonic()
+    outcome = launch(launch_spec(planned, folder), planned, config, folder, lambda: None)
+    result = result_of(outcome, folder, saves=config.config.saves)
+    if not result.completed:
+        raise DstrainError(f"stopped after step {result.step} of {folder.name}", exit_code=result.exit_code)
+    return folder, time.monotonic() - began
+
+
+def _write(result: VerifyResult) -> None:
+    """The table as JSON and as Markdown."""
+    rows = [{key: value for key, value in asdict(row).items() if value is not None} for row in result.rows]
+    write_json(result.folder / "verify.json", {"bound": dict(result.bound), "layouts": rows})
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row)} |" for row in result.cells()]
+    lines += ["", "Allowed: 1e-5, or twice the spread of one-process runs with other micro-batches."]
+    write_atomically(result.folder / "verify.md", "\n".join(lines) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1e}" if isinstance(value, float) and value < 0.1 else str(value)
