@@ -115,7 +115,7 @@ def _verify(checkpoint: Path) -> str | None:
 
     files = files_of(read_manifest(checkpoint))
     total = sum(file.size for file in files.values())
-    with click.progressbar(length=total, label=f"reading {checkpoint.name}", file=sys.stderr) as bar:
+    with click.progressbar(length=total, label=f"reading {checkpoint.name}", width=0, file=sys.stderr) as bar:
         wrong = wrong_files(checkpoint, files, sorted(files), on_bytes=bar.update)
     why = "; ".join(wrong[name] for name in sorted(wrong)) or None
     try:
@@ -139,15 +139,21 @@ def _layout(identity: dict[str, Any]) -> str | None:
 
 
 def _show(name: str, records: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.box import HEAVY_HEAD
+    from rich.text import Text
 
+    from dstrain.cli.showing.tables import Column, FoldingTable, make_console
     from dstrain.plan.words import in_words
 
-    table = Table(title=f"checkpoints of {escape(name)}")
-    for heading in ("step", "size", "layout", "loss", "saved at", "state"):
-        table.add_column(heading, justify="right" if heading in ("step", "size", "loss") else "left")
+    table = FoldingTable(
+        Column("step", right=True),
+        Column("size", right=True),
+        Column("layout", gives=True),
+        Column("loss", right=True),
+        Column("saved at"),
+        Column("state", gives=True),
+        lines=HEAVY_HEAD,
+    )
     styles = {COMPLETE: "green", DAMAGED: "red", HALF_WRITTEN: "yellow"}
     for record in records:
         state = record["state"]
@@ -161,16 +167,15 @@ def _show(name: str, records: list[dict[str, Any]]) -> None:
             record["layout"] or "-",
             f"{record['loss']:.4f}" if record["loss"] is not None else "-",
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at)) if saved_at else "-",
-            f"[{styles[state]}]{escape(told)}",
+            Text(told, style=styles[state]),
         )
-    console = Console()
+    console = make_console()
+    console.print(Text(f"checkpoints of {name}", style="bold"))
     console.print(table)
     for record in records:
         if record["unknown_files"]:
             names = ", ".join(record["unknown_files"])
             console.print(
                 f"step {record['step']} holds files that its manifest does not name, and that are ignored: {names}",
-                markup=False,
-                highlight=False,
                 soft_wrap=True,
             )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from dstrain.cli.showing.tables import FoldingTable
     from dstrain.doctor.findings import Check
 
 FAILED_CODE = 1
@@ -57,17 +56,18 @@ def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
-        from rich.console import Console
+        from dstrain.cli.showing.tables import make_console
 
-        Console().print(_table(checks))
+        make_console().print(_table(checks))
     sys.exit(FAILED_CODE if failed else 0)
 
 
-def _table(checks: Sequence[Check]) -> Table:
+def _table(checks: Sequence[Check]) -> FoldingTable:
     """A row for each thing that was found; hosts of which the same is true share it."""
-    from rich.table import Table
+    from rich.box import HEAVY_HEAD
     from rich.text import Text
 
+    from dstrain.cli.showing.tables import Column, FoldingTable
     from dstrain.doctor.findings import FAILED, OK, WARNING
 
     colours = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
@@ -77,11 +77,15 @@ def _table(checks: Sequence[Check]) -> Table:
         rows.setdefault((check.check, check.status, check.message, check.fix), []).append(check.host)
     # The same check of all hosts side by side, in the order in which the checks were made.
     order = list(dict.fromkeys(check.check for check in checks))
-    table = Table(show_lines=False)
-    for heading in ("check", "host", "status", "message", "fix"):
-        table.add_column(heading, overflow="fold")
+    table = FoldingTable(
+        Column("check"),
+        Column("host", gives=True),
+        Column("status"),
+        Column("message", gives=True),
+        Column("fix", gives=True),
+        lines=HEAVY_HEAD,
+    )
     for (name, status, message, fix), hosts in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         who = f"all {every}" if len(hosts) == every > 1 else ", ".join(hosts)
-        # Text: a host's own words are not markup.
-        table.add_row(Text(name), Text(who), Text(status, style=colours[status]), Text(message), Text(fix))
+        table.add_row(name, who, Text(status, style=colours[status]), message, fix)
     return table

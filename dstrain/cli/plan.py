@@ -68,8 +68,8 @@ def command(
     if as_json:
         click.echo(json.dumps(plan.to_record(), indent=2))
         return
-    from rich.console import Console
 
     from dstrain.cli.showing.plan import show_plan
+    from dstrain.cli.showing.tables import make_console
 
-    show_plan(plan, Console())
+    show_plan(plan, make_console())

@@ -33,14 +33,13 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     Bit-equal on the same kind of device; else the first number that differs, and what was recorded of RUN that is
     another now. Flags that are given change a choice on purpose. Exit code 1 when a number differs.
     """
-    from rich.console import Console
-
     from dstrain.cli.planning import plan_for
     from dstrain.cli.resume import find_run
     from dstrain.cli.running.execute import execute
     from dstrain.cli.running.repeating import choices_again
     from dstrain.cli.running.starting import new_run_folder, not_writable
     from dstrain.cli.showing.repetition import cause, show_repetition
+    from dstrain.cli.showing.tables import make_console
     from dstrain.plan.run_folder import last_step, write_json
     from dstrain.record.record import first_launch, read_launches
 
@@ -55,7 +54,7 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
         _in_image(folder, image or first["image"], first["config"], settings, given(flags))
     resolved = choices_again(folder, first, given(flags), settings)
     again = new_run_folder(resolved, resume=False)
-    console = Console()
+    console = make_console()
     planned = plan_for(resolved)
     console.print(
         f"{folder.name}, once more as {again.name}: {planned.plan.batch.in_words()}",

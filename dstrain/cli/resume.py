@@ -23,14 +23,13 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
     Flags that are given change its config: --steps to train longer, or --pipeline, --data-parallel, --zero and
     their like to train the same on in another layout.
     """
-    from rich.console import Console
-
     from dstrain.checkpoint.identity import refuse_other_batch
     from dstrain.checkpoint.manifest import choose_newest, read_manifest, run_id
     from dstrain.cli.planning import plan_for
     from dstrain.cli.running.by_hand import node_of, prepare_for_nodes
     from dstrain.cli.running.execute import execute
     from dstrain.cli.showing.plan import show_plan
+    from dstrain.cli.showing.tables import make_console
     from dstrain.config.loader import override, read_config
     from dstrain.plan.run_folder import RunFolder, last_step
 
@@ -55,7 +54,7 @@ def command(run: str, settings: tuple[str, ...], dry_run: bool, node_rank: int |
         config = resolved.config
         refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
     planned = plan_for(resolved)
-    console = Console()
+    console = make_console()
     show_plan(planned.plan, console)
     if planned.site.launcher == "none" and node is None:
         prepare_for_nodes(planned, resolved, folder, console, dry_run=dry_run)

@@ -31,13 +31,12 @@ def command(
 
     Without any argument, a small model learns Python from the standard library in three minutes.
     """
-    from rich.console import Console
-
     from dstrain.cli.planning import plan_for
     from dstrain.cli.running.by_hand import node_of, prepare_for_nodes, prepare_to_be_typed
     from dstrain.cli.running.execute import execute
     from dstrain.cli.running.starting import new_run_folder
     from dstrain.cli.showing.plan import show_plan
+    from dstrain.cli.showing.tables import make_console
     from dstrain.config.loader import load_config
     from dstrain.plan.run_folder import RunFolder
 
@@ -50,7 +49,7 @@ def command(
     # Whichever node comes first makes the folder: the others find it.
     folder = RunFolder(new_run_folder(resolved, resume=resume or node_rank is not None).path, node or 0)
     planned = plan_for(resolved)
-    console = Console()
+    console = make_console()
     show_plan(planned.plan, console)
     if planned.site.launcher == "none" and node is None:
         prepare_for_nodes(planned, resolved, folder, console, dry_run=dry_run)

@@ -48,14 +48,13 @@ def command(
     Each layout is a real, launched run of --steps steps (default 8). The table goes to verify.json and
     verify.md in the runs folder too. Exit code 1 when a layout trains another model.
     """
-    from rich.console import Console
-
+    from dstrain.cli.showing.tables import make_console
     from dstrain.cli.tiny import shrink_model
     from dstrain.config.loader import load_config, override
     from dstrain.launch.devices import local_devices
     from dstrain.plan.layout_choice import LayoutChoice, layouts_for
 
-    console = Console()
+    console = make_console()
     chosen = {"steps": 8} | given(flags)
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=chosen)
     folder = Path(resolved.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
@@ -83,13 +82,17 @@ def command(
 
 def verify(resolved: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, console: Console) -> None:
     """Run the references and the layouts, print and write the table. Raises DstrainError if one differs."""
+    from rich.text import Text
+
     from dstrain.plan.layout_choice import LayoutChoice
     from dstrain.report.comparison import bound_from, compare_runs
 
     config = resolved.config
     alone = LayoutChoice(zero=0 if config.precision == "fp32" else 1)
     sizes = _micro_batches(config.global_batch, config.micro_batch)
-    console.print(f"{config.model}, {config.precision}, {config.steps} steps; runs in {folder}")
+    console.print(
+        Text(f"{config.model}, {config.precision}, {config.steps} steps; runs in {folder}"), soft_wrap=True
+    )
     references = []
     for size in sizes:
         console.print(f"one process, micro-batches of {size} ...")
@@ -155,25 +158,28 @@ def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
 
 def _write(folder: Path, rows: list[dict[str, Any]], bound: dict[str, float], console: Console) -> None:
     """The table on the terminal, as JSON and as Markdown."""
-    from rich.table import Table
+    from rich.box import HEAVY_HEAD
+    from rich.text import Text
 
+    from dstrain.cli.showing.tables import Column, FoldingTable
     from dstrain.plan.run_folder import write_atomically, write_json
 
     columns = ("layout", "loss", "grad_norm", "weights", "verdict", "seconds")
     allowed = {"layout": "allowed", **bound, "verdict": "", "seconds": ""}
     cells = [[_cell(row.get(column, "")) for column in columns] for row in [*rows, allowed]]
-    table = Table(title="largest relative differences from one process")
-    for column in columns:
-        table.add_column(column)
+    table = FoldingTable(
+        *(Column(column, gives=column in ("layout", "verdict")) for column in columns), lines=HEAVY_HEAD
+    )
     for row in cells:
         table.add_row(*row)
+    console.print(Text("largest relative differences from one process", style="bold"))
     console.print(table)
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(row)} |" for row in cells]
     lines += ["", "Allowed: 1e-5, or twice the spread of one-process runs with other micro-batches."]
     write_json(folder / "verify.json", {"bound": bound, "layouts": rows})
     write_atomically(folder / "verify.md", "\n".join(lines) + "\n")
-    console.print(f"written to {folder / 'verify.json'} and verify.md", soft_wrap=True)
+    console.print(Text(f"written to {folder / 'verify.json'} and verify.md"), soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

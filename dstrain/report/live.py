@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from dstrain.report.notes import Notes
 
 # Without a terminal: about this many lines in a whole run, besides those with a held-out loss.
 _PLAIN_LINES = 20
+# What a narrow terminal does without first. Step and loss stay.
+_LEFT_OUT = ("lr", "tokens/s", "grad", "left", "held-out")
 
 
 class LiveLine:
@@ -65,11 +68,12 @@ class LiveLine:
                 continue
             self._seconds = [*self._seconds[-49:], record["seconds"]]
             self._tokens = (self._tokens[1], record["tokens"])
-            line = self._line(record)
+            parts = self._parts(record)
+            line = _joined(parts)
             if self._live:
-                self._live.update(line)
+                self._live.update(_within(parts, self._console.width))
                 if "held_out_loss" in record:
-                    self._live.console.print(line)
+                    self._print(line)
             elif (
                 record["step"] % self._every == 0
                 or "held_out_loss" in record
@@ -96,20 +100,35 @@ class LiveLine:
         *lines, self._rest = (self._rest + new).split(b"\n")
         return [json.loads(line) for line in lines if line not in self._old and line]
 
-    def _line(self, record: dict[str, Any]) -> Text:
+    def _parts(self, record: dict[str, Any]) -> dict[str, Text]:
+        """What is known of a step, by what it is called, in the order in which it is shown."""
         mean = sum(self._seconds) / len(self._seconds)
         per_second = (self._tokens[1] - self._tokens[0]) / mean if mean and self._tokens[0] else None
         norm = record["grad_norm"]
-        parts = [
-            ("step ", "dim"), (f"{record['step']}/{self._steps}", "bold"),
-            ("  loss ", "dim"), (f"{record['loss']:.4f}", "bold"),
-            ("  held-out ", "dim"), (f"{self._held_out:.4f}" if self._held_out is not None else "-", ""),
-            ("  lr ", "dim"), (f"{record['lr']:.2e}", ""),
-            ("  grad ", "dim"), (f"{norm:.3f}" if norm is not None else "overflow, skipped", ""),
-            ("  tokens/s ", "dim"), (f"{per_second:,.0f}" if per_second else "-", ""),
-            ("  left ", "dim"), (_duration((self._steps - record["step"]) * mean), ""),
-        ]  # fmt: skip
-        return Text.assemble(*parts)
+        values = {
+            "step": Text(f"{record['step']}/{self._steps}", style="bold"),
+            "loss": Text(f"{record['loss']:.4f}", style="bold"),
+            "held-out": Text(f"{self._held_out:.4f}" if self._held_out is not None else "-"),
+            "lr": Text(f"{record['lr']:.2e}"),
+            "grad": Text(f"{norm:.3f}" if norm is not None else "overflow, skipped"),
+            "tokens/s": Text(f"{per_second:,.0f}" if per_second else "-"),
+            "left": Text(_duration((self._steps - record["step"]) * mean)),
+        }
+        return {name: Text.assemble((f"{name} ", "dim"), value) for name, value in values.items()}
+
+
+def _joined(parts: Mapping[str, Text]) -> Text:
+    return Text("  ").join(parts.values())
+
+
+def _within(parts: Mapping[str, Text], width: int) -> Text:
+    """The parts that a line of the terminal holds. One that it does not is left out as a whole: half a number lies."""
+    kept = dict(parts)
+    for name in _LEFT_OUT:
+        if _joined(kept).cell_len <= width:
+            break
+        kept.pop(name, None)
+    return _joined(kept)
 
 
 def _duration(seconds: float) -> str:

@@ -45,7 +45,7 @@ def command(run_a: str, run_b: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=2))
     else:
-        click.echo("\n".join(_in_words(found)) or "no difference")
+        _show(found)
     sys.exit(1 if found else 0)
 
 
@@ -64,16 +64,23 @@ def _side(name: str) -> Side:
     return followed(folder, read_config(folder.config))
 
 
-def _in_words(found: Sequence[Difference]) -> list[str]:
-    """A block of lines for each part: key, value of one side, value of the other, each with its origin."""
-    lines = []
+def _show(found: Sequence[Difference]) -> None:
+    """A block for each part: key, value of one side, value of the other, each with its origin."""
+    from rich.padding import Padding
+
+    from dstrain.cli.showing.tables import Column, FoldingTable, make_console
+
+    console = make_console(whole_lines=True)
+    if not found:
+        console.print("no difference")
     for part, title in _TITLES.items():
-        rows = [(each.key, _value(each.a), _value(each.b)) for each in found if each.part == part]
+        rows = [each for each in found if each.part == part]
         if rows:
-            lines.append(title)
-            keys, values = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
-            lines += [f"  {key:<{keys}}  {a:<{values}}  |  {b}" for key, a, b in rows]
-    return lines
+            table = FoldingTable(Column(gives=True), Column(gives=True), Column(), Column(gives=True))
+            for each in rows:
+                table.add_row(each.key, _value(each.a), "|", _value(each.b))
+            console.print(title)
+            console.print(Padding.indent(table, 2))
 
 
 def _value(value: Value) -> str:

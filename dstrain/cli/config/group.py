@@ -13,4 +13,6 @@ def command() -> None:
 
 
 for each in (init, check, schema, show, diff):
+    # click would cut the sentence off where the line ends.
+    each.command.short_help = (each.command.help or "").partition("\n")[0]
     command.add_command(each.command)

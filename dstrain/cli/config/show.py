@@ -19,6 +19,7 @@ def command(
 ) -> None:
     """Show the final DeepSpeed JSON of these arguments."""
     from dstrain.cli.planning import plan_for
+    from dstrain.cli.showing.tables import Column, FoldingTable, make_console
     from dstrain.config.loader import load_config
     from dstrain.config.nested import leaves
 
@@ -27,7 +28,8 @@ def command(
     if not origins:
         click.echo(json.dumps(plan.deepspeed, indent=2))
         return
-    rows = [(".".join(path), json.dumps(value)) for path, value in leaves(plan.deepspeed)]
-    keys, values = max(len(key) for key, _ in rows), max(len(value) for _, value in rows)
-    for key, value in rows:
-        click.echo(f"{key:<{keys}}  {value:<{values}}  {plan.deepspeed_origins[key]}")
+    table = FoldingTable(Column(gives=True), Column(gives=True), Column(gives=True))
+    for path, value in leaves(plan.deepspeed):
+        key = ".".join(path)
+        table.add_row(key, json.dumps(value), plan.deepspeed_origins[key])
+    make_console(whole_lines=True).print(table)

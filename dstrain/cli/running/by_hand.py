@@ -68,8 +68,10 @@ def prepare_to_be_typed(
     for beginning, way in ways.items():
         console.print(Text.assemble((beginning, "bold"), shlex.join(way)), soft_wrap=True)
     console.print(
-        "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
-        f" {folder.path}` starts them and watches.",
+        Text(
+            "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
+            f" {folder.path}` starts them and watches."
+        ),
         soft_wrap=True,
     )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dstrain.cli.fitting import Fitted, Row
+from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.cli.showing.words import duration_in_words, headed
 from dstrain.plan.words import count, in_words
 
@@ -19,7 +18,7 @@ def show_fit(fitted: Fitted, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(fitted.to_record(), indent=2))
         return
-    console, fit = Console(), fitted.fit
+    console, fit = make_console(), fitted.fit
     console.print(headed("on", fitted.machines))
     if fitted.fixed:
         console.print(headed("as you", f"chose: {', '.join(fitted.fixed)}"))
@@ -42,13 +41,17 @@ def show_fit(fitted: Fitted, *, as_json: bool) -> None:
         console.print(headed(f"{number:>7,}", reason, "dim"))
 
 
-def _table(fitted: Fitted) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _table(fitted: Fitted) -> FoldingTable:
     # Ranks on CPUs share their host's memory.
     fullest = "memory\nof a host" if fitted.rows[0].plan.accelerator == "cpu" else "memory of\nfullest rank"
-    for heading in ("", "\nlayout", "micro-\nbatch", "recom-\npute", "\na step", "\ntokens/s", fullest):
-        left, wraps = heading == "\nlayout", heading == fullest
-        table.add_column(heading, justify="left" if left else "right", header_style="bold", no_wrap=not wraps)
+    table = FoldingTable(
+        Column(right=True),
+        Column("\nlayout", gives=True),
+        *(
+            Column(heading, right=True)
+            for heading in ("micro-\nbatch", "recom-\npute", "\na step", "\ntokens/s", fullest)
+        ),
+    )
     for number, row in enumerate(fitted.rows, start=1):
         candidate, time = row.scored.candidate, row.scored.time
         table.add_row(
