@@ -24,6 +24,7 @@ from dstrain.plan.run_folder import RankStatus, RunFolder
 from dstrain.supervise.lifeline import Lifeline
 from dstrain.supervise.supervisor import supervise
 from dstrain.train.lifeline import Lifeline as RankLifeline
+from tests.cluster.plain_path import plain_python
 
 _HOSTS = ("n1", "n2")
 _RANKS = 2  # a host
@@ -31,7 +32,7 @@ _PORT = 29400
 
 
 def argv(role: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tests.cluster.small_run", role, *arguments]
+    return [plain_python(), "-m", "tests.cluster.small_run", role, *arguments]
 
 
 def command(folder: str, steps: str, hang_seconds: str) -> int:
