@@ -1,15 +1,17 @@
-"""``dstrain doctor``: look at the machines, and say what is wrong and how it is mended."""
+"""``dstrain doctor``: look at the machines, and show what is wrong and how to fix it."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from dstrain.cli.showing.tables import FoldingTable
     from dstrain.diagnostics.diagnosis import Check
 
 FAILED_CODE = 1
@@ -28,46 +30,25 @@ def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> 
     Logins, versions, devices, memory, disks, clocks, names, ports, and a real all-reduce and send over the network.
     The exit code is 1 if something would stop a run.
     """
-    import json
-    import os
-    import sys
-    from dataclasses import asdict
-    from pathlib import Path
+    from dstrain.api.diagnosing import doctor
 
-    from dstrain.diagnostics.diagnosis import FAILED
-    from dstrain.diagnostics.host_checks import examine_hosts, examine_this_machine
-    from dstrain.launch.environment import default_environment
-    from dstrain.launch.hosts import read_hostfile
-    from dstrain.launch.launch_spec import runs_here
-
-    hosts = read_hostfile(hostfile) if hostfile is not None else ()
-    alone = runs_here(hosts)
-    accelerator = os.environ.get("DS_ACCELERATOR", "")
-    environment = default_environment(accelerator or "cuda", 1, alone, hosts=[host.name for host in hosts])
-    if not accelerator:
-        del environment["DS_ACCELERATOR"]  # each host says what it has
-    if alone:
-        slots = sum(host.slots for host in hosts)
-        checks = examine_this_machine(
-            environment=environment, runs=Path(runs_dir), slots=slots, thorough=not quick
-        )
-    else:
-        checks = examine_hosts(hosts, environment=environment, runs=Path(runs_dir), thorough=not quick)
-    failed = any(check.status == FAILED for check in checks)
+    result = doctor(hostfile, runs_dir=runs_dir, quick=quick)
     if as_json:
-        click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=1))
+        checks = [asdict(check) for check in result.checks]
+        click.echo(json.dumps({"ok": result.ok, "checks": checks}, indent=1))
     else:
-        from rich.console import Console
+        from dstrain.cli.showing.tables import make_console
 
-        Console().print(_table(checks))
-    sys.exit(FAILED_CODE if failed else 0)
+        make_console().print(_table(result.checks))
+    sys.exit(0 if result.ok else FAILED_CODE)
 
 
-def _table(checks: Sequence[Check]) -> Table:
+def _table(checks: Sequence[Check]) -> FoldingTable:
     """A row for each thing that was found; hosts of which the same is true share it."""
-    from rich.table import Table
+    from rich.box import HEAVY_HEAD
     from rich.text import Text
 
+    from dstrain.cli.showing.tables import Column, FoldingTable
     from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING
 
     colours = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
@@ -77,11 +58,15 @@ def _table(checks: Sequence[Check]) -> Table:
         rows.setdefault((check.check, check.status, check.message, check.fix), []).append(check.host)
     # The same check of all hosts side by side, in the order in which the checks were made.
     order = list(dict.fromkeys(check.check for check in checks))
-    table = Table(show_lines=False)
-    for heading in ("check", "host", "status", "message", "fix"):
-        table.add_column(heading, overflow="fold")
+    table = FoldingTable(
+        Column("check"),
+        Column("host", gives=True),
+        Column("status"),
+        Column("message", gives=True),
+        Column("fix", gives=True),
+        lines=HEAVY_HEAD,
+    )
     for (name, status, message, fix), hosts in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         who = f"all {every}" if len(hosts) == every > 1 else ", ".join(hosts)
-        # Text: a host's own words are not markup.
-        table.add_row(Text(name), Text(who), Text(status, style=colours[status]), Text(message), Text(fix))
+        table.add_row(name, who, Text(status, style=colours[status]), message, fix)
     return table

@@ -1,14 +1,10 @@
-"""``dstrain generate OUT "prompt"``: a quick look at what a model folder says."""
+"""``dstrain generate OUT "prompt"``: a quick look at what a model folder writes."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 
 import click
-
-from dstrain.errors import DstrainError
 
 
 @click.command("generate")
@@ -25,16 +21,7 @@ from dstrain.errors import DstrainError
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
 def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Let the model in FOLDER (of `dstrain export`, or any Hugging Face model's) continue PROMPT."""
-    from dstrain.api.child_process import run_module
+    from dstrain.api.exporting import generate
+    from dstrain.cli.showing.progress import PROGRESS
 
-    if not (folder / "config.json").is_file():
-        raise DstrainError(
-            f"{folder} is no model folder (it has no config.json)",
-            where="FOLDER",
-            hint="`dstrain export RUN FOLDER` makes one from a run",
-        )
-    with tempfile.TemporaryDirectory() as aside:
-        request = Path(aside) / "request.json"
-        choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
-        request.write_text(json.dumps({"folder": str(folder)} | choices), encoding="utf-8")
-        run_module("dstrain.exporting.generate", str(request), speaks=True)
+    click.echo(generate(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, events=PROGRESS))

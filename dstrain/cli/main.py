@@ -24,7 +24,7 @@ COMMANDS = {
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
     "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),
-    "config": ("dstrain.cli.config.group", "Make, check, describe, show and compare configurations."),
+    "config": ("dstrain.cli.config", "Make, check, describe, show and compare configurations."),
 }
 
 

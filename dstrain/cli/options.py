@@ -1,17 +1,32 @@
-"""The flags of run, plan and config: one for each run-config key, and those that pick the layers."""
+"""The flags of run, plan and config: one for each key of `RunConfig`, and those that pick the layers."""
 
 from __future__ import annotations
 
 import re
+import types
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.config.origins import flag_name
+from dstrain.config.schema import LARGEST, RunConfig
+from dstrain.config.template import GROUPS
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+# Mappings and lists of mappings have no form on a command line but --set.
+_WITHOUT_FLAG = ("deepspeed",)
 
-class _StepsOrTime(click.ParamType):
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]  # generic from click 8.2 on
+else:
+    _ParamType = click.ParamType
+
+
+class _StepsOrTime(_ParamType):
     """Digits are steps; anything else is left to the config, which knows a length of time."""
 
     name = "steps|time"
@@ -20,53 +35,33 @@ class _StepsOrTime(click.ParamType):
         return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]+", value) else value
 
 
-STEPS_OR_TIME = _StepsOrTime()
+class _ListOf(_ParamType):
+    """Comma-separated values."""
 
-# (config key, click type, help). A flag that is not given stays None and lays nothing over the file.
-_CHOICES: list[tuple[str, Any, str]] = [
-    (
-        "zero",
-        click.IntRange(0, 3),
-        "ZeRO stage: what the replicas share out (1 optimizer, 2 gradients, 3 weights).",
-    ),
-    ("pipeline", click.IntRange(1), "Number of pipeline stages."),
-    ("data_parallel", click.IntRange(1), "Number of replicas. Default: what the devices allow."),
-    ("partition", str, "Where stages are cut: auto, parameters, uniform, or layers of each: 5,5,5,1."),
-    ("precision", click.Choice(["fp32", "bf16", "fp16"]), "Of parameters and activations."),
-    ("schedule", click.Choice(["1f1b", "dualpipev"]), "Order of a pipeline's work."),
-    ("offload", click.Choice(["none", "cpu", "nvme"]), "Where the optimizer's states live."),
-    ("micro_batch", click.IntRange(1), "Samples that a replica works on at once."),
-    ("global_batch", click.IntRange(1), "Samples a step, over all replicas."),
-    ("seq_len", click.IntRange(1), "Tokens a sample."),
-    ("steps", click.IntRange(1), "Optimizer steps."),
-    ("lr", float, "Peak learning rate."),
-    ("seed", click.IntRange(0), "Decides initial weights, data order and dropout."),
-    ("data", str, "A text file, a folder, JSON lines with a `text` field, or stdlib."),
-    ("model", str, "A folder with a Hugging Face config.json, a name on its hub, or a built-in shape."),
-    ("init", click.Choice(["random", "pretrained"]), "Start from random weights, or from the model's own."),
-    ("tokenizer", str, "A Hugging Face tokenizer folder, or bytes. Default: the model's own."),
-    (
-        "save_every",
-        STEPS_OR_TIME,
-        "Steps between checkpoints, or time: 500, 20m, 1h30m; 0: only the last; never.",
-    ),
-    ("keep", click.IntRange(1), "Newest checkpoints that are kept."),
-    ("keep_every", click.IntRange(0), "Checkpoints of every so many steps are made, and kept for good."),
-    ("hostfile", str, "Hosts to run on, a line each: NAME slots=N."),
-    ("launcher", str, "local, pdsh, openmpi, torchrun, slurm or none. Default: what fits the hosts."),
-    (
-        "nodes",
-        click.IntRange(1),
-        "With --launcher none: nodes that dstrain is typed on. Of submit: the job's. Of plan --device: how many.",
-    ),
-    ("processes", click.IntRange(1), "With --launcher none: ranks on each node. Default: its GPUs."),
-    ("master_addr", str, "Name or address at which the others reach rank 0's host."),
-    ("master_port", click.IntRange(1, 65535), "TCP port of rank 0's host on which the ranks meet."),
-    ("restarts", int, "After a failure go on from the newest checkpoint, so often in a row."),
-    ("time_limit", str, "After this time (90s, 20m, 3h50m) end the step, save, and leave."),
-    ("name", str, "Name of the run folder."),
-    ("ds_config", str, "A DeepSpeed JSON file, laid on top of the composed one."),
-]
+    def __init__(self, kind: _ParamType) -> None:
+        self.kind = kind
+        self.name = f"{kind.name},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        return [self.kind.convert(part, param, ctx) for part in value.split(",")]
+
+
+class GroupedOptions(click.Command):
+    """A command whose ``--help`` has a section for each group of run-config keys, its own options first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        titles = {key: title for title, keys in _groups().items() for key in keys}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in _groups()}}
+        for parameter in self.get_params(ctx):
+            line = parameter.get_help_record(ctx)
+            if line is not None:
+                sections[titles.get(str(parameter.name), "Options")].append(line)
+        for title, lines in sections.items():
+            if lines:
+                with formatter.section(title.rstrip(".")):
+                    formatter.write_dl(lines)
 
 
 def choices(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,31 +73,9 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="KEY=VALUE",
         help="Any key of the config; deepspeed.A.B=VALUE reaches into DeepSpeed's.",
     )(function)
-    function = click.option(
-        "--pack/--no-pack", "pack", default=None, help="Several documents in a sample, or one."
-    )(function)
-    function = click.option(
-        "--elastic/--no-elastic",
-        "elastic",
-        default=None,
-        help="With --restarts: go on with fewer replicas on the hosts that answer.",
-    )(function)
-    function = click.option(
-        "--deterministic/--no-deterministic",
-        "deterministic",
-        default=None,
-        help="The same bits each time on the same kind of device.",
-    )(function)
-    function = click.option(
-        "--activation-checkpointing/--no-activation-checkpointing",
-        "activation_checkpointing",
-        default=None,
-        help="Recompute each block in the backward pass.",
-    )(function)
-    for key, kind, text in reversed(_CHOICES):
-        function = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=text)(
-            function
-        )
+    for key, field in reversed(RunConfig.model_fields.items()):
+        if key not in _WITHOUT_FLAG:
+            function = _option(key, field.annotation, field.metadata, field.description or "")(function)
     return function
 
 
@@ -121,10 +94,64 @@ def node_rank_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--node-rank",
         type=click.IntRange(0),
-        help="With --launcher none: which node this is, from 0 on. Left out: prepare, and say what to type.",
+        help="With --launcher none: which node this is, from 0 on. Left out: prepare, and print the commands.",
     )(function)
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given."""
     return {key: value for key, value in flags.items() if value is not None}
+
+
+def _groups() -> dict[str, list[str]]:
+    """The run-config keys below each heading."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for key in RunConfig.model_fields:
+        title = GROUPS.get(key, title)
+        found.setdefault(title, []).append(key)
+    return found
+
+
+def _option(key: str, annotation: Any, metadata: list[Any], description: str) -> Decorator:
+    """The flag of one key. One that is not given stays None, and lays nothing over the file."""
+    text = description[:1].upper() + description[1:]
+    if not text.endswith("."):
+        text += "."
+    kind = _kind(annotation, metadata)
+    if kind is bool:
+        return click.option(f"{flag_name(key)}/{flag_name('no_' + key)}", key, default=None, help=text)
+    return click.option(flag_name(key), key, type=kind, default=None, help=text)
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> Any:
+    """click's type for a key's annotation."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(parts[0], [*parts[1:], *metadata])
+    if origin in (typing.Union, types.UnionType):
+        kinds = [part for part in parts if part is not type(None)]
+        return _kind(kinds[0], metadata) if len(kinds) == 1 else _StepsOrTime()
+    if origin is typing.Literal:
+        if all(isinstance(part, int) for part in parts):
+            return click.IntRange(min(parts), max(parts))
+        return click.Choice(list(parts))
+    if origin is list:
+        return _ListOf(click.types.convert_type(_kind(parts[0], metadata)))
+    if annotation is int:
+        return click.IntRange(*_bounds(metadata))
+    return annotation
+
+
+def _bounds(metadata: list[Any]) -> tuple[int | None, int | None]:
+    """The least and the largest integer. A bound that only catches slips is left to the config."""
+    least = most = None
+    for each in metadata:
+        for limit in getattr(each, "metadata", (each,)):
+            if getattr(limit, "ge", None) is not None:
+                least = limit.ge
+            if getattr(limit, "gt", None) is not None:
+                least = limit.gt + 1
+            if getattr(limit, "le", None) is not None and limit.le < LARGEST:
+                most = limit.le
+    return least, most

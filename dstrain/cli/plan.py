@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from dstrain.cli.options import choices, given, layers
+from dstrain.cli.options import GroupedOptions, choices, given, layers
 from dstrain.errors import DstrainError
 
 
-@click.command("plan")
+@click.command("plan", cls=GroupedOptions)
 @layers
 @choices
 @click.option("--explain", "explained", metavar="KEY", help="What a key does, its value here, and why.")
 @click.option(
-    "--fit", is_flag=True, help="Search the layouts that suit these devices best, and what to type."
+    "--fit", is_flag=True, help="Search the layouts that suit these devices best, and show what to type."
 )
 @click.option(
     "--device",
@@ -37,9 +37,10 @@ def command(
     **flags: Any,
 ) -> None:
     """Show what `dstrain run` would do with the same arguments, and start nothing."""
+    from dstrain.api.configuring import load_config
     from dstrain.api.machines import elsewhere
     from dstrain.api.planning import plan_for
-    from dstrain.config.loader import load_config
+    from dstrain.cli.showing.progress import PROGRESS
 
     if fit and explained is not None:
         raise DstrainError(
@@ -51,15 +52,15 @@ def command(
         from dstrain.planning.explain import keys_meant
 
         keys_meant(explained)  # refuses what is no key, before the model and the data are looked at
-    resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
+    config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
     described = elsewhere(device, gpus_per_node)
     if fit:
-        from dstrain.api.fitting import fitted_for
+        from dstrain.api.fitting import fit_for
         from dstrain.cli.showing.fit import show_fit
 
-        show_fit(fitted_for(resolved, described), as_json=as_json)
+        show_fit(fit_for(config, described, PROGRESS), as_json=as_json)
         return
-    plan = plan_for(resolved, described).plan
+    plan = plan_for(config, described, PROGRESS).plan
     if explained is not None:
         from dstrain.cli.showing.explanation import show_explanation
 
@@ -68,8 +69,7 @@ def command(
     if as_json:
         click.echo(json.dumps(plan.to_record(), indent=2))
         return
-    from rich.console import Console
-
     from dstrain.cli.showing.plan import show_plan
+    from dstrain.cli.showing.tables import make_console
 
-    show_plan(plan, Console())
+    show_plan(plan, make_console(), verbose=True)

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from dstrain.cli.options import choices, given
+from dstrain.cli.options import GroupedOptions, choices, given
 from dstrain.errors import DstrainError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dstrain.api.reproducing import ReproduceResult
     from dstrain.runs.run_folder import RunFolder
 
 DIFFERS = 1
+_SHOWN = 12  # differences in full; there may be hundreds of packages
 
 
-@click.command("reproduce")
+@click.command("reproduce", cls=GroupedOptions)
 @click.argument("run")
 @choices
 @click.option(
@@ -33,73 +37,64 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     Bit-equal on the same kind of device; else the first number that differs, and what was recorded of RUN that is
     another now. Flags that are given change a choice on purpose. Exit code 1 when a number differs.
     """
-    from rich.console import Console
+    from dstrain.api.reproducing import reproduce
+    from dstrain.api.resuming import find_run
+    from dstrain.cli.showing.progress import ConsoleEvents
+    from dstrain.cli.showing.tables import make_console
 
-    from dstrain.api.execute import execute
-    from dstrain.api.planning import plan_for
-    from dstrain.api.preflight import new_run_folder, not_writable
-    from dstrain.api.reproduce_config import choices_again
-    from dstrain.cli.resume import find_run
-    from dstrain.cli.showing.reproduction import cause, show_repetition
-    from dstrain.files import write_json
-    from dstrain.runs.record.record import first_launch, read_launches
-    from dstrain.runs.run_folder import last_step
-
-    folder = find_run(run)
-    launches = read_launches(folder)
-    first = first_launch(launches, folder)
-    if last_step(folder.metrics) == 0:
-        raise DstrainError(
-            "it has trained no step: there is nothing to compare with", where=str(folder.metrics)
-        )
     if image is not None:
-        _in_image(folder, image or first["image"], first["config"], settings, given(flags))
-    resolved = choices_again(folder, first, given(flags), settings)
-    again = new_run_folder(resolved, resume=False)
-    console = Console()
-    planned = plan_for(resolved)
-    console.print(
-        f"{folder.name}, once more as {again.name}: {planned.plan.batch.describe()}",
-        soft_wrap=True,
-        markup=False,
+        _in_image(find_run(run), image, settings, given(flags))
+    console = make_console()
+    with ConsoleEvents(console) as events:
+        result = reproduce(run, changes=given(flags), settings=settings, events=events)
+    _show(result, console)
+    if result.stopped is not None:
+        if result.deviation is not None:
+            console.print(f"differs  {result.deviation}", soft_wrap=True)
+        raise result.stopped
+    if result.deviation is not None:
+        raise DstrainError(
+            str(result.deviation), where=result.again.name, hint=result.cause, exit_code=DIFFERS
+        )
+
+
+def _show(result: ReproduceResult, console: Console) -> None:
+    """What was recorded that is another now; and, where no number differs, that all are equal."""
+    for difference in result.differences[:_SHOWN]:
+        console.print(f"differs  {difference}", soft_wrap=True)
+    if len(result.differences) > _SHOWN:
+        console.print(
+            f"         and {len(result.differences) - _SHOWN} more: {result.again / 'reproduction.json'}",
+            soft_wrap=True,
+        )
+    if result.equal:
+        console.print(_equal(result), soft_wrap=True)
+
+
+def _equal(result: ReproduceResult) -> str:
+    repetition = result.repetition
+    if repetition.of_run == repetition.of_again:
+        return f"bit-equal: all {repetition.steps} steps of {result.run.name}"
+    return (
+        f"bit-equal: the {repetition.steps} steps that both have; {result.run.name} ends with step"
+        f" {repetition.of_run}, and {result.again.name} with step {repetition.of_again}"
     )
-    stopped = None
-    try:
-        execute(planned, resolved, again, console, dry_run=False)
-    except DstrainError as error:  # what it has trained is compared all the same
-        stopped = error
-    if stopped is not None and last_step(again.metrics) == 0:
-        raise stopped
-    now = first_launch(read_launches(again), again)
-    repetition, found = show_repetition(folder, again, first, now, console)
-    record = {"of": folder.name, **repetition.to_record(), "differences": [str(one) for one in found]}
-    try:
-        write_json(again.reproduction, record)
-    except OSError as error:
-        raise not_writable(error, again) from error
-    deviation = repetition.deviation
-    if stopped is not None:
-        if deviation is not None:
-            console.print(f"differs  {deviation}", soft_wrap=True, markup=False, highlight=False)
-        raise stopped
-    if deviation is not None:
-        hint = cause(deviation.step, launches, first, found)
-        raise DstrainError(str(deviation), where=again.name, hint=hint, exit_code=DIFFERS)
 
 
-def _in_image(
-    folder: RunFolder,
-    image: str | None,
-    values: dict[str, Any],
-    settings: tuple[str, ...],
-    flags: dict[str, Any],
-) -> NoReturn:
-    """Become the same command in a container. Raises DstrainError."""
+def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: dict[str, Any]) -> NoReturn:
+    """Become the same command in a container. Raises DstrainError.
+
+    Args:
+        image: its name; empty: the one that the run was made in.
+    """
     from dstrain.api.reproduce_config import PATHS, changed_keys
+    from dstrain.api.reproducing import recorded_image
     from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 
-    if image is None:
+    made_in, values = recorded_image(folder)
+    image = image or made_in or ""
+    if not image:
         raise DstrainError(
             f"{folder.name} was not made in an image, or nobody told it in which (launch/docker.sh does)",
             where="--image",

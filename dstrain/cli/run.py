@@ -1,21 +1,27 @@
-"""``dstrain run``: plan, launch, watch, and say what came out."""
+"""``dstrain run``: plan, launch, watch, and show what came out."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dstrain.cli.options import choices, given, layers, node_rank_option
-from dstrain.errors import DstrainError
+from dstrain.cli.options import GroupedOptions, choices, given, layers, node_rank_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dstrain.api.outcome import RunResult
+    from dstrain.api.running import Job
 
 
-@click.command("run")
+@click.command("run", cls=GroupedOptions)
 @layers
 @choices
 @click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
-@click.option("--prepare", is_flag=True, help="Fill the run folder, say what starts it, and start nothing.")
+@click.option("--prepare", is_flag=True, help="Fill the run folder, show what starts it, and start nothing.")
 @click.option("--resume", is_flag=True, help="Go on in the run folder of this --name.")
+@click.option("--verbose", is_flag=True, help="Show the whole plan, as `dstrain plan` does.")
 @node_rank_option
 def command(
     recipe: str | None,
@@ -24,37 +30,80 @@ def command(
     dry_run: bool,
     prepare: bool,
     resume: bool,
+    verbose: bool,
     node_rank: int | None,
     **flags: Any,
 ) -> None:
-    """Train: plan, launch, watch, and say what came out.
+    """Train: plan, launch, watch, and show what came out.
 
     Without any argument, a small model learns Python from the standard library in three minutes.
     """
-    from rich.console import Console
+    from dstrain.api.configuring import load_config
+    from dstrain.api.running import command_of, execute, new_job
+    from dstrain.cli.showing.progress import ConsoleEvents, show_command
+    from dstrain.cli.showing.tables import make_console
 
-    from dstrain.api.execute import execute
-    from dstrain.api.manual_launch import node_of, prepare_for_nodes, prepare_to_be_typed
-    from dstrain.api.planning import plan_for
-    from dstrain.api.preflight import new_run_folder
-    from dstrain.cli.showing.plan import show_plan
-    from dstrain.config.loader import load_config
-    from dstrain.runs.run_folder import RunFolder
+    config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
+    console = make_console()
+    with ConsoleEvents(console, verbose=verbose) as events:
+        job = new_job(config, resume=resume, node_rank=node_rank, events=events)
+        if job.for_every_node:
+            show_nodes(job, console, dry_run=dry_run)
+        elif dry_run:
+            show_command(command_of(job, events), console)
+        elif prepare:
+            _show_manual_launch(job, console)
+        else:
+            leave(execute(job, events))
 
-    resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
-    if resume and resolved.config.name is None:
+
+def leave(result: RunResult) -> None:
+    """Raise DstrainError for a run that was stopped before its end."""
+    from dstrain.errors import DstrainError
+
+    if result.completed:
+        return
+    if not result.saved:
         raise DstrainError(
-            "which run?", where="--resume", hint="name it: --name NAME, or use `dstrain resume RUN`"
+            f"stopped after step {result.step}, and nothing is saved (save_every: never)",
+            hint=f"`dstrain resume {result.folder}` begins anew",
+            exit_code=result.exit_code,
         )
-    node = node_of(resolved, node_rank)
-    # Whichever node comes first makes the folder: the others find it.
-    folder = RunFolder(new_run_folder(resolved, resume=resume or node_rank is not None).path, node or 0)
-    planned = plan_for(resolved)
-    console = Console()
-    show_plan(planned.plan, console)
-    if planned.site.launcher == "none" and node is None:
-        prepare_for_nodes(planned, resolved, folder, console, dry_run=dry_run)
-    elif prepare and not dry_run:
-        prepare_to_be_typed(planned, resolved, folder, console)
-    else:
-        execute(planned, resolved, folder, console, dry_run=dry_run)
+    raise DstrainError(
+        f"stopped after step {result.step}, which is saved",
+        hint=f"`dstrain resume {result.folder}` goes on from there",
+        exit_code=result.exit_code,
+    )
+
+
+def show_nodes(job: Job, console: Console, *, dry_run: bool) -> None:
+    """Fill the run folder, and show what to type on each node."""
+    from rich.text import Text
+
+    from dstrain.api.manual_launch import prepare_for_nodes
+
+    for node, line in enumerate(prepare_for_nodes(job, dry_run=dry_run)):
+        console.print(Text.assemble((f"node {node}  ", "bold"), line), soft_wrap=True)
+    console.print(
+        Text(
+            "The order does not matter: node 0 waits ten minutes for the others. Each watches its own ranks."
+        ),
+        soft_wrap=True,
+    )
+
+
+def _show_manual_launch(job: Job, console: Console) -> None:
+    """Fill the run folder, and show what starts it."""
+    from rich.text import Text
+
+    from dstrain.api.manual_launch import prepare_manual_launch
+
+    for heading, line in zip(("type     ", "or here  "), prepare_manual_launch(job), strict=False):
+        console.print(Text.assemble((heading, "bold"), line), soft_wrap=True)
+    console.print(
+        Text(
+            "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
+            f" {job.folder.path}` starts them and watches."
+        ),
+        soft_wrap=True,
+    )

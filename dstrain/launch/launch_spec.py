@@ -17,7 +17,6 @@ LIFELINE = "__LIFELINE__"
 NODE = "__NODE__"
 """Stands in an argv where the number of the node belongs: launch.sh has the variable `NODE_RANK` there."""
 WORKER_MODULE = "dstrain.train.worker"
-# What launchers hand to a remote shell without quotes.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 
@@ -116,8 +115,13 @@ def check_remote(request: LaunchSpec) -> None:
         ("launch folder", str(request.directory.absolute())),
         ("python", request.python),
     ):
-        if not _PLAIN_PATH.fullmatch(path):
+        if not is_plain(path):
             raise DstrainError(
                 f"the path of the {what} would not survive the remote shell: {path!r}.",
                 hint="use letters, digits and @ + = : , . _ / - only",
             )
+
+
+def is_plain(path: str) -> bool:
+    """Whether launchers can hand this path to a remote shell, which they do without quotes."""
+    return _PLAIN_PATH.fullmatch(path) is not None

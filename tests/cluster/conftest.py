@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import cache, materials, repository_root
+from tests.e2e.conftest import cache, materials
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.plain_path import plain_python, plain_root
 from tests.support.cluster.runs import lay_out
 from tests.support.forking.program import HOOK
 
-__all__ = ["cache", "materials", "repository_root"]  # fixtures of the command line's tests, of use here too
+__all__ = ["cache", "materials"]  # fixtures of the command line's tests, of use here too
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    return plain_root()
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +43,7 @@ def real_environment(session_cluster: Cluster, cache: Path, repository_root: Pat
     login = session_cluster.login_environment()
     return {
         **login,
-        "PATH": os.pathsep.join([os.path.dirname(sys.executable), login["PATH"]]),
+        "PATH": os.pathsep.join([os.path.dirname(plain_python()), login["PATH"]]),
         "PYTHONPATH": str(repository_root),
         "DSTRAIN_CACHE": str(cache),
         "DS_ACCELERATOR": "cpu",
@@ -66,4 +71,4 @@ def shared_place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def dstrain_argv(*arguments: str) -> list[str]:
     """The command line of this checkout, with the python of the tests."""
-    return [sys.executable, "-m", "dstrain.cli.main", *arguments]
+    return [plain_python(), "-m", "dstrain.cli.main", *arguments]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dstrain.runs.run_folder import RunFolder
 from tests.cluster.conftest import dstrain_argv
 from tests.support.cluster.commands import Command, Result
 from tests.support.cluster.hosts import Cluster
+from tests.support.cluster.plain_path import plain_python
 from tests.support.cluster.runs import END_SECONDS, numbers
 from tests.support.cluster.small_run import argv as small_argv
 from tests.support.cluster.waiting import wait_until
@@ -128,7 +128,7 @@ CABLE = Fault(lambda run: run.cluster.cut("n2"), LOST, None, "n2", lambda run: r
 def launcher_of(host: str, word: str) -> Fault:
     """SIGKILL of the launcher of one host's ranks. ``word`` is among its arguments."""
     return Fault(
-        lambda run: run.strike(host, sys.executable, word),
+        lambda run: run.strike(host, plain_python(), word),
         f"the launcher on {host} ended before its ranks (killed?)",
         None,
         host,

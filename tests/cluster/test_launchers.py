@@ -216,7 +216,7 @@ def test_a_job_of_several_hosts_is_used_without_a_word(
     """sbatch with a `dstrain run` in it: no hostfile, no launcher."""
     slurm = slurm_site.slurm
     assert slurm is not None
-    command = " ".join(dstrain_argv("run", *ARGUMENTS, "--name", "slurm"))
+    command = shlex.join(dstrain_argv("run", *ARGUMENTS, "--name", "slurm"))
     job = slurm_site.batch(f"exec {command}", "--nodes=2", "--ntasks-per-node=2")
     slurm.wait_for(job, "COMPLETED", "FAILED", seconds=200)
     said = (slurm_site.place / f"job-{job}.log").read_text()
@@ -232,7 +232,7 @@ def test_a_killed_rank_of_a_job_ends_it_and_is_named(slurm_site: Placement) -> N
     slurm, folder = slurm_site.slurm, slurm_site.folder("killed")
     assert slurm is not None
     arguments = [*ARGUMENTS, "--steps", "400", "--name", "killed"]
-    command = " ".join(dstrain_argv("run", *arguments))
+    command = shlex.join(dstrain_argv("run", *arguments))
     job = slurm_site.batch(f"exec {command}", "--nodes=2", "--ntasks-per-node=2")
     wait_until(
         lambda: complete_checkpoints(folder.checkpoints) or slurm.state(job) == "FAILED",
@@ -381,5 +381,5 @@ def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], reposi
 def write_dstrain(folder: Path) -> None:
     """The command, as an installation would put it into this folder."""
     script = folder / "dstrain"
-    script.write_text(f'#!/bin/sh\nexec {" ".join(dstrain_argv())} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(dstrain_argv())} "$@"\n')
     script.chmod(0o755)

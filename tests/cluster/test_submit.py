@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.cluster.conftest import dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
+from tests.support.cluster.plain_path import plain_python
 from tests.support.cluster.runs import lay_out, numbers
 from tests.support.cluster.slurm import Slurm
 from tests.support.cluster.waiting import wait_until
@@ -135,4 +135,4 @@ def test_a_job_that_its_user_stops_saves_and_stays_away(
     assert said.code == 0, said
     jobs.slurm.wait_for(said.out.strip(), "COMPLETED", "FAILED", seconds=200)
     assert jobs.numbers("stopped") == undisturbed, jobs.log("stopped")
-    assert sys.executable in jobs.folder("stopped").batch_script.read_text()
+    assert plain_python() in jobs.folder("stopped").batch_script.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def test_debug_shows_the_traceback(arguments: list[str], place: Path, dstrain: C
 
 def test_a_reader_that_goes_away_is_no_error(place: Path, dstrain: Callable[..., Said]) -> None:
     """``dstrain config show | head -1``"""
-    command = f"set -o pipefail; {sys.executable} -m dstrain.cli.main plan {' '.join(GOOD)} --json | head -1"
+    argv = [sys.executable, "-m", "dstrain.cli.main", "plan", *GOOD, "--json"]
+    command = f"set -o pipefail; {shlex.join(argv)} | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=False)
     assert done.stdout == "{\n" and "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_what_it_starts_is_forked_too(tmp_path: Path) -> None:
         f"""set -eu
 mkdir -p sub; cd -- sub
 export B='two words' C="${{A:-none}}"
-exec {sys.executable} -m json.tool "$1"
+exec {shlex.quote(sys.executable)} -m json.tool "$1"
 """
     )
     (tmp_path / "what.json").write_text('{"a": 1}')

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
+from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.planning.plan import Plan
 
 _SHOWN = (
@@ -13,12 +12,11 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def choices(plan: Plan) -> Table:
+def choices(plan: Plan) -> FoldingTable:
     """Key, value and origin of what decides most."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("choice", style="bold")
-    table.add_column("value")
-    table.add_column("from", style="dim")
+    table = FoldingTable(
+        Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
+    )
     separate = () if plan.config["pack"] else ("pack",)
     for key in (*_SHOWN, *separate):
         value = plan.config[key]

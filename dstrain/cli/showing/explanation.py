@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from typing import Any
 
@@ -20,11 +21,12 @@ def show_explanation(plan: Plan, name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([each.to_record() for each in found], indent=2))
         return
-    click.echo("\n\n".join(format_explanation(each) for each in found))
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
+    click.echo("\n\n".join(format_explanation(each, width) for each in found))
 
 
-def format_explanation(found: Explanation) -> str:
-    """An explanation as lines of a heading and a text."""
+def format_explanation(found: Explanation, in_all: int = _WIDTH) -> str:
+    """An explanation as lines of a heading and a text, of ``in_all`` letters at most."""
     of_deepspeed = found.key.startswith("deepspeed.")
     is_block = found.takes.startswith("keys of its own")
     default = ("in DeepSpeed" if of_deepspeed else "by default", _value(found.default))
@@ -47,7 +49,7 @@ def format_explanation(found: Explanation) -> str:
     width = max(len(heading) for heading, _ in rows) + 2
     lines = [found.key]
     for heading, text in rows:
-        first, *rest = textwrap.wrap(text, _WIDTH - width - 2) or [""]
+        first, *rest = textwrap.wrap(text, max(1, in_all - width - 2), break_on_hyphens=False) or [""]
         lines.append(f"  {heading:<{width}}{first}".rstrip())
         lines += [" " * (width + 2) + line for line in rest]
     return "\n".join(lines)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from dstrain.api.fitting import Fitted, Row
+from dstrain.api.fitting import FitResult, FitRow
 from dstrain.cli.showing.formatting import format_duration, headed
+from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.formatting import format_bytes, format_count
 
 
-def show_fit(fitted: Fitted, *, as_json: bool) -> None:
+def show_fit(fitted: FitResult, *, as_json: bool) -> None:
     """Print what was found, for the eyes or for programs."""
     if as_json:
         click.echo(json.dumps(fitted.to_record(), indent=2))
         return
-    console, fit = Console(), fitted.fit
+    console, fit = make_console(), fitted.fit
     console.print(headed("on", fitted.machines))
     if fitted.fixed:
         console.print(headed("as you", f"chose: {', '.join(fitted.fixed)}"))
@@ -46,13 +45,17 @@ def show_fit(fitted: Fitted, *, as_json: bool) -> None:
         console.print(headed(f"{number:>7,}", reason, "dim"))
 
 
-def _table(fitted: Fitted) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _table(fitted: FitResult) -> FoldingTable:
     # Ranks on CPUs share their host's memory.
     fullest = "memory\nof a host" if fitted.rows[0].plan.accelerator == "cpu" else "memory of\nfullest rank"
-    for heading in ("", "\nlayout", "micro-\nbatch", "recom-\npute", "\na step", "\ntokens/s", fullest):
-        left, wraps = heading == "\nlayout", heading == fullest
-        table.add_column(heading, justify="left" if left else "right", header_style="bold", no_wrap=not wraps)
+    table = FoldingTable(
+        Column(right=True),
+        Column("\nlayout", gives=True),
+        *(
+            Column(heading, right=True)
+            for heading in ("micro-\nbatch", "recom-\npute", "\na step", "\ntokens/s", fullest)
+        ),
+    )
     for number, row in enumerate(fitted.rows, start=1):
         candidate, time = row.scored.candidate, row.scored.time
         table.add_row(
@@ -67,14 +70,14 @@ def _table(fitted: Fitted) -> Table:
     return table
 
 
-def _memory(row: Row, limit: float | None) -> str:
+def _memory(row: FitRow, limit: float | None) -> str:
     if limit is None:
         return format_bytes(row.scored.memory)
     tight = ", tight" if row.plan.memory_verdict.startswith("tight") else ""
     return f"{format_bytes(row.scored.memory)}, {row.scored.memory / limit:.0%}{tight}"
 
 
-def _nothing_fits(fitted: Fitted) -> str:
+def _nothing_fits(fitted: FitResult) -> str:
     """By how much, and what would help."""
     fit, nearest = fitted.fit, fitted.rows[0]
     limit = fit.limit or 0.0

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
-from rich.text import Text
+from dstrain.cli.showing.tables import Column, FoldingTable
 
 
-def headed(heading: str, text: str, style: str = "bold") -> Table:
+def headed(heading: str, text: str, style: str = "bold") -> FoldingTable:
     """A text with its heading in front: ``batch  16 samples a step ...``; further lines stay beside the heading."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=7, style=style)
-    grid.add_column()
-    grid.add_row(heading, Text(text))
+    grid = FoldingTable(Column(style=style, least=7), Column(gives=True), gap=1)
+    grid.add_row(heading, text)
     return grid
 
 

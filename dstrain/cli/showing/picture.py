@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
+from rich.box import SQUARE
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.formatting import format_count
 from dstrain.planning.layout import Layout, Place
 from dstrain.planning.plan import Plan
@@ -16,7 +16,7 @@ from dstrain.planning.plan import Plan
 # More hosts and devices than these are alike: the first ones stand for them.
 _HOSTS_SHOWN = 2
 _DEVICES_SHOWN = 16
-_CELL = 13  # columns of the terminal that a device takes: its border, a space on each side, ten letters
+_LETTERS = 9  # of a device, at least
 _BLOCK = "block "
 # One stage has one colour on all hosts: what has the same colour holds the same layers.
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white", "bright_cyan")
@@ -28,10 +28,15 @@ def picture(plan: Plan, console: Console) -> RenderableType:
     places = list(layout.places())
     by_host = [[place for place in places if place.host == host.name] for host in layout.hosts]
     shown = by_host if len(by_host) <= _HOSTS_SHOWN + 1 else by_host[:_HOSTS_SHOWN]  # no "1 more host"
+    cell = 3 + max(_LETTERS, *(len(line) for place in places for line in _lines(plan, place)))
     width = max(len(host[0].host) for host in by_host)
-    columns = _columns(len(by_host[0]), layout.pipeline, console.width - width - 4)
+    # A name that leaves no room beside it for a device, or for a whole pipeline that would fit, stands above.
+    beside = _columns(len(by_host[0]), layout.pipeline, (console.width - width - 2) // cell)
+    below = _columns(len(by_host[0]), layout.pipeline, (console.width - 1) // cell)
+    above = not beside or beside < min(layout.pipeline, below)
     parts: list[RenderableType] = [Text(_title(plan), style="bold")]
-    parts += [_host(plan, host, columns, width) for host in shown]
+    for host in shown:
+        parts += _host(plan, host, max(1, below if above else beside), 0 if above else width)
     if len(shown) < len(by_host):
         last = by_host[-1]
         parts.append(
@@ -54,41 +59,51 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _columns(devices: int, pipeline: int, width: int) -> int:
-    """Devices in a line: as many as fit, and whole pipelines where one fits."""
-    fitting = max(1, min(devices, width // _CELL))
+def _columns(devices: int, pipeline: int, room: int) -> int:
+    """Devices in a line: as many as there is room for, and whole pipelines where there is room for one."""
+    fitting = max(0, min(devices, room))
     return fitting - fitting % pipeline if pipeline < fitting < devices else fitting
 
 
-def _host(plan: Plan, places: Sequence[Place], columns: int, width: int) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=width)
-    grid.add_column()
+def _host(plan: Plan, places: Sequence[Place], columns: int, width: int) -> list[RenderableType]:
+    """One host. ``columns``: devices in a line; ``width``: of its name, or 0 where that stands above."""
+    name = Text(places[0].host, style="bold")
     shown = places[:_DEVICES_SHOWN]
-    for start in range(0, len(shown), columns):
-        name = Text(places[0].host if start == 0 else "", style="bold")
-        grid.add_row(name, _devices(plan, shown[start : start + columns]))
+    parts: list[RenderableType] = [
+        _devices(plan, shown[start : start + columns]) for start in range(0, len(shown), columns)
+    ]
     if len(shown) < len(places):
-        grid.add_row("", f"... up to {plan.accelerator}:{places[-1].local_rank} with rank {places[-1].rank}")
-    return grid
+        parts.append(f"... up to {plan.accelerator}:{places[-1].local_rank} with rank {places[-1].rank}")
+    if not width:
+        return [name, *parts]
+    grid = FoldingTable(Column(least=width), Column(), gap=1)
+    for number, part in enumerate(parts):
+        grid.add_row(name if number == 0 else "", part)
+    return [grid]
 
 
-def _devices(plan: Plan, places: Sequence[Place]) -> Table:
-    table = Table(box=box.SQUARE, show_header=True, header_style="dim")
-    for place in places:
-        table.add_column(f"{plan.accelerator}:{place.local_rank}", min_width=9, no_wrap=True)
-    names = plan.model["layers"]
-    rows = (
-        [f"rank {place.rank}" for place in places],
-        [f"stage {place.stage}" for place in places],
-        [f"replica {place.replica}" for place in places],
-        ["\n".join(_short(names, chunk) for chunk in place.chunks) for place in places],
-    )
-    for row in rows:
-        table.add_row(
-            *(Text(cell, style=_colour(place.stage)) for cell, place in zip(row, places, strict=True))
+def _devices(plan: Plan, places: Sequence[Place]) -> FoldingTable:
+    """Devices side by side, as boxes."""
+    blocks = [_lines(plan, place) for place in places]
+    table = FoldingTable(*(Column(name, least=_LETTERS) for name, *_ in blocks), lines=SQUARE, head="dim")
+    table.add_row(
+        *(
+            Text("\n".join(lines), style=_colour(place.stage))
+            for (_, *lines), place in zip(blocks, places, strict=True)
         )
+    )
     return table
+
+
+def _lines(plan: Plan, place: Place) -> list[str]:
+    """What stands in the box of a device, its name first."""
+    return [
+        f"{plan.accelerator}:{place.local_rank}",
+        f"rank {place.rank}",
+        f"stage {place.stage}",
+        f"replica {place.replica}",
+        *(_short(plan.model["layers"], chunk) for chunk in place.chunks),
+    ]
 
 
 def _short(names: Sequence[str], chunk: range) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from dstrain.cli.showing.formatting import format_layers
+from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.formatting import format_bytes
 from dstrain.planning.plan import Plan
 
@@ -25,9 +25,12 @@ _CLASSES = {
 
 def stages(plan: Plan) -> RenderableType:
     """Layers, parameters and estimated time of each stage."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "layers", "parameters", "time"):
-        table.add_column(heading, justify="left" if heading == "layers" else "right", header_style="bold")
+    table = FoldingTable(
+        Column("stage", right=True),
+        Column("layers", gives=True),
+        Column("parameters", right=True),
+        Column("time", right=True),
+    )
     names = plan.model["layers"]
     for stage in _stages(plan):
         if stage is None:
@@ -54,11 +57,9 @@ def _balance(plan: Plan) -> str:
 
 def memory(plan: Plan) -> RenderableType:
     """Bytes on a rank of each stage, class by class."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("memory\nof a rank", justify="left", header_style="bold", no_wrap=True)
     used = [name for name in _CLASSES if any(getattr(need, name) for need in plan.stage_memory)]
-    for heading in (*(_CLASSES[name] for name in used), "\ntotal"):
-        table.add_column(heading, justify="right", header_style="bold", no_wrap=True)
+    headings = (*(_CLASSES[name] for name in used), "\ntotal")
+    table = FoldingTable(Column("memory\nof a rank"), *(Column(heading, right=True) for heading in headings))
     for stage in _stages(plan):
         if stage is None:
             table.add_row(*["..."] * (len(used) + 2))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from dstrain.cli.showing.formatting import format_duration, headed
+from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.estimate.time import StepTime
 from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
@@ -52,12 +51,13 @@ def _parts(plan: Plan, step: StepTime) -> str:
     )
 
 
-def _traffic(step: StepTime) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("traffic of a step", header_style="bold")
-    table.add_column("over the link", header_style="bold")
-    table.add_column("of a rank", justify="right", header_style="bold")
-    table.add_column("because", style="dim")
+def _traffic(step: StepTime) -> FoldingTable:
+    table = FoldingTable(
+        Column("traffic of a step", gives=True),
+        Column("over the link", gives=True),
+        Column("of a rank", right=True),
+        Column("because", gives=True, style="dim"),
+    )
     for traffic in step.traffic:
-        table.add_row(traffic.what, _LINKS[traffic.link], format_bytes(traffic.bytes), Text(traffic.reason))
+        table.add_row(traffic.what, _LINKS[traffic.link], format_bytes(traffic.bytes), traffic.reason)
     return table

@@ -23,7 +23,8 @@ from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import RankStatus, RunFolder
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import supervise
-from dstrain.train.control_client import ControlClient
+from dstrain.train.control_client import ControlServer as RankLifeline
+from tests.support.cluster.plain_path import plain_python
 
 _HOSTS = ("n1", "n2")
 _RANKS = 2  # a host
@@ -31,7 +32,7 @@ _PORT = 29400
 
 
 def argv(role: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tests.support.cluster.small_run", role, *arguments]
+    return [plain_python(), "-m", "tests.support.cluster.small_run", role, *arguments]
 
 
 def command(folder: str, steps: str, hang_seconds: str) -> int:
@@ -86,7 +87,7 @@ def rank(folder: str, steps: str, number: str) -> int:
     # The real one leaves after its step, which does not end without the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.write_status(status)
-    control = ControlClient(os.environ, status)
+    control = RankLifeline(os.environ, status)
     others = _Others(status.rank)
 
     def say(state: str, step: int, error: str | None = None) -> None:

@@ -46,7 +46,16 @@ class ForkingPopen(subprocess.Popen):
 def is_python(argv: Sequence[str]) -> bool:
     """Whether `become` can stand for this command: this python with a module, or with code."""
     words = _without_flags(argv)
-    return argv[:1] == [sys.executable] and len(words) > 1 and words[0] in ("-m", "-c")
+    return len(words) > 1 and words[0] in ("-m", "-c") and _is_this_python(argv[0])
+
+
+def _is_this_python(path: str) -> bool:
+    """By whatever way to its folder; the file itself is a link that the pythons of other environments share."""
+    if path == sys.executable:
+        return True
+    folder, name = os.path.split(path)
+    ours, our_name = os.path.split(sys.executable)
+    return os.path.isabs(path) and name == our_name and os.path.realpath(folder) == os.path.realpath(ours)
 
 
 def _without_flags(argv: Sequence[str]) -> list[str]:
@@ -99,7 +108,7 @@ def become(argv: list[str], environment: Mapping[str, str]) -> None:
         os.environ.clear()
         os.environ.update(environment)
         option, what, *rest = _without_flags(argv)
-        sys.argv = [what if option == "-m" else option, *rest]
+        sys.executable, sys.argv = argv[0], [what if option == "-m" else option, *rest]
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, buffering=1, closefd=False)  # noqa: SIM115
             for number, mode in enumerate("rww")

@@ -1,0 +1,215 @@
+"""``dstrain config``: make, check, describe, show and compare configurations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dstrain.cli.options import GroupedOptions, choices, given, layers
+from dstrain.errors import DstrainError
+
+if TYPE_CHECKING:
+    from dstrain.report.difference import Difference, Side, Value
+
+
+_TITLES = {
+    "config": "what was chosen",
+    "deepspeed": "DeepSpeed's keys",
+    "layout": "layout",
+    "batch": "batch",
+    "model": "model",
+    "data": "data",
+    "versions": "versions",
+}
+
+
+@click.group("config")
+def command() -> None:
+    """Make, check, describe, show and compare configurations."""
+
+
+@click.command("init")
+@click.argument("file", default="dstrain.yaml")
+def init(file: str) -> None:
+    """Write a commented YAML with every key and its default to FILE (dstrain.yaml; - for the terminal)."""
+    from dstrain.config.template import template
+
+    if file == "-":
+        click.echo(template(), nl=False)
+        return
+    path = Path(file)
+    try:
+        with path.open("x", encoding="utf-8") as opened:
+            opened.write(template())
+    except FileExistsError:
+        raise DstrainError(
+            f"{path} exists, and is not overwritten",
+            where="FILE",
+            hint="name another file, or - to only see it",
+        ) from None
+    except OSError as error:
+        raise DstrainError(
+            f"can't write {path}: {error.strerror}", where="FILE", hint="name a file in a folder of yours"
+        ) from None
+    click.echo(f"{path}: change what you need, then `dstrain config check {path}`")
+
+
+@click.command("check")
+@click.argument("file")
+@click.option("--recipe", metavar="NAME", help="A recipe that lies below FILE.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Laid over FILE, as for `run`.")
+@click.option("--json", "as_json", is_flag=True, help="The mistakes as JSON.")
+def check(file: str, recipe: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """Find every mistake in FILE that needs no model, no data and no machine to be seen.
+
+    Unknown keys, wrong values, DeepSpeed's keys, and combinations that can't work. The exit code is 2 if there is one.
+    """
+    found = mistakes_in(file, recipe, settings)
+    if as_json:
+        record = [{"where": each.where, "message": each.message, "hint": each.hint} for each in found]
+        click.echo(json.dumps(record, indent=2))
+    else:
+        for each in found:
+            click.echo(click.style("error: ", fg="red", bold=True) + str(each), err=True)
+        count = f"{len(found)} mistake{'s' if len(found) != 1 else ''}" if found else "no mistake"
+        click.echo(f"{file}: {count}", err=bool(found))
+    sys.exit(2 if found else 0)
+
+
+def mistakes_in(file: str, recipe: str | None, settings: tuple[str, ...]) -> list[DstrainError]:
+    """Every mistake of a config file, in the order of its lines. One that keeps it from being read stands alone."""
+    from dstrain.config.loader import ConfigError, load_config
+    from dstrain.planning.checks import refusals, refuse_batch
+    from dstrain.planning.deepspeed.user_keys import mistakes
+
+    try:
+        resolved = load_config(recipe=recipe, config_file=file, settings=settings)
+    except ConfigError as errors:
+        # Combinations are not looked at: with the defaults in place of what is wrong they are not those of the file.
+        return sorted([*errors.errors, *mistakes(errors.rest)], key=_line)
+    except DstrainError as error:
+        return [error]
+    found = refusals(resolved)
+    try:
+        refuse_batch(resolved)
+    except DstrainError as error:
+        found.append(error)
+    return sorted(found, key=_line)
+
+
+def _line(error: DstrainError) -> tuple[str, int]:
+    """The file and the line of an error; what has no line comes first."""
+    file, _, line = (error.where or "").rpartition(":")
+    return (file, int(line)) if line.isdecimal() else ("", 0)
+
+
+@click.command("schema")
+def schema() -> None:
+    """Print the JSON Schema (draft 2020-12) of config files, DeepSpeed's keys included.
+
+    Editors with a YAML language server take it from a first line
+    `# yaml-language-server: $schema=FILE`, after `dstrain config schema > FILE`.
+    """
+    from dstrain.config.json_schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+@click.command("show", cls=GroupedOptions)
+@layers
+@choices
+@click.option("--origins", is_flag=True, help="With the origin of every key.")
+def show(
+    recipe: str | None, config_file: str | None, settings: tuple[str, ...], origins: bool, **flags: Any
+) -> None:
+    """Show the final DeepSpeed JSON of these arguments."""
+    from dstrain.api.planning import plan_for
+    from dstrain.cli.showing.progress import PROGRESS
+    from dstrain.cli.showing.tables import Column, FoldingTable, make_console
+    from dstrain.config.loader import load_config
+    from dstrain.config.nested import leaves
+
+    resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
+    plan = plan_for(resolved, events=PROGRESS).plan
+    if not origins:
+        click.echo(json.dumps(plan.deepspeed, indent=2))
+        return
+    table = FoldingTable(Column(gives=True), Column(gives=True), Column(gives=True))
+    for path, value in leaves(plan.deepspeed):
+        key = ".".join(path)
+        table.add_row(key, json.dumps(value), plan.deepspeed_origins[key])
+    make_console(whole_lines=True).print(table)
+
+
+@click.command("diff")
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--json", "as_json", is_flag=True, help="The differences as JSON.")
+def diff(run_a: str, run_b: str, as_json: bool) -> None:
+    """Show what differs between RUN_A and RUN_B: run folders, names below runs/, or YAML files.
+
+    The keys that were chosen, with the origin of each; and where both are run folders, what followed from them:
+    DeepSpeed's keys, layout, batch, model, data, versions.
+
+    The exit code is 0 without a difference, 1 with one, 2 for errors.
+    """
+    from dstrain.report.difference import differences
+
+    found = differences(_side(run_a), _side(run_b))
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in found], indent=2))
+    else:
+        _show_differences(found)
+    sys.exit(1 if found else 0)
+
+
+def _side(name: str) -> Side:
+    """What ``name`` means: a YAML file, a run folder, or a run's name. Raises DstrainError."""
+    from dstrain.api.resuming import find_run
+    from dstrain.config.loader import load_config, read_config
+    from dstrain.report.difference import chosen, followed
+
+    path = Path(name)
+    if path.is_file():
+        return chosen(load_config(config_file=name))
+    if path.suffix in (".yaml", ".yml"):
+        raise DstrainError(f"there is no file {name}", where="RUN", hint="check the path")
+    folder = find_run(name)
+    return followed(folder, read_config(folder.config))
+
+
+def _show_differences(found: Sequence[Difference]) -> None:
+    """A block for each part: key, value of one side, value of the other, each with its origin."""
+    from rich.padding import Padding
+
+    from dstrain.cli.showing.tables import Column, FoldingTable, make_console
+
+    console = make_console(whole_lines=True)
+    if not found:
+        console.print("no difference")
+    for part, title in _TITLES.items():
+        rows = [each for each in found if each.part == part]
+        if rows:
+            table = FoldingTable(Column(gives=True), Column(gives=True), Column(), Column(gives=True))
+            for each in rows:
+                table.add_row(each.key, _value(each.a), "|", _value(each.b))
+            console.print(title)
+            console.print(Padding.indent(table, 2))
+
+
+def _value(value: Value) -> str:
+    if value.value is None and value.origin is None:
+        return "-"
+    return json.dumps(value.value, ensure_ascii=False) + (f" ({value.origin})" if value.origin else "")
+
+
+for each in (init, check, schema, show, diff):
+    # click would cut the sentence off where the line ends.
+    each.short_help = (each.help or "").partition("\n")[0]
+    command.add_command(each)

@@ -1,1 +1,0 @@
-"""``dstrain config``: a file a command."""

@@ -1,0 +1,42 @@
+"""Paths that survive the remote shells of pdsh, mpirun and DeepSpeed's launchers.
+
+DeepSpeed's runner joins its remote command with spaces and quotes nothing, so that a path with a space becomes two
+words; dstrain refuses such a python, working folder or run folder (`launch.launch_spec.check_remote`, tested in
+tests/unit/test_launch_command.py). Where this checkout or its virtual environment lies in such a path, the commands of
+this folder go there by links that do not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from dstrain.launch.launch_spec import is_plain
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def plain_root() -> Path:
+    """This checkout."""
+    return _ROOT if is_plain(str(_ROOT)) else _linked(_ROOT)
+
+
+def plain_python() -> str:
+    """The python of the tests: by the link it finds the same virtual environment."""
+    if is_plain(sys.executable):
+        return sys.executable
+    environment = Path(sys.prefix)
+    return str(_linked(environment) / Path(sys.executable).relative_to(environment))
+
+
+@functools.cache
+def _linked(folder: Path) -> Path:
+    place = tempfile.mkdtemp(prefix="plain-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    link = Path(place) / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    return link
