@@ -4,22 +4,28 @@ Nothing here prints or exits. Errors are `DstrainError`, with what is wrong, the
 an `Events` observer. None of it imports torch: what needs it runs in processes of its own.
 """
 
-from dstrain.api.configuring import load_config
-from dstrain.api.diagnosing import DoctorResult, doctor
-from dstrain.api.events import Events, Step
-from dstrain.api.exporting import ExportResult, export, generate
-from dstrain.api.fitting import FitResult, FitRow, fit
-from dstrain.api.listing import CheckpointInfo, checkpoints
-from dstrain.api.outcome import RunFailedError, RunResult
-from dstrain.api.planning import plan
-from dstrain.api.reproducing import ReproduceResult, reproduce
-from dstrain.api.resuming import resume
-from dstrain.api.running import run
-from dstrain.api.submitting import SlurmJob, slurm_job, submit
-from dstrain.api.verifying import VerifyResult, VerifyRow, verify
-from dstrain.config.loader import ConfigError, ResolvedConfig
-from dstrain.errors import DstrainError
-from dstrain.planning.plan import Plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dstrain.api.configuring import load_config
+    from dstrain.api.diagnosing import DoctorResult, doctor
+    from dstrain.api.events import Events, Step
+    from dstrain.api.exporting import ExportResult, export, generate
+    from dstrain.api.fitting import FitResult, FitRow, fit
+    from dstrain.api.listing import CheckpointInfo, checkpoints
+    from dstrain.api.outcome import RunFailedError, RunResult
+    from dstrain.api.planning import plan
+    from dstrain.api.reproducing import ReproduceResult, reproduce
+    from dstrain.api.resuming import resume
+    from dstrain.api.running import run
+    from dstrain.api.submitting import SlurmJob, slurm_job, submit
+    from dstrain.api.verifying import VerifyResult, VerifyRow, verify
+    from dstrain.config.loader import ConfigError, ResolvedConfig
+    from dstrain.errors import DstrainError
+    from dstrain.planning.plan import Plan
 
 __all__ = [
     "CheckpointInfo",
@@ -53,3 +59,43 @@ __all__ = [
     "submit",
     "verify",
 ]
+
+_HOMES = {
+    "CheckpointInfo": "dstrain.api.listing",
+    "ConfigError": "dstrain.config.loader",
+    "DoctorResult": "dstrain.api.diagnosing",
+    "DstrainError": "dstrain.errors",
+    "Events": "dstrain.api.events",
+    "ExportResult": "dstrain.api.exporting",
+    "FitResult": "dstrain.api.fitting",
+    "FitRow": "dstrain.api.fitting",
+    "Plan": "dstrain.planning.plan",
+    "ReproduceResult": "dstrain.api.reproducing",
+    "ResolvedConfig": "dstrain.config.loader",
+    "RunFailedError": "dstrain.api.outcome",
+    "RunResult": "dstrain.api.outcome",
+    "SlurmJob": "dstrain.api.submitting",
+    "Step": "dstrain.api.events",
+    "VerifyResult": "dstrain.api.verifying",
+    "VerifyRow": "dstrain.api.verifying",
+    "checkpoints": "dstrain.api.listing",
+    "doctor": "dstrain.api.diagnosing",
+    "export": "dstrain.api.exporting",
+    "fit": "dstrain.api.fitting",
+    "generate": "dstrain.api.exporting",
+    "load_config": "dstrain.api.configuring",
+    "plan": "dstrain.api.planning",
+    "reproduce": "dstrain.api.reproducing",
+    "resume": "dstrain.api.resuming",
+    "run": "dstrain.api.running",
+    "slurm_job": "dstrain.api.submitting",
+    "submit": "dstrain.api.submitting",
+    "verify": "dstrain.api.verifying",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Each name is imported when it is first used: a command pays for what it needs, and for nothing else."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

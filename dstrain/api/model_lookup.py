@@ -130,4 +130,4 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     ):
         if names:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            events.note(f"{len(names)} tensors {what}: {shown}", "weights")
+            events.note(f"{len(names)} tensors {what}: {shown}", "progress")

@@ -155,7 +155,7 @@ def test_superfluous_tensors_are_named_in_one_line(trained: Path, dstrain_here: 
         assert said.code == 0
         assert (
             said.err
-            == "dstrain: 5 tensors that the model has no place for, and are left out: extra.0, extra.1, extra.2, ...\n"
+            == "dstrain: 5 tensors are not part of the model, and are ignored: extra.0, extra.1, extra.2, ...\n"
         )
 
 

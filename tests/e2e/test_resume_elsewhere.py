@@ -75,7 +75,9 @@ def test_a_run_goes_on_in_another_layout(
     assert "zero1-pp2-dp1" in listed and "zero3-pp1-dp2" in listed
     exported = dstrain("export", "moved", "out")
     assert exported.code == 0, exported.out + exported.err
-    losses = [float(found) for found in re.findall(r"^(?:held-out)? +(\d\.\d+)", exported.out, re.MULTILINE)]
+    losses = [
+        float(found) for found in re.findall(r"^(?:validation)? +(\d\.\d+)", exported.out, re.MULTILINE)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5), exported.out
     assert losses[1] == pytest.approx(moved[5]["validation_loss"], abs=1e-6), exported.out
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from dstrain.api.events import Events
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import refuse_elastic_alone
 from dstrain.api.restart_policy import RestartLoop, fewer_replicas
@@ -58,7 +57,7 @@ def test_as_many_replicas_as_the_other_hosts_hold(
     assert [host.name for host in layout.hosts] == hosts
     assert (layout.data_parallel, layout.pipeline, layout.cut) == (replicas, full.pipeline, full.cut)
     assert after.plan.batch.global_batch == before.plan.batch.global_batch
-    assert not {host.name for host in after.site.hosts} & set(silent)
+    assert not {host.name for host in after.placement.hosts} & set(silent)
     changed = {key for key, value in after.plan.identity.items() if value != before.plan.identity[key]}
     assert changed <= {"data_parallel", "micro_batch"}
 
@@ -99,6 +98,14 @@ def test_micro_batches_stay_as_they_were_asked_for(tmp_path: Path) -> None:
     assert (after.plan.batch.micro_batch, after.plan.batch.accumulation) == (6, 2)
 
 
+class Heard(Events):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str, topic: str = "note") -> None:
+        self.notes.append(f"{topic}: {text}")
+
+
 class Hosts:
     """What ssh says of them, each time it is asked."""
 
@@ -113,15 +120,15 @@ def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(
 ) -> None:
     hosts = Hosts(monkeypatch, {"n3": "No route to host"}, {})
     before, resolved = planned(pipeline=2, global_batch=24)
-    console = Console(file=io.StringIO(), width=200)
-    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
+    heard = Heard()
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), heard)
     smaller = restarting.next_attempt(DstrainError("n3 is gone"), trained=True)
     assert smaller.plan.layout.data_parallel == 3 and len(hosts.answers) == 1
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     assert restarting.next_attempt(DstrainError("a rank was killed"), trained=True) is before
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "elastic on n1, n2, n4: 24 samples a step" in said and "without n3: No route to host" in said
-    assert "restart 2 of 3" in said
+    said = "\n".join(heard.notes)
+    assert "elastic: on n1, n2, n4: 24 samples a step" in said and "without n3: No route to host" in said
+    assert "restart: 2 of 3" in said
 
 
 def test_it_waits_where_it_can_not_shrink_and_says_why(
@@ -130,12 +137,12 @@ def test_it_waits_where_it_can_not_shrink_and_says_why(
     down = {"n4": "No route to host"}
     hosts = Hosts(monkeypatch, down, down, {})
     before, resolved = planned(pipeline=8, global_batch=24)
-    console = Console(file=io.StringIO(), width=200)
-    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
+    heard = Heard()
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), heard)
     assert restarting.next_attempt(DstrainError("x"), trained=True) is before
     assert hosts.answers == []
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    waiting = "waiting for n4: No route to host (the other hosts don't hold the 8 stages of a replica)"
+    said = "\n".join(heard.notes)
+    waiting = "waiting: for n4: No route to host (the other hosts don't hold the 8 stages of a replica)"
     assert said.count(waiting) == 1
 
 
@@ -144,8 +151,8 @@ def test_a_host_that_the_run_does_not_use_is_not_waited_for(
 ) -> None:
     hosts = Hosts(monkeypatch, {"n4": "No route to host"})
     before, resolved = planned(pipeline=2, data_parallel=3, global_batch=24)
-    console = Console(file=io.StringIO(), width=200)
-    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), console)
+    heard = Heard()
+    restarting = RestartLoop(before, resolved, RunFolder(tmp_path), heard)
     assert restarting.next_attempt(DstrainError("x"), trained=True) is before
     assert hosts.answers == []
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from dstrain.report.live import LiveLine
+from dstrain.api.events import Events, Step
+from dstrain.api.follow import RunFollower
 from dstrain.runs.run_folder import RunFolder
 from dstrain.train.metrics import MetricsFile
 
@@ -60,20 +59,27 @@ def test_half_a_line_is_no_line(folder: RunFolder) -> None:
     assert steps(folder) == list(range(9))
 
 
-class Screen:
+class Screen(Events):
+    """What an observer is told of the steps since it was asked last."""
+
     def __init__(self, folder: RunFolder) -> None:
-        self.text = io.StringIO()
-        self.live = LiveLine(folder, Console(file=self.text, width=200), steps=20)
+        self.steps: list[int] = []
+        self.follower = RunFollower(folder, self)
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step.step)
+
+    def validated(self, step: int, loss: float) -> None:
+        if step == 0:
+            self.steps.append(step)
 
     def shown(self) -> list[int]:
-        self.live.update()
-        lines = [line for line in self.text.getvalue().splitlines() if line.startswith("step ")]
-        self.text.seek(0)
-        self.text.truncate()
-        return [int(line.split()[1].split("/")[0]) for line in lines]
+        self.follower.update()
+        told, self.steps = self.steps, []
+        return told
 
 
-def test_the_live_line_follows_the_file(folder: RunFolder) -> None:
+def test_an_observer_follows_the_file(folder: RunFolder) -> None:
     screen = Screen(folder)
     assert screen.shown() == []
     write(folder, 1, 3, after_step=0)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from rich.console import Console
-
-from dstrain.report.live import LiveLine
-from dstrain.report.notes import Notes
+from dstrain.api.events import Events
+from dstrain.api.follow import NotesTail, RunFollower
 from dstrain.runs.run_folder import NOTE, RunFolder
 
 
 def test_notes_of_this_launch_alone_whole_and_without_what_stands_before(tmp_path: Path) -> None:
     log = tmp_path / "launcher.log"
     log.write_text(f"{NOTE}of an earlier launch\n")
-    notes = Notes(log)
+    notes = NotesTail(log)
     with log.open("a") as file:
         file.write(f"[INFO] launch\n{NOTE}one\nnode1: {NOTE}two: 2\n{NOTE}thr")
         file.flush()
@@ -26,16 +23,26 @@ def test_notes_of_this_launch_alone_whole_and_without_what_stands_before(tmp_pat
 
 
 def test_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "launcher.log")
+    notes = NotesTail(tmp_path / "launcher.log")
     assert notes.new() == []
     (tmp_path / "launcher.log").write_text(f"{NOTE}one\n")
     assert notes.new() == ["one"]
 
 
-def test_the_live_line_shows_them(tmp_path: Path) -> None:
+class Heard(Events):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str, topic: str = "note") -> None:
+        self.notes.append(f"{topic}: {text}")
+
+
+def test_an_observer_is_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.logs.mkdir()
-    said = io.StringIO()
-    with LiveLine(folder, Console(file=said, width=40), steps=3):
-        folder.launcher_log.write_text(f"{NOTE}step-000006 is not used: it has no manifest, and so on\n")
-    assert "note   step-000006 is not used: it has no manifest, and so on\n" in said.getvalue()
+    heard = Heard()
+    follower = RunFollower(folder, heard)
+    folder.launcher_log.write_text(f"{NOTE}step-000006 is not used: it has no manifest, and so on\n")
+    follower.update()
+    follower.update()
+    assert heard.notes == ["note: step-000006 is not used: it has no manifest, and so on"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.api.manual_launch import node_of
+from dstrain.api.preflight import node_of
 from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.errors import DstrainError
 from dstrain.launch import placement as placement_module

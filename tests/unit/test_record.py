@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.cli.showing.reproduction import cause
+from dstrain.api.reproducing import _cause as cause
 from dstrain.errors import DstrainError
 from dstrain.report.reproduction import compare_bits
 from dstrain.runs.record.differences import differences

@@ -101,7 +101,7 @@ def test_hosts_and_devices_that_are_alike_are_left_out() -> None:
 def test_the_whole_plan_fits_the_line_and_says_each_part() -> None:
     console = Console(file=io.StringIO(), width=100)
     made = plan(machines=gpus(2, 4), pipeline=4, zero=1, global_batch=64, micro_batch=4)
-    show_plan(made, console)
+    show_plan(made, console, verbose=True)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 100
     for part in (
@@ -137,7 +137,7 @@ def test_nothing_is_cut_off_in_80_columns(flags: dict[str, object]) -> None:
     console = Console(file=io.StringIO(), width=80)
     choices = {"zero": 2, "pipeline": 2, "global_batch": 64, "precision": "bf16"} | flags
     made = plan(machines=gpus(2, 4), model=shape(64, hidden_size=8192), **choices)
-    show_plan(made, console)
+    show_plan(made, console, verbose=True)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert ("to the host's memory" in text) == ("offload" in flags)

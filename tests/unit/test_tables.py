@@ -12,8 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dstrain.cli.showing.reproduction import show_repetition
-from dstrain.report.live import LiveLine
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.box import SQUARE
@@ -21,21 +19,25 @@ from rich.console import Console
 from test_showing import gpus
 
 import dstrain
-from dstrain.api.fitting import Fitted, Row
-from dstrain.api.manual_launch import prepare_for_nodes
-from dstrain.api.outcome import tell_the_end
-from dstrain.cli import checkpoints, doctor, verify
-from dstrain.cli.config import diff, show
+from dstrain.api.events import Step
+from dstrain.api.fitting import FitResult, FitRow
+from dstrain.api.listing import COMPLETE, DAMAGED, CheckpointInfo
+from dstrain.api.outcome import RunResult
+from dstrain.api.reproducing import ReproduceResult
+from dstrain.api.verifying import VerifyResult, VerifyRow
+from dstrain.cli import checkpoints, config, doctor, reproduce, verify
+from dstrain.cli.run import show_nodes
 from dstrain.cli.showing.explanation import show_explanation
 from dstrain.cli.showing.fit import _nothing_fits, show_fit
 from dstrain.cli.showing.formatting import format_duration
 from dstrain.cli.showing.picture import _title
 from dstrain.cli.showing.plan import show_plan
+from dstrain.cli.showing.progress import ConsoleEvents, show_result
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.config.loader import load_config
 from dstrain.config.nested import leaves
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
-from dstrain.formatting import format_explanation
+from dstrain.formatting import format_bytes
 from dstrain.planning.explain import explain
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.fitting.search import Fit, Scored
@@ -43,7 +45,9 @@ from dstrain.planning.layout import Host
 from dstrain.planning.layout_choice import LayoutChoice
 from dstrain.planning.plan import Plan
 from dstrain.report.difference import Difference, Value
+from dstrain.report.reproduction import compare_bits
 from dstrain.runs.checkpoint.manifest import MANIFEST, make_manifest
+from dstrain.runs.record.differences import differences
 from dstrain.runs.run_folder import RunFolder
 from tests.support.plans import DATA, plan, shape
 
@@ -103,23 +107,21 @@ def long_plan(length: int, **choices: Any) -> Plan:
 
 def print_plan(length: int, **_: Any) -> Shown:
     made = long_plan(length)
-    show_plan(made, make_console())
+    show_plan(made, make_console(), verbose=True)
     numbers = [f"{made.model['parameters']:,}", f"{DATA['tokens']:,}"]
     for stage, need in enumerate(made.stage_memory):
         numbers += [
             f"{made.stage_parameters[stage]:,}",
             f"{made.stage_time[stage]:.2f}",
-            format_explanation(need.total),
+            format_bytes(need.total),
         ]
         numbers += [
-            format_explanation(size)
-            for size in (need.parameters, need.optimizer, need.loss, need.buffers)
-            if size
+            format_bytes(size) for size in (need.parameters, need.optimizer, need.loss, need.buffers) if size
         ]
     for place in made.layout.places():
         numbers += [f"rank {place.rank}", f"cuda:{place.local_rank}"]
     assert made.time is not None
-    numbers += [format_explanation(traffic.bytes) for traffic in made.time.traffic]
+    numbers += [format_bytes(traffic.bytes) for traffic in made.time.traffic]
     numbers += [format_duration(made.time.total), f"{made.time.tokens_per_second:,.0f}"]
     values = [*made.warnings, *made.time.assumptions, *(host.name for host in made.layout.hosts)]
     values += [traffic.reason for traffic in made.time.traffic] + [
@@ -136,7 +138,7 @@ def print_plan_of_a_large_machine(length: int, **_: Any) -> Shown:
     hosts = tuple(Host(name(f"host{number}", length), 8) for number in range(512))
     machines = replace(gpus(1, 1), hosts=hosts)
     made = plan(machines=machines, model=shape(512), pipeline=64, global_batch=8192, micro_batch=8)
-    show_plan(made, make_console())
+    show_plan(made, make_console(), verbose=True)
     ranks = tuple(
         f"rank {place.rank}" for place in made.layout.places() if place.host in (hosts[0].name, hosts[1].name)
     )
@@ -150,9 +152,9 @@ def print_fit(length: int, **_: Any) -> Shown:
         candidate = Candidate(LayoutChoice.parse(layout), 2 + number, bool(number))
         assert made.time is not None
         scored = Scored(candidate, made.layout, made.time, 12_345_678_901 + number, True)
-        rows.append(Row(scored, f"--zero {number} --data {path(f'flag{number}', length)}", made))
+        rows.append(FitRow(scored, f"--zero {number} --data {path(f'flag{number}', length)}", made))
     fallen = {f"because of {path('reason', length)}": 12_345, "memory": 1}
-    fitted = Fitted(
+    fitted = FitResult(
         Fit(tuple(row.scored for row in rows), False, 1.1e10, 12_346, fallen, 10),
         tuple(rows),
         f"2 hosts x 4 {name('device', length)}",
@@ -194,7 +196,8 @@ def print_repetition(length: int, folder: Path, **_: Any) -> Shown:
     }
     first = none | {"image": path("image", length), "variables": {name("NAME", length): path("was", length)}}
     now = none | {"image": path("other", length), "variables": {}}
-    show_repetition(run, again, first, now, make_console())
+    result = ReproduceResult(run.path, again.path, compare_bits(run, again), tuple(differences(first, now)))
+    reproduce._show(result, make_console())
     values = (path("image", length), path("other", length), name("NAME", length), path("was", length))
     return Shown(("all 1 steps",), values, long_lines=True)
 
@@ -202,21 +205,30 @@ def print_repetition(length: int, folder: Path, **_: Any) -> Shown:
 def print_checkpoints(length: int, **_: Any) -> Shown:
     whys = [f"state/{path(f'file{number}', length)} has 1,234,567 bytes" for number in range(3)]
     records = [
-        {"step": 1_000_000 + number, "bytes": 123_456_789_012, "layout": f"zero3-pp16-dp128-dualpipev-cpu{number}",
-         "loss": 10.1234 + number, "saved_at": 1e9, "state": checkpoints.DAMAGED, "why": why, "checksums": True,
-         "unknown_files": [path(f"unknown{number}", length)]}
+        CheckpointInfo(
+            step=1_000_000 + number,
+            path="there",
+            bytes=123_456_789_012,
+            layout=f"zero3-pp16-dp128-dualpipev-cpu{number}",
+            loss=10.1234 + number,
+            saved_at=1e9,
+            state=DAMAGED,
+            why=why,
+            checksums=True,
+            unknown_files=[path(f"unknown{number}", length)],
+        )
         for number, why in enumerate(whys)
-    ]  # fmt: skip
-    records[0] |= {"state": checkpoints.COMPLETE, "why": None, "checksums": False}
+    ]
+    records[0] = replace(records[0], state=COMPLETE, why=None, checksums=False)
     checkpoints._show(name("[red]run", length), records)
-    numbers = [str(record["step"]) for record in records] + [f"{record['loss']:.4f}" for record in records]
+    numbers = [str(record.step) for record in records] + [f"{record.loss:.4f}" for record in records]
     values = [
         *(f"damaged: {why}" for why in whys[1:]),
-        *(record["layout"] for record in records),
+        *(str(record.layout) for record in records),
         name("[red]run", length),
     ]
     values += [
-        *(record["unknown_files"][0] for record in records),
+        *(record.unknown_files[0] for record in records),
         "complete (of an earlier dstrain, without checksums: sizes only)",
     ]
     return Shown((*numbers, "123 GB", "damaged:"), tuple(values), long_lines=True)
@@ -239,16 +251,14 @@ def print_doctor(length: int, **_: Any) -> Shown:
 
 
 def print_verify(length: int, folder: Path, **_: Any) -> Shown:
-    rows = [
-        {"layout": "zero3-pp16-dp128-dualpipev-cpu", "loss": 1.25e-7, "grad_norm": 2.5e-6, "weights": 3.75e-8,
-         "verdict": "DIFFERS", "seconds": 12345.6},
-        {"layout": "zero2-pp2-dp2", "verdict": f"refused: {path('refusal', length)} can't be split", "seconds": 0.0},
-    ]  # fmt: skip
+    rows = (
+        VerifyRow("zero3-pp16-dp128-dualpipev-cpu", "DIFFERS", 1.25e-7, 2.5e-6, 3.75e-8, 12345.6),
+        VerifyRow("zero2-pp2-dp2", f"refused: {path('refusal', length)} can't be split"),
+    )
     bound = {"loss": 1e-5, "grad_norm": 1e-5, "weights": 1.5e-5}
     there = folder / name("verify", length)
-    there.mkdir()
-    verify._write(there, rows, bound, make_console())
-    values = [row["layout"] for row in rows] + [rows[1]["verdict"], str(there / "verify.json")]
+    verify._show(VerifyResult(rows, bound, there), make_console())
+    values = [row.layout for row in rows] + [rows[1].verdict, str(there / "verify.json")]
     numbers = ("1.2e-07", "2.5e-06", "3.7e-08", "1.5e-05", "12345.6", "DIFFERS", "allowed")
     return Shown(numbers, tuple(map(str, values)), long_lines=True)
 
@@ -260,15 +270,17 @@ def print_differences(length: int, **_: Any) -> Shown:
         Difference("deepspeed", f"zero_optimization.{name('key', length)}", Value(500_000_000, "x"), Value()),
         Difference("versions", "dstrain", Value("0.1.0"), Value(name("0.2", length))),
     ]  # fmt: skip
-    diff._show(found)
-    values = [each.key for each in found] + [diff._value(side) for each in found for side in (each.a, each.b)]
+    config._show_differences(found)
+    values = [each.key for each in found] + [
+        config._value(side) for each in found for side in (each.a, each.b)
+    ]
     return Shown(("0.000123456", "1.5"), tuple(values), long_lines=True)
 
 
 def print_deepspeed_json(length: int, patch: pytest.MonkeyPatch, **_: Any) -> Shown:
     made = long_plan(length)
-    patch.setattr("dstrain.api.planning.plan_for", lambda resolved: SimpleNamespace(plan=made))
-    show.command.main(["--origins"], standalone_mode=False)
+    patch.setattr("dstrain.api.planning.plan_for", lambda resolved, events: SimpleNamespace(plan=made))
+    config.show.main(["--origins"], standalone_mode=False)
     values = []
     for keys, value in leaves(made.deepspeed):
         key = ".".join(keys)
@@ -285,8 +297,7 @@ def print_end(length: int, folder: Path, **_: Any) -> Shown:
     )
     (kept / MANIFEST).write_text(json.dumps(manifest))
     words = {"prompt": f"open({path('prompt', length)!r})", "continuation": f"[red]{path('answer', length)}"}
-    run.result.write_text(json.dumps({"validation_loss": 1.23456, **words}))
-    tell_the_end(run, make_console())
+    show_result(RunResult(run.path, 4, True, True, kept, 1.23456, **words), make_console())
     values = [
         words["continuation"],
         f"the model continues {words['prompt']!r}",
@@ -299,14 +310,16 @@ def print_end(length: int, folder: Path, **_: Any) -> Shown:
 
 def print_what_to_type(length: int, **_: Any) -> Shown:
     hosts = tuple(Host(f"n{number}", 1) for number in range(2))
-    planned: Any = SimpleNamespace(site=SimpleNamespace(hosts=hosts))
     run = RunFolder(Path(name("/[b]run", length)))
-    prepare_for_nodes(planned, load_config(), run, make_console(), dry_run=True)
+    job: Any = SimpleNamespace(
+        planned=SimpleNamespace(placement=SimpleNamespace(hosts=hosts)), folder=run, resolved=load_config()
+    )
+    show_nodes(job, make_console(), dry_run=True)
     return Shown(("--node-rank 0", "--node-rank 1"), (str(run.path),), long_lines=True)
 
 
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
-    "plan": (print_plan, ("choices", "picture", "stages", "time", "words")),
+    "plan": (print_plan, ("choices", "picture", "stages", "time", "formatting")),
     "plan of 4,096 ranks": (print_plan_of_a_large_machine, ("picture", "stages")),
     "fit": (print_fit, ("fit",)),
     "explanation": (print_explanation, ()),
@@ -314,8 +327,8 @@ MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "checkpoints": (print_checkpoints, ("checkpoints",)),
     "doctor": (print_doctor, ("doctor",)),
     "verify": (print_verify, ("verify",)),
-    "config diff": (print_differences, ("diff",)),
-    "config show": (print_deepspeed_json, ("show",)),
+    "config diff": (print_differences, ("config",)),
+    "config show": (print_deepspeed_json, ("config",)),
     "the end": (print_end, ()),
     "node by node": (print_what_to_type, ()),
 }
@@ -481,8 +494,7 @@ def test_the_live_line_leaves_out_whole_parts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     set_terminal(monkeypatch, width, terminal=terminal)
-    folder = RunFolder(tmp_path)
-    record = {
+    record: dict[str, Any] = {
         "step": 1234,
         "loss": 10.98765,
         "lr": 3.21e-4,
@@ -490,16 +502,14 @@ def test_the_live_line_leaves_out_whole_parts(
         "tokens": 10**9,
         "seconds": 4.0,
     }
-    with LiveLine(folder, make_console(), steps=12340) as live:
-        folder.metrics.write_text(
-            json.dumps(record | {"step": 1233, "tokens": 10**8, "validation_loss": 9.87654}) + "\n"
-        )
-        live.update()
+    with ConsoleEvents(make_console()) as events:
+        events.planned(replace(long_plan(10), config=long_plan(10).config | {"steps": 12340}))
+        events.started(tmp_path, "bash launch.sh")
+        events.step(Step(**(record | {"step": 1233, "tokens": 10**8}), metrics={"validation_loss": 9.87654}))
+        events.validated(1233, 9.87654)
         capsys.readouterr()
-        with folder.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        live.update()
-    parts = ("step 1234/12340", "loss 10.9877", "held-out 9.8765", "lr 3.21e-04", "grad 1.500",
+        events.step(Step(**record, metrics=record))
+    parts = ("step 1234/12340", "loss 10.9877", "validation 9.8765", "lr 3.21e-04", "grad 1.500",
              "tokens/s 225,000,000", "left 12:20:24")  # fmt: skip
     said = [line.strip() for line in re.split(r"[\r\n]+", ANSI.sub("", capsys.readouterr().out))]
     if not terminal:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 from safetensors.numpy import save_file
 
+from dstrain.api import verifying
+from dstrain.api.events import SILENT
 from dstrain.api.tiny_model import shrink_model
-from dstrain.cli import verify as verify_command
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
 from dstrain.planning.layout_choice import LayoutChoice, layouts_for
@@ -98,22 +98,16 @@ def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
 def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
-    def plan(resolved, choice, more, name):  # type: ignore[no-untyped-def]
+    def plan(resolved, choice, more, name, events):  # type: ignore[no-untyped-def]
         return SimpleNamespace(plan=SimpleNamespace(model={"dropout": 0.0})), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0
 
-    monkeypatch.setattr(verify_command, "_plan", plan)
-    monkeypatch.setattr(verify_command, "_train", train)
-    with (tmp_path / "out").open("w") as out:
-        arguments = (load_config(), [LayoutChoice(2, 4)], tmp_path, Console(file=out))
-        if differs:
-            with pytest.raises(DstrainError, match="zero2-pp4-dp1") as caught:
-                verify_command.verify(*arguments)
-            assert caught.value.exit_code == 1
-        else:
-            verify_command.verify(*arguments)
+    monkeypatch.setattr(verifying, "_plan", plan)
+    monkeypatch.setattr(verifying, "_train", train)
+    result = verifying._compare(load_config(), [LayoutChoice(2, 4)], tmp_path, SILENT)
+    assert result.equal == (not differs)
     table = json.loads((tmp_path / "verify.json").read_text())
     assert [row["verdict"] for row in table["layouts"]] == ["DIFFERS" if differs else "equal"]
     assert "zero2-pp4-dp1" in (tmp_path / "verify.md").read_text()

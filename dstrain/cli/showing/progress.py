@@ -27,7 +27,7 @@ class ProgressEvents(Events):
     """Shows only how far the work has come, on standard error: for commands whose output is their result."""
 
     def note(self, text: str, topic: str = "note") -> None:
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"dstrain: {text}\n")
         sys.stderr.flush()
 
 
@@ -94,7 +94,7 @@ class ConsoleEvents(ProgressEvents):
         elif topic == "failed":
             self._print(Text(text))
         else:
-            self._print(Text.assemble((f"{topic}  ", "bold"), text))
+            self._print(Text.assemble((f"{topic:<6} ", "bold"), text))
 
     def ended(self, result: RunResult) -> None:
         self._end_live()

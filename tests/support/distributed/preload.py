@@ -15,7 +15,7 @@ for name in (
     "deepspeed.runtime.zero.stage3",
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
-    "dstrain.api.execute",
+    "dstrain.api.running",
     "dstrain.cli.export",
     "dstrain.cli.generate",
     "dstrain.cli.main",
