@@ -98,7 +98,7 @@ COPY --from=build /opt/dstrain /opt/dstrain
 RUN python -c 'import ctypes, torch, deepspeed.ops.adam.cpu_adam_op, deepspeed.ops.pin_memory.pin_memory_op as pin; \
     ctypes.CDLL(pin.__file__, ctypes.RTLD_GLOBAL); import deepspeed.ops.aio.async_io_op'
 # The version is compared with dstrain's own by the tests.
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0.dev0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="dstrain" \
       org.opencontainers.image.description="A configuration-driven trainer on DeepSpeed" \

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0.dev0"
+from dstrain.version import __version__
 
 if TYPE_CHECKING:
     from dstrain.api import (

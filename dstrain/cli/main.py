@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import click
 
-from dstrain import __version__
 from dstrain.errors import RESUMABLE, DstrainError
+from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
 COMMANDS = {

@@ -6,10 +6,10 @@ import json
 import textwrap
 from typing import Any
 
-from dstrain import __version__
 from dstrain.config.schema import RunConfig
 from dstrain.config.words import describe_type
 from dstrain.config.yaml_reader import dump_yaml
+from dstrain.version import __version__
 
 _WIDTH = 100
 GROUPS = {

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstrain import __version__
 from dstrain.data.sources import Source
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
+from dstrain.version import __version__
 
 TOKEN_FILES = ("tokens.bin", "lengths.npy", "meta.json")
 """What a folder of the token cache holds: `dstrain.data.token_cache`."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dstrain import __version__
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
@@ -42,6 +41,7 @@ from dstrain.planning.warnings import (
     warnings_about_time,
 )
 from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
+from dstrain.version import __version__
 
 FORMAT = 6
 _FORMAT_OF_0_1 = 5

@@ -8,7 +8,8 @@ import platform
 import re
 from pathlib import Path
 
-import dstrain
+from dstrain.version import __file__ as VERSION_FILE
+from dstrain.version import __version__
 
 
 def packages() -> dict[str, str]:
@@ -29,8 +30,8 @@ def python_version() -> str:
 
 def own_version() -> str:
     """The number, and a hash of the source: a checkout that was not updated has the same number."""
-    root = Path(dstrain.__file__).parent
+    root = Path(VERSION_FILE).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return f"{dstrain.__version__} ({digest.hexdigest()[:8]})"
+    return f"{__version__} ({digest.hexdigest()[:8]})"

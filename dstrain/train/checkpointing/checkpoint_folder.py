@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dstrain import __version__
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -24,6 +23,7 @@ from dstrain.runs.checkpoint.manifest import (
     read_manifest,
 )
 from dstrain.train.checkpointing.to_disk import flush, flush_folders
+from dstrain.version import __version__
 
 
 def begin(folder: Path, step: int, *, keep: int, keep_every: int, damaged: Collection[str]) -> Path:
