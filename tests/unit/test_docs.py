@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import dstrain
 from dstrain.cli.main import COMMANDS, group
 from dstrain.config.loader import load_config
 from tools import configuration_page, modules_page
@@ -261,6 +264,18 @@ def test_config_files_on_the_pages_are_valid(tmp_path: Path) -> None:
             load_config(config_file=str(file))
             found += 1
     assert found >= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_of_the_python_api_on_the_page_fit_its_signatures(name: str) -> None:
+    for language, block in _blocks(ROOT / name):
+        if language != "python" and "import dstrain" not in block:
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.Call) and re.fullmatch(r"dstrain\.\w+", ast.unparse(node.func)):
+                function = getattr(dstrain, ast.unparse(node.func).removeprefix("dstrain."))
+                given = {str(keyword.arg): None for keyword in node.keywords}
+                inspect.signature(function).bind(*node.args, **given)
 
 
 # --- what is said
