@@ -59,8 +59,10 @@ Later layers override earlier ones:
    recipe `quickstart` is used;
 3. the file given with `--config`;
 4. `--set KEY=VALUE`, which reaches every key, `--set deepspeed.A.B=VALUE` included;
-5. flags;
-6. for DeepSpeed's JSON only: the file given with `--ds-config`.
+5. flags.
+
+DeepSpeed's JSON is composed by the plan. The file given with `--ds-config` is laid on top of it, and the keys below
+`deepspeed` on top of that.
 
 Every value keeps its origin. `dstrain plan` shows it, and so do `config.yaml` in the run folder and
 `dstrain config show --origins`.
