@@ -3,6 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Where torch comes from, and options for every `pip install`: docs/getting-started.md. PyPI's torch for Linux brings
+# CUDA's libraries, gigabytes, also where there is no GPU:
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP_ARGS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # Two files at a time: a test that starts ranks waits for them half of its time. In the order of their names: the
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
@@ -33,21 +39,28 @@ lint: $(READY)
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck --exclude=SC1091,SC2329 .ci/run launch/docker.sh launch/slurm.sbatch image/c++ image/dstrain-*
 
-docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code
+docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are written by the code; then the site, in site/
 	$(BIN)/python -m tools.deepspeed_keys.table > dstrain/config/deepspeed_keys.json
 	$(BIN)/python -m tools.layouts_page > docs/layouts.md
 	$(BIN)/python -m tools.models_page > docs/models.md
+	$(BIN)/python -m tools.configuration_page > docs/configuration.md
+	$(BIN)/python -m tools.modules_page > docs/modules.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache
 
-$(READY): pyproject.toml constraints.txt
+# torch alone: an index of torch's builds need not have the versions that the other packages are pinned to.
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dstrain needs Python 3.10 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $(READY)
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') torch
+	touch $@
+
+$(READY): pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[dev]'
+	touch $@

@@ -1,1 +1,1 @@
-"""Generators of docs and data; no part of the package."""
+"""Generators of documentation pages and data: run by `make docs`, not part of the wheel."""

@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    # What is trained, on what.
+    # Model and data.
     model: str = Field(
         "quickstart",
         description="a folder with config.json, a name on the Hugging Face hub, or a built-in shape",
@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     )
     validation: Fraction = Field(0.05, description="fraction of the documents kept for validation")
 
-    # How long, and in which steps.
+    # Training length and batch size.
     steps: PositiveInt = Field(100, description="optimizer steps")
     global_batch: PositiveInt = Field(32, description="samples a step, over all replicas")
     micro_batch: PositiveInt | None = Field(
@@ -72,7 +72,7 @@ class RunConfig(BaseModel):
         False, description="the same bits each time on the same kind of device; what can't be so is an error"
     )
 
-    # The optimizer.
+    # Optimizer.
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what updates the weights")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
         1.0, description="largest norm of the whole model's gradient; 0 for none"
     )
 
-    # How it is split.
+    # Parallelism, precision and memory.
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
     pipeline: PositiveInt = Field(1, description="pipeline stages")
     data_parallel: PositiveInt | None = Field(None, description="replicas; default: what the devices allow")
@@ -110,7 +110,7 @@ class RunConfig(BaseModel):
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     hostfile: str | None = Field(None, description="hosts, a line each: NAME slots=N")
 
-    # What is kept and said.
+    # Run folder, checkpoints and launch.
     name: str | None = Field(None, description="name of the run folder; made from date and model if left out")
     runs_dir: str = Field("runs", description="folder that holds the run folders")
     eval_every: NonNegativeInt = Field(
@@ -172,7 +172,7 @@ class RunConfig(BaseModel):
     prompt: str = Field("def ", description="continued by the model at the end of the run")
     sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
 
-    # DeepSpeed's own configuration, laid on top of what the plan composes.
+    # DeepSpeed's own keys.
     ds_config: str | None = Field(None, description="a DeepSpeed JSON file laid on top of the composed one")
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed keys laid on top of the composed ones")
 

@@ -13,12 +13,12 @@ from dstrain.version import __version__
 
 _WIDTH = 100
 GROUPS = {
-    "model": "What is trained, on what.",
-    "steps": "How long, and in which steps.",
-    "optimizer": "The optimizer.",
-    "zero": "How it is split.",
-    "name": "What is kept and said.",
-    "ds_config": "DeepSpeed's own configuration, laid on top of what the plan composes.",
+    "model": "Model and data.",
+    "steps": "Training length and batch size.",
+    "optimizer": "Optimizer.",
+    "zero": "Parallelism, precision and memory.",
+    "name": "Run folder, checkpoints and launch.",
+    "ds_config": "DeepSpeed's own keys.",
 }
 """The headings, each with the key that it stands in front of: those of `RunConfig`."""
 

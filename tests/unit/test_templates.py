@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from dstrain.cli.main import COMMANDS
 from dstrain.cli.run import command as run_command
 from dstrain.errors import RESUMABLE
 from dstrain.launch.batch_script import Job, batch_script
@@ -101,22 +98,6 @@ def test_kubernetes_fits_the_image(manifests: dict[str, Any], repository: Path) 
         mount["name"] for mount in container["volumeMounts"]
     }
     assert str(pod["securityContext"]["runAsUser"]) == said["USER"]
-
-
-def test_the_readme_types_what_the_command_line_takes(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    typed = re.findall(r"^    dstrain (.*)$", (repository / "launch" / "README.md").read_text(), re.MULTILINE)
-    assert len(typed) >= 5
-    for line in typed:
-        name, *arguments = shlex.split(line)
-        command = importlib.import_module(COMMANDS[name][0]).command
-        command.make_context(name, list(arguments))  # a mistake in the options is raised
-        if name == "submit" and "--dry-run" in arguments:
-            shown = CliRunner().invoke(command, arguments, catch_exceptions=False)
-            assert "#SBATCH --gpus-per-node=8" in shown.output and "#SBATCH --time=04:00:00" in shown.output
-    assert {line.split()[0] for line in typed} == {"run", "submit"}
 
 
 def test_kubernetes_types_what_the_command_line_takes(
