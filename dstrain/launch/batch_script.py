@@ -32,7 +32,7 @@ class Job:
     tasks_per_node: int
     gpus: int = 0
     options: Sequence[str] = ()
-    python: str = sys.executable
+    python: str = field(default_factory=lambda: sys.executable)
     directory: Path = field(default_factory=Path.cwd)
 
 

@@ -39,7 +39,7 @@ class LaunchSpec:
     master_port: int
     environment: dict[str, str]
     launcher: str = "local"
-    python: str = sys.executable
+    python: str = field(default_factory=lambda: sys.executable)
     device_ids: tuple[int, ...] = ()
     directory: Path = field(default_factory=Path.cwd)
     node: int = 0

@@ -7,6 +7,7 @@ that loses a rank, its launch.sh typed by hand, and `deepspeed --hostfile` typed
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import RunFolder
-from tests.cluster.conftest import dstrain_argv
 from tests.support.cluster.commands import Command, Result
+from tests.cluster.conftest import dstrain_argv
 from tests.support.cluster.hosts import Cluster
+from tests.cluster.plain_path import plain_script
 from tests.support.cluster.processes import Process
 from tests.support.cluster.runs import END_SECONDS, numbers
 from tests.support.cluster.waiting import wait_until
@@ -128,7 +130,9 @@ def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Placement
     wait_until(lambda: not site.left(), 5, what="the end of all processes")
 
 
-def test_deepspeed_typed_by_hand(site: Placement, near: Result, real_environment: dict[str, str]) -> None:
+def test_deepspeed_typed_by_hand(
+    site: Placement, near: Result, real_environment: dict[str, str], tmp_path: Path
+) -> None:
     """The README's second way to train: the folder is filled, and `deepspeed` itself starts the ranks."""
     prepared = site.start("typed", "--hostfile", "hosts", "--prepare").wait(100)
     assert prepared.code == 0, prepared
@@ -141,6 +145,7 @@ def test_deepspeed_typed_by_hand(site: Placement, near: Result, real_environment
     # A shell in which the virtual environment is active; the other variables come with the folder.
     of_the_run = ("DSTRAIN_CACHE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
     active = {name: value for name, value in real_environment.items() if name not in of_the_run}
+    active["PATH"] = f"{plain_script('deepspeed', tmp_path).parent}{os.pathsep}{active['PATH']}"
     words = shlex.split("deepspeed --hostfile hosts --module dstrain.train.worker runs/typed")
     said = site.cluster.run("n1", words, env=active, cwd=site.place, timeout=200)
     assert said.code == 0, said

@@ -6,6 +6,7 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -269,6 +270,27 @@ def test_chosen_gpus(ids: tuple[int, ...], argument: list[str]) -> None:
 def test_refused(request_: LaunchSpec, message: str) -> None:
     with pytest.raises(DstrainError, match=message.replace("$", r"\$")):
         launch_command(request_)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun"])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"run_folder": Path("/my runs/a")}, "run folder"),
+        ({"directory": Path("/my work")}, "launch folder"),
+        ({"python": "/my venv/bin/python"}, "python"),
+    ],
+)
+def test_no_launcher_of_other_hosts_is_given_a_space(
+    launcher: str, change: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    request = replace(THERE, launcher=launcher)
+    assert launch_command(request)
+    with pytest.raises(
+        DstrainError, match=f"the path of the {what} would not survive the remote shell: '/my "
+    ):
+        launch_command(replace(request, **change))
 
 
 FAKE_PYTHON = """#!/usr/bin/python3

@@ -33,6 +33,16 @@ def plain_python() -> str:
     return str(_linked(environment) / Path(sys.executable).relative_to(environment))
 
 
+def plain_script(name: str, folder: Path) -> Path:
+    """A script of the virtual environment, written into ``folder`` with a first line that the kernel can read: pip
+    wraps its own entry points where the path holds a space, but not the scripts that a package brings along."""
+    text = (Path(sys.executable).parent / name).read_text(encoding="utf-8")
+    script = folder / name
+    script.write_text(f"#!{plain_python()}\n{text.partition(chr(10))[2]}", encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
 @functools.cache
 def _linked(folder: Path) -> Path:
     place = tempfile.mkdtemp(prefix="plain-")
