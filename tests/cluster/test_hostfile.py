@@ -20,7 +20,7 @@ from dstrain.runs.run_folder import RunFolder
 from tests.support.cluster.commands import Command, Result
 from tests.cluster.conftest import dstrain_argv
 from tests.support.cluster.hosts import Cluster
-from tests.cluster.plain_path import plain_script
+from tests.support.cluster.plain_path import plain_script
 from tests.support.cluster.processes import Process
 from tests.support.cluster.runs import END_SECONDS, numbers
 from tests.support.cluster.waiting import wait_until

@@ -1,0 +1,138 @@
+"""Compare JSON of this dstrain with that of 0.1, through explicit tables of what was changed on purpose."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RENAMED: dict[str, str] = {}
+"""Old name -> new name. A name without dots is that key wherever it stands; with dots it is a path from the root, list
+indices left out (``layout.ranks.spans``), and stands for all below it. Only the first entry that fits is applied."""
+
+NEW: set[str] = set()
+"""Keys that 0.1 did not have; named as in `RENAMED`."""
+
+NEW_FILES: set[str] = set()
+"""Files of a run folder that 0.1 did not have. Those that it had keep their names."""
+
+REWORDED: dict[str, str] = {}
+"""Old words -> new words inside of text values, such as the key in an origin ``lr (--lr)``."""
+
+PROSE = ("memory_verdict", "time.assumptions", "time.traffic.reason", "warnings")
+"""Sentences for people: they may be worded anew, and the numbers in them must stay."""
+
+VOLATILE = ("dstrain", "format")
+"""What is another in each version."""
+
+_CLOSE = 1e-12  # floats: the last bit may differ with the C library's pow and log
+_NUMBER = re.compile(r"\d+(?:[,.]\d+)*")
+
+Leaves = dict[tuple[str, tuple[int, ...]], Any]
+"""Values by dotted path and list indices."""
+
+
+def differences(stored: Any, now: Any, *, place: Path | None = None) -> list[str]:
+    """What is not the same, a line each.
+
+    Args:
+        stored: written by `normalised`.
+        now: what this dstrain gave.
+        place: the folder that the command ran in.
+    """
+    old = {(renamed(path), indices): value for (path, indices), value in leaves(stored).items()}
+    new = leaves(normalised(now, place))
+    found = [f"{_name(*key)} is gone (was {old[key]!r})" for key in old.keys() - new.keys()]
+    found += [
+        f"{_name(*key)} is new ({new[key]!r})"
+        for key in new.keys() - old.keys()
+        if not _is_named(key[0], NEW)
+    ]
+    found += [
+        f"{_name(*key)} was {old[key]!r} and is {new[key]!r}"
+        for key in old.keys() & new.keys()
+        if not _same(key[0], old[key], new[key])
+    ]
+    return sorted(found)
+
+
+def key_differences(stored: list[str], now: list[str]) -> list[str]:
+    """The same for lists of dotted keys."""
+    old, new = {renamed(path) for path in stored}, set(now)
+    gone = [f"{path} is gone" for path in old - new]
+    return sorted(gone + [f"{path} is new" for path in new - old if not _is_named(path, NEW)])
+
+
+def normalised(value: Any, place: Path | None = None) -> Any:
+    """Without what depends on the version, the checkout and the folder that the command ran in."""
+    if isinstance(value, Mapping):
+        return {key: normalised(item, place) for key, item in value.items() if key not in VOLATILE}
+    if isinstance(value, list):
+        return [normalised(item, place) for item in value]
+    if isinstance(value, str):
+        text = value.replace(str(place), "<place>") if place else value
+        text = re.sub(r"^/.*/(ds_configs/\S+)$", r"<dstrain>/\1", text)
+        return re.sub(r"\bquickstart\.yaml:\d+", "quickstart.yaml", text)  # the recipe may get other comments
+    return value
+
+
+def leaves(value: Any) -> Leaves:
+    """A JSON value, flat. Empty objects and lists are values too."""
+    return dict(_leaves(value, "", ()))
+
+
+def key_paths(value: Any, *, opaque: tuple[str, ...] = ()) -> list[str]:
+    """Every dotted key of a JSON value; of what is below ``opaque`` paths nothing is told."""
+    paths = set()
+    for path, _ in leaves(value):
+        above = next((name for name in opaque if path.startswith(f"{name}.")), path)
+        paths.add(above)
+    return sorted(paths)
+
+
+def renamed(path: str) -> str:
+    """The path of 0.1 as it is called now."""
+    for old, new in RENAMED.items():
+        if "." in old and (path == old or path.startswith(f"{old}.")):
+            return new + path[len(old) :]
+    return ".".join(RENAMED.get(part, part) for part in path.split("."))
+
+
+def _leaves(
+    value: Any, path: str, indices: tuple[int, ...]
+) -> Iterator[tuple[tuple[str, tuple[int, ...]], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key), indices)
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _leaves(item, path, (*indices, index))
+    else:
+        yield (path, indices), value
+
+
+def _is_named(path: str, names: set[str]) -> bool:
+    beginnings = any(path == name or path.startswith(f"{name}.") for name in names)
+    return beginnings or not names.isdisjoint(path.split("."))
+
+
+def _same(path: str, old: Any, new: Any) -> bool:
+    if isinstance(old, str) and isinstance(new, str):
+        if path in {renamed(prose) for prose in PROSE}:
+            return sorted(_NUMBER.findall(_reworded(old))) == sorted(_NUMBER.findall(new))
+        return _reworded(old) == new
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=_CLOSE, abs_tol=1e-300)
+    return type(old) is type(new) and bool(old == new)
+
+
+def _reworded(text: str) -> str:
+    for old, new in REWORDED.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _name(path: str, indices: tuple[int, ...]) -> str:
+    return path + "".join(f"[{index}]" for index in indices)
