@@ -1,6 +1,6 @@
 """Start dstrain's command line. This file alone knows a harness of the tests.
 
-Each program is a fork of a python that has imported everything (`tests.forking`). With ``GOLDEN_REAL=1`` in the
+Each program is a fork of a python that has imported everything (`tests.support.forking`). With ``GOLDEN_REAL=1`` in the
 environment each is a new interpreter, with PyTorch's default number of threads: slower, and what a user has.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.forking.program import Program
+from tests.support.forking.program import Program
 
 GOLDEN = Path(__file__).resolve().parent
 DATA = GOLDEN / "data"

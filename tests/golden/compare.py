@@ -8,7 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "held_out": "validation",
+    "held_out_loss": "validation_loss",
+    "held_out_rows": "validation_rows",
+    "held_out_documents": "validation_documents",
+    "spans": "chunks",
+}
 """Old name -> new name. A name without dots is that key wherever it stands; with dots it is a path from the root, list
 indices left out (``layout.ranks.spans``), and stands for all below it. Only the first entry that fits is applied."""
 
@@ -18,7 +24,7 @@ NEW: set[str] = set()
 NEW_FILES: set[str] = set()
 """Files of a run folder that 0.1 did not have. Those that it had keep their names."""
 
-REWORDED: dict[str, str] = {}
+REWORDED: dict[str, str] = {"--set held_out": "--set validation"}
 """Old words -> new words inside of text values, such as the key in an origin ``lr (--lr)``."""
 
 PROSE = ("memory_verdict", "time.assumptions", "time.traffic.reason", "warnings")
