@@ -286,3 +286,26 @@ def test_a_spoilt_config_yaml_names_its_line(tmp_path: Path) -> None:
     with pytest.raises(DstrainError, match=r"did you mean steps") as caught:
         read_config(path)
     assert (caught.value.where or "").startswith("config.yaml:")
+
+
+def test_a_deprecated_key_keeps_working_and_says_its_new_name(tmp_path: Path) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text("steps: 3\nheld_out: 0.25\n")
+    resolved = load_config(config_file=str(old))
+    assert resolved.config.validation == 0.25
+    assert resolved.origin("validation").place == f"{old}:2"
+    assert resolved.notes == (f"{old}:2: held_out is deprecated, the key is now validation",)
+    by_setting = load_config(config_file=str(old), settings=["held_out=0.5"])
+    assert by_setting.config.validation == 0.5 and len(by_setting.notes) == 2
+    old.write_text("held_out: 0.25\nvalidation: 0.5\n")
+    with pytest.raises(DstrainError, match="held_out is the old name of validation, and both are given"):
+        load_config(config_file=str(old))
+
+
+def test_a_later_layer_wins_under_whatever_name(tmp_path: Path) -> None:
+    new = tmp_path / "new.yaml"
+    new.write_text("recipe: quickstart\nvalidation: 0.25\n")
+    assert load_config(config_file=str(new), settings=["held_out=0.5"]).config.validation == 0.5
+    folder = tmp_path / "config.yaml"
+    folder.write_text(load_config(config_file=str(new)).to_yaml().replace("validation:", "held_out:"))
+    assert read_config(folder).config.validation == 0.25 and read_config(folder).notes == ()
