@@ -30,6 +30,9 @@ REWORDED: dict[str, str] = {"--set held_out": "--set validation"}
 PROSE = ("memory_verdict", "time.assumptions", "time.traffic.reason", "warnings")
 """Sentences for people: they may be worded anew, and the numbers in them must stay."""
 
+NEW_SENTENCES = ("is deprecated, the key is now",)
+"""In sentences of lists that 0.1 did not say: of the keys' old names, which the cells use."""
+
 VOLATILE = ("dstrain", "format")
 """What is another in each version."""
 
@@ -76,7 +79,10 @@ def normalised(value: Any, place: Path | None = None) -> Any:
     if isinstance(value, Mapping):
         return {key: normalised(item, place) for key, item in value.items() if key not in VOLATILE}
     if isinstance(value, list):
-        return [normalised(item, place) for item in value]
+        said = [
+            item for item in value if not any(isinstance(item, str) and new in item for new in NEW_SENTENCES)
+        ]
+        return [normalised(item, place) for item in said]
     if isinstance(value, str):
         text = value.replace(str(place), "<place>") if place else value
         text = re.sub(r"^/.*/(ds_configs/\S+)$", r"<dstrain>/\1", text)
