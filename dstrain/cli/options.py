@@ -79,6 +79,14 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Any key of the config; deepspeed.A.B=VALUE reaches into DeepSpeed's.",
     )(function)
     function = click.option(
+        "--tracker",
+        "trackers",
+        multiple=True,
+        callback=lambda context, option, value: list(value) or None,
+        metavar="NAME",
+        help="Where metrics go as well: tensorboard, wandb or mlflow. May be given several times.",
+    )(function)
+    function = click.option(
         "--pack/--no-pack", "pack", default=None, help="Several documents in a sample, or one."
     )(function)
     function = click.option(

@@ -19,6 +19,7 @@ from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.site import Site
+from dstrain.plan.hooks import check_hooks_here
 from dstrain.plan.layout import Host
 from dstrain.plan.plan import Machines, Plan, make_plan
 from dstrain.plan.refusals import refuse
@@ -59,6 +60,8 @@ def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pl
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    if described is None:
+        check_hooks_here(resolved)
     prepared = prepare(resolved, described)
     site = prepared.site
     plan = prepared.make(resolved, prepared.machines.hosts)

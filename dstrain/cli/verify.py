@@ -60,7 +60,7 @@ def command(
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=chosen)
     folder = Path(resolved.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
     quiet = {"eval_every": 0, "sample_tokens": 0, "save_every": 0, "save_weights": True, "check_every": 1}
-    quiet |= {"runs_dir": str(folder)}
+    quiet |= {"runs_dir": str(folder), "trackers": [], "profile": None}
     quiet |= {"hostfile": None, "launcher": "local", "nodes": None, "processes": None}
     if tiny:
         quiet |= {

@@ -24,9 +24,12 @@ class Origin:
 DEFAULT = Origin("default", "default")
 
 
+_REPEATED = {"trackers": "--tracker"}  # a flag for each item of a list
+
+
 def flag_name(key: str) -> str:
     """The flag that sets ``key``: ``seq_len`` -> ``--seq-len``."""
-    return "--" + key.replace("_", "-")
+    return _REPEATED.get(key) or "--" + key.replace("_", "-")
 
 
 def as_flags(key: str, value: Any) -> list[str]:

@@ -18,6 +18,7 @@ GROUPS = {
     "optimizer": "The optimizer.",
     "zero": "How it is split.",
     "name": "What is kept and said.",
+    "trackers": "What happens beside the training.",
     "ds_config": "DeepSpeed's own configuration, laid on top of what the plan composes.",
 }
 """The headings, each with the key that it stands in front of: those of `RunConfig`."""

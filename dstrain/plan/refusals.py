@@ -14,6 +14,7 @@ from dstrain.plan.batch import Batch, make_batch
 from dstrain.plan.cutting.partition import WORDS, blocks_of_spans, even_blocks
 from dstrain.plan.deepspeed.own_keys import mistakes
 from dstrain.plan.deepspeed.values import contradictions_of_config
+from dstrain.plan.hooks import refuse_profile
 from dstrain.plan.layout import Layout, count_spans
 from dstrain.plan.shape import ModelShape
 
@@ -113,7 +114,9 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
     """Those of them that no other layout would mend."""
-    of_choices = _raised(resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme)
+    of_choices = _raised(
+        resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme, refuse_profile
+    )
     return [*of_choices, *mistakes(resolved)]
 
 

@@ -30,6 +30,7 @@ from dstrain.plan.refusals import is_frozen
 from dstrain.plan.run_folder import NOTE, RunFolder, read_metrics, write_json
 from dstrain.train.batches import HeldOutBatches, TrainBatches
 from dstrain.train.determinism import be_deterministic
+from dstrain.train.hooks import Hooks, start_info
 from dstrain.train.launch_record import record_launch
 from dstrain.train.leaving import Leaving
 from dstrain.train.lifeline import Lifeline
@@ -46,7 +47,7 @@ from dstrain.train.weights import save_weights
 
 
 def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tuple[int, bool]:
-    """Train as the run folder's plan says, from its newest checkpoint if there is one.
+    """Train as the run folder's plan says, from its newest checkpoint if there is one; the hooks are told of the end.
 
     Args:
         folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
@@ -57,8 +58,19 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
         The last step, and whether it is the run's: the ranks may be asked to leave before.
 
     Raises:
-        DstrainError: what the user can mend (data that changed, a loss that is not a number).
+        DstrainError: what the user can mend (data that changed, a loss that is not a number, a hook that failed).
     """
+    hooks = Hooks(lambda line: _say(line, console), lifeline.busy)
+    try:
+        step, completed = _train(folder, console, lifeline, hooks)
+        hooks.ended(step, completed, _result(folder) if completed else {})
+    except BaseException as error:
+        hooks.failed(error)
+        raise
+    return step, completed
+
+
+def _train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline, hooks: Hooks) -> tuple[int, bool]:
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
     refuse_another_world(plan.layout.world_size, folder, os.environ)
@@ -74,18 +86,20 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     device = torch.device(get_accelerator().current_device_name())
 
     check_hosts_agree(folder, plan)
+    hooks.load(plan.hooks, config.code_dirs or ())
     leaving = Leaving(
         lambda: lifeline.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
     engine = _build(plan, folder, device)
+    run_id = _run_id(folder)
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep=config.keep,
         keep_every=config.keep_every,
         background=config.background_save,
         identity=plan.identity,
-        run=_run_id(folder),
+        run=run_id,
         config=plan.config,
         say=lambda line: _say(line, console),
     )
@@ -93,6 +107,7 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
     if first > 1:
         lifeline.ended(first - 1)  # another launch has, and this one is ready to go on
     record_launch(folder, first, device)
+    hooks.started(start_info(plan, folder, run_id=run_id, first_step=first, rank=rank))
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     lr_of = LearningRate.of(config)
@@ -112,8 +127,12 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
         held_out_loss = engine.eval_loss(held_out.micro_batches())
         if metrics:
             metrics.write({"step": 0, "held_out_loss": held_out_loss, "tokens": 0})
+        hooks.validated(0, {"held_out_loss": held_out_loss}, tokens=0)
     schedule = SaveSchedule(config, device)
-    with checkpoints:  # at its end the last one is complete, and an error lets it be
+    with (
+        hooks.told_of_saves(checkpoints.take_completed),
+        checkpoints,
+    ):  # at its end the last one is complete, and an error lets it be
         for step in range(first, config.steps + 1):
             checkpoints.raise_if_failed()
             began = time.perf_counter()
@@ -141,6 +160,10 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
                 metrics.write(record)
             if console:
                 console.write(_line(record, config.steps) + "\n")
+            hooks.stepped(step, record)
+            if "held_out_loss" in record:
+                hooks.validated(step, {"held_out_loss": record["held_out_loss"]}, tokens=record["tokens"])
+            hooks.saved(checkpoints.take_completed())
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_copies()
             leave = leaving.agreed(device) and step < config.steps
@@ -160,6 +183,14 @@ def train(folder: RunFolder, console: TextIO | None, lifeline: Lifeline) -> tupl
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, held_out_loss)
     return config.steps, True
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """What result.json says; on rank 0, which wrote it."""
+    if distributed.get_rank() != 0:
+        return {}
+    result: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
+    return result
 
 
 def _run_id(folder: RunFolder) -> str:

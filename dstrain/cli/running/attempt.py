@@ -15,6 +15,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
 from dstrain.launch.request import LaunchRequest, runs_here
+from dstrain.plan.hooks import variables_of
 from dstrain.plan.run_folder import RunFolder, write_atomically, write_json
 from dstrain.record.record import write_record
 from dstrain.supervise.lifeline import Lifeline
@@ -117,6 +118,7 @@ def launch_request(planned: Planned, folder: RunFolder) -> LaunchRequest:
             len(hosts) == 1 if by_hand else runs_here(hosts),
             hosts=() if by_hand else [host.name for host in hosts],
             deterministic=config.deterministic,
+            carried=variables_of(config),
         ),
         launcher=planned.site.launcher,
         device_ids=planned.devices.ids,
