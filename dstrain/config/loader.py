@@ -48,14 +48,13 @@ class ResolvedConfig:
 
     def origin(self, *path: str) -> Origin:
         """The origin of a key; of the first that stands in it, or of its nearest parent, where it has none itself."""
+        within = (origin for known, origin in self.origins.items() if known[: len(path)] == path)
+        nearest = next(within, DEFAULT)
         while path:
             if path in self.origins:
                 return self.origins[path]
-            within = [known for known in self.origins if known[: len(path)] == path]
-            if within:
-                return self.origins[within[0]]
             path = path[:-1]
-        return DEFAULT
+        return nearest
 
     def to_yaml(self) -> str:
         """The whole config as YAML, each line with its origin in a comment."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dstrain.hooks.trackers import Record, State, Tracker, flat_config, numbers_in
+from dstrain.hooks.trackers import Record, State, Tracker, flat_config, numbers_in, origins_of
 from dstrain.train.hooks import StartInfo
 
 # Tags of an MLflow run: which run of dstrain it is, and the last step that it has.
 _RUN, _LAST_STEP = "dstrain.run_id", "dstrain.last_step"
-_ORIGIN, _CHANGED = "origin.", "resumed."
+_CHANGED = "resumed."
 _MOST_PARAMS, _MOST_TAGS = 100, 100  # in a request
 _LONGEST_PARAM, _LONGEST_TAG = 6000, 5000  # characters
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -96,7 +96,7 @@ class MlflowTracker(Tracker):
 
         values = {key: str(value)[:_LONGEST_PARAM] for key, value in flat_config(info).items()}
         params = [Param(key, value) for key, value in values.items() if key not in known]
-        tags = {_ORIGIN + key: origin for key, origin in info.origins.items() if origin != "default"}
+        tags = origins_of(info)
         tags |= {_CHANGED + key: value for key, value in values.items() if known.get(key, value) != value}
         told = [RunTag(key, value[:_LONGEST_TAG]) for key, value in tags.items()]
         for first in range(0, len(params), _MOST_PARAMS):

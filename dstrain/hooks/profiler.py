@@ -25,6 +25,7 @@ class Profiler(Hook):
         self._first, self._last = steps
         self._ranks = ranks
         self._profiler: Any = None
+        self._mark: Any = None  # around the step that is recorded
         self._file = Path()
         self._is_asked = False
 
@@ -36,15 +37,17 @@ class Profiler(Hook):
 
     def on_step(self, info: StepInfo) -> None:
         if self._profiler is not None:
-            if info.step >= self._last:
-                self._write(info.step)
+            self._mark.__exit__(None, None, None)
+            if info.step < self._last:
+                self._mark_step(info.step + 1)
             else:
-                self._profiler.step()
+                self._write(info.step)
         self._begin_before(info.step + 1)
 
     def on_end(self, info: EndInfo) -> None:
         """The launch leaves while it records: what there is, is kept."""
         if self._profiler is not None:
+            self._mark.__exit__(None, None, None)
             self._write(info.step)
 
     def _begin_before(self, step: int) -> None:
@@ -56,6 +59,13 @@ class Profiler(Hook):
         gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
         self._profiler.start()
+        self._mark_step(step)
+
+    def _mark_step(self, step: int) -> None:
+        from torch.profiler import record_function
+
+        self._mark = record_function(f"ProfilerStep#{step}")  # what viewers take for a step
+        self._mark.__enter__()
 
     def _write(self, last: int) -> None:
         profiler, self._profiler = self._profiler, None

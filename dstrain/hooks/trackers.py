@@ -203,3 +203,14 @@ def numbers_in(record: Mapping[str, Any]) -> dict[str, float | int]:
 def flat_config(info: StartInfo) -> dict[str, Any]:
     """The run config and the plan in one level: ``lr``, ``plan.world_size``."""
     return info.config | {f"plan.{key}": value for key, value in info.plan.items()}
+
+
+def origins_of(info: StartInfo) -> dict[str, str]:
+    """``origin.lr`` and its like: where each value came from that is no default.
+
+    A launch that goes on reads the run folder's own config, whose lines say nothing new: what was given to it counts.
+    """
+    told = {key: origin for key, origin in info.origins.items() if origin != "default"}
+    if info.first_step > 1:
+        told = {key: origin for key, origin in told.items() if origin.startswith("--")}
+    return {f"origin.{key}": origin for key, origin in told.items()}

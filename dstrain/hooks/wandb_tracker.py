@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from dstrain.hooks.trackers import Record, State, Tracker, flat_config, numbers_in
+from dstrain.hooks.trackers import Record, State, Tracker, flat_config, numbers_in, origins_of
 from dstrain.train.hooks import StartInfo
 
 SECONDS_TO_BEGIN = 30.0
@@ -87,7 +87,7 @@ class WandbTracker(Tracker):
             name=info.run,
             resume="allow",
             dir=info.folder,
-            config=flat_config(info) | {"origins": info.origins},
+            config=flat_config(info) | origins_of(info),
             allow_val_change=True,  # a resumed run may have another config
             # The rank's log stays where it is.
             settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_BEGIN),

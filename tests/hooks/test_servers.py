@@ -1,0 +1,77 @@
+"""The real libraries and a server that hangs, refuses or answers 500: nothing waits for it, and it is said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dstrain.hooks import wandb_tracker
+from dstrain.hooks.mlflow_tracker import MlflowTracker
+from dstrain.hooks.wandb_tracker import WandbTracker
+from dstrain.train.hooks import StartInfo
+from tests.hooks.fake_server import Fault, server
+from tests.hooks.readers import from_mlflow, from_wandb
+from tests.hooks.test_libraries import expected, launch
+
+FAULTS: list[Fault] = ["hangs", "refuses", "answers 500"]
+KEY = "fake0key1" * 4 + "fake"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", KEY)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(wandb_tracker, "SECONDS_TO_BEGIN", 3.0)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wandb_is_kept_offline(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(fault) as (address, asked):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        [line] = launch(WandbTracker, tmp_path, 1, 5, completed=True)
+    assert asked or fault == "refuses"
+    assert "is offline" in line and f"wandb sync {tmp_path}" in line
+    histories, _ = from_wandb(tmp_path / "wandb")
+    assert expected(range(1, 6)) in histories
+    assert not [child for child in psutil.Process().children() if child.name().startswith("wandb")]
+    assert not holding_the_key(tmp_path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_mlflow_is_left_behind(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(fault) as (address, asked):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        failed, left = launch(MlflowTracker, tmp_path, 1, 5, completed=True)
+    assert asked or fault == "refuses"
+    assert "MlflowException" in failed and "the run goes on" in failed and KEY not in failed
+    assert "6 steps are not written" in left
+    assert not holding_the_key(tmp_path)
+
+
+def test_a_server_that_comes_back_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's answers are those of its own store; only the first tries don't reach it."""
+    tries: list[str] = []
+    true_open = MlflowTracker.open
+
+    def opens_the_third_time(self: MlflowTracker, info: StartInfo) -> None:
+        tries.append("open")
+        if len(tries) < 3:
+            raise ConnectionError("no server")
+        true_open(self, info)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("dstrain.hooks.trackers._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(MlflowTracker, "open", opens_the_third_time)
+    [line] = launch(MlflowTracker, tmp_path, 1, 5, completed=True, until=lambda: len(tries) >= 3)
+    assert "no server" in line
+    values, _ = from_mlflow(f"sqlite:///{tmp_path}/mlflow.db")
+    assert values == expected(range(1, 6))
+
+
+def holding_the_key(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
