@@ -51,6 +51,7 @@ class Tracker(Hook):
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._said_failure = False
+        self._left_behind = False
         # A daemon: a library that hangs does not keep the rank from ending.
         self._thread = threading.Thread(target=self._run, name=f"tracker {self.name}", daemon=True)
         self._thread.start()
@@ -95,10 +96,7 @@ class Tracker(Hook):
         """Give the thread so long to write the rest; say what was not written."""
         self._end(self._state or "failed")
         if self._start is not None and not self._ended.wait(seconds):
-            left = len(self._queue) + len(self._taken)
-            rest = f"{left} steps are not written" if left else "it did not end in time"
-            self.tell(f"is left behind: {rest}")
-            self.abandon()
+            self._leave_behind()
 
     def tell(self, text: str) -> None:
         """Tell the user, without what could be a secret."""
@@ -141,7 +139,7 @@ class Tracker(Hook):
                 except Exception as error:
                     self._failed(error)
                     if last_try:
-                        return self._give_up()
+                        return self._leave_behind()
                     self._pause(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
@@ -172,14 +170,17 @@ class Tracker(Hook):
     def _failed(self, error: Exception) -> None:
         if not self._said_failure:
             self._said_failure = True
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0][:_LONGEST_TEXT]}"
+            lines = str(error).strip().splitlines()
+            reason = ": ".join([type(error).__name__, *(line[:_LONGEST_TEXT] for line in lines[:1])])
             self.tell(f"failed: {reason}; the run goes on, and it is tried again")
 
-    def _give_up(self) -> None:
+    def _leave_behind(self) -> None:
+        """Say what is not written, once, and end what would outlive this process."""
+        if self._left_behind:
+            return
+        self._left_behind = self._said_failure = True
         left = len(self._queue) + len(self._taken)
-        if left:
-            self.tell(f"is left behind: {left} steps are not written")
+        self.tell(f"is left behind: {f'{left} steps are not written' if left else 'it did not end in time'}")
         self.abandon()
 
 

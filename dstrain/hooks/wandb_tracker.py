@@ -14,6 +14,7 @@ from dstrain.train.hooks import StartInfo
 
 SECONDS_TO_BEGIN = 30.0
 """So long the server may take to answer at the beginning; then the run is kept offline."""
+_SECONDS_TO_WRITE = 2.0
 
 
 class WandbTracker(Tracker):
@@ -64,7 +65,8 @@ class WandbTracker(Tracker):
 
     def write(self, records: Sequence[Record]) -> None:
         for when, record in records:
-            self._tracked.log(numbers_in(record) | {"_timestamp": when}, step=record["step"])
+            # Committed: else it would wait for the next step, and the last one for the end.
+            self._tracked.log(numbers_in(record) | {"_timestamp": when}, step=record["step"], commit=True)
 
     def close(self, state: State) -> None:
         import wandb
@@ -73,9 +75,11 @@ class WandbTracker(Tracker):
         wandb.teardown()
 
     def abandon(self) -> None:
-        for child in psutil.Process().children():
-            if child.name().startswith("wandb-"):
-                child.kill()
+        cores = [child for child in psutil.Process().children() if child.name().startswith("wandb-")]
+        for core in cores:
+            core.terminate()  # it brings to the disk what it holds
+        for core in psutil.wait_procs(cores, timeout=_SECONDS_TO_WRITE)[1]:
+            core.kill()
 
     def _begin(self, info: StartInfo, mode: Any) -> None:
         import wandb
@@ -89,6 +93,8 @@ class WandbTracker(Tracker):
             dir=info.folder,
             config=flat_config(info) | origins_of(info),
             allow_val_change=True,  # a resumed run may have another config
-            # The rank's log stays where it is.
-            settings=wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_BEGIN),
+            # The rank's log stays where it is; git's address of a repository may hold a token.
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, save_code=False, init_timeout=SECONDS_TO_BEGIN
+            ),
         )

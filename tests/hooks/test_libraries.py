@@ -41,6 +41,7 @@ def launch(
     *,
     completed: bool,
     until: Callable[[], bool] = lambda: True,
+    patience: float = 60,
     origins: dict[str, str] = ORIGINS,
     **config: Any,
 ) -> list[str]:
@@ -57,7 +58,7 @@ def launch(
     while not until():
         time.sleep(0.01)
     tracker.on_end(EndInfo(last, completed, {}))
-    tracker.wait(60)
+    tracker.wait(patience)
     return lines
 
 

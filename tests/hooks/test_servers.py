@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,9 +14,9 @@ from dstrain.hooks import wandb_tracker
 from dstrain.hooks.mlflow_tracker import MlflowTracker
 from dstrain.hooks.wandb_tracker import WandbTracker
 from dstrain.train.hooks import StartInfo
-from tests.hooks.fake_server import Fault, server
+from tests.hooks.fake_server import Fault, server, wandb_server
 from tests.hooks.readers import from_mlflow, from_wandb
-from tests.hooks.test_libraries import expected, launch
+from tests.hooks.test_libraries import RESUMED, RUN_ID, expected, launch
 
 FAULTS: list[Fault] = ["hangs", "refuses", "answers 500"]
 KEY = "fake0key1" * 4 + "fake"
@@ -40,6 +43,56 @@ def test_wandb_is_kept_offline(fault: Fault, tmp_path: Path, monkeypatch: pytest
     assert expected(range(1, 6)) in histories
     assert not [child for child in psutil.Process().children() if child.name().startswith("wandb")]
     assert not holding_the_key(tmp_path)
+
+
+def test_wandb_online_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with wandb_server() as (address, sent):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        assert not launch(WandbTracker, tmp_path, 1, 6, completed=False)
+        # From the checkpoint of step 4: steps 5 and 6 are there already, and are the same again.
+        assert not launch(WandbTracker, tmp_path, 5, 8, completed=True, origins=RESUMED, steps=9)
+    assert sent.history == expected(range(1, 9))
+    assert {init["name"] for init in sent.inits if init.get("name")} == {RUN_ID}
+    assert sent.inits[0]["project"] == "dstrain" and sent.inits[0]["displayName"] == "a run"
+    assert not holding_the_key(tmp_path)
+
+
+# In a process of its own: what is left behind there can't be used any more.
+HANGS_LATER = """
+import os, sys
+from pathlib import Path
+import psutil
+from dstrain.hooks.wandb_tracker import WandbTracker
+from tests.hooks.fake_server import wandb_server
+from tests.hooks.test_libraries import launch
+
+os.environ["WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL"] = "0.2"
+with wandb_server() as (os.environ["WANDB_BASE_URL"], sent):
+    def first_steps_came():
+        if sent.history:
+            sent.hangs.set()
+        return bool(sent.history)
+
+    lines = launch(WandbTracker, Path(sys.argv[1]), 1, 6, completed=True, until=first_steps_came, patience=3)
+    left = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+print(lines, left, flush=True)
+os._exit(0)  # as a rank does
+"""
+
+
+def test_wandb_that_hangs_later_is_left_behind(tmp_path: Path, repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS_LATER, str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    lines, left = ast.literal_eval(done.stdout.strip().splitlines()[-1].replace("] [", "], ["))
+    assert lines == ["tracker wandb is left behind: it did not end in time"] and not left
+    histories, _ = from_wandb(tmp_path / "wandb")
+    assert histories == [expected(range(1, 7))], "all of it is on the disk, for `wandb sync`"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
