@@ -96,7 +96,7 @@ class Tracker(Hook):
         """Give the thread so long to write the rest; say what was not written."""
         self._end(self._state or "failed")
         if self._start is not None and not self._ended.wait(seconds):
-            self._leave_behind()
+            self._leave_behind(hangs=True)
 
     def tell(self, text: str) -> None:
         """Tell the user, without what could be a secret."""
@@ -139,7 +139,7 @@ class Tracker(Hook):
                 except Exception as error:
                     self._failed(error)
                     if last_try:
-                        return self._leave_behind()
+                        return self._leave_behind(hangs=False)
                     self._pause(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
@@ -174,13 +174,16 @@ class Tracker(Hook):
             reason = ": ".join([type(error).__name__, *(line[:_LONGEST_TEXT] for line in lines[:1])])
             self.tell(f"failed: {reason}; the run goes on, and it is tried again")
 
-    def _leave_behind(self) -> None:
+    def _leave_behind(self, *, hangs: bool) -> None:
         """Say what is not written, once, and end what would outlive this process."""
         if self._left_behind:
             return
         self._left_behind = self._said_failure = True
         left = len(self._queue) + len(self._taken)
-        self.tell(f"is left behind: {f'{left} steps are not written' if left else 'it did not end in time'}")
+        if left or hangs:
+            self.tell(
+                f"is left behind: {f'{left} steps are not written' if left else 'it did not end in time'}"
+            )
         self.abandon()
 
 

@@ -66,7 +66,7 @@ from dstrain.hooks.wandb_tracker import WandbTracker
 from tests.hooks.fake_server import wandb_server
 from tests.hooks.test_libraries import launch
 
-os.environ["WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL"] = "0.2"
+os.environ["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "0.2"
 with wandb_server() as (os.environ["WANDB_BASE_URL"], sent):
     def first_steps_came():
         if sent.history:
