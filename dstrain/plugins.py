@@ -13,7 +13,7 @@ import importlib.util
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise PluginError(
-            f"{what} {name}: {spec.origin}{line} can't be read: {reason}", where=where, hint="mend the file"
+            f"{what} {name}: {spec.origin}{line} can't be read: {reason}", where=where, hint="fix that file"
         ) from None
     names = set(_bound(tree.body))
     if attribute not in names and not names & {"*", "__getattr__"}:
@@ -142,6 +142,6 @@ def _modules_in(folders: Sequence[str]) -> list[str]:
     return found
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]}?" if near else ""

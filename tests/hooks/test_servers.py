@@ -66,7 +66,7 @@ from tests.hooks.fake_server import wandb_server
 from tests.hooks.test_libraries import launch
 
 usual = wandb.Settings
-wandb.Settings = lambda **own: usual(**own, x_file_stream_transmit_interval=0.2)  # it sends every 15 s
+wandb.Settings = lambda **own: usual(**own, x_file_stream_transmit_interval=0.2)
 with wandb_server() as (os.environ["WANDB_BASE_URL"], sent):
     def it_works():
         if sent.history:
@@ -80,6 +80,7 @@ os._exit(0)  # as a rank does
 """
 
 
+@pytest.mark.heavy  # it sends every 15 seconds
 def test_wandb_that_hangs_later_is_left_behind(tmp_path: Path, repository: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HANGS_LATER, str(tmp_path)],
