@@ -44,7 +44,7 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
         raise PluginError(
             f"{what} {name}: there is no module {module!r} in {places}",
             where=where,
-            hint=_near(module, _modules_in(folders))
+            hint=_near(module, set(_modules_in(folders)) - {module.partition(".")[0]})
             or "code_dirs: [FOLDER] names the folder that it lies in",
         )
     if spec.origin is None or not spec.origin.endswith(".py"):
