@@ -21,6 +21,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
+from dstrain.planning.hooks import check_hooks_here
 from dstrain.planning.layout import Host
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
@@ -88,6 +89,8 @@ def plan_for(
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    if described is None:
+        check_hooks_here(resolved)
     prepared = prepare(resolved, described, events)
     placement = prepared.placement
     plan = prepared.make(resolved, prepared.machines.hosts)

@@ -105,7 +105,8 @@ def verify(
     folder = Path(config.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
     quiet: dict[str, Any] = {
         "eval_every": 0, "sample_tokens": 0, "save_every": 0, "save_weights": True, "check_every": 1,
-        "runs_dir": str(folder), "hostfile": None, "launcher": "local", "nodes": None, "processes": None,
+        "runs_dir": str(folder), "trackers": [], "profile": None,
+        "hostfile": None, "launcher": "local", "nodes": None, "processes": None,
     }  # fmt: skip
     if tiny:
         quiet |= {

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dstrain.config.origins import flag_name
+from dstrain.config.origins import REPEATED, flag_name
 from dstrain.config.schema import LARGEST, RunConfig
 from dstrain.config.template import GROUPS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Mappings and lists of mappings have no form on a command line but --set.
-_WITHOUT_FLAG = ("deepspeed",)
+_WITHOUT_FLAG = ("deepspeed", "profile")
 
 
 if TYPE_CHECKING:
@@ -118,6 +118,15 @@ def _option(key: str, annotation: Any, metadata: list[Any], description: str) ->
     text = description[:1].upper() + description[1:]
     if not text.endswith("."):
         text += "."
+    if key in REPEATED:
+        return click.option(
+            flag_name(key),
+            key,
+            multiple=True,
+            callback=lambda context, option, value: list(value) or None,
+            metavar="NAME",
+            help=f"{text} May be given several times.",
+        )
     kind = _kind(annotation, metadata)
     if kind is bool:
         return click.option(f"{flag_name(key)}/{flag_name('no_' + key)}", key, default=None, help=text)

@@ -36,6 +36,7 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+        "$defs": schema.get("$defs", {}),
     }
 
 

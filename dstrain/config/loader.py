@@ -50,12 +50,14 @@ class ResolvedConfig:
     notes: tuple[str, ...] = ()
 
     def origin(self, *path: str) -> Origin:
-        """The origin of a key; of its nearest parent, where the key itself has none."""
+        """The origin of a key; of the first that stands in it, or of its nearest parent, where it has none itself."""
+        within = (origin for known, origin in self.origins.items() if known[: len(path)] == path)
+        nearest = next(within, DEFAULT)
         while path:
             if path in self.origins:
                 return self.origins[path]
             path = path[:-1]
-        return DEFAULT
+        return nearest
 
     def to_yaml(self) -> str:
         """The whole config as YAML, each line with its origin in a comment."""
@@ -134,7 +136,8 @@ def load_config(
         lay(read_yaml(path, where="--recipe"), "recipe", path.name)
     if own is not None:
         lay(own, "file", str(config_file))
-    return _finish(values, origins, settings, flags or {}, blocks, notes)
+    beside = None if config_file is None else Path(config_file).parent
+    return _finish(values, origins, settings, flags or {}, blocks, notes, beside)
 
 
 def read_config(path: Path) -> ResolvedConfig:
@@ -173,8 +176,12 @@ def _finish(
     flags: Mapping[str, Any],
     blocks: Mapping[Path_, Origin],
     notes: Sequence[str] = (),
+    beside: Path | None = None,
 ) -> ResolvedConfig:
-    """Lay ``--set`` and the flags on top, refuse unknown keys, check the values."""
+    """Lay ``--set`` and the flags on top, refuse unknown keys, check the values.
+
+    ``beside``: the folder of the user's config file.
+    """
     notes = list(notes)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -192,6 +199,8 @@ def _finish(
     known = {key: value for key, value in values.items() if key in field_names()}
     found = [_unknown_key(key, origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
+    if config.hooks:
+        config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
     if found or wrong:
         raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks, tuple(notes)))
     return ResolvedConfig(config, origins, blocks, tuple(notes))
@@ -218,6 +227,14 @@ def _rename_deprecated(document: Document, name: str) -> list[str]:
 
 def _deprecated(place: str, old: str) -> str:
     return f"{place}: {old} is deprecated, the key is now {CONFIG_KEYS[old]}"
+
+
+def _code_dirs(chosen: Sequence[str] | None, beside: Path | None) -> list[str]:
+    """Where modules of the user's are looked for, as absolute paths: a run may be resumed from anywhere."""
+    folders = [Path(folder).expanduser() for folder in chosen or ()]
+    if chosen is None:
+        folders = [*([beside] if beside else []), Path()]
+    return list(dict.fromkeys(str(folder.absolute()) for folder in folders))
 
 
 def _put(
@@ -281,8 +298,11 @@ def _wrong_value(field: str, error: Any, given: Any, origins: Mapping[Path_, Ori
     origin = origins.get((field,)) or next(
         (origin for known, origin in origins.items() if known[0] == field), DEFAULT
     )
+    within = f"{error['loc'][1]}: " if isinstance(given, dict) and len(error["loc"]) > 1 else ""
     return DstrainError(
-        f"{field} = {_shown(given)}: {_describe(error)}", where=str(origin), hint=_hint(field, given, error)
+        f"{field} = {_shown(given)}: {within}{_describe(error)}",
+        where=str(origin),
+        hint=_hint(field, given, error),
     )
 
 
@@ -314,7 +334,7 @@ def _hint(field: str, given: Any, error: Any) -> str:
         return f'write it in quotes: {field}: "{given}"'
     if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):
         return "write the number without quotes"
-    if info.default is None:
+    if info.default is None or info.default == []:
         return str(info.description)
     example = dump_yaml({field: info.default}).strip()
     if isinstance(info.default, list | dict):

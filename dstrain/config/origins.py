@@ -24,9 +24,13 @@ class Origin:
 DEFAULT = Origin("default", "default")
 
 
+REPEATED = {"trackers": "--tracker", "hooks": "--hook"}
+"""Keys whose flag is given once for each item."""
+
+
 def flag_name(key: str) -> str:
     """The flag that sets ``key``: ``seq_len`` -> ``--seq-len``."""
-    return "--" + key.replace("_", "-")
+    return REPEATED.get(key) or "--" + key.replace("_", "-")
 
 
 def as_flags(key: str, value: Any) -> list[str]:

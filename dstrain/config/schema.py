@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from dstrain.config.duration import seconds
+from dstrain.config.hook_choices import (
+    Profile,
+    check_hooks,
+    check_trackers,
+    json_schema_of_hooks,
+    json_schema_of_trackers,
+)
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -172,6 +179,26 @@ class RunConfig(BaseModel):
     prompt: str = Field("def ", description="continued by the model at the end of the run")
     sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
 
+    # Trackers, profiler and hooks.
+    trackers: Annotated[list[str | dict[str, Any]], WithJsonSchema(json_schema_of_trackers())] = Field(
+        [],
+        description="where every value of metrics.jsonl goes as well: tensorboard, wandb, mlflow; with options:"
+        " {name: wandb, project: NAME}",
+    )
+    profile: Profile | None = Field(
+        None, description="traces of torch.profiler: {steps: [FIRST, LAST], ranks: [0]}"
+    )
+    hooks: Annotated[list[str | dict[str, Any]], WithJsonSchema(json_schema_of_hooks())] = Field(
+        [],
+        description="classes of your own that are called beside the training: my_module:MyHook; with options:"
+        " {name: my_module:MyHook, options: {...}, optional: true}",
+    )
+    code_dirs: list[str] | None = Field(
+        None,
+        description="folders with the modules that hooks name; default: the config file's and the one that the run is"
+        " started from",
+    )
+
     # DeepSpeed's own keys.
     ds_config: str | None = Field(None, description="a DeepSpeed JSON file laid on top of the composed one")
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed keys laid on top of the composed ones")
@@ -183,6 +210,16 @@ class RunConfig(BaseModel):
         if isinstance(value, bool | float):
             raise ValueError("must be 0, 1, 2 or 3")
         return value
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _names_trackers(cls, value: Any) -> Any:
+        return check_trackers(value)
+
+    @field_validator("hooks", mode="before")
+    @classmethod
+    def _names_hooks(cls, value: Any) -> Any:
+        return check_hooks(value)
 
     @field_validator("time_limit", "hang_after")
     @classmethod

@@ -18,6 +18,7 @@ GROUPS = {
     "optimizer": "Optimizer.",
     "zero": "Parallelism, precision and memory.",
     "name": "Run folder, checkpoints and launch.",
+    "trackers": "Trackers, profiler and hooks.",
     "ds_config": "DeepSpeed's own keys.",
 }
 """The headings, each with the key that it stands in front of: those of `RunConfig`."""

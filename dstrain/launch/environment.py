@@ -45,6 +45,7 @@ def default_environment(
     *,
     hosts: Sequence[str] = (),
     deterministic: bool = False,
+    carried: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
     python: str = sys.executable,
 ) -> dict[str, str]:
@@ -56,6 +57,7 @@ def default_environment(
         single_host: True when all ranks run on this machine.
         hosts: the names of all, where there are others.
         deterministic: what is read before a rank could choose it, for the same bits each time.
+        carried: names of more variables of the user's that the ranks need. They are written to files: no secrets.
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
@@ -86,7 +88,7 @@ def default_environment(
     environment |= {
         name: value
         for name, value in environ.items()
-        if value and (name in _CARRIED or name.startswith(_CARRIED_BEGINNINGS))
+        if value and (name in _CARRIED or name in carried or name.startswith(_CARRIED_BEGINNINGS))
     }
     paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):

@@ -13,6 +13,7 @@ from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.deepspeed.values import contradictions_of_config
+from dstrain.planning.hooks import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
@@ -113,7 +114,9 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
     """Those of them that no other layout would mend."""
-    of_choices = _raised(resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme)
+    of_choices = _raised(
+        resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme, refuse_profile
+    )
     return [*of_choices, *mistakes(resolved)]
 
 

@@ -28,6 +28,7 @@ from dstrain.planning.checks import (
     refuse,
 )
 from dstrain.planning.deepspeed.values import deepspeed_config
+from dstrain.planning.hooks import HookSpec, check_profiled_ranks, hooks_of, not_covered
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.loss_chunk import loss_chunk
 from dstrain.planning.model_shape import ModelShape
@@ -101,6 +102,8 @@ class Plan:
         checkpoint_bytes: estimated, of one checkpoint.
         disk_bytes: estimated, of all that the run leaves on its disk at once, at most.
         loss_chunk: tokens whose logits are made at a time for the loss; 0: all of a micro-batch.
+        hooks: what is called beside the training.
+        not_covered: what is from outside, and so not covered by the proof that all layouts train the same.
         warnings: what is accepted but worth knowing.
     """
 
@@ -125,6 +128,8 @@ class Plan:
     loss_chunk: int = 0
     checkpoint_bytes: int = 0
     disk_bytes: int = 0
+    hooks: tuple[HookSpec, ...] = ()
+    not_covered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dstrain: str = __version__
     format: int = field(default=FORMAT)
@@ -192,6 +197,8 @@ class Plan:
                 "stage_time": tuple(record["stage_time"]),
                 "stage_memory": tuple(_stage_memory(stage) for stage in record["stage_memory"]),
                 "time": _step_time(record["time"]),
+                "hooks": tuple(HookSpec(**hook) for hook in record.get("hooks", ())),
+                "not_covered": tuple(record.get("not_covered", ())),
                 "warnings": tuple(record["warnings"]),
             }
         )
@@ -271,6 +278,7 @@ def make_plan(
     stage_time = stage_shares(layout, times)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
+    check_profiled_ranks(resolved, layout)
     stage_parameters = tuple(shape.parameters_of(layout.chunks(stage)) for stage in range(config.pipeline))
     deepspeed = deepspeed_config(resolved, batch, machines.accelerator, max(stage_parameters))
     checkpoint = checkpoint_bytes(config, shape, layout, machines.accelerator)
@@ -312,6 +320,8 @@ def make_plan(
         loss_chunk=chunk,
         checkpoint_bytes=checkpoint,
         disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
+        hooks=hooks_of(config),
+        not_covered=not_covered(config),
         warnings=(
             *resolved.notes,
             *warnings_about(config, layout, batch, data, shape, time),

@@ -35,6 +35,7 @@ from dstrain.train.checkpointing.save_schedule import SaveSchedule
 from dstrain.train.control_client import ControlClient
 from dstrain.train.determinism import be_deterministic
 from dstrain.train.graceful_shutdown import GracefulShutdown
+from dstrain.train.hooks import Hooks, start_info
 from dstrain.train.host_agreement import check_hosts_agree
 from dstrain.train.launch_record import record_launch
 from dstrain.train.lr_schedule import LearningRate
@@ -47,7 +48,7 @@ from dstrain.train.weights import save_weights
 
 
 def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> tuple[int, bool]:
-    """Train as the run folder's plan says, from its newest checkpoint if there is one.
+    """Train as the run folder's plan says, from its newest checkpoint if there is one; the hooks are told of the end.
 
     Args:
         folder: holds plan.json; gets metrics, checkpoints and, at the end, result.json.
@@ -58,8 +59,21 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
         The last step, and whether it is the run's: the ranks may be asked to leave before.
 
     Raises:
-        DstrainError: what the user can mend (data that changed, a loss that is not a number).
+        DstrainError: what the user can mend (data that changed, a loss that is not a number, a hook that failed).
     """
+    hooks = Hooks(lambda line: _say(line, console), control.busy)
+    try:
+        step, completed = _train(folder, console, control, hooks)
+        hooks.ended(step, completed, _result(folder) if completed else {})
+    except BaseException as error:
+        hooks.failed(error)
+        raise
+    return step, completed
+
+
+def _train(
+    folder: RunFolder, console: TextIO | None, control: ControlClient, hooks: Hooks
+) -> tuple[int, bool]:
     plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
     config = plan.run_config
     refuse_another_world(plan.layout.world_size, folder, os.environ)
@@ -75,18 +89,20 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
     device = torch.device(get_accelerator().current_device_name())
 
     check_hosts_agree(folder, plan)
+    hooks.load(plan.hooks, config.code_dirs or ())
     leaving = GracefulShutdown(
         lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
     engine = _build(plan, folder, device)
+    run_id = _run_id(folder)
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep=config.keep,
         keep_every=config.keep_every,
         background=config.background_save,
         identity=plan.identity,
-        run=_run_id(folder),
+        run=run_id,
         config=plan.config,
         say=lambda line: _say(line, console),
     )
@@ -94,6 +110,7 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
     if first > 1:
         control.ended(first - 1)  # another launch has, and this one is ready to go on
     record_launch(folder, first, device)
+    hooks.started(start_info(plan, folder, run_id=run_id, first_step=first, rank=rank))
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     lr_of = LearningRate.of(config)
@@ -113,8 +130,12 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
         validation_loss = engine.eval_loss(validation.micro_batches())
         if metrics:
             metrics.write({"step": 0, "validation_loss": validation_loss, "tokens": 0})
+        hooks.validated(0, {"validation_loss": validation_loss}, tokens=0)
     schedule = SaveSchedule(config, device)
-    with checkpoints:  # at its end the last one is complete, and an error lets it be
+    with (
+        hooks.told_of_saves(checkpoints.take_completed),
+        checkpoints,
+    ):  # at its end the last one is complete, and an error lets it be
         for step in range(first, config.steps + 1):
             checkpoints.raise_if_failed()
             began = time.perf_counter()
@@ -142,6 +163,10 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
                 metrics.write(record)
             if console:
                 console.write(_line(record, config.steps) + "\n")
+            hooks.stepped(step, record)
+            if "validation_loss" in record:
+                hooks.validated(step, {"validation_loss": record["validation_loss"]}, tokens=record["tokens"])
+            hooks.saved(checkpoints.take_completed())
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_replicas()
             leave = leaving.agreed(device) and step < config.steps
@@ -161,6 +186,14 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
     _finish(folder, plan, engine, data, device, validation_loss)
     return config.steps, True
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """What result.json says; on rank 0, which wrote it."""
+    if distributed.get_rank() != 0:
+        return {}
+    result: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
+    return result
 
 
 def _run_id(folder: RunFolder) -> str:

@@ -18,7 +18,8 @@ def choices(plan: Plan) -> FoldingTable:
         Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
     )
     separate = () if plan.config["pack"] else ("pack",)
-    for key in (*_SHOWN, *separate):
+    beside = [key for key in ("trackers", "profile", "hooks") if plan.config[key]]
+    for key in (*_SHOWN, *separate, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
             table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +73,7 @@ class Checkpoints:
         self._damaged: dict[str, str] = {}
         self._writing: tuple[int, BackgroundWriter] | None = None
         self._said_no_room = False
+        self._completed: deque[tuple[int, Path]] = deque()
 
     def save(self, engine: Engine, step: int) -> Path:
         """Save the state after ``step``; returns the folder that the checkpoint has, or will have, when it is complete.
@@ -123,6 +125,10 @@ class Checkpoints:
             step, writer = self._writing
             if writer.failure is not None:
                 raise self._error(step, writer.failure)
+
+    def take_completed(self) -> list[tuple[int, Path]]:
+        """Step and folder of the checkpoints that have become complete since the last call; on rank 0 alone."""
+        return [self._completed.popleft() for _ in range(len(self._completed))]
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete.
@@ -192,6 +198,7 @@ class Checkpoints:
         final = named(self.folder, step)
         give_name(aside, final)
         self._damaged.pop(final.name, None)
+        self._completed.append((step, final))
         prune(self.folder, keep=self.keep, keep_every=self.keep_every, damaged=self._damaged)
 
     def _say_no_room(self, size: int) -> None:
