@@ -9,9 +9,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from dstrain.cli.config.check import mistakes_in
 from pydantic import ValidationError
 
+from dstrain.cli.config import mistakes_in
 from dstrain.config.json_schema import json_schema
 from dstrain.config.loader import load_config, override, read_config
 from dstrain.config.schema import RunConfig
