@@ -48,6 +48,7 @@ def launch(
                 control=control,
                 world_size=len(request.ranks),
                 first_rank=request.ranks.start,
+                hosts=request.host_of_rank,
                 on_tick=on_tick,
                 hang_seconds=plan.run_config.hang_after_seconds,
                 terminate=request.may_terminate,

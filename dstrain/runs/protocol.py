@@ -1,17 +1,321 @@
-"""What both ends of a control connection agree on: its variable, and when silence means that the other end is gone."""
+"""The messages between the supervisor and the ranks, and how they stand on the wire.
+
+A message is a frozen dataclass here and one line of JSON there, whose key ``type`` names it. `encode` and
+`MessageReader` (which uses `decode`) are the only ways from one to the other, for both sides
+(`dstrain.supervise.control_server`, `dstrain.train.control_client`). Whatever is not exactly one of these messages,
+with every value of its type and within its range, is a `ProtocolError`; nothing else is ever raised for what came over
+the network. It costs the sender its connection, and nobody else anything.
+
+A conversation: the rank connects and sends `Hello`, the supervisor answers with `Welcome`; then each side sends what it
+has to say, in any order, until the connection ends, and the rank with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import socket
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
 ADDRESS = "DSTRAIN_CONTROL"
-"""The environment variable that tells a rank where its supervisor is: ``LAUNCH@ADDRESS,ADDRESS,...:PORT``."""
+"""The environment variable that tells a rank where its supervisor is, as `ControlAddress` writes it."""
 
 SILENCE_SECONDS = 16
-"""So long a line may be cut before both ends give it up: the run must have ended everywhere within 30."""
+"""A connection may be cut for so long before both ends give it up: the run must have ended everywhere within 30."""
+HELLO_SECONDS = 5.0
+"""From connecting to a whole `Hello`."""
+
+MAX_HELLO_BYTES = 4 * 1024
+MAX_RANK_MESSAGE_BYTES = 1024 * 1024
+MAX_SUPERVISOR_MESSAGE_BYTES = 64 * 1024 * 1024  # `Welcome` with the plan
+MAX_LOCAL_RANKS = 4096
 
 _PROBE_SECONDS = 4
+
+
+class ProtocolError(ValueError):
+    """What was received is not a message of this protocol, or not one that its sender may send."""
+
+
+def _shortened(length: int, *, keep_end: bool = False) -> PlainSerializer:
+    """Sends at most ``length`` characters, and none that UTF-8 has no bytes for (Python reads a file name or an
+    error text that is no UTF-8 as lone surrogates): a rank that fails must be able to say why, whatever it says."""
+
+    def shorten(text: str) -> str:
+        if len(text) > length:
+            text = "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+    return PlainSerializer(shorten, return_type=str)
+
+
+# Every value's type and range. JSON writes a character in at most 6 bytes, so that each message below stays within the
+# bytes of its sender.
+_Rank: TypeAlias = Annotated[int, Field(ge=0, lt=2**20)]
+_Pid: TypeAlias = Annotated[int, Field(ge=1, le=2**22)]  # Linux's PID_MAX_LIMIT
+_StepNumber: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
+_Signal: TypeAlias = Annotated[int, Field(ge=1, le=64)]
+_Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=255), _shortened(255)]
+_Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Reason: TypeAlias = Annotated[str, Field(max_length=16_000), _shortened(16_000)]
+_LogLine: TypeAlias = Annotated[str, Field(max_length=2000), _shortened(2000)]
+_LogTail: TypeAlias = Annotated[tuple[_LogLine, ...], Field(max_length=32)]
+# faulthandler writes the main thread last.
+_StackText: TypeAlias = Annotated[str, Field(max_length=2**17), _shortened(2**17, keep_end=True)]
+_PlanText: TypeAlias = Annotated[str, Field(max_length=MAX_SUPERVISOR_MESSAGE_BYTES // 6 - 100)]
+
+
+RankState: TypeAlias = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What a rank says of itself: to the supervisor, and in the run folder (`RunFolder.write_status`).
+
+    ``state`` is ``running``, ``done`` (reached the end of the run), ``stopped`` (left in order after ``step``, and
+    saved) or ``failed`` (``error`` says why, in one line). A rank that was killed leaves ``running`` behind: no word
+    is a failure too. ``time``: seconds since the epoch.
+    """
+
+    rank: _Rank
+    host: _Name
+    pid: _Pid
+    state: RankState
+    step: _StepNumber = 0
+    error: _Reason | None = None
+    time: _Seconds = 0.0
+
+
+# From a rank.
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a rank. ``launch`` is that of its `ControlAddress`: a rank of an earlier launch that lives
+    on somewhere has another. ``plan_digest`` is `plan_digest` of the plan.json that its host sees, if any."""
+
+    launch: _Name
+    status: RankStatus
+    plan_digest: _Digest | None = None
+    type: Literal["hello"] = field(default="hello", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The rank's state has changed. ``log_tail``, with a failure: the last lines of its log, which may lie on a disk
+    that the supervisor can't see."""
+
+    status: RankStatus
+    log_tail: _LogTail = ()
+    type: Literal["status"] = field(default="status", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rank has ended this step."""
+
+    step: _StepNumber
+    type: Literal["step"] = field(default="step", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Busy:
+    """The rank begins something between two steps; None: it has ended it."""
+
+    activity: _Name | None
+    type: Literal["busy"] = field(default="busy", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The answer to `DumpStacks`: `faulthandler.dump_traceback` of all threads."""
+
+    text: _StackText
+    type: Literal["stacks"] = field(default="stacks", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Orphaned:
+    """The rank's launcher has ended before it; it ends too."""
+
+    type: Literal["orphaned"] = field(default="orphaned", kw_only=True)
+
+
+@dataclass(frozen=True)
+class RankStopped:
+    """Another rank of the sender's host was stopped by a signal."""
+
+    rank: _Rank
+    type: Literal["rank-stopped"] = field(default="rank-stopped", kw_only=True)
+
+
+@dataclass(frozen=True)
+class RankResumed:
+    """And goes on."""
+
+    rank: _Rank
+    type: Literal["rank-resumed"] = field(default="rank-resumed", kw_only=True)
+
+
+@dataclass(frozen=True)
+class RankKilled:
+    """Another rank of the sender's host was killed by ``signal``."""
+
+    rank: _Rank
+    signal: _Signal
+    type: Literal["rank-killed"] = field(default="rank-killed", kw_only=True)
+
+
+@dataclass(frozen=True)
+class RankOutOfMemory:
+    """Another rank of the sender's host was killed for want of memory; ``detail`` is what the kernel says of it."""
+
+    rank: _Rank
+    detail: _LogLine
+    type: Literal["rank-out-of-memory"] = field(default="rank-out-of-memory", kw_only=True)
+
+
+# From the supervisor.
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The answer to `Hello`. ``plan``: the run's plan.json, where the rank's host sees none or another one."""
+
+    plan: _PlanText | None = None
+    type: Literal["welcome"] = field(default="welcome", kw_only=True)
+
+
+@dataclass(frozen=True)
+class LocalRank:
+    rank: _Rank
+    pid: _Pid
+
+
+@dataclass(frozen=True)
+class LocalRanks:
+    """The other ranks of the receiver's host, as far as they are known by now."""
+
+    ranks: Annotated[tuple[LocalRank, ...], Field(max_length=MAX_LOCAL_RANKS)]
+    type: Literal["local-ranks"] = field(default="local-ranks", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the step, save, and leave."""
+
+    type: Literal["stop"] = field(default="stop", kw_only=True)
+
+
+@dataclass(frozen=True)
+class DumpStacks:
+    """Say where every thread stands."""
+
+    type: Literal["dump-stacks"] = field(default="dump-stacks", kw_only=True)
+
+
+LocalChange: TypeAlias = RankStopped | RankResumed | RankKilled | RankOutOfMemory
+"""What a rank reports of another one of its host."""
+RankMessage: TypeAlias = Hello | Status | Step | Busy | Stacks | Orphaned | LocalChange
+SupervisorMessage: TypeAlias = Welcome | LocalRanks | Stop | DumpStacks
+Message: TypeAlias = RankMessage | SupervisorMessage
+
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")], config=_CONFIG)
+_STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
+
+
+def encode(message: Message) -> bytes:
+    """One line, with its end. Texts of any length or content can be sent; what is too long is cut."""
+    return _MESSAGE.dump_json(message) + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message of one line (its end may be missing). Raises ProtocolError where it is none."""
+    try:
+        return _MESSAGE.validate_json(line)
+    except ValidationError as error:
+        raise ProtocolError(_reason(error)) from None
+
+
+class MessageReader:
+    """Makes messages of the bytes of a connection, which come in pieces of any length.
+
+    ``max_bytes`` bounds a message, and with it what is kept of one that has not ended yet. It may be changed between
+    two messages.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._received = bytearray()
+        self._searched = 0  # so far there is no end of a line
+
+    def feed(self, received: bytes) -> None:
+        self._received += received
+
+    def next_message(self) -> Message | None:
+        """The next whole message; None until more is fed.
+
+        Raises:
+            ProtocolError: what comes next is longer than allowed, or no message. Nothing after it can be trusted.
+        """
+        end = self._received.find(b"\n", self._searched)
+        if (len(self._received) if end < 0 else end) > self.max_bytes:
+            raise ProtocolError(f"a message has more than {self.max_bytes} bytes")
+        if end < 0:
+            self._searched = len(self._received)
+            return None
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        self._searched = 0
+        return decode(line)
+
+
+def status_text(status: RankStatus) -> str:
+    """The JSON of a status, as a file holds it."""
+    return _STATUS.dump_json(status).decode("utf-8") + "\n"
+
+
+def parse_status(text: bytes) -> RankStatus:
+    """The status that `status_text` wrote; keys of a later version are ignored. Raises ProtocolError where it is none."""
+    try:
+        return _STATUS.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ProtocolError(_reason(error)) from None
+
+
+def _reason(error: ValidationError) -> str:
+    """The first of the errors, in one line and without what was sent."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
+@dataclass(frozen=True)
+class ControlAddress:
+    """Where a launch's supervisor listens: ``LAUNCH@HOST,HOST,...:PORT`` in `ADDRESS`.
+
+    ``launch`` names the launch. ``hosts`` are the addresses to try, in their order.
+    """
+
+    launch: str
+    hosts: tuple[str, ...]
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.launch}@{','.join(self.hosts)}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> ControlAddress:
+        """Raises ProtocolError where ``text`` is no such address."""
+        launch, _, places = text.partition("@")
+        hosts, _, port = places.rpartition(":")
+        if not launch or not hosts or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
+            raise ProtocolError(f"it is no address of a supervisor: {text[:200]!r}")
+        return cls(launch, tuple(hosts.split(",")), int(port))
 
 
 def plan_digest(text: str) -> str:
@@ -20,14 +324,14 @@ def plan_digest(text: str) -> str:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Let the kernel notice within `SILENCE_SECONDS` that the other end is gone, also while nothing is said."""
+    """Let the kernel notice within `SILENCE_SECONDS` that the other end is gone, also while nothing is sent."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for name, value in (
         ("TCP_KEEPIDLE", _PROBE_SECONDS),
         ("TCP_KEEPINTVL", _PROBE_SECONDS),
         ("TCP_KEEPCNT", SILENCE_SECONDS // _PROBE_SECONDS - 1),
-        ("TCP_USER_TIMEOUT", SILENCE_SECONDS * 1000),  # and while something was said and not answered
+        ("TCP_USER_TIMEOUT", SILENCE_SECONDS * 1000),  # and while something was sent and not acknowledged
     ):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
