@@ -30,7 +30,6 @@ HELLO_SECONDS = 5.0
 MAX_HELLO_BYTES = 4 * 1024
 MAX_RANK_MESSAGE_BYTES = 1024 * 1024
 MAX_SUPERVISOR_MESSAGE_BYTES = 64 * 1024 * 1024  # `Welcome` with the plan
-MAX_LOCAL_RANKS = 4096
 
 _PROBE_SECONDS = 4
 
@@ -52,7 +51,7 @@ def _shortened(length: int, *, keep_end: bool = False) -> PlainSerializer:
 
 
 # Every value's type and range. JSON writes a character in at most 6 bytes, so that each message below stays within the
-# bytes of its sender.
+# bytes of its sender. There are no lists: to refuse a long one of wrong values costs seconds and hundreds of megabytes.
 _Rank: TypeAlias = Annotated[int, Field(ge=0, lt=2**20)]
 _Pid: TypeAlias = Annotated[int, Field(ge=1, le=2**22)]  # Linux's PID_MAX_LIMIT
 _StepNumber: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
@@ -61,8 +60,8 @@ _Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=255), _shortened(255)]
 _Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Reason: TypeAlias = Annotated[str, Field(max_length=16_000), _shortened(16_000)]
-_LogLine: TypeAlias = Annotated[str, Field(max_length=2000), _shortened(2000)]
-_LogTail: TypeAlias = Annotated[tuple[_LogLine, ...], Field(max_length=32)]
+_Detail: TypeAlias = Annotated[str, Field(max_length=2000), _shortened(2000)]
+_LogTail: TypeAlias = Annotated[str, Field(max_length=2**16), _shortened(2**16, keep_end=True)]
 # faulthandler writes the main thread last.
 _StackText: TypeAlias = Annotated[str, Field(max_length=2**17), _shortened(2**17, keep_end=True)]
 _PlanText: TypeAlias = Annotated[str, Field(max_length=MAX_SUPERVISOR_MESSAGE_BYTES // 6 - 100)]
@@ -109,7 +108,7 @@ class Status:
     that the supervisor can't see."""
 
     status: RankStatus
-    log_tail: _LogTail = ()
+    log_tail: _LogTail = ""
     type: Literal["status"] = field(default="status", kw_only=True)
 
 
@@ -174,7 +173,7 @@ class RankOutOfMemory:
     """Another rank of the sender's host was killed for want of memory; ``detail`` is what the kernel says of it."""
 
     rank: _Rank
-    detail: _LogLine
+    detail: _Detail
     type: Literal["rank-out-of-memory"] = field(default="rank-out-of-memory", kw_only=True)
 
 
@@ -191,16 +190,11 @@ class Welcome:
 
 @dataclass(frozen=True)
 class LocalRank:
+    """Another rank of the receiver's host is there."""
+
     rank: _Rank
     pid: _Pid
-
-
-@dataclass(frozen=True)
-class LocalRanks:
-    """The other ranks of the receiver's host, as far as they are known by now."""
-
-    ranks: Annotated[tuple[LocalRank, ...], Field(max_length=MAX_LOCAL_RANKS)]
-    type: Literal["local-ranks"] = field(default="local-ranks", kw_only=True)
+    type: Literal["local-rank"] = field(default="local-rank", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -220,7 +214,7 @@ class DumpStacks:
 LocalChange: TypeAlias = RankStopped | RankResumed | RankKilled | RankOutOfMemory
 """What a rank reports of another one of its host."""
 RankMessage: TypeAlias = Hello | Status | Step | Busy | Stacks | Orphaned | LocalChange
-SupervisorMessage: TypeAlias = Welcome | LocalRanks | Stop | DumpStacks
+SupervisorMessage: TypeAlias = Welcome | LocalRank | Stop | DumpStacks
 Message: TypeAlias = RankMessage | SupervisorMessage
 
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

@@ -22,14 +22,12 @@ from dstrain.runs.addresses import own_addresses
 from dstrain.runs.protocol import (
     HELLO_SECONDS,
     MAX_HELLO_BYTES,
-    MAX_LOCAL_RANKS,
     MAX_RANK_MESSAGE_BYTES,
     SILENCE_SECONDS,
     Busy,
     ControlAddress,
     Hello,
     LocalRank,
-    LocalRanks,
     Message,
     MessageReader,
     Orphaned,
@@ -87,7 +85,7 @@ class RankConnection:
     stopped_at: float | None = None
     killed_by: int | None = None
     out_of_memory: str | None = None
-    log_tail: tuple[str, ...] = ()
+    log_tail: str = ""
 
 
 @dataclass
@@ -116,7 +114,8 @@ class ControlServer:
         self._world_size = world_size
         self._plan, self._digest = plan, plan_digest(plan)
         self._addresses = (_LOOPBACK,) if only_here else tuple(own_addresses())
-        self._listener = socket.create_server((_LOOPBACK if only_here else "", 0), backlog=world_size)
+        backlog = world_size + _MAX_STRANGERS
+        self._listener = socket.create_server((_LOOPBACK if only_here else "", 0), backlog=backlog)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
@@ -224,22 +223,19 @@ class ControlServer:
         del self._strangers[connection]
         self.ranks[status.rank] = RankConnection(replace(status, time=time.time()), step_at=time.monotonic())
         same = not self._plan or message.plan_digest == self._digest
-        self._send(connection, Welcome(None if same else self._plan))
+        answer: list[SupervisorMessage] = [Welcome(None if same else self._plan)]
         if self._stopping:
-            self._send(connection, Stop())
-        self._introduce(status.host)
-
-    def _introduce(self, host: str) -> None:
-        """Tell the ranks of a host of each other: they see what becomes of their neighbours."""
-        there = {
-            rank: LocalRank(rank, known.status.pid)
+            answer.append(Stop())
+        # The ranks of a host are told of each other: they see what becomes of their neighbours.
+        local = {
+            rank: known.status.pid
             for rank, known in self.ranks.items()
-            if known.status.host == host
+            if known.status.host == status.host and rank != status.rank
         }
-        for connection, peer in list(self._peers.items()):
-            others = tuple(local for rank, local in there.items() if rank != peer.rank)
-            if peer.rank in there and others:
-                self._send(connection, LocalRanks(others[:MAX_LOCAL_RANKS]))
+        self._send(connection, *answer, *(LocalRank(rank, pid) for rank, pid in local.items()))
+        for other, its_peer in list(self._peers.items()):
+            if its_peer.rank in local:
+                self._send(other, LocalRank(status.rank, status.pid))
 
     def _handle(self, sender: RankConnection, message: Message) -> None:
         """What a rank says. Raises ProtocolError where it may not say that."""
@@ -277,11 +273,11 @@ class ControlServer:
             raise ProtocolError(f"rank {rank} is not another one of {sender.status.host}")
         return found
 
-    def _send(self, connection: socket.socket, message: SupervisorMessage) -> None:
+    def _send(self, connection: socket.socket, *messages: SupervisorMessage) -> None:
         """Small, but for the plan: a connection whose other end takes nothing for seconds is dead."""
         try:
             connection.settimeout(SILENCE_SECONDS)
-            connection.sendall(encode(message))
+            connection.sendall(b"".join(map(encode, messages)))
             connection.setblocking(False)
         except OSError as error:
             if _is_silence(error):  # else it was closed, and its last words may still wait to be read

@@ -72,11 +72,11 @@ def judge(
         rank, host, reason = None, None, left_behind[0]
     else:
         rank, host, reason = _blame(watch, sign, log, code)
-    tail = [] if rank is None else log_lines(folder.rank_log(rank), 0)[-_TAIL_LINES:] or watch.tail(rank)
+    tail = [] if rank is None else log_lines(folder.rank_log(rank), 0) or watch.tail(rank)
     return Outcome(
         False,
         exit_code,
-        Cause(rank, host, reason, tail or log[-_TAIL_LINES:]),
+        Cause(rank, host, reason, (tail or log)[-_TAIL_LINES:]),
         by_user=bool(stops),
         trained=watch.trained(),
     )

@@ -135,7 +135,7 @@ class RankWatch:
     def tail(self, rank: int) -> list[str]:
         """The end of its log as it was sent with its failure: the log may lie on a disk of its own."""
         connection = self._connections.get(rank)
-        return [] if connection is None else list(connection.log_tail)
+        return [] if connection is None else connection.log_tail.splitlines()
 
     def out_of_memory(self, rank: int) -> str | None:
         """The kernel's own words, where it killed the rank for want of memory and where that may be read."""

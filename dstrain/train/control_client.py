@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from dstrain.errors import DstrainError
@@ -25,7 +25,7 @@ from dstrain.runs.protocol import (
     ControlAddress,
     DumpStacks,
     Hello,
-    LocalRanks,
+    LocalRank,
     Message,
     MessageReader,
     Orphaned,
@@ -96,11 +96,11 @@ class ControlClient:
             target=self._listen_or_end, args=(self._connection, reader), name="control", daemon=True
         ).start()
 
-    def send_status(self, status: RankStatus, log_tail: Sequence[str] = ()) -> None:
+    def send_status(self, status: RankStatus, log_tail: str = "") -> None:
         """The rank's new state; with a failure the end of its log, which may lie on a disk of its own."""
         if status.state == "failed":
             self._send(*self._local_ranks.changes())  # why another died, if this rank fails for want of it
-        self._send(Status(replace(status, time=time.time()), tuple(log_tail)))
+        self._send(Status(replace(status, time=time.time()), log_tail))
 
     def step_ended(self, step: int) -> None:
         """Fast steps are reported now and then, to keep the supervisor idle."""
@@ -169,8 +169,8 @@ class ControlClient:
                 self.asked_to_stop = True
             case DumpStacks():
                 self._send(Stacks(_stacks()))
-            case LocalRanks():
-                self._local_ranks.add(message.ranks)
+            case LocalRank():
+                self._local_ranks.add(message)
             case _:
                 raise ProtocolError(f"a supervisor sends no {message.type} here")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 from dstrain.runs.out_of_memory import OutOfMemory
@@ -25,7 +25,7 @@ _SIGNALS = range(1, signal.NSIG)
 
 
 class LocalRankMonitor:
-    """Asked now and then. ``add`` tells which numbers the other ranks of this host have."""
+    """Asked now and then. ``add`` names the other ranks of this host."""
 
     def __init__(self) -> None:
         self._launcher = os.getppid()
@@ -33,13 +33,12 @@ class LocalRankMonitor:
         self._ranks: dict[int, Process] = {}
         self._reported: dict[int, str] = {}
 
-    def add(self, ranks: Iterable[LocalRank]) -> None:
-        """Process numbers as those ranks said them. Only children of the same launcher are looked at: in a container
-        of its own a rank counts its processes differently."""
-        for local in ranks:
-            process = read_process(local.pid)
-            if local.rank not in self._ranks and process is not None and process.parent == self._launcher:
-                self._ranks[local.rank] = process
+    def add(self, local: LocalRank) -> None:
+        """Only a child of the same launcher is looked at: in a container of its own a rank counts its processes
+        differently."""
+        process = read_process(local.pid)
+        if local.rank not in self._ranks and process is not None and process.parent == self._launcher:
+            self._ranks[local.rank] = process
 
     def launcher_is_gone(self) -> bool:
         """Whether the process that started this rank has ended: by itself it outlives its ranks."""

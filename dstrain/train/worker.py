@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
             folder.write_status(last)  # on a full disk this may fail; the connection needs no disk
         finally:
             if control is not None:
-                control.send_status(last, _tail(folder.rank_log(rank)) if error else [])
+                control.send_status(last, _tail(folder.rank_log(rank)) if error else "")
                 control.close()
 
     try:
@@ -116,9 +116,10 @@ def _log_to(path: Path) -> TextIO:
     return console
 
 
-def _tail(log: Path) -> list[str]:
+def _tail(log: Path) -> str:
     """The last lines of this rank's log, which may lie on a disk that the supervisor can't see."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 def _in_one_line(error: BaseException) -> str:

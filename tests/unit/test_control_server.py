@@ -33,7 +33,7 @@ from dataclasses import replace
 from dstrain.train.control_client import ControlClient
 status = RankStatus(rank, "n2", os.getpid(), "running")
 control = ControlClient(os.environ, status)
-def report(state, *tail, **values):
+def report(state, tail="", **values):
     control.send_status(replace(status, state=state, **values), tail); control.close()
 def steps(numbers, seconds=0.6):
     for step in numbers:
