@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, TypeAdapter
+    from pydantic_core import CoreSchema
 
 ADDRESS = "DSTRAIN_CONTROL"
 """The environment variable that tells a rank where its supervisor is, as `ControlAddress` writes it."""
@@ -38,33 +43,64 @@ class ProtocolError(ValueError):
     """What was received is not a message of this protocol, or not one that its sender may send."""
 
 
-def _shortened(length: int, *, keep_end: bool = False) -> PlainSerializer:
-    """Sends at most ``length`` characters, and none that UTF-8 has no bytes for (Python reads a file name or an
-    error text that is no UTF-8 as lone surrogates): a rank that fails must be able to say why, whatever it says."""
+@dataclass(frozen=True)
+class _Number:
+    """The range of a number, both ends included."""
 
-    def shorten(text: str) -> str:
-        if len(text) > length:
-            text = "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
+    least: int
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        if source is float:
+            return core_schema.float_schema(ge=self.least, le=self.most, allow_inf_nan=False)
+        return core_schema.int_schema(ge=self.least, le=self.most)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The length of a text in characters, and a pattern for it.
+
+    What is sent is cut to ``most``, and holds no character that UTF-8 has no bytes for (Python reads a file name or an
+    error text that is no UTF-8 as lone surrogates): a rank that fails must be able to say why, whatever it says.
+    """
+
+    most: int
+    least: int = 0
+    pattern: str | None = None
+    keep_end: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        return core_schema.str_schema(
+            min_length=self.least,
+            max_length=self.most,
+            pattern=self.pattern,
+            serialization=core_schema.plain_serializer_function_ser_schema(self._shorten),
+        )
+
+    def _shorten(self, text: str) -> str:
+        if len(text) > self.most:
+            text = "…" + text[1 - self.most :] if self.keep_end else text[: self.most - 1] + "…"
         return text.encode("utf-8", "replace").decode("utf-8")
-
-    return PlainSerializer(shorten, return_type=str)
 
 
 # Every value's type and range. JSON writes a character in at most 6 bytes, so that each message below stays within the
 # bytes of its sender. There are no lists: to refuse a long one of wrong values costs seconds and hundreds of megabytes.
-_Rank: TypeAlias = Annotated[int, Field(ge=0, lt=2**20)]
-_Pid: TypeAlias = Annotated[int, Field(ge=1, le=2**22)]  # Linux's PID_MAX_LIMIT
-_StepNumber: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
-_Signal: TypeAlias = Annotated[int, Field(ge=1, le=64)]
-_Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=255), _shortened(255)]
-_Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_Reason: TypeAlias = Annotated[str, Field(max_length=16_000), _shortened(16_000)]
-_Detail: TypeAlias = Annotated[str, Field(max_length=2000), _shortened(2000)]
-_LogTail: TypeAlias = Annotated[str, Field(max_length=2**16), _shortened(2**16, keep_end=True)]
-# faulthandler writes the main thread last.
-_StackText: TypeAlias = Annotated[str, Field(max_length=2**17), _shortened(2**17, keep_end=True)]
-_PlanText: TypeAlias = Annotated[str, Field(max_length=MAX_SUPERVISOR_MESSAGE_BYTES // 6 - 100)]
+_Rank: TypeAlias = Annotated[int, _Number(0, 2**20 - 1)]
+_Pid: TypeAlias = Annotated[int, _Number(1, 2**22)]  # Linux's PID_MAX_LIMIT
+_StepNumber: TypeAlias = Annotated[int, _Number(0, 2**53 - 1)]
+_Signal: TypeAlias = Annotated[int, _Number(1, 64)]
+_Seconds: TypeAlias = Annotated[float, _Number(0, 2**53)]
+_Name: TypeAlias = Annotated[str, _Text(255, least=1)]
+_Digest: TypeAlias = Annotated[str, _Text(64, pattern="^[0-9a-f]{64}$")]
+_Reason: TypeAlias = Annotated[str, _Text(16_000)]
+_Detail: TypeAlias = Annotated[str, _Text(2000)]
+_LogTail: TypeAlias = Annotated[str, _Text(2**16, keep_end=True)]
+_StackText: TypeAlias = Annotated[str, _Text(2**17, keep_end=True)]  # faulthandler writes the main thread last
+_PlanText: TypeAlias = Annotated[str, _Text(MAX_SUPERVISOR_MESSAGE_BYTES // 6 - 100)]
 
 
 RankState: TypeAlias = Literal["running", "done", "stopped", "failed"]
@@ -217,22 +253,55 @@ RankMessage: TypeAlias = Hello | Status | Step | Busy | Stacks | Orphaned | Loca
 SupervisorMessage: TypeAlias = Welcome | LocalRank | Stop | DumpStacks
 Message: TypeAlias = RankMessage | SupervisorMessage
 
-_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")], config=_CONFIG)
-_STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
+# Built when the first message is: the rooms that import this file only for a run folder's names need no pydantic.
+@cache
+def _messages() -> TypeAdapter[Message]:
+    from pydantic import ConfigDict, Field, TypeAdapter
+
+    config = ConfigDict(strict=True, extra="forbid")
+    return TypeAdapter(Annotated[Message, Field(discriminator="type")], config=config)
+
+
+@cache
+def _statuses() -> TypeAdapter[RankStatus]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RankStatus)
 
 
 def encode(message: Message) -> bytes:
     """One line, with its end. Texts of any length or content can be sent; what is too long is cut."""
-    return _MESSAGE.dump_json(message) + b"\n"
+    return _messages().dump_json(message) + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """The message of one line (its end may be missing). Raises ProtocolError where it is none."""
+    with _only_protocol_errors():
+        return _messages().validate_json(line)
+
+
+def status_text(status: RankStatus) -> str:
+    """The JSON of a status, as a file holds it."""
+    return _statuses().dump_json(status).decode("utf-8") + "\n"
+
+
+def parse_status(text: bytes) -> RankStatus:
+    """The status that `status_text` wrote; keys of a later version are ignored. Raises ProtocolError where it is none."""
+    with _only_protocol_errors():
+        return _statuses().validate_json(text, strict=True)
+
+
+@contextmanager
+def _only_protocol_errors() -> Iterator[None]:
+    """The first of a validation's errors, in one line and without what was sent."""
+    from pydantic import ValidationError
+
     try:
-        return _MESSAGE.validate_json(line)
+        yield
     except ValidationError as error:
-        raise ProtocolError(_reason(error)) from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ProtocolError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 class MessageReader:
@@ -266,26 +335,6 @@ class MessageReader:
         del self._received[: end + 1]
         self._searched = 0
         return decode(line)
-
-
-def status_text(status: RankStatus) -> str:
-    """The JSON of a status, as a file holds it."""
-    return _STATUS.dump_json(status).decode("utf-8") + "\n"
-
-
-def parse_status(text: bytes) -> RankStatus:
-    """The status that `status_text` wrote; keys of a later version are ignored. Raises ProtocolError where it is none."""
-    try:
-        return _STATUS.validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ProtocolError(_reason(error)) from None
-
-
-def _reason(error: ValidationError) -> str:
-    """The first of the errors, in one line and without what was sent."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 @dataclass(frozen=True)

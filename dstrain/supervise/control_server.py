@@ -43,6 +43,7 @@ from dstrain.runs.protocol import (
     Stop,
     SupervisorMessage,
     Welcome,
+    decode,
     encode,
     keep_alive,
     plan_digest,
@@ -105,9 +106,14 @@ class ControlServer:
         plan: sent to each rank that sees none, or another one: its host may have no disk in common with this one.
         only_here: all ranks are on this machine, and nobody else may connect. Their connections survive the loss of
             a network.
+
+    Raises:
+        ValueError: the plan can't be sent as it is.
     """
 
     def __init__(self, world_size: int, plan: str = "", *, only_here: bool = False) -> None:
+        if decode(encode(Welcome(plan))) != Welcome(plan):
+            raise ValueError("the plan is too long to be sent, or no text")
         _have_room_for(world_size)
         # What a rank must name to be heard: one of an earlier launch that lives on somewhere is not.
         self.launch = secrets.token_hex(8)

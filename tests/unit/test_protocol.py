@@ -570,6 +570,20 @@ def test_whatever_a_rank_sends_ends_nobody_else(
     witness.serves(0, number)
 
 
+def test_a_plan_is_sent_as_it_is_or_not_at_all() -> None:
+    plan = json.dumps({"name": "ü", "values": list(range(100_000))}, indent=2)
+    with ControlServer(3, plan) as server:
+        for rank, (seen, sent) in enumerate(
+            [(plan_digest(plan), None), (None, plan), (plan_digest("x"), plan)]
+        ):
+            with connected(server) as fake:
+                fake.send(encode(Hello(server.launch, RankStatus(rank, "n1", 1, "running"), seen)))
+                assert fake.wait_for(Welcome) == Welcome(sent)
+    for unsendable in ("x" * (MAX_SUPERVISOR_MESSAGE_BYTES // 6), "\udcff"):
+        with pytest.raises(ValueError, match="too long to be sent"):
+            ControlServer(1, unsendable)
+
+
 def test_a_stranger_has_seconds_to_say_who_he_is(
     server: ControlServer, witness: FakeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
