@@ -178,9 +178,13 @@ class ControlServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return  # no more, or it went away again
-            connection.setblocking(False)
-            keep_alive(connection)
+                return  # no more
+            try:
+                connection.setblocking(False)
+                keep_alive(connection)
+            except OSError:
+                connection.close()  # it went away again
+                continue
             self._peers[connection] = self._strangers[connection] = _Peer(time.monotonic())
             self._selector.register(connection, selectors.EVENT_READ)
             while len(self._strangers) > _MAX_STRANGERS + self._world_size - len(self.ranks):
@@ -232,7 +236,7 @@ class ControlServer:
         answer: list[SupervisorMessage] = [Welcome(None if same else self._plan)]
         if self._stopping:
             answer.append(Stop())
-        # The ranks of a host are told of each other: they see what becomes of their neighbours.
+        # The ranks of a host are told of each other: they see what becomes of each other.
         local = {
             rank: known.status.pid
             for rank, known in self.ranks.items()
@@ -261,18 +265,18 @@ class ControlServer:
             case Orphaned():
                 sender.orphaned_at = time.time()
             case RankStopped():
-                other = self._neighbour(sender, message.rank)
+                other = self._local_rank(sender, message.rank)
                 other.stopped_at = other.stopped_at or time.monotonic()
             case RankResumed():
-                self._neighbour(sender, message.rank).stopped_at = None
+                self._local_rank(sender, message.rank).stopped_at = None
             case RankKilled():
-                self._neighbour(sender, message.rank).killed_by = message.signal
+                self._local_rank(sender, message.rank).killed_by = message.signal
             case RankOutOfMemory():
-                self._neighbour(sender, message.rank).out_of_memory = message.detail
+                self._local_rank(sender, message.rank).out_of_memory = message.detail
             case _:
                 raise ProtocolError(f"a rank sends no {message.type} here")
 
-    def _neighbour(self, sender: RankConnection, rank: int) -> RankConnection:
+    def _local_rank(self, sender: RankConnection, rank: int) -> RankConnection:
         """Another rank of the sender's host. Raises ProtocolError for any other."""
         found = self.ranks.get(rank)
         if found is None or found is sender or found.status.host != sender.status.host:
