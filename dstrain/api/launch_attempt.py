@@ -51,6 +51,7 @@ def launch(
                 control=control,
                 world_size=len(spec.ranks),
                 first_rank=spec.ranks.start,
+                hosts=spec.host_of_rank,
                 on_tick=on_tick,
                 hang_seconds=plan.run_config.hang_after_seconds,
                 terminate=spec.may_terminate,

@@ -9,7 +9,7 @@ import socket
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting
-from dstrain.launch.launch_spec import LIFELINE, NODE, LaunchSpec
+from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
@@ -23,7 +23,7 @@ USUAL_PORT = 29500
 
 def launch_command(request: LaunchSpec) -> list[str]:
     """The argv of the request's launcher. Raises DstrainError where it can't start it."""
-    return LAUNCHERS[request.launcher](request)
+    return LAUNCHERS[request.launcher].command(request)
 
 
 def write_launch_files(request: LaunchSpec) -> None:
@@ -49,7 +49,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         # A word with it is in single quotes: these end, the variable stands in double ones, and they begin anew.
         "exec "
         + shlex.join(command)
-        .replace(LIFELINE, f"'\"${{{ADDRESS}:-}}\"'")
+        .replace(CONTROL_ADDRESS, f"'\"${{{ADDRESS}:-}}\"'")
         .replace(NODE, f'"${{{NODE_RANK}}}"'),
         "",
     ]

@@ -12,7 +12,7 @@ from dstrain.launch.hosts import is_this_host
 from dstrain.planning.layout import Host
 from dstrain.runs.run_folder import RunFolder
 
-LIFELINE = "__LIFELINE__"
+CONTROL_ADDRESS = "__CONTROL_ADDRESS__"
 """Stands in an argv where the supervisor's address belongs: launch.sh has the variable there."""
 NODE = "__NODE__"
 """Stands in an argv where the number of the node belongs: launch.sh has the variable `NODE_RANK` there."""
@@ -65,6 +65,14 @@ class LaunchSpec:
             return range(self.world_size)
         first = self.node * self.processes_per_host
         return range(first, first + self.processes_per_host)
+
+    @property
+    def host_of_rank(self) -> tuple[str, ...]:
+        """The name of each rank's host, by rank: they are numbered host after host. Empty where the hosts have no
+        names: this machine alone, and with ``none``, whose nodes are known by their numbers."""
+        if self.launcher == "none":
+            return ()
+        return tuple(host.name for host in self.hosts for _ in range(self.processes_per_host))
 
     @property
     def over_ssh(self) -> bool:

@@ -10,35 +10,18 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dstrain.files import write_atomically
 from dstrain.renamed import METRICS, with_new_names
+from dstrain.runs.protocol import ProtocolError, RankStatus, parse_status, status_text
 
 NOTE = "dstrain: note: "
 """In front of a line of rank 0 that is for the user's eyes."""
 NODE_RANK = "DSTRAIN_NODE_RANK"
 """The environment variable that tells a rank of the launcher ``none`` the number of its node."""
-
-
-@dataclass(frozen=True)
-class RankStatus:
-    """The last word of one rank.
-
-    ``state`` is ``running``, ``done`` (reached the end of the run), ``stopped`` (left in order after ``step``,
-    and saved) or ``failed`` (``error`` says why,
-    in one line). A rank that was killed leaves ``running`` behind: no word is a failure too.
-    """
-
-    rank: int
-    host: str
-    pid: int
-    state: str
-    step: int = 0
-    error: str | None = None
-    time: float = 0.0
 
 
 class RunFolder:
@@ -187,7 +170,7 @@ class RunFolder:
         On a full disk it is written over the word before, which has its place there already.
         """
         path = self.rank_status(status.rank)
-        text = json.dumps(asdict(status) | {"time": time.time()}) + "\n"
+        text = status_text(replace(status, time=time.time()))
         try:
             write_atomically(path, text)
         except OSError:
@@ -196,13 +179,11 @@ class RunFolder:
                 file.truncate()
 
     def read_status(self, rank: int) -> RankStatus | None:
-        """The rank's last word, or None when it has not said any."""
+        """The rank's last word, or None when it has not said any, or what stands there is none."""
         try:
-            record = json.loads(self.rank_status(rank).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            return parse_status(self.rank_status(rank).read_bytes())
+        except (FileNotFoundError, ProtocolError):
             return None
-        known = {field.name for field in fields(RankStatus)}
-        return RankStatus(**{key: value for key, value in record.items() if key in known})
 
     def clear_statuses(self, ranks: Sequence[int]) -> None:
         """Forget the words of an earlier launch, so that an old ``done`` can't be taken for a new one."""

@@ -1,52 +1,78 @@
-"""The supervisor's line to every rank, on whatever host and however it was started.
+"""The supervisor's connections to all ranks, on whatever host and however they were started.
 
-Each rank connects to the supervisor over TCP (`dstrain.train.control_client`), says what it does, and ends when the
-line does. So a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends
-by itself everywhere. The kernel watches an idle line (keepalive), so a supervisor that is stopped with Ctrl-Z ends
-nothing. The ranks of a host are told of each other: what one that is stopped or dead can't say, its neighbours do.
+Each rank connects over TCP (`dstrain.train.control_client`), says what it does, and ends when its connection does. So
+a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends by itself
+everywhere. The kernel watches an idle connection (keepalive), so a supervisor that is stopped with Ctrl-Z ends
+nothing. The ranks of a host are told of each other: what one that is stopped or dead can't say, the others do.
 
-Messages are JSON objects, a line each; `plan.run_folder.RankStatus` is what a rank says of itself.
+`dstrain.runs.protocol` has the messages. Whoever sends anything else loses his connection; the others go on.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import resource
 import secrets
 import selectors
 import socket
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from dstrain.runs.addresses import own_addresses
-from dstrain.runs.protocol import SILENCE_SECONDS, keep_alive, plan_digest
-from dstrain.runs.run_folder import RankStatus
+from dstrain.runs.protocol import (
+    HELLO_SECONDS,
+    MAX_HELLO_BYTES,
+    MAX_RANK_MESSAGE_BYTES,
+    SILENCE_SECONDS,
+    Busy,
+    ControlAddress,
+    Hello,
+    LocalRank,
+    Message,
+    MessageReader,
+    Orphaned,
+    ProtocolError,
+    RankKilled,
+    RankOutOfMemory,
+    RankResumed,
+    RankStatus,
+    RankStopped,
+    Stacks,
+    Status,
+    Step,
+    Stop,
+    SupervisorMessage,
+    Welcome,
+    decode,
+    encode,
+    keep_alive,
+    plan_digest,
+)
 
 _LOOPBACK = "127.0.0.1"
-_OTHER_FILES = 256
-_MOST_BYTES = 1024 * 1024
-"""Of one message. A rank says little; whoever says more is no rank."""
+_MAX_STRANGERS = 128  # beside the ranks that are still to come
+_OTHER_FILES = 256  # the strangers' among them
+_RECEIVE_BYTES = 64 * 1024
 
 
 @dataclass
-class Line:
-    """What is known of one rank through its line.
+class RankConnection:
+    """What is known of one rank through its connection.
 
     Attributes:
-        status: its newest word.
-        step: the last step that it has ended; ``step_at`` when that was heard, by `time.monotonic`, or the end of
+        status: what it said of itself last, with the time of this machine's clock: which of two ranks failed first,
+            one clock must tell.
+        step: the last step that it has ended; ``step_at`` when that was received, by `time.monotonic`, or the end of
             what it did since.
         busy: what it does between two steps, if it is not in one.
-        lost_at: when the line ended, by `time.time`; None while it holds.
+        lost_at: when the connection ended, by `time.time`; None while it holds.
         by_silence: it ended because nothing answered any more: the host or the network is gone, not the process alone.
         stacks: where its threads stand, as it was asked last.
         orphaned_at: when it said that its launcher had ended, by `time.time`.
         stopped_at: since when it is stopped by a signal, by `time.monotonic`; None while it runs.
         killed_by: the signal that ended it, as another rank of its host saw it.
         out_of_memory: what the kernel said of its death.
-        tail: the end of its log, sent with a failure.
+        log_tail: the end of its log, sent with a failure.
     """
 
     status: RankStatus
@@ -60,7 +86,16 @@ class Line:
     stopped_at: float | None = None
     killed_by: int | None = None
     out_of_memory: str | None = None
-    tail: list[str] = field(default_factory=list)
+    log_tail: str = ""
+
+
+@dataclass
+class _Peer:
+    """The other end of a connection; a stranger until ``rank`` is known."""
+
+    accepted_at: float
+    rank: int | None = None
+    reader: MessageReader = field(default_factory=lambda: MessageReader(MAX_HELLO_BYTES))
 
 
 class ControlServer:
@@ -69,30 +104,37 @@ class ControlServer:
     Args:
         world_size: ranks are numbered below it.
         plan: sent to each rank that sees none, or another one: its host may have no disk in common with this one.
-        only_here: all ranks are on this machine, and nobody else may connect. Their lines survive the loss of a
-            network.
+        only_here: all ranks are on this machine, and nobody else may connect. Their connections survive the loss of
+            a network.
+
+    Raises:
+        ValueError: the plan can't be sent as it is.
     """
 
     def __init__(self, world_size: int, plan: str = "", *, only_here: bool = False) -> None:
+        if decode(encode(Welcome(plan))) != Welcome(plan):
+            raise ValueError("the plan is too long to be sent, or no text")
         _have_room_for(world_size)
         # What a rank must name to be heard: one of an earlier launch that lives on somewhere is not.
         self.launch = secrets.token_hex(8)
         self._world_size = world_size
         self._plan, self._digest = plan, plan_digest(plan)
-        self._addresses = [_LOOPBACK] if only_here else own_addresses()
-        self._listener = socket.create_server((_LOOPBACK if only_here else "", 0), backlog=world_size)
+        self._addresses = (_LOOPBACK,) if only_here else tuple(own_addresses())
+        backlog = world_size + _MAX_STRANGERS
+        self._listener = socket.create_server((_LOOPBACK if only_here else "", 0), backlog=backlog)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._received: dict[socket.socket, bytes] = {}
-        self._rank_of: dict[socket.socket, int] = {}
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._strangers: dict[socket.socket, _Peer] = {}  # of the peers; the oldest first
         self._stopping = False
-        self.lines: dict[int, Line] = {}
+        self.ranks: dict[int, RankConnection] = {}
+        """By rank, every one that ever connected."""
 
     def address(self) -> str:
-        """What `runs.protocol.ADDRESS` tells the ranks: where they find this line, from any host."""
-        return f"{self.launch}@{','.join(self._addresses)}:{self.port}"
+        """What `runs.protocol.ADDRESS` tells the ranks: where they find this server, from any host."""
+        return str(ControlAddress(self.launch, self._addresses, self.port))
 
     def poll(self) -> None:
         """Take in what has come since the last call; nothing once it is closed."""
@@ -104,17 +146,21 @@ class ControlServer:
             else:
                 assert isinstance(key.fileobj, socket.socket)
                 self._receive(key.fileobj)
+        # After what has come was read: this process itself may have been stopped for longer.
+        deadline = time.monotonic() - HELLO_SECONDS
+        for connection in [it for it, peer in self._strangers.items() if peer.accepted_at < deadline]:
+            self._drop(connection)
 
-    def tell(self, what: str) -> None:
-        """Say a word to all ranks: ``stop`` (leave in order; also to those that come later), ``stacks`` (say where
-        you stand)."""
-        self._stopping = self._stopping or what == "stop"
-        for connection in list(self._rank_of):
-            self._send(connection, {"say": what})
+    def broadcast(self, message: SupervisorMessage) -> None:
+        """Send a message to all ranks; `Stop` also to those that connect later."""
+        self._stopping = self._stopping or isinstance(message, Stop)
+        for connection, peer in list(self._peers.items()):
+            if peer.rank is not None:
+                self._send(connection, message)
 
     def close(self) -> None:
-        """End every line: each rank that is still there ends at once."""
-        for connection in list(self._received):
+        """End every connection: each rank that is still there ends at once."""
+        for connection in list(self._peers):
             self._drop(connection)
         if self._listener.fileno() >= 0:
             self._selector.close()
@@ -132,103 +178,129 @@ class ControlServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return  # no more, or it went away again
-            connection.setblocking(False)
-            keep_alive(connection)
-            self._received[connection] = b""
+                return  # no more
+            try:
+                connection.setblocking(False)
+                keep_alive(connection)
+            except OSError:
+                connection.close()  # it went away again
+                continue
+            self._peers[connection] = self._strangers[connection] = _Peer(time.monotonic())
             self._selector.register(connection, selectors.EVENT_READ)
+            while len(self._strangers) > _MAX_STRANGERS + self._world_size - len(self.ranks):
+                oldest = next(iter(self._strangers))
+                self._receive(oldest)  # it may be a rank whose hello is there already
+                if oldest in self._strangers:
+                    self._drop(oldest)
 
     def _receive(self, connection: socket.socket) -> None:
+        peer = self._peers.get(connection)
+        if peer is None:
+            return  # it was dropped meanwhile
         try:
-            new = connection.recv(64 * 1024)
+            received = connection.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
             self._drop(connection, by_silence=_is_silence(error))
             return
-        if not new:
+        if not received:
             self._drop(connection)
             return
-        *whole, rest = (self._received[connection] + new).split(b"\n")
-        self._received[connection] = rest
-        for text in whole:
-            if connection not in self._received:
-                return  # it was dropped meanwhile
-            try:
-                self._hear(connection, json.loads(text))
-            except (ValueError, KeyError, TypeError):
-                self._drop(connection)  # no rank of ours
-                return
-        if len(rest) > _MOST_BYTES:
+        peer.reader.feed(received)
+        try:
+            while connection in self._peers and (message := peer.reader.next_message()) is not None:
+                if peer.rank is None:
+                    self._admit(connection, peer, message)
+                else:
+                    self._handle(self.ranks[peer.rank], message)
+        except ProtocolError:
             self._drop(connection)
 
-    def _hear(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        rank = self._rank_of.get(connection)
-        if rank is None:
-            rank = self._meet(connection, message)
-            return
-        line = self.lines[rank]
-        if "status" in message:
-            line.status = _heard_now(message["status"])
-        if "step" in message:
-            line.step, line.step_at = int(message["step"]), time.monotonic()
-        if "busy" in message:
-            line.busy, line.step_at = message["busy"], time.monotonic()
-        if "orphaned" in message:
-            line.orphaned_at = time.time()
-        self._hear_of_neighbours(message)
-        line.stacks = message.get("stacks", line.stacks)
-        line.tail = message.get("tail", line.tail)
-
-    def _meet(self, connection: socket.socket, message: dict[str, Any]) -> int:
-        """The first message: who it is. Raises ValueError where it is none of this run's ranks."""
-        status = _heard_now(message["status"])
-        if message["launch"] != self.launch or not 0 <= status.rank < self._world_size:
-            raise ValueError("it is no rank of this launch")
-        self._rank_of[connection] = status.rank
-        self.lines[status.rank] = Line(status, step_at=time.monotonic())
-        same = not self._plan or message.get("plan") == self._digest
-        self._send(connection, {"say": "welcome"} if same else {"plan": self._plan})
+    def _admit(self, connection: socket.socket, peer: _Peer, message: Message) -> None:
+        """A stranger's first message makes it a rank. Raises ProtocolError where it is none of this launch's."""
+        if not isinstance(message, Hello):
+            raise ProtocolError("the first message must be a hello")
+        status = message.status
+        if not secrets.compare_digest(message.launch.encode(), self.launch.encode()):
+            raise ProtocolError("it belongs to another launch")
+        if status.rank >= self._world_size:
+            raise ProtocolError(f"there is no rank {status.rank} among {self._world_size}")
+        if status.rank in self.ranks:
+            raise ProtocolError(f"rank {status.rank} has connected before")
+        peer.rank = status.rank
+        peer.reader.max_bytes = MAX_RANK_MESSAGE_BYTES
+        del self._strangers[connection]
+        self.ranks[status.rank] = RankConnection(replace(status, time=time.time()), step_at=time.monotonic())
+        same = not self._plan or message.plan_digest == self._digest
+        answer: list[SupervisorMessage] = [Welcome(None if same else self._plan)]
         if self._stopping:
-            self._send(connection, {"say": "stop"})
-        self._introduce(status.host)
-        return status.rank
+            answer.append(Stop())
+        # The ranks of a host are told of each other: they see what becomes of each other.
+        local = {
+            rank: known.status.pid
+            for rank, known in self.ranks.items()
+            if known.status.host == status.host and rank != status.rank
+        }
+        self._send(connection, *answer, *(LocalRank(rank, pid) for rank, pid in local.items()))
+        for other, its_peer in list(self._peers.items()):
+            if its_peer.rank in local:
+                self._send(other, LocalRank(status.rank, status.pid))
 
-    def _introduce(self, host: str) -> None:
-        """Tell the ranks of a host of each other: they see what becomes of their neighbours."""
-        there = {rank: line.status.pid for rank, line in self.lines.items() if line.status.host == host}
-        for connection, rank in list(self._rank_of.items()):
-            if rank in there and len(there) > 1:
-                self._send(connection, {"neighbours": {r: pid for r, pid in there.items() if r != rank}})
+    def _handle(self, sender: RankConnection, message: Message) -> None:
+        """What a rank says. Raises ProtocolError where it may not say that."""
+        match message:
+            case Status():
+                told, known = message.status, sender.status
+                if (told.rank, told.host, told.pid) != (known.rank, known.host, known.pid):
+                    raise ProtocolError("a rank speaks for itself alone")
+                sender.status = replace(told, time=time.time())
+                sender.log_tail = message.log_tail or sender.log_tail
+            case Step():
+                sender.step, sender.step_at = message.step, time.monotonic()
+            case Busy():
+                sender.busy, sender.step_at = message.activity, time.monotonic()
+            case Stacks():
+                sender.stacks = message.text
+            case Orphaned():
+                sender.orphaned_at = time.time()
+            case RankStopped():
+                other = self._local_rank(sender, message.rank)
+                other.stopped_at = other.stopped_at or time.monotonic()
+            case RankResumed():
+                self._local_rank(sender, message.rank).stopped_at = None
+            case RankKilled():
+                self._local_rank(sender, message.rank).killed_by = message.signal
+            case RankOutOfMemory():
+                self._local_rank(sender, message.rank).out_of_memory = message.detail
+            case _:
+                raise ProtocolError(f"a rank sends no {message.type} here")
 
-    def _hear_of_neighbours(self, message: dict[str, Any]) -> None:
-        for rank in message.get("stopped", []):
-            self.lines[rank].stopped_at = self.lines[rank].stopped_at or time.monotonic()
-        for rank in message.get("goes_on", []):
-            self.lines[rank].stopped_at = None
-        for rank, number in message.get("killed", {}).items():
-            self.lines[int(rank)].killed_by = int(number)
-        for rank, words in message.get("out_of_memory", {}).items():
-            self.lines[int(rank)].out_of_memory = words
+    def _local_rank(self, sender: RankConnection, rank: int) -> RankConnection:
+        """Another rank of the sender's host. Raises ProtocolError for any other."""
+        found = self.ranks.get(rank)
+        if found is None or found is sender or found.status.host != sender.status.host:
+            raise ProtocolError(f"rank {rank} is not another one of {sender.status.host}")
+        return found
 
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        """Small, but for the plan: a line whose other end takes nothing for seconds is dead."""
+    def _send(self, connection: socket.socket, *messages: SupervisorMessage) -> None:
+        """Small, but for the plan: a connection whose other end takes nothing for seconds is dead."""
         try:
             connection.settimeout(SILENCE_SECONDS)
-            connection.sendall(json.dumps(message).encode() + b"\n")
+            connection.sendall(b"".join(map(encode, messages)))
             connection.setblocking(False)
         except OSError as error:
             if _is_silence(error):  # else it was closed, and its last words may still wait to be read
                 self._drop(connection, by_silence=True)
 
     def _drop(self, connection: socket.socket, *, by_silence: bool = False) -> None:
-        if connection not in self._received:
+        peer = self._peers.pop(connection, None)
+        if peer is None:
             return
-        rank = self._rank_of.pop(connection, None)
-        if rank is not None:
-            self.lines[rank].lost_at = time.time()
-            self.lines[rank].by_silence = by_silence
-        del self._received[connection]
+        self._strangers.pop(connection, None)
+        if peer.rank is not None:
+            self.ranks[peer.rank].lost_at = time.time()
+            self.ranks[peer.rank].by_silence = by_silence
         self._selector.unregister(connection)
         connection.close()
 
@@ -244,8 +316,3 @@ def _have_room_for(world_size: int) -> None:
 
 def _is_silence(error: OSError) -> bool:
     return isinstance(error, TimeoutError) or error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
-
-
-def _heard_now(record: dict[str, Any]) -> RankStatus:
-    """A rank's word, with the time of this machine's clock: which of two ranks failed first, one clock must tell."""
-    return RankStatus(**{**record, "time": time.time()})

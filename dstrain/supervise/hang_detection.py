@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 
 from dstrain.files import write_atomically
+from dstrain.runs.protocol import DumpStacks
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.control_server import ControlServer, Line
+from dstrain.supervise.control_server import ControlServer, RankConnection
 from dstrain.supervise.rank_watch import Sign
 
 LEAST_SECONDS = 60.0
@@ -28,7 +29,7 @@ _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>
 
 
 class Progress:
-    """Fed with the ranks' lines at each poll.
+    """Fed with what is known of the ranks at each poll.
 
     Args:
         bound: seconds without a step, or with one thing between two, after which the run hangs; None to derive it
@@ -42,14 +43,14 @@ class Progress:
         self._slowest = 0.0
         self._busy = False
 
-    def seconds_without_step(self, lines: Mapping[int, Line], now: float) -> float | None:
+    def seconds_without_step(self, ranks: Mapping[int, RankConnection], now: float) -> float | None:
         """How long no rank has ended a step, once that is too long; else None.
 
         Nothing hangs before the first step (a model is loaded) and once a rank has reached the end.
         """
-        if any(line.status.state != "running" for line in lines.values()):
+        if any(rank.status.state != "running" for rank in ranks.values()):
             return None
-        newest = max(lines.values(), key=lambda line: (line.step, line.step_at), default=None)
+        newest = max(ranks.values(), key=lambda rank: (rank.step, rank.step_at), default=None)
         if newest is None or newest.step == 0:
             return None
         if newest.step > self._step:
@@ -57,7 +58,7 @@ class Progress:
                 self._slowest = max(self._slowest, newest.step_at - self._step_at)
             self._step = newest.step
         self._step_at = max(self._step_at, newest.step_at)
-        self._busy = any(line.busy for line in lines.values())
+        self._busy = any(rank.busy for rank in ranks.values())
         waited = now - self._step_at
         return waited if waited > self.bound else None
 
@@ -87,19 +88,19 @@ class HangWatch:
 
     def look(self) -> Sign | None:
         """To be called at each poll: the hang, once it is one and all ranks had time to answer."""
-        lines, now = self._control.lines, time.monotonic()
+        ranks, now = self._control.ranks, time.monotonic()
         stopped = self._stopped_seconds(now)
-        waited = self._progress.seconds_without_step(lines, now)
+        waited = self._progress.seconds_without_step(ranks, now)
         if waited is None and stopped is None:
             self._asked_at = None
             return None
         if self._asked_at is None:
             self._asked_at = now
-            for line in lines.values():
-                line.stacks = None  # of an earlier question
-            self._control.tell("stacks")
+            for rank in ranks.values():
+                rank.stacks = None  # of an earlier question
+            self._control.broadcast(DumpStacks())
             return None
-        awaited = [line for line in lines.values() if line.stacks is None and line.stopped_at is None]
+        awaited = [rank for rank in ranks.values() if rank.stacks is None and rank.stopped_at is None]
         if awaited and now - self._asked_at < _ANSWER_SECONDS:
             return None
         if waited is not None:
@@ -110,32 +111,32 @@ class HangWatch:
         """How long a rank has been stopped, once that is too long; else None."""
         away, self._looked_at = now - self._looked_at > _AWAY_SECONDS, now
         longest = 0.0
-        for line in self._control.lines.values():
-            if line.stopped_at is not None and line.lost_at is None:
-                line.stopped_at = now if away else line.stopped_at
-                longest = max(longest, now - line.stopped_at)
+        for rank in self._control.ranks.values():
+            if rank.stopped_at is not None and rank.lost_at is None:
+                rank.stopped_at = now if away else rank.stopped_at
+                longest = max(longest, now - rank.stopped_at)
         bound = self._progress.bound  # infinity: nothing is called a hang
         return longest if longest > min(STOPPED_SECONDS, bound) and bound < float("inf") else None
 
     def _sign(self, what: str) -> Sign:
-        lines = self._control.lines
-        for rank, line in lines.items():
-            if line.stacks is not None:
-                write_atomically(self._folder.rank_stacks(rank), line.stacks)
-        self.silent = silent = [rank for rank, line in sorted(lines.items()) if line.stacks is None]
-        first = silent[0] if silent else min(lines)
+        ranks = self._control.ranks
+        for number, rank in ranks.items():
+            if rank.stacks is not None:
+                write_atomically(self._folder.rank_stacks(number), rank.stacks)
+        self.silent = silent = [number for number, rank in sorted(ranks.items()) if rank.stacks is None]
+        first = silent[0] if silent else min(ranks)
         if silent:
-            who = ", ".join(f"rank {rank} on {lines[rank].status.host}" for rank in silent[:8])
-            known = all(lines[rank].stopped_at is not None for rank in silent)
+            who = ", ".join(f"rank {number} on {ranks[number].status.host}" for number in silent[:8])
+            known = all(ranks[number].stopped_at is not None for number in silent)
             why = "stopped (SIGSTOP)" if known else "stopped (SIGSTOP), stuck in native code, or cut off"
             what += f"; {who} {'does' if len(silent) == 1 else 'do'} not answer: {why}"
         stand = [
-            f"rank {rank} waits in {where_it_stands(line.stacks)}"
-            for rank, line in sorted(lines.items())
-            if line.stacks is not None
+            f"rank {number} waits in {where_it_stands(rank.stacks)}"
+            for number, rank in sorted(ranks.items())
+            if rank.stacks is not None
         ]
         reason = "; ".join([what, *stand[:_TOLD]])
-        return Sign(first, lines[first].status.host, reason, time.time(), killed=False, quiet=True)
+        return Sign(first, ranks[first].status.host, reason, time.time(), killed=False, quiet=True)
 
 
 def where_it_stands(stacks: str) -> str:

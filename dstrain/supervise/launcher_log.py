@@ -1,50 +1,53 @@
-"""What the launchers themselves write about ranks and hosts that they lost."""
+"""The launcher's log: the output of whatever started the ranks, and what the guard writes beside it.
+
+What a launcher's own lines mean stands with the launcher (`dstrain.launch.launchers`).
+"""
 
 from __future__ import annotations
 
+import os
 import re
-import signal
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
-# pdsh puts "host: " before each line of a remote launcher.
-_KILLED = (
-    # deepspeed.launcher.launch
-    re.compile(r"^(?:(?P<host>[A-Za-z0-9._-]+): )?.*exits with return code = -(?P<number>\d+)"),
-    # torchrun's agent
-    re.compile(r"^(?:(?P<host>[A-Za-z0-9._-]+): )?.*failed \(exitcode: -(?P<number>\d+)\) local_rank: "),
-    # Open MPI's mpirun
-    re.compile(r"process rank \d+ with PID \d+ on node (?P<host>\S+) exited on signal (?P<number>\d+)"),
-    # Slurm's srun, which says a signal in strsignal(3)'s words
-    re.compile(r"^srun: error: (?P<host>\S+): tasks? \S+: (?P<words>[A-Z][a-z ]+?)(?: \(core dumped\))?$"),
-)
-_BY_WORDS = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
+from dstrain.launch.launchers import find_lost_host
+from dstrain.supervise.subreaper import LEFT_BEHIND
+
+_TAIL_BYTES = 64 * 1024
+_EXCEPTION = re.compile(r"(?:^|[\s:\]])(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
 
 
-def killed_in_log(lines: list[str]) -> tuple[str | None, int] | None:
-    """(host or None, signal) of the first rank that a launcher reports as killed, but for SIGTERM, which it sends
-    itself."""
-    for line in lines:
-        for pattern in _KILLED:
-            match = pattern.search(line)
-            if match is None:
-                continue
-            found = match.groupdict()
-            number = int(found["number"]) if "number" in found else _BY_WORDS.get(found["words"], 0)
-            if number not in (0, signal.SIGTERM):
-                return found["host"], number
+def log_lines(path: Path, start: int) -> list[str]:
+    """The lines of a log from ``start`` on, at most its last 64 KiB."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []  # no such log: a rank that never spoke
+
+
+def telling_line(log: Iterable[str]) -> str:
+    """The last line that names an exception, or the last line."""
+    spoken = [line.strip() for line in log if line.strip()]
+    return next((line for line in reversed(spoken) if _EXCEPTION.search(line)), spoken[-1] if spoken else "")
+
+
+def left_behind_in(log: Iterable[str]) -> tuple[str, float] | None:
+    """What the guard wrote when the launcher ended before its ranks, and when that was."""
+    for line in log:
+        words, at, moment = line.rpartition(" at ")
+        if at and words.startswith(LEFT_BEHIND):
+            reason = words.removeprefix("dstrain: ")
+            if "exit code 0," in reason:  # DeepSpeed's answer where what it waited for was killed
+                reason += ": a process that it had started was killed, probably"
+            return reason, datetime.fromisoformat(moment).timestamp()
     return None
 
 
-# ssh's own code for a connection that was lost or never made; pdsh waits for the other hosts all the same.
-_LOST = re.compile(r"^pdsh@[^:\s]+: (?P<host>\S+): ssh exited with exit code 255\s*$")
-
-
-def lost_in_log(lines: list[str]) -> str | None:
-    """The first host that pdsh's ssh could not reach, or not any more."""
-    return next((match["host"] for match in map(_LOST.search, lines) if match), None)
-
-
-class LogWatch:
+class LauncherLogWatch:
     """Follows the launcher log from ``start`` (in bytes) for a host that was lost."""
 
     def __init__(self, path: Path, start: int) -> None:
@@ -63,5 +66,5 @@ class LogWatch:
                 return False  # a network file system's hiccup: the next look will tell
             whole = new[: new.rfind(b"\n") + 1]
             self._position += len(whole)
-            self._lost = lost_in_log(whole.decode("utf-8", errors="replace").splitlines()) is not None
+            self._lost = find_lost_host(whole.decode("utf-8", errors="replace").splitlines()) is not None
         return self._lost

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 
 from dstrain.errors import RESUMABLE
+from dstrain.launch.launchers import find_killed_rank, find_lost_host
+from dstrain.launch.launchers.output import KilledRank
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
+from dstrain.supervise.launcher_log import left_behind_in, log_lines, telling_line
 from dstrain.supervise.process_tree import describe_signal, signal_name
 from dstrain.supervise.rank_watch import RankWatch, Sign
-from dstrain.supervise.subreaper import LEFT_BEHIND
 
 _TAIL_LINES = 20
-_TAIL_BYTES = 64 * 1024
-_EXCEPTION = re.compile(r"(?:^|[\s:\]])(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,10 @@ def judge(
         own_end: whether the launcher ended before it was told to.
         stops: the signals that the user sent, in their order.
     """
-    log = _lines(folder.launcher_log, log_start)
-    left_behind = _left_behind(log)
-    # An ssh that was lost says nothing of ranks that went on to their end, each on its own line.
-    if own_end and not watch.unfinished() and (code == 0 or lost_in_log(log) is not None):
+    log = log_lines(folder.launcher_log, log_start)
+    left_behind = left_behind_in(log)
+    # An ssh that was lost says nothing of ranks that went on to their end, each with its own connection.
+    if own_end and not watch.unfinished() and (code == 0 or find_lost_host(log) is not None):
         if watch.stopped_after() is None:
             return Outcome(ok=True, exit_code=0, cause=None)
         # Where they left only after the launcher's end, the guard has told them to, and nobody else.
@@ -77,11 +72,11 @@ def judge(
         rank, host, reason = None, None, left_behind[0]
     else:
         rank, host, reason = _blame(watch, sign, log, code)
-    tail = [] if rank is None else _lines(folder.rank_log(rank), 0)[-_TAIL_LINES:] or watch.tail(rank)
+    tail = [] if rank is None else log_lines(folder.rank_log(rank), 0) or watch.tail(rank)
     return Outcome(
         False,
         exit_code,
-        Cause(rank, host, reason, tail or log[-_TAIL_LINES:]),
+        Cause(rank, host, reason, (tail or log)[-_TAIL_LINES:]),
         by_user=bool(stops),
         trained=watch.trained(),
     )
@@ -91,7 +86,7 @@ def _blame(
     watch: RankWatch, sign: Sign | None, log: list[str], code: int
 ) -> tuple[int | None, str | None, str]:
     """(rank, host, reason), where the launcher did not leave its ranks behind."""
-    killed, lost = killed_in_log(log), lost_in_log(log)
+    killed, lost = find_killed_rank(log), find_lost_host(log)
     if lost is not None and killed is None and (sign is None or _follows_loss(sign, lost)):
         return None, lost, f"the connection to {lost} was lost or could not be made"
     if sign is not None and (sign.killed or killed is None or not sign.follows):
@@ -99,12 +94,16 @@ def _blame(
         return rank, sign.host, _how_it_ended(sign, killed, watch)
     if killed is not None:
         # A rank of another host was killed: it could say nothing, and the others failed for want of it.
-        host, number = killed
+        host = killed.host
         candidates = watch.still_running_on(host) if host else watch.unfinished()
         rank = candidates[0] if len(candidates) == 1 else None
-        return rank, host, ("a rank was " if rank is None else "") + f"killed by {describe_signal(number)}"
+        return (
+            rank,
+            host,
+            ("a rank was " if rank is None else "") + f"killed by {describe_signal(killed.signal)}",
+        )
     if not watch.spoke():
-        telling = _telling_line(log)
+        telling = telling_line(log)
         reason = f"the launcher {_ended(code)} before any rank spoke" + (f": {telling}" if telling else "")
         return None, None, reason
     unfinished = watch.unfinished()
@@ -117,11 +116,11 @@ def _blame(
     return rank, status.host if status else None, reason
 
 
-def _how_it_ended(sign: Sign, killed: tuple[str | None, int] | None, watch: RankWatch) -> str:
+def _how_it_ended(sign: Sign, killed: KilledRank | None, watch: RankWatch) -> str:
     """What a rank said; or its signal, where its launcher saw it, and what the kernel says of that."""
     if not sign.killed or sign.of_host:
         return sign.reason
-    number = sign.signal or watch.killed_by(sign.rank) or (killed[1] if killed else None)
+    number = sign.signal or watch.killed_by(sign.rank) or (killed.signal if killed else None)
     words = watch.out_of_memory(sign.rank) if number in (None, signal.SIGKILL) else None
     if words is not None:
         return f"killed by SIGKILL: {words}"
@@ -135,18 +134,6 @@ def _ended(code: int) -> str:
     if code > 128 and code - 128 in signal.valid_signals():
         return f"was killed by {signal_name(code - 128)}"
     return f"ended with exit code {code}"
-
-
-def _left_behind(log: list[str]) -> tuple[str, float] | None:
-    """What the guard wrote when the launcher ended before its ranks, and when that was."""
-    for line in log:
-        words, at, moment = line.rpartition(" at ")
-        if at and words.startswith(LEFT_BEHIND):
-            reason = words.removeprefix("dstrain: ")
-            if "exit code 0," in reason:  # DeepSpeed's answer where what it waited for was killed
-                reason += ": a process that it had started was killed, probably"
-            return reason, datetime.fromisoformat(moment).timestamp()
-    return None
 
 
 def _follows_the_launcher(sign: Sign, launcher_ended: float) -> bool:
@@ -164,20 +151,3 @@ def _follows_the_launcher(sign: Sign, launcher_ended: float) -> bool:
 def _follows_loss(sign: Sign, lost: str) -> bool:
     """Whether a rank of another host failed, for want of the lost one, and was not killed."""
     return not sign.killed and sign.host.split(".")[0] != lost.split(".")[0]
-
-
-def _telling_line(log: list[str]) -> str:
-    """The last line that names an exception, or the last line."""
-    spoken = [line.strip() for line in log if line.strip()]
-    return next((line for line in reversed(spoken) if _EXCEPTION.search(line)), spoken[-1] if spoken else "")
-
-
-def _lines(path: Path, start: int) -> list[str]:
-    """The lines of a log from ``start`` on, at most its last 64 KiB."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(start, size - _TAIL_BYTES))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []  # no such log: a rank that never spoke

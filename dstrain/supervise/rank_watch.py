@@ -1,4 +1,7 @@
-"""What the ranks say and whether they live: from their lines, their status files and, on this host, their processes."""
+"""What the ranks say and whether they live.
+
+Asked are their connections, their status files and, on this host, their processes.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from dataclasses import dataclass
 
 from dstrain.runs.out_of_memory import OutOfMemory
 from dstrain.runs.processes import Process, arguments, read_process
-from dstrain.runs.run_folder import RankStatus, RunFolder
-from dstrain.supervise.control_server import Line
+from dstrain.runs.protocol import RankStatus
+from dstrain.runs.run_folder import RunFolder
+from dstrain.supervise.control_server import RankConnection
 from dstrain.supervise.process_tree import describe_signal
 
 # Reading a thousand small files five times a second over NFS would load its server more than the training.
@@ -55,7 +59,7 @@ class Sign:
 
 class RankWatch:
     """Follows the ranks of one launch. ``session`` tells the session that the launcher's processes share, and
-    ``lines`` what is known of each rank through its connection.
+    ``connections`` what is known of each rank through its own.
 
     A rank counts as local when its status names this host (``socket.gethostname()``) and its pid was seen
     alive in that session, or with the run folder among its arguments (as when ssh started it). A host name
@@ -63,10 +67,14 @@ class RankWatch:
     """
 
     def __init__(
-        self, folder: RunFolder, ranks: range, session: Callable[[], int], lines: Mapping[int, Line]
+        self,
+        folder: RunFolder,
+        ranks: range,
+        session: Callable[[], int],
+        connections: Mapping[int, RankConnection],
     ) -> None:
         self._folder = folder
-        self._lines = lines
+        self._connections = connections
         self._ranks = ranks
         self._session = session
         self._host = socket.gethostname()
@@ -87,13 +95,13 @@ class RankWatch:
             for rank in self._ranks:
                 self._read(rank)
             self._next_read = time.monotonic() + len(self._ranks) * _SECONDS_A_RANK
-        for rank in self._lines.keys() - self._signs.keys():
-            self._look_at_line(rank)
+        for rank in self._connections.keys() - self._signs.keys():
+            self._look_at_connection(rank)
         for rank in self._ended.keys() - self._signs.keys():
-            line = self._lines.get(rank)
+            connection = self._connections.get(rank)
             if (
-                line is not None
-                and line.lost_at is None
+                connection is not None
+                and connection.lost_at is None
                 and now - self._alive_at[rank] < _WORD_SECONDS
                 and not force
             ):
@@ -126,20 +134,20 @@ class RankWatch:
 
     def tail(self, rank: int) -> list[str]:
         """The end of its log as it was sent with its failure: the log may lie on a disk of its own."""
-        line = self._lines.get(rank)
-        return [] if line is None else line.tail
+        connection = self._connections.get(rank)
+        return [] if connection is None else connection.log_tail.splitlines()
 
     def out_of_memory(self, rank: int) -> str | None:
         """The kernel's own words, where it killed the rank for want of memory and where that may be read."""
-        line, local = self._lines.get(rank), self._local.get(rank)
-        if line is not None and line.out_of_memory is not None:
-            return line.out_of_memory
+        connection, local = self._connections.get(rank), self._local.get(rank)
+        if connection is not None and connection.out_of_memory is not None:
+            return connection.out_of_memory
         return self._out_of_memory.words(local.pid) if local is not None else None
 
     def killed_by(self, rank: int) -> int | None:
         """The signal that ended it, as a rank beside it has seen."""
-        line = self._lines.get(rank)
-        return None if line is None else line.killed_by
+        connection = self._connections.get(rank)
+        return None if connection is None else connection.killed_by
 
     def unfinished(self) -> list[int]:
         """The ranks that said neither ``done`` nor ``stopped``."""
@@ -153,17 +161,17 @@ class RankWatch:
         """When the last of the ranks' last words was said, in seconds since the epoch."""
         return max((status.time for status in self._last.values()), default=0.0)
 
-    def unheard(self) -> bool:
-        """Whether a rank is missing that is neither on its line nor at its end."""
-        lines = [self._lines.get(rank) for rank in self._ranks]
+    def has_missing_rank(self) -> bool:
+        """Whether a rank is missing that is neither connected nor at its end."""
+        connections = [self._connections.get(rank) for rank in self._ranks]
         return any(
-            line is None or (line.lost_at is not None and line.status.state not in _GOOD_ENDS)
-            for line in lines
+            known is None or (known.lost_at is not None and known.status.state not in _GOOD_ENDS)
+            for known in connections
         )
 
     def trained(self) -> bool:
         """Whether a rank has gone on from a step, or ended one."""
-        return any(line.step for line in self._lines.values())
+        return any(known.step for known in self._connections.values())
 
     def spoke(self) -> bool:
         """Whether any rank said anything."""
@@ -190,11 +198,11 @@ class RankWatch:
             status = self._folder.read_status(rank)
         except OSError:
             return  # a network file system's hiccup: the next look will tell
-        line = self._lines.get(rank)
-        # What the line has said has the time of this host's clock; a file has that of its own host.
-        last = line is not None and line.status.state != "running"
-        if line is not None and (status is None or last or line.status.time > status.time):
-            status = line.status
+        connection = self._connections.get(rank)
+        # What came over the connection has the time of this host's clock; a file has that of its own host.
+        last = connection is not None and connection.status.state != "running"
+        if connection is not None and (status is None or last or connection.status.time > status.time):
+            status = connection.status
         if status is None or status == self._last.get(rank):
             return
         self._last[rank] = status
@@ -203,31 +211,34 @@ class RankWatch:
             follows = _LOST_ANOTHER.search(reason) is not None
             self._signs[rank] = Sign(rank, status.host, reason, status.time, killed=False, follows=follows)
         if rank not in self._local and status.host == self._host:
-            self._meet(rank, status.pid)
+            self._add_local(rank, status.pid)
 
-    def _look_at_line(self, rank: int) -> None:
-        """A rank of another host is dead when its line has ended without its last word."""
-        line, host = self._lines[rank], self._lines[rank].status.host
-        if line.orphaned_at is not None and self._before_the_stop(line.orphaned_at):
+    def _look_at_connection(self, rank: int) -> None:
+        """A rank of another host is dead when its connection has ended without its last word."""
+        connection = self._connections[rank]
+        host = connection.status.host
+        if connection.orphaned_at is not None and self._before_the_stop(connection.orphaned_at):
             reason = f"the launcher on {host} ended before its ranks (killed?)"
-            self._signs[rank] = Sign(rank, host, reason, line.orphaned_at, killed=False, of_host=True)
+            self._signs[rank] = Sign(rank, host, reason, connection.orphaned_at, killed=False, of_host=True)
             return
-        if rank in self._local or line.lost_at is None or not self._before_the_stop(line.lost_at):
+        if rank in self._local or connection.lost_at is None or not self._before_the_stop(connection.lost_at):
             return
         self._read(rank)
-        if self._last[rank].state != "running":
+        if self._last.get(rank, connection.status).state != "running":
             return
-        if line.by_silence:
+        if connection.by_silence:
             reason = f"nothing was heard of {host} any more: it lost its power or its network"
-            self._signs[rank] = Sign(rank, host, reason, line.lost_at, killed=True, of_host=True, quiet=True)
+            self._signs[rank] = Sign(
+                rank, host, reason, connection.lost_at, killed=True, of_host=True, quiet=True
+            )
         else:
             reason = "ended without a word: crashed, or killed by a signal (SIGKILL where memory ran out)"
-            self._signs[rank] = Sign(rank, host, reason, line.lost_at, killed=True)
+            self._signs[rank] = Sign(rank, host, reason, connection.lost_at, killed=True)
 
     def _before_the_stop(self, moment: float) -> bool:
         return self._stopped_at is None or moment < self._stopped_at
 
-    def _meet(self, rank: int, pid: int) -> None:
+    def _add_local(self, rank: int, pid: int) -> None:
         process = read_process(pid)
         if process is None:
             return
@@ -251,9 +262,9 @@ class RankWatch:
                 self._note_stop(rank, process.stopped)
 
     def _note_stop(self, rank: int, stopped: bool) -> None:
-        line = self._lines.get(rank)
-        if line is not None:
-            line.stopped_at = (line.stopped_at or time.monotonic()) if stopped else None
+        connection = self._connections.get(rank)
+        if connection is not None:
+            connection.stopped_at = (connection.stopped_at or time.monotonic()) if stopped else None
 
     def _vanished(self, rank: int) -> Sign:
         status = self._ended[rank]

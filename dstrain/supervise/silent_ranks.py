@@ -1,36 +1,37 @@
-"""An end for ranks of other hosts that do not even notice that their line has ended."""
+"""An end for ranks of other hosts that do not even notice that their connection has ended."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from dstrain.launch.ssh_reachability import ssh_command
-from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.runs.run_folder import RunFolder
 
 _SECONDS = 8.0
 # A number may belong to another process by now: only one that has the run folder among its arguments is ours.
 _KILL = "for p in {pids}; do tr '\\0' '\\n' </proc/$p/cmdline | grep -qxF -- {folder} && kill -9 $p; done"
 
 
-def kill_silent(ranks: Iterable[RankStatus], folder: RunFolder) -> None:
+def kill_silent(pids: Mapping[int, int], hosts: Sequence[str], folder: RunFolder) -> None:
     """SIGKILL over ssh, on all hosts at once, of ranks that are stopped or stuck in native code.
 
     Their launcher would wait for them: DeepSpeed's half a minute, or for ever where they are the only ones of their
     host. Where ssh does not get there, they stay.
+
+    Args:
+        pids: process numbers by rank, as the ranks said them.
+        hosts: by rank, the host on which the plan has it. What a rank says of its host is not asked: the name goes
+            into a command.
     """
-    pids: dict[str, list[int]] = {}
-    for status in ranks:
-        pids.setdefault(status.host, []).append(status.pid)
     started = []
-    for host, numbers in pids.items():
-        line = _KILL.format(pids=" ".join(map(str, numbers)), folder=shlex.quote(str(folder.path)))
+    for host, command in kill_commands(pids, hosts, folder).items():
         with suppress(FileNotFoundError):  # no ssh: another launcher than those that need it
             started.append(
                 subprocess.Popen(
-                    ssh_command(host, f"sh -c {shlex.quote(line)}"),
+                    ssh_command(host, command),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -42,3 +43,20 @@ def kill_silent(ranks: Iterable[RankStatus], folder: RunFolder) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def kill_commands(pids: Mapping[int, int], hosts: Sequence[str], folder: RunFolder) -> dict[str, str]:
+    """What the shell of each host is to run, by host; nothing for ranks that are on none of ``hosts``.
+
+    Raises:
+        ValueError, TypeError: a process number is no number.
+    """
+    by_host: dict[str, list[str]] = {}
+    for rank, pid in pids.items():
+        if 0 <= rank < len(hosts):
+            by_host.setdefault(hosts[rank], []).append(f"{pid:d}")
+    path = shlex.quote(str(folder.path))
+    return {
+        host: f"sh -c {shlex.quote(_KILL.format(pids=' '.join(numbers), folder=path))}"
+        for host, numbers in by_host.items()
+    }

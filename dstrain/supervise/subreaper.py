@@ -26,8 +26,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 LEFT_BEHIND = "dstrain: the launcher ended before its ranks"
 _POLL_SECONDS = 0.1
 _ORPHAN_SECONDS = 5.0
-# For ranks of other hosts to end with their lines, and their launchers with them.
-_LINE_SECONDS = 10.0
+# For ranks of other hosts to end with their connections, and their launchers with them.
+_CONNECTION_SECONDS = 10.0
 _TERMINATE, _LET_END = "terminate", "let-end"
 
 
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
             _signal_all(signal.SIGTERM)
             deadline = time.monotonic() + _ORPHAN_SECONDS
         elif (gone := _supervisor_is_gone()) and not terminate:
-            deadline = time.monotonic() + _LINE_SECONDS
+            deadline = time.monotonic() + _CONNECTION_SECONDS
         elif gone or (code is not None and _only_strays(left)):
             # Nobody waits for the run any more, or all that were told to stop have.
             _signal_all(signal.SIGTERM)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.hang_detection import HangWatch, Progress
-from dstrain.supervise.launcher_log import LogWatch
+from dstrain.supervise.launcher_log import LauncherLogWatch
 from dstrain.supervise.outcome import Cause, Outcome, judge
 from dstrain.supervise.process_tree import family, kill
 from dstrain.supervise.rank_watch import RankWatch
@@ -29,8 +30,8 @@ __all__ = ["Cause", "Outcome", "supervise"]
 _FAILURE_GRACE_SECONDS = 10.0
 # And after a second stop: the launcher may tell other hosts.
 _AT_ONCE_SECONDS = 2.0
-# For ranks to end after their lines have.
-_LINE_SECONDS = 5.0
+# For ranks to end after their connections have.
+_CONNECTION_SECONDS = 5.0
 _KILL_SECONDS = 10.0
 _LOOKS_A_POLL = 4
 
@@ -43,6 +44,7 @@ def supervise(
     control: ControlServer,
     world_size: int,
     first_rank: int = 0,
+    hosts: Sequence[str] = (),
     on_tick: Callable[[], None],
     hang_seconds: float | None = None,
     terminate: bool = True,
@@ -60,6 +62,7 @@ def supervise(
         folder: its earlier rank statuses are removed first; the launcher's output is appended to its log.
         control: whose address the environment tells. It is closed in the end: no rank outlives it, on any host.
         world_size: how many ranks must say ``done``, from ``first_rank`` on.
+        hosts: the host of each rank that ssh may be used to, by rank.
         hang_seconds: so long without a step is a hang (`progress.Progress`).
         terminate: whether SIGTERM may be sent to what doesn't end by itself. Not to DeepSpeed's launcher of several
             hosts: it would end every process on them that bears its command's name, ours or not.
@@ -77,8 +80,8 @@ def supervise(
     log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
     with _stop_signals() as stops:
         launcher = _Launcher(command, environment, folder.launcher_log, terminate)
-        watch = RankWatch(folder, ranks, lambda: launcher.pid, control.lines)
-        log = LogWatch(folder.launcher_log, log_start)
+        watch = RankWatch(folder, ranks, lambda: launcher.pid, control.ranks)
+        log = LauncherLogWatch(folder.launcher_log, log_start)
         hang = HangWatch(control, Progress(hang_seconds), folder)
 
         def wait(seconds: float, until: Callable[[], bool]) -> bool:
@@ -102,14 +105,14 @@ def supervise(
             if sign is not None:
                 watch.blame(sign)
             # The ranks that lost a host without a farewell wait for it in a collective: nothing ends by itself. With
-            # every rank on its line, an ssh that was lost carried no more than the launcher's output.
-            return watch.first_failure() is not None or (log.lost_host() and watch.unheard())
+            # every rank connected, an ssh that was lost carried no more than the launcher's output.
+            return watch.first_failure() is not None or (log.lost_host() and watch.has_missing_rank())
 
         try:
             wait(float("inf"), lambda: stopped() or failed())
             if stops.numbers and not launcher.ended():
                 folder.stop_request.touch()
-                control.tell("stop")
+                control.broadcast(Stop())
                 wait(leave_seconds, lambda: launcher.ended() or failed() or len(stops.numbers) > 1)
             first = watch.first_failure()
             if not stopped() and not (first is not None and first.quiet):
@@ -121,12 +124,11 @@ def supervise(
                     grace_seconds = min(grace_seconds, _FAILURE_GRACE_SECONDS)
                 if len(stops.numbers) > 1:
                     grace_seconds = min(grace_seconds, _AT_ONCE_SECONDS)
-                # Every rank ends with its line, on whatever host, and each node's launcher with its ranks.
+                # Every rank ends with its connection, on whatever host, and each node's launcher with its ranks.
                 control.close()
-                kill_silent(
-                    (control.lines[rank].status for rank in hang.silent if watch.is_far(rank)), folder
-                )
-                if not wait(min(grace_seconds, _LINE_SECONDS), launcher.ended) and terminate:
+                far = [rank for rank in hang.silent if watch.is_far(rank)]
+                kill_silent({rank: control.ranks[rank].status.pid for rank in far}, hosts, folder)
+                if not wait(min(grace_seconds, _CONNECTION_SECONDS), launcher.ended) and terminate:
                     launcher.terminate()
                     wait(grace_seconds, launcher.ended)
         finally:

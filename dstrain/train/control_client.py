@@ -1,10 +1,12 @@
-"""A rank's line to the supervisor: it says what it does, and ends when nobody is there any more."""
+"""A rank's connection to the supervisor: it says what it does, and ends when nobody is there any more.
+
+`dstrain.runs.protocol` has the messages.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import select
 import socket
@@ -13,13 +15,32 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 from dstrain.errors import DstrainError
-from dstrain.runs.protocol import ADDRESS, keep_alive
-from dstrain.runs.run_folder import RankStatus
-from dstrain.train.local_ranks import LocalRanks
+from dstrain.runs.protocol import (
+    ADDRESS,
+    MAX_SUPERVISOR_MESSAGE_BYTES,
+    Busy,
+    ControlAddress,
+    DumpStacks,
+    Hello,
+    LocalRank,
+    Message,
+    MessageReader,
+    Orphaned,
+    ProtocolError,
+    RankMessage,
+    RankStatus,
+    Stacks,
+    Status,
+    Step,
+    Stop,
+    Welcome,
+    encode,
+    keep_alive,
+)
+from dstrain.train.local_ranks import LocalRankMonitor
 
 GONE = 1
 """The exit code of a rank that lost its supervisor: its status says why."""
@@ -27,19 +48,21 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0  # of a supervisor that a thousand ranks ask at once
 _SECONDS_BETWEEN_STEPS = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
+_RECEIVE_BYTES = 64 * 1024
 
 
 class ControlClient:
-    """Without a supervisor (launch.sh typed by hand) nothing is said and nothing is awaited.
+    """Without a supervisor (launch.sh typed by hand) nothing is sent and nothing is awaited.
 
-    A thread listens, and looks at the processes beside this one. When the line ends, or this rank's launcher, it ends
-    this process: whatever the other threads wait for (a collective of a rank that is gone, a disk), it will not come.
+    A thread listens, and looks at the processes beside this one. When the connection ends, or this rank's launcher, it
+    ends this process: whatever the other threads wait for (a collective of a rank that is gone, a disk), it will not
+    come. So it does where the thread itself fails: a rank that listens to nobody would outlive its run.
     """
 
     def __init__(
         self, environment: Mapping[str, str], status: RankStatus, plan_seen: str | None = None
     ) -> None:
-        """Connect, say hello, and take in the answer.
+        """Connect, send the hello, and take in the answer.
 
         Args:
             plan_seen: `plan_digest` of the plan.json that this host sees; None where it sees none.
@@ -54,96 +77,107 @@ class ControlClient:
         """Names this launch; empty without a supervisor."""
         self._connection: socket.socket | None = None
         self._sending = threading.Lock()
-        self._step_told_at = 0.0
-        self._neighbours = LocalRanks()
-        address = environment.get(ADDRESS)
-        if not address:
+        self._step_sent_at = 0.0
+        self._local_ranks = LocalRankMonitor()
+        text = environment.get(ADDRESS)
+        if not text:
             return
-        self.launch, _, places = address.partition("@")
-        hosts, _, port = places.rpartition(":")
-        self._connection = _connect(hosts.split(","), int(port))
+        try:
+            address = ControlAddress.parse(text)
+        except ProtocolError as error:
+            raise DstrainError(str(error), where=ADDRESS) from None
+        self.launch = address.launch
+        self._connection = _connect(address)
         keep_alive(self._connection)
-        self._send({"launch": self.launch, "status": asdict(status), "plan": plan_seen})
-        answer, received = _first_message(self._connection)
-        self.plan = answer.get("plan")
-        threading.Thread(target=self._listen, args=(received,), name="control", daemon=True).start()
+        self._send(Hello(self.launch, status, plan_seen))
+        reader = MessageReader(MAX_SUPERVISOR_MESSAGE_BYTES)
+        self.plan = _welcome(self._connection, reader).plan
+        threading.Thread(
+            target=self._listen_or_end, args=(self._connection, reader), name="control", daemon=True
+        ).start()
 
-    def say(self, status: RankStatus, tail: list[str] | None = None) -> None:
-        """The rank's newest word; with a failure the end of its log, which may lie on a disk of its own."""
+    def send_status(self, status: RankStatus, log_tail: str = "") -> None:
+        """The rank's new state; with a failure the end of its log, which may lie on a disk of its own."""
         if status.state == "failed":
-            self._send(self._neighbours.news())  # why a neighbour died, if this rank fails for want of it
-        self._send({"status": asdict(status) | {"time": time.time()}} | ({"tail": tail} if tail else {}))
+            self._send(*self._local_ranks.changes())  # why another died, if this rank fails for want of it
+        self._send(Status(replace(status, time=time.time()), log_tail))
 
-    def ended(self, step: int) -> None:
-        """A step has ended. Fast steps are told now and then, to keep the supervisor idle."""
+    def step_ended(self, step: int) -> None:
+        """Fast steps are reported now and then, to keep the supervisor idle."""
         now = time.monotonic()
-        if now - self._step_told_at >= _SECONDS_BETWEEN_STEPS:
-            self._step_told_at = now
-            self._send({"step": step})
+        if now - self._step_sent_at >= _SECONDS_BETWEEN_STEPS:
+            self._step_sent_at = now
+            self._send(Step(step))
 
     @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[None]:
+    def busy(self, activity: str) -> Iterator[None]:
         """Between steps: a validation loss or a checkpoint may take far longer than a step, and is no hang."""
-        self._send({"busy": what})
+        self._send(Busy(activity))
         try:
             yield
         finally:
-            self._send({"busy": None})
+            self._send(Busy(None))
 
-    def ending(self) -> None:
+    def run_ending(self) -> None:
         """No step follows: what is left to do takes its time, once."""
-        self._send({"busy": "the end of the run"})
+        self._send(Busy("the end of the run"))
 
     def close(self) -> None:
-        """The rank's last word was said: from now on the line's end is nobody's."""
+        """The rank's last status was sent: from now on the connection's end is nobody's."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, *messages: RankMessage) -> None:
         connection = self._connection
-        if connection is None:
+        if connection is None or not messages:
             return
-        # An error is the line's end, which the thread that listens finds.
+        # An error is the connection's end, which the thread that listens finds.
         with self._sending, contextlib.suppress(OSError):
-            connection.sendall(json.dumps(message).encode() + b"\n")
+            connection.sendall(b"".join(map(encode, messages)))
 
-    def _listen(self, received: bytes) -> None:
-        connection = self._connection
-        assert connection is not None
+    def _listen_or_end(self, connection: socket.socket, reader: MessageReader) -> None:
+        try:
+            self._listen(connection, reader)
+        except ProtocolError as error:
+            self._end(f"what the supervisor sent is no message for a rank ({error})")
+        except OSError as error:
+            self._end(f"nothing came from the supervisor any more ({error.strerror or error})")
+        except BaseException as error:
+            self._end(f"it can't listen to the supervisor any more ({type(error).__name__}: {error})")
+
+    def _listen(self, connection: socket.socket, reader: MessageReader) -> None:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
         while self._connection is not None:
-            *whole, received = received.split(b"\n")
-            for text in whole:
-                self._hear(json.loads(text))
+            while (message := reader.next_message()) is not None:
+                self._handle(message)
             if not poll.poll(_SECONDS_BETWEEN_LOOKS * 1000):
                 self._look_around()
                 continue
-            try:
-                new = connection.recv(64 * 1024)
-            except OSError as error:
-                self._end(f"nothing came from the supervisor any more ({error.strerror})")
-                return
-            if not new:
+            received = connection.recv(_RECEIVE_BYTES)
+            if not received:
                 self._end("the supervisor has ended the run, or is gone")
                 return
-            received += new
+            reader.feed(received)
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        if message.get("say") == "stop":
-            self.asked_to_stop = True
-        elif message.get("say") == "stacks":
-            self._send({"stacks": _stacks()})
-        self._neighbours.meet({int(rank): pid for rank, pid in message.get("neighbours", {}).items()})
+    def _handle(self, message: Message) -> None:
+        """What the supervisor says. Raises ProtocolError where it is nothing for a rank."""
+        match message:
+            case Stop():
+                self.asked_to_stop = True
+            case DumpStacks():
+                self._send(Stacks(_stacks()))
+            case LocalRank():
+                self._local_ranks.add(message)
+            case _:
+                raise ProtocolError(f"a supervisor sends no {message.type} here")
 
     def _look_around(self) -> None:
-        news = self._neighbours.news()
-        if news:
-            self._send(news)
-        if self._neighbours.launcher_is_gone():
-            self._send({"orphaned": True})
+        self._send(*self._local_ranks.changes())
+        if self._local_ranks.launcher_is_gone():
+            self._send(Orphaned())
             self._end("its launcher is gone")
 
     def _end(self, why: str) -> None:
@@ -151,42 +185,47 @@ class ControlClient:
             return  # closed by us
         with contextlib.suppress(OSError):  # no word, on a full disk
             print(f"dstrain: this rank ends: {why}", file=sys.stderr, flush=True)
-        self._neighbours.kill_stopped()
-        os._exit(GONE)
-
-
-def _connect(hosts: list[str], port: int) -> socket.socket:
-    """To the first address that answers. Raises DstrainError where none does."""
-    tried = []
-    for host in hosts:
         try:
-            connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+            self._local_ranks.kill_stopped()
+        finally:
+            os._exit(GONE)
+
+
+def _connect(address: ControlAddress) -> socket.socket:
+    """To the first of its hosts that answers. Raises DstrainError where none does."""
+    tried = []
+    for host in address.hosts:
+        try:
+            connection = socket.create_connection((host, address.port), timeout=_CONNECT_SECONDS)
         except OSError as error:
             tried.append(f"{host}: {error.strerror or error}")
             continue
         connection.settimeout(None)
         return connection
     raise DstrainError(
-        f"{socket.gethostname()} can't reach the supervisor at port {port} ({'; '.join(tried)})",
+        f"{socket.gethostname()} can't reach the supervisor at port {address.port} ({'; '.join(tried)})",
         hint="open the way from this host to the machine that `dstrain run` was started on, or start launch.sh by hand",
     )
 
 
-def _first_message(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
-    """The supervisor's answer to hello, and what came after it. Raises DstrainError where none comes."""
-    received = b""
+def _welcome(connection: socket.socket, reader: MessageReader) -> Welcome:
+    """The supervisor's answer to the hello; what comes after it stays in ``reader``. Raises DstrainError where it does
+    not come."""
     connection.settimeout(_ANSWER_SECONDS)
     try:
-        while b"\n" not in received:
-            new = connection.recv(64 * 1024)
-            if not new:
+        while (answer := reader.next_message()) is None:
+            received = connection.recv(_RECEIVE_BYTES)
+            if not received:
                 raise ConnectionError("it closed the connection")
-            received += new
+            reader.feed(received)
     except OSError as error:
         raise DstrainError(f"the supervisor does not answer {socket.gethostname()}: {error}") from error
+    except ProtocolError as error:
+        raise DstrainError(f"what answers {socket.gethostname()} is no supervisor: {error}") from error
+    if not isinstance(answer, Welcome):
+        raise DstrainError(f"what answers {socket.gethostname()} is no supervisor: it sent {answer.type}")
     connection.settimeout(None)
-    text, _, rest = received.partition(b"\n")
-    return json.loads(text), rest
+    return answer
 
 
 def _stacks() -> str:

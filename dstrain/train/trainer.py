@@ -108,7 +108,7 @@ def _train(
     )
     first = checkpoints.load_newest(engine) + 1
     if first > 1:
-        control.ended(first - 1)  # another launch has, and this one is ready to go on
+        control.step_ended(first - 1)  # another launch has, and this one is ready to go on
     record_launch(folder, first, device)
     hooks.started(start_info(plan, folder, run_id=run_id, first_step=first, rank=rank))
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
@@ -144,7 +144,7 @@ def _train(
             result = engine.train_batch(batches.micro_batches(step), lr_of(step))
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
-            control.ended(step)
+            control.step_ended(step)
             record = {
                 "step": step,
                 "loss": result.loss,
@@ -177,9 +177,9 @@ def _train(
                     checkpoints.save(engine, step)
                 schedule.saved()
             if leave:
-                control.ending()
+                control.run_ending()
                 return step, False
-        control.ending()
+        control.run_ending()
     if metrics:
         metrics.close()
     if config.save_weights:

@@ -14,11 +14,13 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
-from dstrain.runs.run_folder import NODE_RANK, RankStatus, RunFolder
+from dstrain.runs.protocol import RankState, RankStatus
+from dstrain.runs.run_folder import NODE_RANK, RunFolder
 from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.rank_environment import (
@@ -57,13 +59,13 @@ def main(arguments: list[str]) -> int:
     folder.write_status(status)
     control: ControlClient | None = None
 
-    def say(state: str, *, step: int = 0, error: str | None = None) -> None:
-        word = RankStatus(status.rank, status.host, status.pid, state, step, error)
+    def report(state: RankState, *, step: int = 0, error: str | None = None) -> None:
+        last = replace(status, state=state, step=step, error=error)
         try:
-            folder.write_status(word)  # on a full disk this may fail; the line needs no disk
+            folder.write_status(last)  # on a full disk this may fail; the connection needs no disk
         finally:
             if control is not None:
-                control.say(word, tail=_tail(folder.rank_log(rank)) if error else [])
+                control.send_status(last, _tail(folder.rank_log(rank)) if error else "")
                 control.close()
 
     try:
@@ -83,10 +85,10 @@ def main(arguments: list[str]) -> int:
             with suppress(OSError):
                 print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):
-            say("failed", error=_in_one_line(error))
+            report("failed", error=_in_one_line(error))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.
         os._exit(error.exit_code if isinstance(error, DstrainError) else 1)
-    say("done" if reached_the_end else "stopped", step=last_step)
+    report("done" if reached_the_end else "stopped", step=last_step)
     return 0
 
 
@@ -114,9 +116,10 @@ def _log_to(path: Path) -> TextIO:
     return console
 
 
-def _tail(log: Path) -> list[str]:
+def _tail(log: Path) -> str:
     """The last lines of this rank's log, which may lie on a disk that the supervisor can't see."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -209,7 +209,7 @@ def test_nothing_outlives_a_killed_command(small: Callable[..., Run]) -> None:
     run.wait_for_the_end_of_all(begun)
 
 
-def test_ranks_that_are_on_their_lines_need_no_ssh(small: Callable[..., Run]) -> None:
+def test_connected_ranks_need_no_ssh(small: Callable[..., Run]) -> None:
     """SIGKILL of the ssh that started them: the run goes on, and every rank reports its end."""
     run = small(SHORT)
     [ssh] = [p for p in run.cluster.processes("n1") if p.arguments[0] == "ssh" and "n2" in p.arguments]

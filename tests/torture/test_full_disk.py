@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.runs.protocol import RankStatus
+from dstrain.runs.run_folder import RunFolder
 from dstrain.train.metrics import MetricsFile
 from tests.support.torture.runs import Layout, Run, assert_ends_as_unbroken
 

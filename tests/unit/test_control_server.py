@@ -1,8 +1,7 @@
-"""Ranks on the supervisor's line: real processes and sockets, no torch."""
+"""Ranks connected to the supervisor: real processes and sockets, no torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -10,16 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dstrain.runs.addresses import own_addresses
-from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import RankStatus, RunFolder
-from dstrain.supervise.control_server import ControlServer
+from dstrain.runs.protocol import ADDRESS, Hello, RankStatus, Stop, Welcome, decode, encode
+from dstrain.runs.run_folder import RunFolder
+from dstrain.supervise.control_server import ControlServer, RankConnection
 from dstrain.supervise.hang_detection import (
     BUSY_SECONDS,
     LEAST_SECONDS,
@@ -30,14 +27,17 @@ from dstrain.supervise.hang_detection import (
 )
 from tests.unit.test_launch_supervisor import ROOT, TWO_RANKS, Fake
 
-# A rank of a host that the supervisor can't look at: only its line tells of it.
+# A rank of a host that the supervisor can't look at: only its connection tells of it.
 FAR = """
+from dataclasses import replace
 from dstrain.train.control_client import ControlClient
 status = RankStatus(rank, "n2", os.getpid(), "running")
-line = ControlClient(os.environ, status)
+control = ControlClient(os.environ, status)
+def report(state, tail="", **values):
+    control.send_status(replace(status, state=state, **values), tail); control.close()
 def steps(numbers, seconds=0.6):
     for step in numbers:
-        time.sleep(seconds); line.ended(step)
+        time.sleep(seconds); control.step_ended(step)
 """
 
 
@@ -63,14 +63,13 @@ def test_a_far_rank_that_dies_is_known_at_once(fake: Fake) -> None:
 
 
 def test_a_rank_that_was_lost_comes_before_those_that_lost_it(fake: Fake) -> None:
-    """Whichever word comes first: here the other one's is there before the line has ended."""
+    """Whichever comes first: here the other one's word is there before the connection has ended."""
     rank = (
         FAR
         + """
 if rank == 0:
     time.sleep(1)
-    line.say(RankStatus(0, "n1", os.getpid(), "failed", error="RuntimeError: Connection closed by peer [10.0.0.2]:1"))
-    line.close(); sys.exit(1)
+    report("failed", error="RuntimeError: Connection closed by peer [10.0.0.2]:1"); sys.exit(1)
 time.sleep(1.4); os._exit(9)
 """
     )
@@ -107,8 +106,7 @@ def test_a_word_of_failure_needs_no_shared_disk(fake: Fake) -> None:
         FAR
         + """
 if rank == 1:
-    line.say(RankStatus(1, "n2", os.getpid(), "failed", error="ValueError: loss is nan"), tail=["its last line"])
-    line.close(); sys.exit(1)
+    report("failed", "its last line", error="ValueError: loss is nan"); sys.exit(1)
 time.sleep(300)
 """
     )
@@ -119,11 +117,11 @@ time.sleep(300)
 
 
 def test_done_needs_no_shared_disk(fake: Fake) -> None:
-    rank = FAR + "line.say(RankStatus(rank, 'n2', os.getpid(), 'done')); line.close()"
+    rank = FAR + "report('done')"
     assert fake.run(TWO_RANKS, rank).ok
 
 
-def test_a_rank_ends_with_its_line(fake: Fake) -> None:
+def test_a_rank_ends_with_its_connection(fake: Fake) -> None:
     """The launcher can't be told to end: the ranks go by themselves."""
     rank = (
         FAR + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(0.3 if rank else 300); sys.exit(3)"
@@ -133,13 +131,13 @@ def test_a_rank_ends_with_its_line(fake: Fake) -> None:
     assert "this rank ends: the supervisor has ended the run" in fake.folder.launcher_log.read_text()
 
 
-def test_a_stop_is_asked_for_through_the_line(fake: Fake) -> None:
+def test_a_stop_is_asked_for_over_the_connection(fake: Fake) -> None:
     rank = (
         FAR
         + """
-while not line.asked_to_stop:
+while not control.asked_to_stop:
     time.sleep(0.05)
-line.say(RankStatus(rank, "n2", os.getpid(), "stopped", 7)); line.close()
+report("stopped", step=7)
 """
     )
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -171,42 +169,18 @@ def test_a_stopped_rank_is_named(fake: Fake) -> None:
 
 
 def test_slow_steps_are_no_hang(fake: Fake) -> None:
-    rank = FAR + "steps([1, 2, 3]); line.say(RankStatus(rank, 'n2', os.getpid(), 'done')); line.close()"
+    rank = FAR + "steps([1, 2, 3]); report('done')"
     assert fake.run(TWO_RANKS, rank, hang_seconds=5.0).ok
-
-
-def test_strangers_are_not_heard() -> None:
-    status = {"rank": 0, "host": "x", "pid": 1, "state": "failed"}
-    launch = ""
-    with ControlServer(2) as control:
-        launch = control.address().partition("@")[0]
-        for said in (
-            b"GET / HTTP/1.1\r\n\r\n",
-            b"[]\n",
-            json.dumps({"launch": "another", "status": status}).encode() + b"\n",
-            json.dumps({"launch": launch, "status": status | {"rank": 2}}).encode() + b"\n",
-            json.dumps({"launch": launch, "status": {"rank": 0}}).encode() + b"\n",
-            b"x" * 3_000_000,
-        ):
-            with socket.create_connection(("127.0.0.1", control.port)) as stranger:
-                stranger.settimeout(5)
-                threading.Thread(target=_send, args=(stranger, said), daemon=True).start()
-                _poll(control, lambda stranger=stranger: _closed(stranger))
-        assert control.lines == {}
-        with socket.create_connection(("127.0.0.1", control.port)) as friend:
-            friend.sendall(json.dumps({"launch": launch, "status": status}).encode() + b"\n")
-            _poll(control, lambda: 0 in control.lines)
-        _poll(control, lambda: control.lines[0].lost_at is not None)
-        assert not control.lines[0].by_silence
 
 
 def test_a_rank_without_supervisor_listens_to_nobody() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         + """
-from dstrain.runs.run_folder import RankStatus
+from dstrain.runs.protocol import RankStatus
 from dstrain.train.control_client import ControlClient
-line = ControlClient({}, RankStatus(0, "n1", 1, "running")); line.ended(1); line.close(); print(line.asked_to_stop)
+control = ControlClient({}, RankStatus(0, "n1", 1, "running"))
+control.step_ended(1); control.close(); print(control.asked_to_stop)
 """
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
@@ -214,16 +188,15 @@ line = ControlClient({}, RankStatus(0, "n1", 1, "running")); line.ended(1); line
 
 def test_a_rank_that_comes_after_the_wish_to_stop_hears_of_it() -> None:
     with ControlServer(1) as control:
-        control.tell("stop")
+        control.broadcast(Stop())
         launch, _, places = control.address().partition("@")
         with socket.create_connection(("127.0.0.1", int(places.rpartition(":")[2]))) as rank:
-            hello = {"launch": launch, "status": asdict(RankStatus(0, "n1", 1, "running"))}
-            rank.sendall(json.dumps(hello).encode() + b"\n")
+            rank.sendall(encode(Hello(launch, RankStatus(0, "n1", 1, "running"))))
             deadline = time.monotonic() + 10
-            while not control.lines and time.monotonic() < deadline:
+            while not control.ranks and time.monotonic() < deadline:
                 control.poll()
-            answers = rank.makefile()
-            assert [json.loads(answers.readline()) for _ in range(2)] == [{"say": "welcome"}, {"say": "stop"}]
+            answers = rank.makefile("rb")
+            assert [decode(answers.readline()) for _ in range(2)] == [Welcome(), Stop()]
 
 
 def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
@@ -233,7 +206,7 @@ def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         + """
 import os
-from dstrain.runs.run_folder import RankStatus
+from dstrain.runs.protocol import RankStatus
 from dstrain.train.control_client import ControlClient
 ControlClient(os.environ, RankStatus(0, "n1", 1, "running"))
 """
@@ -244,7 +217,7 @@ ControlClient(os.environ, RankStatus(0, "n1", 1, "running"))
     assert "can't reach the supervisor at port" in said.stderr
 
 
-def test_the_line_is_offered_on_every_address() -> None:
+def test_the_server_is_offered_on_every_address() -> None:
     addresses = own_addresses()
     assert addresses[-1] == "127.0.0.1"
     assert len(set(addresses)) == len(addresses)
@@ -260,40 +233,40 @@ def test_ranks_of_this_machine_alone_need_no_network() -> None:
 
 def test_the_bound_of_a_hang_follows_from_the_slowest_step() -> None:
     with ControlServer(1) as control:
-        line = _line(control)
+        rank = _rank(control)
         progress = Progress(None)
-        assert progress.seconds_without_step(control.lines, 1e9) is None, (
+        assert progress.seconds_without_step(control.ranks, 1e9) is None, (
             "nothing hangs before the first step"
         )
         for step, at in ((1, 100.0), (2, 120.0), (3, 121.0)):
-            line.step, line.step_at = step, at
-            assert progress.seconds_without_step(control.lines, at + 1) is None
+            rank.step, rank.step_at = step, at
+            assert progress.seconds_without_step(control.ranks, at + 1) is None
         assert progress.bound == 200.0
-        assert progress.seconds_without_step(control.lines, 320.0) is None
-        assert progress.seconds_without_step(control.lines, 322.0) == 201.0
-        line.busy = "validation loss"
-        assert progress.seconds_without_step(control.lines, 322.0) is None, "it is between two steps"
-        assert progress.seconds_without_step(control.lines, 121.0 + BUSY_SECONDS + 1) == BUSY_SECONDS + 1
-        line.busy, line.step_at = None, 300.0
-        assert progress.seconds_without_step(control.lines, 499.0) is None, "the next step began at 300"
-        line.step, line.step_at = 4, 301.0
-        assert progress.seconds_without_step(control.lines, 302.0) is None
+        assert progress.seconds_without_step(control.ranks, 320.0) is None
+        assert progress.seconds_without_step(control.ranks, 322.0) == 201.0
+        rank.busy = "validation loss"
+        assert progress.seconds_without_step(control.ranks, 322.0) is None, "it is between two steps"
+        assert progress.seconds_without_step(control.ranks, 121.0 + BUSY_SECONDS + 1) == BUSY_SECONDS + 1
+        rank.busy, rank.step_at = None, 300.0
+        assert progress.seconds_without_step(control.ranks, 499.0) is None, "the next step began at 300"
+        rank.step, rank.step_at = 4, 301.0
+        assert progress.seconds_without_step(control.ranks, 302.0) is None
         assert progress.bound == 200.0, "what is done between steps is no slow step"
         assert Progress(None).bound == BUSY_SECONDS, "the second step has none to be compared with"
 
 
 def test_two_slow_steps_are_no_hang() -> None:
     with ControlServer(1) as control:
-        line, progress = _line(control), Progress(None)
-        line.step, line.step_at = 1, 100.0
-        assert progress.seconds_without_step(control.lines, 189.0) is None
-        line.step, line.step_at = 2, 190.0
-        assert progress.seconds_without_step(control.lines, 191.0) is None
+        rank, progress = _rank(control), Progress(None)
+        rank.step, rank.step_at = 1, 100.0
+        assert progress.seconds_without_step(control.ranks, 189.0) is None
+        rank.step, rank.step_at = 2, 190.0
+        assert progress.seconds_without_step(control.ranks, 191.0) is None
         assert progress.bound == 900.0
         quick = Progress(None)
         for step in (1, 2):
-            line.step, line.step_at = step, 100.0 + step
-            quick.seconds_without_step(control.lines, 102.0)
+            rank.step, rank.step_at = step, 100.0 + step
+            quick.seconds_without_step(control.ranks, 102.0)
         assert quick.bound == LEAST_SECONDS
 
 
@@ -304,8 +277,8 @@ def test_a_rank_that_is_stopped_is_no_hang_while_we_were_away(
     folder = RunFolder(tmp_path)
     folder.logs.mkdir()
     with ControlServer(1) as control:
-        line = _line(control)
-        line.stopped_at = time.monotonic() - STOPPED_SECONDS - 1
+        rank = _rank(control)
+        rank.stopped_at = time.monotonic() - STOPPED_SECONDS - 1
         assert HangWatch(control, Progress(float("inf")), folder).look() is None, "asked for never"
         hang = HangWatch(control, Progress(None), folder)
         assert hang.look() is None, "it asks the others first"
@@ -317,7 +290,7 @@ def test_a_rank_that_is_stopped_is_no_hang_while_we_were_away(
 
 def test_where_it_stands() -> None:
     stacks = """Current thread 0x1 (most recent call first):
-  File "/x/lifeline.py", line 5 in _stacks
+  File "/x/control_client.py", line 5 in _stacks
 
 Thread 0x2 (most recent call first):
   File "/lib/torch/distributed.py", line 12 in all_reduce
@@ -327,38 +300,8 @@ Thread 0x2 (most recent call first):
     assert where_it_stands("") == "no Python code"
 
 
-def _line(control: ControlServer):
-    from dstrain.supervise.control_server import Line
-
-    control.lines[0] = Line(RankStatus(0, "n1", 1, "running"))
-    return control.lines[0]
-
-
-def _send(stranger: socket.socket, said: bytes) -> None:
-    try:
-        stranger.sendall(said)
-        if not said.endswith(b"\n"):
-            stranger.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # hung up on, as it should be
-
-
-def _closed(stranger: socket.socket) -> bool:
-    stranger.settimeout(0.05)
-    try:
-        return stranger.recv(1) == b""
-    except TimeoutError:
-        return False
-    except OSError:
-        return True
-
-
-def _poll(control: ControlServer, until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not until():
-        assert time.monotonic() < deadline
-        control.poll()
-        time.sleep(0.01)
+def _rank(control: ControlServer) -> RankConnection:
+    return control.ranks.setdefault(0, RankConnection(RankStatus(0, "n1", 1, "running")))
 
 
 def test_a_console_that_nobody_reads_any_more_is_no_failure(tmp_path: Path) -> None:

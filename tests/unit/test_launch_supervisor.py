@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import RESUMABLE
-from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.launch.launchers import find_killed_rank, find_lost_host
+from dstrain.launch.launchers.output import KilledRank
+from dstrain.runs.protocol import ADDRESS, RankStatus
+from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
-from dstrain.supervise.launcher_log import killed_in_log, lost_in_log
 from dstrain.supervise.outcome import Outcome
 from dstrain.supervise.supervisor import supervise
 
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = f"""
 import os, signal, socket, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.runs.protocol import ADDRESS, RankStatus
+from dstrain.runs.run_folder import RunFolder
 folder, mark = RunFolder(sys.argv[1]), sys.argv[2]
 def say(rank, state, error=None, pid=None, host=None):
     host = host or socket.gethostname()
@@ -236,10 +237,10 @@ time.sleep(60)
     assert fake.left() == []
 
 
-def test_lost_in_log() -> None:
-    assert lost_in_log(["pdsh@n1: 10.0.0.2: ssh exited with exit code 255"]) == "10.0.0.2"
-    assert lost_in_log(["pdsh@n1: n2: ssh exited with exit code 247"]) is None
-    assert lost_in_log(["n1: pdsh@n1: n2: ssh exited with exit code 255"]) is None
+def test_find_lost_host() -> None:
+    assert find_lost_host(["pdsh@n1: 10.0.0.2: ssh exited with exit code 255"]) == "10.0.0.2"
+    assert find_lost_host(["pdsh@n1: n2: ssh exited with exit code 247"]) is None
+    assert find_lost_host(["n1: pdsh@n1: n2: ssh exited with exit code 255"]) is None
 
 
 def test_ranks_left_behind_are_ended(fake: Fake) -> None:
@@ -355,11 +356,11 @@ def _wait(until, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_killed_in_log() -> None:
+def test_find_killed_rank() -> None:
     error = "[2026-01-01] [ERROR] [launch.py:325:sigkill_handler] ['python'] exits with return code = "
-    assert killed_in_log([error + "1", "x"]) is None
-    assert killed_in_log([error + "-15", error + "-9"]) == (None, 9)
-    assert killed_in_log(["n1: " + error + "1", "n2: " + error + "-11"]) == ("n2", 11)
+    assert find_killed_rank([error + "1", "x"]) is None
+    assert find_killed_rank([error + "-15", error + "-9"]) == KilledRank(None, 9)
+    assert find_killed_rank(["n1: " + error + "1", "n2: " + error + "-11"]) == KilledRank("n2", 11)
 
 
 @pytest.mark.parametrize(
@@ -376,5 +377,5 @@ def test_killed_in_log() -> None:
         ("srun: error: n2: task 3: Exited with exit code 1", None),
     ],
 )
-def test_killed_in_the_log_of_other_launchers(line: str, killed: tuple[str, int] | None) -> None:
-    assert killed_in_log(["earlier", line]) == killed
+def test_find_killed_rank_of_other_launchers(line: str, killed: tuple[str, int] | None) -> None:
+    assert find_killed_rank(["earlier", line]) == (None if killed is None else KilledRank(*killed))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 from dstrain.errors import DstrainError
 from dstrain.launch.launch_spec import LaunchSpec, check_slots
+from dstrain.launch.launchers import output
+
+# deepspeed.launcher.launch, which starts the ranks of a host.
+_KILLED = re.compile(output.HOST_PREFIX + r".*exits with return code = -(?P<signal>\d+)")
 
 
 def command(request: LaunchSpec) -> list[str]:
@@ -29,6 +34,11 @@ def command(request: LaunchSpec) -> list[str]:
         *("--hostfile", os.devnull, *_devices(request), "--master_addr", "127.0.0.1"),
         *("--master_port", str(request.master_port), "--no_local_rank", "--module", *request.worker),
     ]
+
+
+def killed_rank(line: str) -> output.KilledRank | None:
+    """The rank that DeepSpeed's node launcher reports as killed in a line of its output."""
+    return output.killed_rank(_KILLED, line)
 
 
 def _devices(request: LaunchSpec) -> list[str]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 from dstrain.errors import DstrainError
 from dstrain.launch.launch_spec import LaunchSpec, check_remote
+from dstrain.launch.launchers import output
 from dstrain.runs.run_folder import RunFolder
+
+_KILLED = re.compile(r"process rank \d+ with PID \d+ on node (?P<host>\S+) exited on signal (?P<signal>\d+)")
 
 
 def command(request: LaunchSpec) -> list[str]:
@@ -31,3 +35,8 @@ def command(request: LaunchSpec) -> list[str]:
         *(f"--launcher_args={options}", "--force_multi", "--master_addr", request.master_addr),
         *("--master_port", str(request.master_port), "--no_local_rank", "--module", *request.worker),
     ]
+
+
+def killed_rank(line: str) -> output.KilledRank | None:
+    """The rank that mpirun reports as killed in a line of its output."""
+    return output.killed_rank(_KILLED, line)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from dstrain.launch.launch_spec import LaunchSpec, check_remote
 from dstrain.runs.run_folder import RunFolder
+
+# ssh's own code for a connection that was lost or never made; pdsh waits for the other hosts all the same.
+_LOST = re.compile(r"^pdsh@[^:\s]+: (?P<host>\S+): ssh exited with exit code 255\s*$")
 
 
 def command(request: LaunchSpec) -> list[str]:
@@ -16,3 +21,9 @@ def command(request: LaunchSpec) -> list[str]:
         *("--force_multi", "--master_addr", request.master_addr),
         *("--master_port", str(request.master_port), "--no_local_rank", "--module", *request.worker),
     ]
+
+
+def lost_host(line: str) -> str | None:
+    """The host that a line of pdsh reports as not reached by ssh, or not any more."""
+    match = _LOST.search(line)
+    return None if match is None else match["host"]

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 from dstrain.launch.launch_spec import LaunchSpec, check_slots
+from dstrain.launch.launchers import output
 from dstrain.launch.placement import no_allocation
+
+# srun has the signal in strsignal(3)'s words.
+_KILLED = re.compile(
+    r"^srun: error: (?P<host>\S+): tasks? \S+: (?P<description>[A-Z][a-z ]+?)(?: \(core dumped\))?$"
+)
 
 
 def command(request: LaunchSpec, environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -36,3 +43,8 @@ def command(request: LaunchSpec, environ: Mapping[str, str] = os.environ) -> lis
         *("sh", "-c", 'trap "" TERM; exec "$@"', "sh"),
         *(request.python, "-u", "-m", *request.worker),
     ]
+
+
+def killed_rank(line: str) -> output.KilledRank | None:
+    """The rank that srun reports as killed in a line of its output."""
+    return output.killed_rank(_KILLED, line)

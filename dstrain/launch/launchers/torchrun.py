@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LIFELINE, LaunchSpec, check_remote, check_slots
+from dstrain.launch.launch_spec import CONTROL_ADDRESS, LaunchSpec, check_remote, check_slots
+from dstrain.launch.launchers import output
 from dstrain.runs.protocol import ADDRESS
+
+_KILLED = re.compile(output.HOST_PREFIX + r".*failed \(exitcode: -(?P<signal>\d+)\) local_rank: ")
 
 
 def command(request: LaunchSpec) -> list[str]:
@@ -34,7 +38,7 @@ def command(request: LaunchSpec) -> list[str]:
     exported = "".join(
         f"export {name}={shlex.quote(value)}; " for name, value in sorted(request.environment.items())
     )
-    exported += f"export {ADDRESS}={LIFELINE}; "
+    exported += f"export {ADDRESS}={CONTROL_ADDRESS}; "
     names = ",".join(host.name for host in request.hosts)
     place = shlex.quote(str(request.directory.absolute()))
     return ["pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", names, f"{exported}cd {place} && exec {started}"]
@@ -48,3 +52,8 @@ def agent(request: LaunchSpec, master: str, *, node_rank: str, nodes: int) -> li
         *(f"--master-addr={master}", f"--master-port={request.master_port}", "--max-restarts=0"),
         *("--module", *request.worker),
     ]
+
+
+def killed_rank(line: str) -> output.KilledRank | None:
+    """The rank that torchrun's agent reports as killed in a line of its output."""
+    return output.killed_rank(_KILLED, line)

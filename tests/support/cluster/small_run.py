@@ -1,4 +1,4 @@
-"""A run on two hosts without torch: supervisor, guard, pdsh and ssh, control and their neighbours are the real ones;
+"""A run on two hosts without torch: supervisor, guard, pdsh and ssh, the ranks' connections are the real ones;
 the launcher and the ranks are small, and behave like DeepSpeed's and like ranks that wait for each other.
 
     python -m tests.support.cluster.small_run command FOLDER STEPS HANG_SECONDS
@@ -17,10 +17,10 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import RankStatus, RunFolder
+from dstrain.runs.protocol import ADDRESS, RankState, RankStatus
+from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import supervise
 from dstrain.train.control_client import ControlServer as RankLifeline
@@ -44,6 +44,7 @@ def command(folder: str, steps: str, hang_seconds: str) -> int:
         folder=RunFolder(folder),
         control=control,
         world_size=len(_HOSTS) * _RANKS,
+        hosts=[host for host in _HOSTS for _ in range(_RANKS)],
         on_tick=lambda: None,
         hang_seconds=float(hang_seconds),
         terminate=False,
@@ -90,10 +91,10 @@ def rank(folder: str, steps: str, number: str) -> int:
     control = RankLifeline(os.environ, status)
     others = _Others(status.rank)
 
-    def say(state: str, step: int, error: str | None = None) -> None:
-        word = RankStatus(status.rank, status.host, status.pid, state, step, error)
-        run.write_status(word)
-        control.say(word)
+    def report(state: RankState, step: int, error: str | None = None) -> None:
+        last = replace(status, state=state, step=step, error=error)
+        run.write_status(last)
+        control.send_status(last)
         control.close()
 
     for step in range(1, int(steps) + 1):
@@ -101,10 +102,10 @@ def rank(folder: str, steps: str, number: str) -> int:
         try:
             others.step()
         except ConnectionError:
-            say("failed", step, "RuntimeError: [pair.cc:534] Connection closed by peer")
+            report("failed", step, "RuntimeError: [pair.cc:534] Connection closed by peer")
             return 1
-        control.ended(step)
-    say("done", int(steps))
+        control.step_ended(step)
+    report("done", int(steps))
     return 0
 
 
