@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "did you mean micro_batch?",
     "zero_stage": "did you mean zero?",
 }
-_MOST_SHOWN = 100  # characters of a value
+_MOST_SHOWN = 300  # characters of a value, which may be a path
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
 

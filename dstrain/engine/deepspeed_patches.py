@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from functools import wraps
 from types import MethodType
 from typing import Any
 
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -40,3 +43,25 @@ class PatchedEngine(DeepSpeedEngine):
 
     def clip_fp32_gradients(self) -> None:
         clip_whole(self.module.parameters(), self._global_grad_norm, self.gradient_clipping())
+
+
+def _quoted_libraries(jit_load: Any) -> Any:
+    """DeepSpeed's CPU optimizer and its reader of NVMe disks are compiled where they are used. torch quotes the
+    include folders for that, and not its own library folder: where the path of the virtual environment holds a
+    space, nothing could be linked."""
+
+    @wraps(jit_load)
+    def load(self: OpBuilder, verbose: bool = True) -> Any:
+        from torch.utils import cpp_extension
+
+        folder = cpp_extension.TORCH_LIB_PATH
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(folder)
+        try:
+            return jit_load(self, verbose)
+        finally:
+            cpp_extension.TORCH_LIB_PATH = folder
+
+    return load
+
+
+OpBuilder.jit_load = _quoted_libraries(OpBuilder.jit_load)

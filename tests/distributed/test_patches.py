@@ -261,3 +261,22 @@ def test_router_loss_is_carried_from_stage_to_stage(case: Case) -> None:
 def test_a_loss_in_chunks_of_tokens_is_the_same_loss(case: Case) -> None:
     """24 tokens divide no row of 16 and no micro-batch; the head's weights are used several times a pass."""
     assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+def test_operators_are_linked_where_the_path_of_torch_holds_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the whole suite shows in a checkout with such a path: `.ci/run` makes one."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
+    from torch.utils import cpp_extension
+
+    import dstrain.engine.mends  # noqa: F401
+
+    linked_with = []
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/two words/lib")
+    monkeypatch.setattr(cpp_extension, "verify_ninja_availability", lambda: None)
+    monkeypatch.setattr(cpp_extension, "load", lambda **_: linked_with.append(cpp_extension.TORCH_LIB_PATH))
+    monkeypatch.setattr(CPUAdamBuilder, "is_compatible", lambda self, verbose: True)
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    CPUAdamBuilder().load()
+    assert linked_with == ["'/two words/lib'"]
+    assert cpp_extension.TORCH_LIB_PATH == "/two words/lib"
