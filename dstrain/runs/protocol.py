@@ -289,7 +289,7 @@ def status_text(status: RankStatus) -> str:
 
 
 def parse_status(text: bytes) -> RankStatus:
-    """The status that `status_text` wrote (keys of a later version are ignored). Raises ProtocolError for anything else."""
+    """The status that `status_text` wrote; keys of a later version are ignored. Raises ProtocolError."""
     with _only_protocol_errors():
         return _statuses().validate_json(text, strict=True)
 
