@@ -11,7 +11,7 @@ from dstrain.api.planning import Prepared, prepare
 from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import as_flags
 from dstrain.errors import DstrainError
-from dstrain.estimate.verdict import memory_needed
+from dstrain.estimate.memory import memory_needed
 from dstrain.planning.checks import check_precision, refusals_in_any_layout
 from dstrain.planning.fitting.candidates import Candidate, fixed_choices
 from dstrain.planning.fitting.search import Fit, Scored, fit

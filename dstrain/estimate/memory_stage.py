@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
-from dstrain.planning.checks import frozen_names
+from dstrain.planning.frozen import frozen_names
 from dstrain.planning.model_shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -12,16 +12,14 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device
 from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
-from dstrain.estimate.memory import USABLE, StageMemory, estimate, stage_memory
+from dstrain.estimate.memory import USABLE, StageMemory, estimate, memory_verdict, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.estimate.time import StepTime, step_time
 from dstrain.estimate.traffic import Traffic
-from dstrain.estimate.verdict import memory_verdict
 from dstrain.planning.attention import check_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.checks import (
     check_batch,
-    check_frozen,
     check_layerdrop,
     check_model,
     check_partition,
@@ -29,10 +27,11 @@ from dstrain.planning.checks import (
     refuse,
 )
 from dstrain.planning.deepspeed.values import deepspeed_config
+from dstrain.planning.frozen import check_frozen
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
-from dstrain.planning.loss_chunk import loss_chunk
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.stage_partition import cut_as_asked, cut_by_time
+from dstrain.planning.partition import cut_as_asked, cut_by_time
+from dstrain.planning.sizes import loss_chunk
 from dstrain.planning.warnings import (
     warnings_about,
     warnings_about_balance,

@@ -7,10 +7,9 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
-from dstrain.estimate.memory import USABLE, StageMemory
+from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
-from dstrain.estimate.verdict import memory_needed
 from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks

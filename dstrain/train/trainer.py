@@ -25,7 +25,7 @@ from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
-from dstrain.planning.checks import is_frozen
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics

@@ -11,8 +11,7 @@ import pytest
 from dstrain.config.loader import ResolvedConfig, load_config, override
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device, Link, find_device
-from dstrain.estimate.memory import USABLE
-from dstrain.estimate.verdict import memory_needed
+from dstrain.estimate.memory import USABLE, memory_needed
 from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixed_choices
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit

@@ -6,8 +6,8 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.batch import Batch
-from dstrain.planning.buckets import bucket_size
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, Derived, compose, contradictions
+from dstrain.planning.sizes import bucket_size
 
 
 def deepspeed_config(

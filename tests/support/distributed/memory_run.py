@@ -11,8 +11,8 @@ import torch
 from deepspeed.runtime.pipe import schedule
 
 from dstrain.config.loader import load_config
-from dstrain.planning import loss_chunk
-from dstrain.planning.checks import is_frozen
+from dstrain.planning import sizes
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines, Plan, make_plan
@@ -53,13 +53,13 @@ class Counting:
     @contextmanager
     def chunks(self) -> Iterator[None]:
         """Let the plan make the logits of so many tokens at a time as ``loss_chunk`` says, if it says something."""
-        usual = loss_chunk.LOGITS
+        usual = sizes.LOGITS
         if self.loss_chunk:
-            loss_chunk.LOGITS = 4 * VOCABULARY * self.loss_chunk
+            sizes.LOGITS = 4 * VOCABULARY * self.loss_chunk
         try:
             yield
         finally:
-            loss_chunk.LOGITS = usual
+            sizes.LOGITS = usual
 
     def __str__(self) -> str:
         parts = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dstrain.config.loader import load_config
-from dstrain.planning.checks import is_frozen
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines, Plan, make_plan

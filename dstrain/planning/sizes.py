@@ -1,9 +1,20 @@
-"""How many tokens' logits are made at a time for the loss."""
+"""Sizes that a plan chooses by memory: of DeepSpeed's buckets, and of the chunks in which the loss is computed."""
 
 from __future__ import annotations
 
+LARGEST_BUCKET = 200_000_000
+"""Elements."""
+
 LOGITS = 256 * 2**20
 """Bytes of logits in fp32 that are made at a time."""
+
+
+def bucket_size(stage_parameters: int) -> int:
+    """Elements of a bucket that holds the largest stage's parameters, an even number, where that is not too many.
+
+    DeepSpeed's default of 5e8 would be allocated whole: 2 GB for a model of one million parameters.
+    """
+    return min(2 * ((stage_parameters + 1) // 2), LARGEST_BUCKET)
 
 
 def loss_chunk(micro_batch: int, seq_len: int, vocab_size: int, *, tokenwise: bool = True) -> int:
