@@ -28,6 +28,7 @@ from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.saved_files import SavedTensor
 from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
 from dstrain.errors import DstrainError
+from dstrain.planning.optimizers import facts_of_type, kept_states
 
 Matched = dict[nn.Parameter, SavedParameter]
 Say = Callable[[str], None]
@@ -55,7 +56,7 @@ def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, A
     """
     matched = _match(engine.module, saved)
     if saved.counters["global_steps"] > saved.counters["skipped_steps"]:
-        _refuse_lost_states(engine.basic_optimizer, matched, saved)
+        _refuse_lost_states(_needed_states(engine), matched, saved)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         _fill_shards(engine.optimizer, matched, say)
     else:
@@ -94,12 +95,15 @@ def _match(module: nn.Module, saved: SavedState) -> Matched:
     return matched
 
 
-def _refuse_lost_states(optimizer: torch.optim.Optimizer, matched: Matched, saved: SavedState) -> None:
+def _needed_states(engine: DeepSpeedEngine) -> set[str]:
+    """The tensors that the engine's optimizer keeps for a parameter, as far as dstrain knows it."""
+    facts = facts_of_type(engine.optimizer_name())
+    options = engine.optimizer_params() or {}
+    return {state.name for state in kept_states(facts, options)} if facts is not None else set()
+
+
+def _refuse_lost_states(needed: set[str], matched: Matched, saved: SavedState) -> None:
     """Refuse to train on with an optimizer that would begin anew. Raises DstrainError."""
-    needed = {"exp_avg", "exp_avg_sq"}
-    if isinstance(optimizer, torch.optim.SGD):
-        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
-        needed = {"momentum_buffer"} if with_momentum else set()
     for parameter, held in matched.items():
         lost = needed - held.states.keys()
         if parameter.requires_grad and lost:

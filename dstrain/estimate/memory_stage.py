@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dstrain.config.schema import RunConfig
 from dstrain.planning.frozen import frozen_names
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import kept_states, optimizer_facts
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one number, by precision."""
@@ -20,7 +21,7 @@ def weight_bytes(config: RunConfig) -> int:
 
 def moment_bytes(config: RunConfig) -> int:
     """Bytes of the optimizer's own state for one parameter."""
-    return 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
+    return 4 * len(kept_states(optimizer_facts(config.optimizer), vars(config)))
 
 
 def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequence[str]) -> int:

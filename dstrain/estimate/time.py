@@ -13,6 +13,7 @@ from dstrain.estimate.traffic import Traffic, busiest, messages_along, stage_tra
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import optimizer_facts, update_bytes
 from dstrain.planning.sizes import loss_chunk
 
 REACHED = 0.8
@@ -256,11 +257,8 @@ def _link(part: Traffic, device: Device) -> Link:
     return {"inside": device.inside, "between": device.between, "host": device.host_link}[part.link]
 
 
-# Bytes that the update moves for one parameter: torch's optimizers go over lists of tensors once for each term.
-_ADAMW = 80
-_SGD = 12
-_MOMENTUM = 12
-# The norm, clipping, and the weights written in their own precision.
+# Bytes that are moved for one parameter beside the update itself, which `dstrain.planning.optimizers` has: the norm,
+# clipping, and the weights written in their own precision.
 # On CPUs a large tensor is new memory each time, whose pages the kernel has to clear first: what is said for them was
 # measured with DeepSpeed 0.19.8, in processor seconds of a rank with 2, 10 and 23 million parameters.
 _BESIDE = {"cuda": 20, "cpu": 40}
@@ -269,11 +267,6 @@ _BESIDE = {"cuda": 20, "cpu": 40}
 _HANDLED = {"cuda": 8, "cpu": 48}
 # Bytes that the loss moves for one logit: to fp32 and back, the softmax and its gradient. They count no FLOPs.
 _LOSS = {"cuda": 40, "cpu": 80}
-
-
-def update_bytes(optimizer: str, momentum: float = 0.0) -> int:
-    """Bytes that the optimizer's update moves for one parameter."""
-    return _ADAMW if optimizer == "adamw" else _SGD + _MOMENTUM * (momentum > 0)
 
 
 def _loss(shape: ModelShape, batch: Batch, device: Device, sharing: int) -> float:
@@ -294,15 +287,16 @@ def _update(
     """Seconds of the optimizer's update of this rank's share, which memory bandwidth limits."""
     trained = trained_parameters(config, shape, layout, stage)
     share = trained / (layout.data_parallel if config.zero else 1)
-    moved = update_bytes(config.optimizer, config.momentum)
+    facts = optimizer_facts(config.optimizer)
+    moved = update_bytes(facts, vars(config))
     bandwidth = REACHED * device.memory_bandwidth / sharing
     times = {0: 0, 1: 1}.get(config.zero, batch.accumulation)
     handled = _HANDLED[device.kind] * times * trained / bandwidth
     if config.offload == "none" or device.kind == "cpu":
         return handled + share * (moved + _BESIDE[device.kind]) / bandwidth
     on_host = max(host.slots for host in layout.hosts)
-    # DeepSpeed's AdamW for host memory reads gradient, weight and moments once and writes the latter three once.
-    moved = 28 if config.optimizer == "adamw" else moved
+    if facts.offloaded_update_bytes is not None:
+        moved = facts.offloaded_update_bytes
     seconds = handled + share * moved * on_host / (REACHED * device.host_memory_bandwidth)
     if config.offload == "nvme":  # weights and moments, read and written
         seconds += share * 24 * on_host / (REACHED * device.disk_bandwidth)

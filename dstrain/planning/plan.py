@@ -30,6 +30,7 @@ from dstrain.planning.deepspeed.values import deepspeed_config
 from dstrain.planning.frozen import check_frozen
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import option_keys
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.sizes import loss_chunk
 from dstrain.planning.warnings import (
@@ -156,7 +157,7 @@ class Plan:
             "micro_batch": self.batch.micro_batch,
             "precision": self.config["precision"],
             "optimizer": self.config["optimizer"],
-            **{key: self.config[key] for key in ("betas", "eps", "momentum", "weight_decay", "freeze")},
+            **{key: self.config[key] for key in (*option_keys(), "freeze")},
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,

@@ -7,6 +7,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, Derived, compose, contradictions
+from dstrain.planning.optimizers import optimizer_facts
 from dstrain.planning.sizes import bucket_size
 
 
@@ -61,11 +62,7 @@ def _derived(
         "pin_memory": Derived(accelerator == "cuda", f"accelerator is {accelerator}"),
         "nvme_path": chosen("nvme_path"),
         "sub_group_size": Derived(1_000_000_000, "DeepSpeed's default"),
-        "lr": chosen("lr"),
-        "betas": chosen("betas"),
-        "eps": chosen("eps"),
-        "momentum": chosen("momentum"),
-        "weight_decay": chosen("weight_decay"),
+        **{key: chosen(key) for key in ("lr", *optimizer_facts(config.optimizer).takes)},
         "checkpoint_interval": Derived(
             1 if config.activation_checkpointing else 0,
             f"activation_checkpointing ({resolved.origin('activation_checkpointing')})",
@@ -76,12 +73,11 @@ def _derived(
 def _fragments(config: RunConfig) -> list[str]:
     """The fragments of these choices, later ones over earlier ones."""
     fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
+    facts = optimizer_facts(config.optimizer)
     if config.offload == "none":
-        fragments.append(f"optimizer/{config.optimizer}")
+        fragments.append(f"optimizer/{facts.fragment}")
     else:
-        # DeepSpeed has a vectorised AdamW for states in host memory; SGD is torch's own.
-        suffix = "-offloaded" if config.optimizer == "adamw" else ""
-        fragments += [f"offload/{config.offload}", f"optimizer/{config.optimizer}{suffix}"]
+        fragments += [f"offload/{config.offload}", f"optimizer/{facts.offloaded_fragment or facts.fragment}"]
     if config.pipeline > 1:
         fragments.append("pipeline/stages")
     return fragments
