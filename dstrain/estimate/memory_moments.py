@@ -15,13 +15,10 @@ from typing import Any
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import Stage, weight_bytes
 from dstrain.planning.optimizers import optimizer_facts
+from dstrain.planning.sizes import LIVE_PARAMETERS, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
-
-LIVE_PARAMETERS = 1_000_000_000
-SUB_GROUP = 1_000_000_000
-"""As dstrain.planning.deepspeed.values has them, where the composed JSON is not at hand."""
 
 
 @dataclass(frozen=True)

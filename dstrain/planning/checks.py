@@ -10,8 +10,8 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
+from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
-from dstrain.planning.deepspeed.values import contradictions_of_config
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks

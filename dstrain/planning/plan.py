@@ -26,7 +26,7 @@ from dstrain.planning.checks import (
     check_precision,
     refuse,
 )
-from dstrain.planning.deepspeed.values import deepspeed_config
+from dstrain.planning.deepspeed.composition import deepspeed_config
 from dstrain.planning.frozen import check_frozen
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape

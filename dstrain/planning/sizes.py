@@ -5,6 +5,15 @@ from __future__ import annotations
 LARGEST_BUCKET = 200_000_000
 """Elements."""
 
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that ZeRO-3 may keep gathered, at least; where a bucket is larger, that many."""
+
+PREFETCH_BUCKET = 50_000_000
+"""Elements that ZeRO-3 gathers ahead, at most."""
+
+SUB_GROUP = 1_000_000_000
+"""Elements that ZeRO-3's optimizer works on at a time, at most: DeepSpeed's default."""
+
 LOGITS = 256 * 2**20
 """Bytes of logits in fp32 that are made at a time."""
 
