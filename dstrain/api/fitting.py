@@ -164,7 +164,7 @@ def _helps(resolved: ResolvedConfig, prepared: Prepared, machines: Machines) -> 
     found = []
     for key, value in fixed_choices(resolved).items():
         origins = {path: origin for path, origin in resolved.origins.items() if path != (key,)}
-        freed = ResolvedConfig(resolved.config, origins)
+        freed = replace(resolved, origins=origins)
         assert machines.device is not None
         if fit(freed, prepared.shape, machines, machines.device, wanted=1).fits:
             found.append(" ".join(as_flags(key, value)))

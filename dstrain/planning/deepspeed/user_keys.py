@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dstrain.config.deepspeed_keys import canonical, what_is_wrong
-from dstrain.config.json_reader import read_json
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig
@@ -41,9 +39,10 @@ def user_keys(resolved: ResolvedConfig) -> Iterator[UserKey]:
     Raises:
         DstrainError: the file can't be read.
     """
-    name = resolved.config.ds_config
-    if name is not None:
-        document = read_json(Path(name), where=str(resolved.origin("ds_config")))
+    name, document = resolved.config.ds_config, resolved.ds_config
+    if isinstance(document, DstrainError):
+        raise document
+    if document is not None:
         for path, value in leaves(document.values):
             places = tuple(f"{name}:{document.lines[path[:depth]]}" for depth in range(1, len(path) + 1))
             yield UserKey(path, value, places)
