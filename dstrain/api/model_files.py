@@ -12,9 +12,9 @@ from dstrain.runs.run_folder import RunFolder
 
 def keep_model_files(folder: RunFolder, plan: Plan) -> None:
     """Copy them once; what a resumed run finds there stays. Raises OSError."""
-    wanted = {"config.json": Path(plan.model["file"])}
-    if plan.data["tokenizer"] != BYTES:
-        tokenizer = Path(plan.data["tokenizer"]).expanduser()
+    wanted = {"config.json": Path(plan.model.file)}
+    if plan.data.tokenizer != BYTES:
+        tokenizer = Path(plan.data.tokenizer).expanduser()
         wanted |= {name: tokenizer / name for name in TOKENIZER_FILES}
     for name, source in wanted.items():
         kept = folder.model / name

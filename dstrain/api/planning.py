@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dstrain.api.machines import Elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
@@ -21,9 +20,10 @@ from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _measure_model(model_file: Path) -> ModelShape:
     return ModelShape.read(kept)
 
 
-def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
+def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> PlannedData:
     """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
 
     What was found out about the same data before is read instead, where their tokens are still as they were.
@@ -133,7 +133,7 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
     )
     known = read_summary(kept)
     if known is not None:
-        return known
+        return PlannedData.from_record(known)
     import tempfile
 
     from dstrain.api.child_process import run_module
@@ -154,5 +154,5 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
             encoding="utf-8",
         )
         run_module("dstrain.data.prepare", str(request), str(answer))
-        summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return summary
+        summary = json.loads(answer.read_text(encoding="utf-8"))
+    return PlannedData.from_record(summary)

@@ -94,7 +94,7 @@ def verify(resolved: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, c
     for size in sizes:
         console.print(f"one process, micro-batches of {size} ...")
         planned, reference = _plan(resolved, alone, {"micro_batch": size}, f"one-process-micro-batch-{size}")
-        if planned.plan.model["dropout"]:
+        if planned.plan.model.dropout:
             raise DstrainError(
                 "the model drops activations at random, and which ones depends on the layout",
                 where=str(resolved.origin("model")),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
@@ -14,13 +13,14 @@ from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import PlannedData
 
 
 def warnings_about(
     config: RunConfig,
     layout: Layout,
     batch: Batch,
-    data: Mapping[str, Any],
+    data: PlannedData,
     shape: ModelShape,
     time: StepTime | None = None,
 ) -> list[str]:
@@ -44,14 +44,14 @@ def warnings_about(
             "the router loss of its experts is taken over a micro-batch: set --micro-batch to compare layouts"
             f" (here {batch.micro_batch}, which follows from the layout)"
         )
-    if data.get("padding", 0.0) >= 0.005:
+    if data.padding >= 0.005:
         found.append(
-            f"{data['padding']:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
+            f"{data.padding:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
             " rest of it costs time but teaches nothing"
         )
-    epochs = config.steps * config.global_batch / data["train_rows"]
+    epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1:
-        found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
+        found.append(f"the data's {data.train_rows:,} samples are seen {epochs:.1f} times")
     return found
 
 

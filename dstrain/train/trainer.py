@@ -210,11 +210,11 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
         "seed": config.seed,
         "attention": config.attention,
         "dtype": DTYPES[config.precision],
-        "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
+        "weights": PretrainedWeights(plan.model.folder) if config.init == "pretrained" else None,
     }
-    model_config = load_model_config(plan.model["file"])
+    model_config = load_model_config(plan.model.file)
     model: PipelineModel | UnsplitModel
-    if plan.model["pipelines"]:
+    if plan.model.pipelines:
         model = PipelineModel(model_config, **options)
     else:
         model = UnsplitModel(model_config, **options, after_build=zero3_init(plan.deepspeed))

@@ -17,8 +17,9 @@ from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
 from dstrain.planning.layout import Host
 from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan
 from tests.support.plans import DATA
 
 # A device beside which the models below are large, and a network that is felt.

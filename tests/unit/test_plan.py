@@ -208,7 +208,7 @@ def test_edges_that_are_allowed() -> None:
     plan(seq_len=512)
     plan(seq_len=100_000, model=shape(max_positions=None))
     plan(pipeline=1, model=shape(pipeline_refusal="no"))
-    plan(data=DATA | {"vocab_size": 257})
+    plan(data=replace(DATA, vocab_size=257))
 
 
 def test_precision_that_the_devices_lack() -> None:

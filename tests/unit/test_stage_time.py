@@ -54,7 +54,7 @@ def blocks(cut: Sequence[int] | None) -> list[int]:
 def llama(machines: Machines | None = None, **flags: Any) -> Any:
     choices: dict[str, Any] = {"pipeline": 4, "seq_len": 4096, "micro_batch": 1, "precision": "bf16"}
     found = {"machines": machines} if machines else {}
-    return plan(model=LLAMA_1B, data=DATA | {"seq_len": 4096}, **found, **(choices | flags))
+    return plan(model=LLAMA_1B, data=replace(DATA, seq_len=4096), **found, **(choices | flags))
 
 
 def fullest_rank(made: Any) -> int:

@@ -27,7 +27,7 @@ def choices(plan: Plan) -> Table:
         elif key == "micro_batch" and value is None:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
         elif key == "tokenizer" and value == "auto":
-            table.add_row(key, str(plan.data["tokenizer"]), f"auto ({plan.origins[key]})")
+            table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
         elif key in ("init", "partition") and plan.origins[key] == "default":
             continue
         else:

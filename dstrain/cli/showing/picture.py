@@ -77,7 +77,7 @@ def _devices(plan: Plan, places: Sequence[Place]) -> Table:
     table = Table(box=box.SQUARE, show_header=True, header_style="dim")
     for place in places:
         table.add_column(f"{plan.accelerator}:{place.local_rank}", min_width=9, no_wrap=True)
-    names = plan.model["layers"]
+    names = plan.model.layers
     rows = (
         [f"rank {place.rank}" for place in places],
         [f"stage {place.stage}" for place in places],

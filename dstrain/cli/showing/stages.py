@@ -28,7 +28,7 @@ def stages(plan: Plan) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "layers", "parameters", "time"):
         table.add_column(heading, justify="left" if heading == "layers" else "right", header_style="bold")
-    names = plan.model["layers"]
+    names = plan.model.layers
     for stage in _stages(plan):
         if stage is None:
             table.add_row("...", "", "", "")

@@ -14,8 +14,9 @@ import torch
 from dstrain.config.loader import load_config
 from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
 
 VOCABULARY = 96
 SEQ_LEN = 16
@@ -156,7 +157,7 @@ def make_case_plan(case: Case) -> Plan:
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = {"train_rows": 10_000, "validation_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    data = PlannedData(train_rows=10_000, validation_rows=100, vocab_size=VOCABULARY, fingerprint="test")
     machines = Machines((Host("localhost", 0),), "cpu")
     return make_plan(load_config(flags=flags), machines, shape, data, "test")
 
