@@ -23,7 +23,9 @@ from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import is_outside
 from dstrain.planning.plan import Machines, Plan, PlannedData
+from dstrain.plugins import check_plugin
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pl
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    if described is None:
+        check_code_here(resolved)
     prepared = prepare(resolved, described)
     site = prepared.site
     plan = prepared.make(resolved, prepared.machines.hosts)
@@ -72,6 +76,14 @@ def plan_for(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Pl
     if site.told is not None:
         plan = replace(plan, warnings=(*plan.warnings, site.told))
     return Planned(plan, prepared.devices, site, prepared.make)
+
+
+def check_code_here(resolved: ResolvedConfig) -> None:
+    """Refuse code of the user's own that this machine does not have; nothing of it is run. Raises DstrainError."""
+    config = resolved.config
+    if is_outside(config.optimizer):
+        where = str(resolved.origin("optimizer"))
+        check_plugin(config.optimizer, config.code_dirs or (), what="optimizer", where=where)
 
 
 def prepare(resolved: ResolvedConfig, described: Elsewhere | None = None) -> Prepared:

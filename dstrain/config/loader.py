@@ -19,6 +19,7 @@ from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
+from dstrain.planning.optimizers import is_outside
 from dstrain.renamed import CONFIG_KEYS
 
 DEFAULT_RECIPE = "quickstart"
@@ -137,7 +138,8 @@ def load_config(
         lay(read_yaml(path, where="--recipe"), "recipe", path.name)
     if own is not None:
         lay(own, "file", str(config_file))
-    return _finish(values, origins, settings, flags or {}, blocks, notes)
+    beside = None if config_file is None else Path(config_file).parent
+    return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
 
 
 def read_config(path: Path) -> ResolvedConfig:
@@ -177,10 +179,12 @@ def _finish(
     blocks: Mapping[Path_, Origin],
     notes: Sequence[str] = (),
     base: ResolvedConfig | None = None,
+    beside: Path | None = None,
 ) -> ResolvedConfig:
     """Lay ``--set`` and the flags on top, refuse unknown keys, check the values, read the DeepSpeed JSON file.
 
-    ``base``: what the values were laid on, whose DeepSpeed JSON need not be read again.
+    ``base``: what the values were laid on, whose DeepSpeed JSON need not be read again. ``beside``: the folder of the
+    user's config file.
     """
     notes = list(notes)
     for setting in settings:
@@ -199,11 +203,21 @@ def _finish(
     known = {key: value for key, value in values.items() if key in field_names()}
     found = [_unknown_key(key, origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
+    if is_outside(config.optimizer):
+        config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
     resolved = ResolvedConfig(config, origins, blocks, tuple(notes))
     resolved = replace(resolved, ds_config=_read_ds_config(resolved, base))
     if found or wrong:
         raise ConfigError([*found, *wrong], resolved)
     return resolved
+
+
+def _code_dirs(chosen: Sequence[str] | None, beside: Path | None) -> list[str]:
+    """Where modules of the user's are looked for, as absolute paths: a run may be resumed from anywhere."""
+    folders = [Path(folder).expanduser() for folder in chosen or ()]
+    if chosen is None:
+        folders = [*([beside] if beside else []), Path()]
+    return list(dict.fromkeys(str(folder.absolute()) for folder in folders))
 
 
 def _read_ds_config(resolved: ResolvedConfig, base: ResolvedConfig | None) -> Document | DstrainError | None:

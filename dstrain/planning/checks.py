@@ -14,6 +14,7 @@ from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import is_outside, optimizer_facts
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
 
 
@@ -112,7 +113,14 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
     """Those of them that no other layout would mend."""
-    of_choices = _raised(resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme)
+    of_choices = _raised(
+        resolved,
+        _refuse_keep_every,
+        _refuse_elastic,
+        refuse_attention,
+        _refuse_nvme,
+        _refuse_optimizer_options,
+    )
     return [*of_choices, *mistakes(resolved)]
 
 
@@ -164,6 +172,29 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
             "nvme needs a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_optimizer_options(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if not config.optimizer_options:
+        return
+    given = ", ".join(config.optimizer_options)
+    where = str(resolved.origin("optimizer_options", next(iter(config.optimizer_options))))
+    if not is_outside(config.optimizer):
+        takes = ", ".join(optimizer_facts(config.optimizer).takes)
+        raise DstrainError(
+            f"optimizer_options ({given}) are for an optimizer of your own, and {config.optimizer} takes keys of the"
+            " config",
+            where=where,
+            hint=f"the keys of {config.optimizer}: lr, {takes}",
+        )
+    twice = [key for key in ("params", "lr", "weight_decay") if key in config.optimizer_options]
+    if twice:
+        raise DstrainError(
+            f"{twice[0]} is passed to {config.optimizer} by dstrain, and can't stand in optimizer_options",
+            where=str(resolved.origin("optimizer_options", twice[0])),
+            hint="leave it out" if twice[0] == "params" else f"the config's own key: --set {twice[0]}=...",
         )
 
 

@@ -28,6 +28,7 @@ from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_co
 from dstrain.planning.frozen import check_frozen
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.optimizers import not_covered
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel
 from dstrain.planning.sizes import loss_chunk
@@ -37,6 +38,7 @@ from dstrain.planning.warnings import (
     warnings_about_determinism,
     warnings_about_devices,
     warnings_about_memory,
+    warnings_about_optimizer,
     warnings_about_time,
 )
 
@@ -102,6 +104,7 @@ def make_plan(
         loss_chunk=decided.loss_chunk,
         checkpoint_bytes=estimates.checkpoint_bytes,
         disk_bytes=estimates.disk_bytes,
+        not_covered=not_covered(config.optimizer),
         warnings=(*resolved.notes, *_warnings(config, machines, shape, data, decided, estimates)),
     )
 
@@ -250,6 +253,7 @@ def _warnings(
     names = machines.device_names if machines.accelerator == "cuda" else ()
     return [
         *warnings_about(config, layout, batch, data, shape, time),
+        *warnings_about_optimizer(config),
         *warnings_about_determinism(config, machines.accelerator),
         *warnings_about_balance(config, max(decided.stage_time), decided.imbalance_without_limit),
         *warnings_about_memory(

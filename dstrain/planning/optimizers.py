@@ -2,12 +2,15 @@
 
 A new one is an entry in `OPTIMIZERS`, and its DeepSpeed JSON in ``ds_configs/optimizer/``. The config's choices, the
 estimates of memory, time and disk, DeepSpeed's JSON and the reading of checkpoints all ask this table.
+
+An optimizer from outside (``module:name``) is not in it: nothing is known of one before it runs, and the estimates take
+it for AdamW with torch's kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -84,9 +87,25 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
 }
 
 
+_OUTSIDE = replace(OPTIMIZERS["adamw"], takes=(), offloaded_fragment=None, offloaded_update_bytes=None)
+
+
+def is_outside(name: str) -> bool:
+    """Whether an optimizer of the config is the user's own: ``module:name``."""
+    return ":" in name
+
+
 def optimizer_facts(name: str) -> OptimizerFacts:
-    """What is known of an optimizer of the config. Raises KeyError for a name that is not in the table."""
-    return OPTIMIZERS[name]
+    """What is known of an optimizer of the config; of one from outside, what is assumed.
+
+    Raises KeyError for any other name that is not in the table.
+    """
+    return _OUTSIDE if is_outside(name) else OPTIMIZERS[name]
+
+
+def not_covered(name: str) -> tuple[str, ...]:
+    """What the proof that all layouts train the same does not know: an optimizer from outside."""
+    return (f"optimizer {name}",) if is_outside(name) else ()
 
 
 def facts_of_type(deepspeed_type: str | None) -> OptimizerFacts | None:

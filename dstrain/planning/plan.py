@@ -15,7 +15,7 @@ from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Host, Layout
-from dstrain.planning.optimizers import option_keys
+from dstrain.planning.optimizers import is_outside, option_keys
 from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 
 FORMAT = 6
@@ -151,6 +151,7 @@ class Plan:
         checkpoint_bytes: estimated, of one checkpoint.
         disk_bytes: estimated, of all that the run leaves on its disk at once, at most.
         loss_chunk: tokens whose logits are made at a time for the loss; 0: all of a micro-batch.
+        not_covered: what is from outside, and so not covered by the proof that all layouts train the same.
         warnings: what is accepted but worth knowing.
     """
 
@@ -175,6 +176,7 @@ class Plan:
     loss_chunk: int = 0
     checkpoint_bytes: int = 0
     disk_bytes: int = 0
+    not_covered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dstrain: str = __version__
     format: int = field(default=FORMAT)
@@ -197,6 +199,8 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What the runs that go on from a checkpoint must agree with, and the layout, which may change."""
+        optimizer = self.config["optimizer"]
+        options = {"optimizer_options": self.config["optimizer_options"]} if is_outside(optimizer) else {}
         return {
             "zero": self.config["zero"],
             "pipeline": self.layout.pipeline,
@@ -206,7 +210,8 @@ class Plan:
             "cut": list(self.layout.cut),
             "micro_batch": self.batch.micro_batch,
             "precision": self.config["precision"],
-            "optimizer": self.config["optimizer"],
+            "optimizer": optimizer,
+            **options,
             **{key: self.config[key] for key in (*option_keys(), "freeze")},
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
@@ -244,6 +249,7 @@ class Plan:
                 "stage_time": tuple(record["stage_time"]),
                 "stage_memory": tuple(_stage_memory(stage) for stage in record["stage_memory"]),
                 "time": _step_time(record["time"]),
+                "not_covered": tuple(record.get("not_covered", ())),
                 "warnings": tuple(record["warnings"]),
             }
         )

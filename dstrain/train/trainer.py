@@ -13,8 +13,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
+from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.communication import start_communication
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.engine.precision import DTYPES
@@ -26,7 +28,9 @@ from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.planning.frozen import is_frozen
+from dstrain.planning.optimizers import is_outside
 from dstrain.planning.plan import Plan
+from dstrain.plugins import load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches, ValidationBatches
@@ -69,6 +73,7 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
     if config.deterministic:
         be_deterministic()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    optimizer = client_optimizer(config)
     start_communication()
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
@@ -79,7 +84,7 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
         lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
-    engine = _build(plan, folder, device)
+    engine = _build(plan, folder, device, optimizer)
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep=config.keep,
@@ -204,7 +209,7 @@ def _last_validation_loss(folder: RunFolder) -> float | None:
     return losses[-1] if losses else None
 
 
-def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
+def _build(plan: Plan, folder: RunFolder, device: torch.device, optimizer: ClientOptimizer | None) -> Engine:
     config = plan.run_config
     options: dict[str, Any] = {
         "seed": config.seed,
@@ -229,6 +234,20 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
         activation_checkpointing=config.activation_checkpointing,
         is_frozen=lambda name: is_frozen(name, config.freeze),
         loss_chunk=plan.loss_chunk,
+        optimizer=optimizer,
+    )
+
+
+def client_optimizer(config: RunConfig) -> ClientOptimizer | None:
+    """The user's own optimizer; None for one of dstrain's. Raises PluginError where it can't be loaded."""
+    if not is_outside(config.optimizer):
+        return None
+    return ClientOptimizer(
+        config.optimizer,
+        load_plugin(config.optimizer, config.code_dirs or (), what="optimizer"),
+        config.optimizer_options,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
     )
 
 

@@ -20,7 +20,8 @@ def choices(plan: Plan) -> Table:
     table.add_column("value")
     table.add_column("from", style="dim")
     separate = () if plan.config["pack"] else ("pack",)
-    for key in (*_SHOWN, *separate):
+    beside = [key for key in ("optimizer_options",) if plan.config.get(key)]
+    for key in (*_SHOWN, *separate, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
             table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")

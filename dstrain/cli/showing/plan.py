@@ -47,6 +47,9 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(time(plan, plan.time))
         console.print()
     console.print(choices(plan))
+    if plan.not_covered:
+        outside = f"not covered by the equality proof: {', '.join(plan.not_covered)}"
+        console.print(headed("note", outside, "bold yellow"))
     for warning in plan.warnings:
         console.print(headed("note", warning, "bold yellow"))
 

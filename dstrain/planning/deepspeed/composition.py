@@ -23,7 +23,7 @@ from dstrain.errors import DstrainError
 from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
-from dstrain.planning.optimizers import optimizer_facts
+from dstrain.planning.optimizers import is_outside, optimizer_facts
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,12 @@ def _from_fragments(decided: Decided) -> DeepSpeedConfig:
 def _fragments(config: RunConfig) -> list[str]:
     """The fragments of these choices, later ones over earlier ones."""
     fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
-    facts = optimizer_facts(config.optimizer)
-    if config.offload == "none":
-        fragments.append(f"optimizer/{facts.fragment}")
-    else:
-        fragments += [f"offload/{config.offload}", f"optimizer/{facts.offloaded_fragment or facts.fragment}"]
+    if config.offload != "none":
+        fragments.append(f"offload/{config.offload}")
+    if not is_outside(config.optimizer):
+        facts = optimizer_facts(config.optimizer)
+        offloaded = facts.offloaded_fragment if config.offload != "none" else None
+        fragments.append(f"optimizer/{offloaded or facts.fragment}")
     if config.pipeline > 1:
         fragments.append("pipeline/stages")
     return fragments
