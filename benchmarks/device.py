@@ -20,8 +20,9 @@ from pathlib import Path
 import psutil
 import yaml
 
+from dstrain.config.optimizers import OPTIMIZERS
 from dstrain.estimate.device import Device, Link
-from dstrain.estimate.time import REACHED, update_bytes
+from dstrain.estimate.time import REACHED
 from tests.support.distributed.workers import run
 
 SEQ_LEN, HIDDEN, LAYERS, TINY_LAYERS = 128, 256, 4, 12
@@ -64,7 +65,7 @@ def measure(ranks: int) -> Device:
             / REACHED,
             latency,
         )
-    memory = PARAMETERS * update_bytes("adamw") * ranks / slowest["update"] / REACHED
+    memory = PARAMETERS * OPTIMIZERS["adamw"].update_bytes * ranks / slowest["update"] / REACHED
     return Device(
         name="measured",
         kind="cpu",

@@ -23,12 +23,13 @@ from dstrain.planning.fitting.candidates import Candidate, find_candidates
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, fit
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape
-from dstrain.planning.plan import Machines, make_plan
+from dstrain.planning.plan import Machines, PlannedData
 from tests.support.distributed.timed import TrainedLayout
 
 WARM_UP, STEPS = 2, 7
-DATA = {"train_rows": 10**6, "validation_rows": 100, "vocab_size": 100, "fingerprint": "none"}
+DATA = PlannedData(train_rows=10**6, vocab_size=100)
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,9 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
     from dstrain.model.measuring.measure import measure
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.planning.layout import Host
+    from dstrain.planning.make_plan import make_plan
     from dstrain.planning.model_shape import ModelShape
-    from dstrain.planning.plan import Machines, make_plan
+    from dstrain.planning.plan import Machines, PlannedData
 
     model = LlamaConfig(**MODEL, num_attention_heads=8, tie_word_embeddings=True, attn_implementation="sdpa")
     batch = tokens // SEQ_LEN
@@ -210,12 +211,7 @@ def build(layout: str, tokens: int) -> tuple[Any, Callable[[], Seconds]]:
         "global_batch": batch,
         "micro_batch": 1,
     }
-    data = {
-        "train_rows": 10_000,
-        "validation_rows": 10,
-        "vocab_size": MODEL["vocab_size"],
-        "fingerprint": "none",
-    }
+    data = PlannedData(train_rows=10_000, vocab_size=MODEL["vocab_size"])
     plan = make_plan(
         load_config(flags=flags),
         Machines((Host("localhost", 0),), "cpu"),

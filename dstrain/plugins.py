@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import re
 import socket
 import sys
 import traceback
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
+
+CODE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""``package.module:Name``: a Python name in a module that can be imported."""
 
 
 class PluginError(DstrainError):

@@ -12,7 +12,7 @@ from dstrain.api.planning import Prepared, prepare
 from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import as_flags
 from dstrain.errors import DstrainError
-from dstrain.estimate.verdict import memory_needed
+from dstrain.estimate.memory import memory_needed
 from dstrain.planning.checks import check_precision, refusals_in_any_layout
 from dstrain.planning.fitting.candidates import Candidate, fixed_choices
 from dstrain.planning.fitting.search import Fit, Scored
@@ -188,7 +188,7 @@ def _helps(resolved: ResolvedConfig, prepared: Prepared, machines: Machines) -> 
     found = []
     for key, value in fixed_choices(resolved).items():
         origins = {path: origin for path, origin in resolved.origins.items() if path != (key,)}
-        freed = ResolvedConfig(resolved.config, origins)
+        freed = replace(resolved, origins=origins)
         assert machines.device is not None
         if search(freed, prepared.shape, machines, machines.device, wanted=1).fits:
             found.append(" ".join(as_flags(key, value)))

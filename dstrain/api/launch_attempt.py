@@ -135,9 +135,9 @@ def _keep_model_files(folder: RunFolder, plan: Plan) -> None:
 
     They are made once: what a resumed run finds there stays.
     """
-    wanted = {"config.json": Path(plan.model["file"])}
-    if plan.data["tokenizer"] != BYTES:
-        tokenizer = Path(plan.data["tokenizer"]).expanduser()
+    wanted = {"config.json": Path(plan.model.file)}
+    if plan.data.tokenizer != BYTES:
+        tokenizer = Path(plan.data.tokenizer).expanduser()
         wanted |= {name: tokenizer / name for name in TOKENIZER_FILES}
     for name, source in wanted.items():
         kept = folder.model / name

@@ -8,13 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dstrain.api.events import SILENT, Events
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.optimizers import is_outside
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
@@ -23,9 +23,11 @@ from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
 from dstrain.planning.hooks import check_hooks_here
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
+from dstrain.plugins import check_plugin
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def plan_for(
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
     if described is None:
-        check_hooks_here(resolved)
+        check_code_here(resolved)
     prepared = prepare(resolved, described, events)
     placement = prepared.placement
     plan = prepared.make(resolved, prepared.machines.hosts)
@@ -104,6 +106,15 @@ def plan_for(
     if placement.told is not None:
         plan = replace(plan, warnings=(*plan.warnings, placement.told))
     return Planned(plan, prepared.devices, placement, prepared.make)
+
+
+def check_code_here(resolved: ResolvedConfig) -> None:
+    """Refuse code of the user's own that this machine does not have; nothing of it is run. Raises DstrainError."""
+    config = resolved.config
+    if is_outside(config.optimizer):
+        where = str(resolved.origin("optimizer"))
+        check_plugin(config.optimizer, config.code_dirs or (), what="optimizer", where=where)
+    check_hooks_here(resolved)
 
 
 def prepare(
@@ -152,7 +163,7 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
     return ModelShape.read(kept)
 
 
-def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> dict[str, Any]:
+def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> PlannedData:
     """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
 
     What was found out about the same data before is read instead, where their tokens are still as they were.
@@ -168,7 +179,7 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> d
     )
     known = read_summary(kept)
     if known is not None:
-        return known
+        return PlannedData.from_record(known)
     import tempfile
 
     from dstrain.api.child_process import run_module
@@ -189,5 +200,5 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> d
             encoding="utf-8",
         )
         run_module("dstrain.data.prepare", str(request), str(answer), events=events)
-        summary: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return summary
+        summary = json.loads(answer.read_text(encoding="utf-8"))
+    return PlannedData.from_record(summary)

@@ -142,7 +142,7 @@ def _compare(
         events.note(f"one process, micro-batches of {size} ...", "verify")
         name = f"one-process-micro-batch-{size}"
         planned, reference = _plan(config, alone, {"micro_batch": size}, name, events)
-        if planned.plan.model["dropout"]:
+        if planned.plan.model.dropout:
             raise DstrainError(
                 "the model drops activations at random, and which ones depends on the layout",
                 where=str(config.origin("model")),

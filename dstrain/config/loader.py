@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from dstrain.config.deepspeed_keys import find, homes_of
 from dstrain.config.files import recipe_path, recipes
+from dstrain.config.json_reader import read_json
 from dstrain.config.nested import leaves
+from dstrain.config.optimizers import is_outside
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
@@ -41,13 +43,15 @@ class ResolvedConfig:
     """A run config and the origin of each of its keys (of each leaf, inside ``deepspeed``).
 
     ``blocks``: where the mappings inside ``deepspeed`` begin in a file. ``notes``: what the user should know, such as a
-    deprecated key.
+    deprecated key. ``ds_config``: what the DeepSpeed JSON file of that key holds, with the line of each key, or why it
+    can't be read, which matters to a plan alone.
     """
 
     config: RunConfig
     origins: Mapping[Path_, Origin]
     blocks: Mapping[Path_, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ds_config: Document | DstrainError | None = None
 
     def origin(self, *path: str) -> Origin:
         """The origin of a key; of the first that stands in it, or of its nearest parent, where it has none itself."""
@@ -137,7 +141,7 @@ def load_config(
     if own is not None:
         lay(own, "file", str(config_file))
     beside = None if config_file is None else Path(config_file).parent
-    return _finish(values, origins, settings, flags or {}, blocks, notes, beside)
+    return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
 
 
 def read_config(path: Path) -> ResolvedConfig:
@@ -152,7 +156,7 @@ def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[
     """The same config with some values laid on top (a resumed run's own flags)."""
     values = json.loads(base.config.model_dump_json())
     origins = dict(base.origins)
-    return _finish(values, origins, settings, flags, base.blocks)
+    return _finish(values, origins, settings, flags, base.blocks, base=base)
 
 
 def replace_values(base: ResolvedConfig, values: Mapping[str, Any], origin: Origin) -> ResolvedConfig:
@@ -166,7 +170,7 @@ def replace_values(base: ResolvedConfig, values: Mapping[str, Any], origin: Orig
     for key, value in values.items():
         if key not in present or value != present[key]:
             _put(present, origins, (key,), value, origin)
-    return _finish(present, origins, (), {}, base.blocks)
+    return _finish(present, origins, (), {}, base.blocks, base=base)
 
 
 def _finish(
@@ -176,11 +180,13 @@ def _finish(
     flags: Mapping[str, Any],
     blocks: Mapping[Path_, Origin],
     notes: Sequence[str] = (),
+    base: ResolvedConfig | None = None,
     beside: Path | None = None,
 ) -> ResolvedConfig:
-    """Lay ``--set`` and the flags on top, refuse unknown keys, check the values.
+    """Lay ``--set`` and the flags on top, refuse unknown keys, check the values, read the DeepSpeed JSON file.
 
-    ``beside``: the folder of the user's config file.
+    ``base``: what the values were laid on, whose DeepSpeed JSON need not be read again. ``beside``: the folder of the
+    user's config file.
     """
     notes = list(notes)
     for setting in settings:
@@ -199,11 +205,26 @@ def _finish(
     known = {key: value for key, value in values.items() if key in field_names()}
     found = [_unknown_key(key, origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
-    if config.hooks:
+    if config.hooks or is_outside(config.optimizer):
         config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
+    resolved = ResolvedConfig(config, origins, blocks, tuple(notes))
+    resolved = replace(resolved, ds_config=_read_ds_config(resolved, base))
     if found or wrong:
-        raise ConfigError([*found, *wrong], ResolvedConfig(config, origins, blocks, tuple(notes)))
-    return ResolvedConfig(config, origins, blocks, tuple(notes))
+        raise ConfigError([*found, *wrong], resolved)
+    return resolved
+
+
+def _read_ds_config(resolved: ResolvedConfig, base: ResolvedConfig | None) -> Document | DstrainError | None:
+    """What the file of ``ds_config`` holds; or the error, where it can't be read."""
+    name, where = resolved.config.ds_config, resolved.origin("ds_config")
+    if name is None:
+        return None
+    if base is not None and (base.config.ds_config, base.origin("ds_config")) == (name, where):
+        return base.ds_config
+    try:
+        return read_json(Path(name), where=str(where))
+    except DstrainError as error:
+        return error
 
 
 def _rename_deprecated(document: Document, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
@@ -15,6 +16,8 @@ from dstrain.config.hook_choices import (
     json_schema_of_hooks,
     json_schema_of_trackers,
 )
+from dstrain.config.optimizers import OPTIMIZERS
+from dstrain.plugins import CODE_NAME
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -25,6 +28,14 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 # It goes into command lines: nothing that an option parser or a shell could read as anything but a name.
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:][A-Za-z0-9._:-]*$", max_length=253)]
+
+
+@dataclass(frozen=True)
+class TypeInWords:
+    """What a key takes, in words, where its Python type does not say it."""
+
+    words: str
+
 
 NEVER = "never"
 """As ``save_every``: no checkpoint, not even of the last step. As ``hang_after``: however long it takes."""
@@ -80,7 +91,20 @@ class RunConfig(BaseModel):
     )
 
     # Optimizer.
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what updates the weights")
+    optimizer: Annotated[
+        str,
+        WithJsonSchema(
+            {"type": "string", "anyOf": [{"enum": [*OPTIMIZERS]}, {"pattern": f"^{CODE_NAME.pattern}$"}]}
+        ),
+        TypeInWords(f"{', '.join(OPTIMIZERS)}, or module:name"),
+    ] = Field(
+        "adamw",
+        description="what updates the weights; or an optimizer of your own: my_module:MyOptimizer",
+    )
+    optimizer_options: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of an optimizer of your own, beside lr",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     lr_final: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -195,13 +219,21 @@ class RunConfig(BaseModel):
     )
     code_dirs: list[str] | None = Field(
         None,
-        description="folders with the modules that hooks name; default: the config file's and the one that the run is"
-        " started from",
+        description="folders with the modules of your own that are named here (my_module:MyHook); default: the config"
+        " file's and the one that the run is started from",
     )
 
     # DeepSpeed's own keys.
     ds_config: str | None = Field(None, description="a DeepSpeed JSON file laid on top of the composed one")
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed keys laid on top of the composed ones")
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _is_optimizer(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in OPTIMIZERS and CODE_NAME.fullmatch(value) is None:
+            known = " or ".join(map(repr, OPTIMIZERS))
+            raise ValueError(f"must be {known}, or one of your own like my_module:MyOptimizer")
+        return value
 
     @field_validator("zero", mode="before")
     @classmethod
@@ -268,10 +300,10 @@ class RunConfig(BaseModel):
         """Whether there are checkpoints at all."""
         return self.save_every != NEVER
 
-    @field_validator("deepspeed")
+    @field_validator("deepspeed", "optimizer_options")
     @classmethod
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """DeepSpeed is given JSON, which knows no infinity and no other types than these."""
+        """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:

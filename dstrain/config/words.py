@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-from dstrain.config.schema import LARGEST
+from dstrain.config.schema import LARGEST, TypeInWords
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
 _LIMITS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -17,6 +17,9 @@ def describe_type(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(map(str, parts))
     if origin is typing.Annotated:
+        for each in parts[1:]:
+            if isinstance(each, TypeInWords):
+                return each.words
         limits = [_limit(each) for each in parts[1:]]
         return ", ".join(filter(None, [describe_type(parts[0]), *limits]))
     if origin is list:

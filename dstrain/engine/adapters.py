@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.parameter_groups import hugging_face_name
@@ -28,6 +29,8 @@ class _DeepSpeedAdapter(Engine):
     """What both adapters share."""
 
     engine: DeepSpeedEngine
+    optimizer: ClientOptimizer | None
+    _states_were_checked = False
 
     def _set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -36,6 +39,9 @@ class _DeepSpeedAdapter(Engine):
     def _result(self, loss: torch.Tensor) -> StepResult:
         applied = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
+        if applied and self.optimizer is not None and not self._states_were_checked:
+            self.optimizer.refuse_what_a_checkpoint_cannot_hold(self.engine.basic_optimizer)
+            self._states_were_checked = True
         return StepResult(
             loss=float(loss),
             grad_norm=float(norm) if norm is not None and applied else float("inf"),
@@ -81,8 +87,11 @@ class _DeepSpeedAdapter(Engine):
 class PipelineAdapter(_DeepSpeedAdapter):
     """Two stages or more."""
 
-    def __init__(self, engine: StagedEngine | DualPipeVStagedEngine) -> None:
+    def __init__(
+        self, engine: StagedEngine | DualPipeVStagedEngine, optimizer: ClientOptimizer | None = None
+    ) -> None:
         self.engine: StagedEngine | DualPipeVStagedEngine = engine
+        self.optimizer = optimizer
         self.fewest_micro_batches = engine.fewest_micro_batches
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -122,8 +131,11 @@ class PipelineAdapter(_DeepSpeedAdapter):
 class OneStageAdapter(_DeepSpeedAdapter):
     """One stage: DeepSpeed's plain engine, which overlaps communication and knows ZeRO-3."""
 
-    def __init__(self, engine: PatchedEngine, head: HeadOutputRequest) -> None:
+    def __init__(
+        self, engine: PatchedEngine, head: HeadOutputRequest, optimizer: ClientOptimizer | None = None
+    ) -> None:
         self.engine: PatchedEngine = engine
+        self.optimizer = optimizer
         self.head = head
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:

@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
+from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
 from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
@@ -35,6 +36,7 @@ def build_engine(
     activation_checkpointing: bool = False,
     is_frozen: Callable[[str], bool] = lambda name: False,
     loss_chunk: int = 0,
+    optimizer: ClientOptimizer | None = None,
 ) -> Engine:
     """This rank's engine. ``torch.distributed`` is initialised by ``deepspeed.init_distributed``.
 
@@ -45,12 +47,13 @@ def build_engine(
         pipeline: ranks of one replica. With ``dualpipev`` each holds two stages.
         is_frozen: whether the parameter of a Hugging Face name is not trained.
         loss_chunk: tokens whose logits are made at a time for the loss; 0 for all at once.
+        optimizer: the user's own; None: that of the JSON.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
 
     Raises:
-        DstrainError: activations of a model in one piece can't be recomputed.
+        DstrainError: activations of a model in one piece can't be recomputed, or the optimizer can't be made.
     """
-    weight_decay = deepspeed["optimizer"]["params"]["weight_decay"]
+    weight_decay = optimizer.weight_decay if optimizer else deepspeed["optimizer"]["params"]["weight_decay"]
     ties = model.tied if isinstance(model, PipelineModel) else ()
     tied = {f"{layer}.{path}" for weight in ties for layer, path in weight.owners}
     model.to(device)
@@ -66,7 +69,9 @@ def build_engine(
             staged.head.loss_chunk = loss_chunk
         _freeze(staged, is_frozen, ties)
         groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
-        return PipelineAdapter(_make(engine_class, staged, groups, deepspeed, staged.mpu()))
+        return PipelineAdapter(
+            _make(engine_class, staged, groups, deepspeed, staged.mpu(), optimizer), optimizer
+        )
     whole = head = model
     if isinstance(model, PipelineModel):
         model.after_build = zero3_init(deepspeed)
@@ -77,7 +82,7 @@ def build_engine(
     head.loss_chunk = loss_chunk
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
-    return OneStageAdapter(_make(PatchedEngine, whole, groups, deepspeed, None), head)
+    return OneStageAdapter(_make(PatchedEngine, whole, groups, deepspeed, None, optimizer), head, optimizer)
 
 
 def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[TiedWeight]) -> None:
@@ -99,12 +104,14 @@ def _make(
     groups: list[dict[str, Any]],
     deepspeed: dict[str, Any],
     mpu: Any,
+    optimizer: ClientOptimizer | None,
 ) -> Any:
     """As ``deepspeed.initialize`` does, which knows only its own engine classes."""
     document = copy.deepcopy(deepspeed)
     engine = engine_class(
         args=None,
         model=module,
+        optimizer=optimizer,
         model_parameters=groups,
         mpu=mpu,
         config=document,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from dstrain.config.optimizers import facts_of_type, kept_states
 from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.saved_files import SavedTensor
 from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
@@ -54,8 +55,9 @@ def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, A
         DstrainError: a file can't be read, or the checkpoint lacks something that this rank needs.
     """
     matched = _match(engine.module, saved)
+    _refuse_other_shapes(matched, saved)
     if saved.counters["global_steps"] > saved.counters["skipped_steps"]:
-        _refuse_lost_states(engine.basic_optimizer, matched, saved)
+        _refuse_lost_states(_needed_states(engine), matched, saved)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         _fill_shards(engine.optimizer, matched, say)
     else:
@@ -94,12 +96,28 @@ def _match(module: nn.Module, saved: SavedState) -> Matched:
     return matched
 
 
-def _refuse_lost_states(optimizer: torch.optim.Optimizer, matched: Matched, saved: SavedState) -> None:
+def _needed_states(engine: DeepSpeedEngine) -> set[str]:
+    """The tensors that the engine's optimizer keeps for a parameter, as far as dstrain knows it."""
+    facts = facts_of_type(engine.optimizer_name())
+    options = engine.optimizer_params() or {}
+    return {state.name for state in kept_states(facts, options)} if facts is not None else set()
+
+
+def _refuse_other_shapes(matched: Matched, saved: SavedState) -> None:
+    """Refuse states that can't be cut as the parameters are. Raises DstrainError."""
+    for parameter, held in matched.items():
+        for key, value in held.values.items():
+            if parameter.requires_grad and torch.is_tensor(value) and value.ndim:
+                raise DstrainError(
+                    f"the optimizer's {key} of {held.name} has not a number for each of the parameter's: another layout"
+                    " can't share it out",
+                    where=str(saved.folder),
+                    hint="resume in the layout that it was made with",
+                )
+
+
+def _refuse_lost_states(needed: set[str], matched: Matched, saved: SavedState) -> None:
     """Refuse to train on with an optimizer that would begin anew. Raises DstrainError."""
-    needed = {"exp_avg", "exp_avg_sq"}
-    if isinstance(optimizer, torch.optim.SGD):
-        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
-        needed = {"momentum_buffer"} if with_momentum else set()
     for parameter, held in matched.items():
         lost = needed - held.states.keys()
         if parameter.requires_grad and lost:
@@ -221,14 +239,29 @@ def _fill(
         share.into(flat, share.saved.most_precise)
         for key, state in states.items():
             share.into(state, share.saved.states[key])
-    if not states:  # no step was taken yet, or the optimizer keeps nothing
-        return
-    steps = {member.step for member in members}
-    if len(steps) > 1:
-        raise ValueError(f"parameters of one group have taken different numbers of steps: {steps}")
-    [step] = steps
-    if step is not None:
-        # torch counts in a tensor, DeepSpeed's optimizer for states in host memory in a number.
-        counts_in_tensor = not isinstance(optimizer, DeepSpeedCPUAdam)
-        states["step"] = torch.tensor(step, dtype=torch.float32) if counts_in_tensor else int(step)
-    optimizer.state[flat] = states
+    values = members[0].values
+    for member in members[1:]:
+        if not _equal(member.values, values):
+            raise ValueError(f"{values} and {member.values} are kept of parameters of one group")
+    if states or values:  # else no step was taken yet, or the optimizer keeps nothing
+        optimizer.state[flat] = {
+            **states,
+            **{key: _as_kept_by(optimizer, key, value) for key, value in values.items()},
+        }
+
+
+def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether these are the same numbers, in tensors or not."""
+    return some.keys() == others.keys() and all(bool(value == others[key]) for key, value in some.items())
+
+
+def _as_kept_by(optimizer: torch.optim.Optimizer, key: str, value: Any) -> Any:
+    """A value of a state, as this optimizer keeps it, which may be another than has saved it.
+
+    torch counts steps in a tensor, DeepSpeed's AdamW for states in host memory in a number.
+    """
+    if key == "step" and isinstance(optimizer, DeepSpeedCPUAdam):
+        return int(value)
+    if key == "step" and isinstance(optimizer, torch.optim.Adam):
+        return torch.tensor(float(value), dtype=torch.float32)
+    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)

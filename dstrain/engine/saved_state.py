@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from dstrain.engine.parameter_groups import hugging_face_name
 from dstrain.engine.saved_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
 from dstrain.errors import DstrainError
 
-MASTER = "master"
+MASTER = "fp32 master"
 """The fp32 weight among a parameter's states; the others have the optimizer's own names."""
+
+Values = dict[str, dict[str, Any]]
+"""By parameter: see `SavedParameter.values`."""
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -44,18 +47,19 @@ class SavedParameter:
         name: its Hugging Face name. A tied weight appears under each of its names.
         layer: its layer in [embed, block 0, ..., head]; None for a model in one piece.
         weight: in the precision that the model computed with.
-        states: ``master`` (the fp32 weight; with ZeRO-0 there is none beside ``weight``) and the
+        states: `MASTER` (the fp32 weight; with ZeRO-0 there is none beside ``weight``) and the
             optimizer's tensors by the optimizer's names (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``),
             of the parameter's shape. Empty for a frozen parameter, and with ZeRO-0 in a checkpoint of before
             the names were kept in it.
-        step: the optimizer's count of steps for this parameter, where it keeps one.
+        values: what else the optimizer keeps for it, such as its count of steps: numbers, and tensors that have not
+            an element for each of the parameter's.
     """
 
     name: str
     layer: int | None
     weight: SavedTensor
     states: dict[str, SavedTensor]
-    step: float | None = None
+    values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def most_precise(self) -> SavedTensor:
@@ -125,22 +129,21 @@ class SavedState:
     def parameters(self) -> dict[str, SavedParameter]:
         """By Hugging Face name."""
         states: dict[str, dict[str, SavedTensor]] = {}
-        steps: dict[str, float] = {}
+        values: Values = {}
         aliases: dict[str, str] = {}
         for stage in range(len(self._models)):
-            for name, key, tensor in self._states_of(stage, steps):
+            for name, key, tensor in self._states_of(stage, values):
                 states.setdefault(name, {})[key] = tensor
             # DeepSpeed writes them on the first rank of all only; elsewhere no two layers share a weight.
             aliases |= self._first_model(stage).get("shared_params") or {}
         for alias, source in aliases.items():
             if source in states:
                 states[alias] = states[source]
-                if source in steps:
-                    steps[alias] = steps[source]
+                values[alias] = values.get(source, {})
         weights = self._sharded_weights(states, aliases) if self.zero == 3 else self._whole_weights()
         return {
             hugging_face_name(name): SavedParameter(
-                hugging_face_name(name), _layer_of(name), weight, states.get(name, {}), steps.get(name)
+                hugging_face_name(name), _layer_of(name), weight, states.get(name, {}), values.get(name, {})
             )
             for name, weight in sorted(weights.items(), key=_by_layer)
         }
@@ -225,30 +228,29 @@ class SavedState:
             value = value[key]
         return SavedTensor(tuple(shape), value.dtype, pieces, self._files)
 
-    def _states_of(self, stage: int, steps: dict[str, float]) -> Iterator[tuple[str, str, SavedTensor]]:
-        """(name, key, tensor) of a stage's optimizer states; fills ``steps``."""
+    def _states_of(self, stage: int, values: Values) -> Iterator[tuple[str, str, SavedTensor]]:
+        """(name, key, tensor) of a stage's optimizer states; fills ``values``."""
         if self.zero == 0:
-            yield from self._plain_states(stage, steps)
+            yield from self._plain_states(stage, values)
         elif self.zero == 3:
-            yield from self._states_of_shards(stage, steps)
+            yield from self._states_of_shards(stage, values)
         else:
-            yield from self._states_of_partitions(stage, steps)
+            yield from self._states_of_partitions(stage, values)
 
-    def _plain_states(self, stage: int, steps: dict[str, float]) -> Iterator[tuple[str, str, SavedTensor]]:
+    def _plain_states(self, stage: int, values: Values) -> Iterator[tuple[str, str, SavedTensor]]:
         path = self._models[stage][0]
-        record = self._files[path]
+        record, weights = self._files[path], self._held()
         # torch numbers the parameters group after group; their names are dstrain's own record.
         named = (names for group in record["dstrain"].get(PARAMETER_NAMES, ()) for names in group)
         for index, names in enumerate(named):
             state = record["optimizer"]["state"].get(index, {})
             for name in names:
-                for key, value in _tensors(state):
-                    yield name, key, self._tensor(path, ("optimizer", "state", index, key), value)
-                _note_step(steps, name, state)
+                shared = _shared(state, math.prod(weights[name].shape))
+                for key in shared:
+                    yield name, key, self._tensor(path, ("optimizer", "state", index, key), state[key])
+                values[name] = _others(state, shared)
 
-    def _states_of_partitions(
-        self, stage: int, steps: dict[str, float]
-    ) -> Iterator[tuple[str, str, SavedTensor]]:
+    def _states_of_partitions(self, stage: int, values: Values) -> Iterator[tuple[str, str, SavedTensor]]:
         """ZeRO-1 and 2: each group is one flat vector, cut among the replicas without regard to parameters."""
         shapes = {
             name: shape for group in self._first_model(stage)["param_shapes"] for name, shape in group.items()
@@ -259,43 +261,47 @@ class SavedState:
             record = self._files[path]["optimizer_state_dict"]
             for index, mapping in enumerate(record["param_slice_mappings"]):
                 state = record["base_optimizer_state"]["state"].get(index, {})
+                # The master is saved without the padding at its end, the states with it.
+                shared = _shared(state, record["single_partition_of_fp32_groups"][index].numel())
                 flat = {MASTER: ("single_partition_of_fp32_groups", index)}
-                flat |= {key: ("base_optimizer_state", "state", index, key) for key, _ in _tensors(state)}
+                flat |= {key: ("base_optimizer_state", "state", index, key) for key in shared}
                 for name, part in mapping.items():
                     for key, keys in flat.items():
                         piece = Piece(path, ("optimizer_state_dict", *keys), part.start, part.numel)
                         pieces.setdefault((name, key), []).append(piece)
                         dtypes[name, key] = torch.float32 if key == MASTER else state[key].dtype
-                    _note_step(steps, name, state)
+                    values[name] = _others(state, shared)
         for (name, key), parts in pieces.items():
             yield name, key, SavedTensor(tuple(shapes[name]), dtypes[name, key], tuple(parts), self._files)
 
-    def _states_of_shards(
-        self, stage: int, steps: dict[str, float]
-    ) -> Iterator[tuple[str, str, SavedTensor]]:
+    def _states_of_shards(self, stage: int, values: Values) -> Iterator[tuple[str, str, SavedTensor]]:
         """ZeRO-3: each parameter is cut among the replicas; a replica's shares lie one behind the other."""
         paths = self._optimizers[stage]
         record = self._files[paths[0]]["optimizer_state_dict"]
         for index, group in enumerate(self._first_model(stage)["param_shapes"]):
             state = record["optimizer_state_dict"]["state"].get(index, {})
+            shared = _shared(state, record["fp32_flat_groups"][index].numel())
             flat = {MASTER: ("fp32_flat_groups", index)}
-            flat |= {key: ("optimizer_state_dict", "state", index, key) for key, _ in _tensors(state)}
+            flat |= {key: ("optimizer_state_dict", "state", index, key) for key in shared}
             start = 0
             for name, shape in group.items():
                 for key, keys in flat.items():
                     yield name, key, self._joined(paths, ("optimizer_state_dict", *keys), shape, start)
-                _note_step(steps, name, state)
+                values[name] = _others(state, shared)
                 start += math.ceil(math.prod(shape) / len(paths))
 
 
-def _tensors(state: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """An optimizer's states that have an element for each of the parameter's."""
-    return [(key, value) for key, value in state.items() if torch.is_tensor(value) and value.ndim]
+def _shared(state: dict[str, Any], numel: int) -> list[str]:
+    """The names of an optimizer's states that have an element for each of the parameter's ``numel``."""
+    return [
+        key
+        for key, value in state.items()
+        if torch.is_tensor(value) and value.ndim and value.numel() >= numel
+    ]
 
 
-def _note_step(steps: dict[str, float], name: str, state: dict[str, Any]) -> None:
-    if "step" in state:
-        steps[name] = float(state["step"])
+def _others(state: dict[str, Any], shared: list[str]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in shared and value is not None}
 
 
 def _layer_of(name: str) -> int | None:

@@ -6,7 +6,7 @@ import math
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.estimate.memory_stage import frozen_parameters
+from dstrain.estimate.memory_stage import frozen_parameters, moment_bytes
 from dstrain.formatting import format_bytes
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
@@ -27,13 +27,12 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     what the files of ZeRO-3 hold.
     """
     weight = 4 if config.precision == "fp32" else 2
-    moments = 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
     stages = [layout.chunks(stage) for stage in range(layout.pipeline)]
     held = sum(shape.parameters_of(chunks) for chunks in stages)
     frozen = sum(frozen_parameters(shape, chunks, config.freeze) for chunks in stages)
     # One file a layer with stages: two layers that share a weight both write it.
     weights = sum(layer.parameters for layer in shape.layers) if layout.pipeline > 1 else held
-    total = (moments + 4 * (config.zero > 0)) * (held - frozen)
+    total = (moment_bytes(config) + 4 * (config.zero > 0)) * (held - frozen)
     total += weight * weights * (config.zero < 3)
     if config.zero and (config.zero == 3 or layout.pipeline > 1 or accelerator != "cpu"):
         total += weight * frozen

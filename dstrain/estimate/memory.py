@@ -24,10 +24,10 @@ from dstrain.estimate.memory_activations import (
 from dstrain.estimate.memory_stage import stage_parameters, weight_bytes
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
 from dstrain.planning.batch import Batch
-from dstrain.planning.buckets import LARGEST_BUCKET, bucket_size
-from dstrain.planning.checks import frozen_names
+from dstrain.planning.frozen import frozen_names
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import Layer, ModelShape
+from dstrain.planning.sizes import LARGEST_BUCKET, bucket_size
 
 __all__ = [
     "USABLE",
@@ -35,6 +35,8 @@ __all__ = [
     "StageMemory",
     "StateBytes",
     "estimate",
+    "memory_needed",
+    "memory_verdict",
     "micro_batches_in_flight",
     "stage_memory",
     "state_bytes",
@@ -42,6 +44,9 @@ __all__ = [
 
 USABLE = 0.92
 """Fraction of a device's memory that the estimate may fill."""
+
+TIGHT = 0.9
+"""Above this fraction of what may be filled it is tight: the estimate is not exact, and memory gets fragmented."""
 
 
 @dataclass(frozen=True)
@@ -221,3 +226,36 @@ def estimate(
 def _states(layer: Layer, per_parameter: StateBytes, frozen: Set[str]) -> int:
     still = sum(number for name, number in layer.tensors.items() if name in frozen)
     return round((layer.parameters - still) * per_parameter.trained + still * per_parameter.frozen)
+
+
+def memory_needed(layout: Layout, needs: Sequence[StageMemory], accelerator: str) -> tuple[int, int]:
+    """Bytes needed of one device's memory, and the stage that needs most; on CPUs of a host's, by all its ranks."""
+    fullest = max(range(len(needs)), key=lambda stage: needs[stage].total)
+    if accelerator != "cpu":
+        return needs[fullest].total, fullest
+    sums = [0] * len(layout.hosts)
+    for rank in range(layout.world_size):
+        sums[layout.host(rank)] += needs[layout.stage(rank)].total
+    return max(sums), fullest
+
+
+def memory_verdict(
+    layout: Layout, needs: Sequence[StageMemory], memory_bytes: int | None, accelerator: str
+) -> str:
+    """``fits``, ``tight`` or ``does not fit``, and by how much; empty where the memory is not known."""
+    if memory_bytes is None:
+        return ""
+    needed, fullest = memory_needed(layout, needs, accelerator)
+    usable = USABLE * memory_bytes
+    who = f"a rank of stage {fullest} needs" if layout.pipeline > 1 else "a rank needs"
+    if accelerator == "cpu" and layout.world_size > 1:
+        who = "the ranks of a host need"
+    sum_ = f"{who} about {_gb(needed)} of the {_gb(usable)} that can be filled of {_gb(memory_bytes)}"
+    if needed > usable:
+        return f"does not fit: {sum_}, {_gb(needed - usable)} too much"
+    left = f"{sum_}, {_gb(usable - needed)} to spare"
+    return f"tight: {left}" if needed > TIGHT * usable else f"fits: {left}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

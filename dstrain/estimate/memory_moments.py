@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dstrain.config.optimizers import optimizer_facts
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import Stage, weight_bytes
+from dstrain.planning.sizes import LIVE_PARAMETERS, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
-
-LIVE_PARAMETERS = 1_000_000_000
-SUB_GROUP = 1_000_000_000
-"""As dstrain.planning.deepspeed.values has them, where the composed JSON is not at hand."""
 
 
 @dataclass(frozen=True)
@@ -232,14 +230,13 @@ def _standing(config: RunConfig, stage: Stage, share: int, on_cpu: bool) -> int:
 def _optimizer_temporaries(config: RunConfig, stage: Stage, on_cpu: bool) -> int:
     """What the optimizer's step takes beside its state.
 
-    An optimizer of offloaded states works in host memory, and DeepSpeed's own AdamW there takes nothing.
+    An optimizer of offloaded states works in host memory, and DeepSpeed's own kernels there take nothing.
 
     With ZeRO a whole group is one tensor of which each replica has its share. On accelerators torch's optimizers
     take all tensors of a group together.
-
-    Source: torch/optim/adam.py and sgd.py, ``_single_tensor`` and ``_multi_tensor``.
     """
-    if config.offload != "none" and (config.optimizer == "adamw" or not on_cpu):
+    own_kernel = optimizer_facts(config.optimizer).offloaded_update_bytes is not None
+    if config.offload != "none" and (own_kernel or not on_cpu):
         return 0
     largest = stage.tensor if config.zero == 0 else -(-stage.group // stage.replicas)
     together = stage.trained if config.zero == 0 else largest
@@ -247,7 +244,7 @@ def _optimizer_temporaries(config: RunConfig, stage: Stage, on_cpu: bool) -> int
 
 
 def _step_of(config: RunConfig, elements: int, on_cpu: bool) -> int:
-    """AdamW: the root of the second moment, and on CPUs its quotient beside it. SGD: the gradient with its decay."""
-    if config.optimizer == "adamw":
-        return 4 * elements * (1 + on_cpu)
-    return 4 * elements * (config.weight_decay > 0)
+    """What one step takes that works on so many elements at a time."""
+    facts = optimizer_facts(config.optimizer)
+    decayed_gradient = 4 * (config.weight_decay > 0 and not facts.decoupled_decay)
+    return elements * (facts.temporary_bytes["cpu" if on_cpu else "cuda"] + decayed_gradient)

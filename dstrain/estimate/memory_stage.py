@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dstrain.config.optimizers import kept_states, optimizer_facts
 from dstrain.config.schema import RunConfig
-from dstrain.planning.checks import frozen_names
+from dstrain.planning.frozen import frozen_names
 from dstrain.planning.model_shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -20,7 +21,7 @@ def weight_bytes(config: RunConfig) -> int:
 
 def moment_bytes(config: RunConfig) -> int:
     """Bytes of the optimizer's own state for one parameter."""
-    return 8 if config.optimizer == "adamw" else 4 * (config.momentum > 0)
+    return 4 * len(kept_states(optimizer_facts(config.optimizer), vars(config)))
 
 
 def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequence[str]) -> int:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dstrain.config.optimizers import optimizer_facts, update_bytes
 from dstrain.config.schema import RunConfig
-from dstrain.estimate.assumptions import assumptions_of
 from dstrain.estimate.device import Device, Link
 from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.traffic import Traffic, busiest, messages_along, stage_traffic, trained_parameters
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout
-from dstrain.planning.loss_chunk import loss_chunk
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.sizes import loss_chunk
 
 REACHED = 0.8
 """Fraction of a link's and of a memory's data sheet bandwidth that large transfers reach."""
@@ -128,7 +128,7 @@ def step_time(
         run_seconds=config.steps * total,
         mfu=model_flops / (total * peak * layout.world_size),
         traffic=busiest(sent),
-        assumptions=assumptions_of(config, layout, device, REACHED),
+        assumptions=_assumptions(config, layout, device),
     )
 
 
@@ -257,11 +257,8 @@ def _link(part: Traffic, device: Device) -> Link:
     return {"inside": device.inside, "between": device.between, "host": device.host_link}[part.link]
 
 
-# Bytes that the update moves for one parameter: torch's optimizers go over lists of tensors once for each term.
-_ADAMW = 80
-_SGD = 12
-_MOMENTUM = 12
-# The norm, clipping, and the weights written in their own precision.
+# Bytes that are moved for one parameter beside the update itself, which `dstrain.config.optimizers` has: the norm,
+# clipping, and the weights written in their own precision.
 # On CPUs a large tensor is new memory each time, whose pages the kernel has to clear first: what is said for them was
 # measured with DeepSpeed 0.19.8, in processor seconds of a rank with 2, 10 and 23 million parameters.
 _BESIDE = {"cuda": 20, "cpu": 40}
@@ -270,11 +267,6 @@ _BESIDE = {"cuda": 20, "cpu": 40}
 _HANDLED = {"cuda": 8, "cpu": 48}
 # Bytes that the loss moves for one logit: to fp32 and back, the softmax and its gradient. They count no FLOPs.
 _LOSS = {"cuda": 40, "cpu": 80}
-
-
-def update_bytes(optimizer: str, momentum: float = 0.0) -> int:
-    """Bytes that the optimizer's update moves for one parameter."""
-    return _ADAMW if optimizer == "adamw" else _SGD + _MOMENTUM * (momentum > 0)
 
 
 def _loss(shape: ModelShape, batch: Batch, device: Device, sharing: int) -> float:
@@ -295,16 +287,62 @@ def _update(
     """Seconds of the optimizer's update of this rank's share, which memory bandwidth limits."""
     trained = trained_parameters(config, shape, layout, stage)
     share = trained / (layout.data_parallel if config.zero else 1)
-    moved = update_bytes(config.optimizer, config.momentum)
+    facts = optimizer_facts(config.optimizer)
+    moved = update_bytes(facts, vars(config))
     bandwidth = REACHED * device.memory_bandwidth / sharing
     times = {0: 0, 1: 1}.get(config.zero, batch.accumulation)
     handled = _HANDLED[device.kind] * times * trained / bandwidth
     if config.offload == "none" or device.kind == "cpu":
         return handled + share * (moved + _BESIDE[device.kind]) / bandwidth
     on_host = max(host.slots for host in layout.hosts)
-    # DeepSpeed's AdamW for host memory reads gradient, weight and moments once and writes the latter three once.
-    moved = 28 if config.optimizer == "adamw" else moved
+    if facts.offloaded_update_bytes is not None:
+        moved = facts.offloaded_update_bytes
     seconds = handled + share * moved * on_host / (REACHED * device.host_memory_bandwidth)
     if config.offload == "nvme":  # weights and moments, read and written
         seconds += share * 24 * on_host / (REACHED * device.disk_bandwidth)
     return seconds
+
+
+def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str, ...]:
+    """What the numbers of a `StepTime` rest on, the weightiest first."""
+    peak = device.flops[config.precision] / 1e12
+    found = [
+        f"layers compute at {device.utilisation:.0%} of {device.name}'s {peak:,.4g} TFLOP/s in {config.precision}"
+        f" ({device.source})",
+        f"links and memory give {REACHED:.0%} of their nominal bandwidth, and nothing else uses them",
+    ]
+    if device.kind == "cpu":
+        found.append("the ranks of a host share its cores, its memory and the loopback device evenly")
+        most = max(host.slots for host in layout.hosts)
+        if layout.pipeline > 1 and most > device.gpus_per_node:
+            found.append(f"{most} ranks share {device.gpus_per_node} cores: while one waits, others use them")
+    else:
+        found.append(
+            f"a layer launches its kernels in {device.layer_overhead * 1e6:.0f} us, ahead of the work"
+        )
+    if layout.data_parallel > 1:
+        if config.zero == 3 and layout.pipeline == 1 and device.kind == "cuda":
+            found.append("ZeRO-3 gathers and reduces behind the computing, but for the first layer of a pass")
+        else:
+            found.append("nothing hides what replicas send each other")
+    if layout.pipeline > 1:
+        found.append("a stage does not compute while it sends to its neighbours or receives from them")
+        if layout.schedule == "dualpipev":
+            found.append("with dualpipev what is sent and received at once takes the time of one")
+    if len(layout.hosts) > 1:
+        found.append(
+            f"each device has {device.between.bandwidth / 1e9:,.3g} GB/s of the network between the hosts for itself"
+        )
+        if layout.data_parallel > 1 and layout.hosts[0].slots > 1:
+            found.append(
+                "what replicas send from host to host goes over the cards of all ranks there side by side"
+            )
+    if config.offload != "none" and device.kind == "cuda":
+        found.append(
+            f"the ranks of a host share its memory's {device.host_memory_bandwidth / 1e9:,.0f} GB/s for the"
+            " offloaded update"
+        )
+    if config.offload == "nvme":
+        found.append(f"they share a disk of {device.disk_bandwidth / 1e9:,.3g} GB/s")
+    found.append("validation losses, checkpoints, and waiting for data or for slower machines are left out")
+    return tuple(found)

@@ -62,7 +62,7 @@ def export(
     config = _model_config(plan, identity)
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
-    tokenizer = load_tokenizer(plan.data["tokenizer"])
+    tokenizer = load_tokenizer(plan.data.tokenizer)
     aside = out.with_name(f".{out.name}.partial")
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
-    path = Path(plan.model["file"])
+    path = Path(plan.model.file)
     if path.is_file() and identity["model"]:
         found = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         if found != identity["model"]:
@@ -132,7 +132,7 @@ def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
     if plan.run_config.init != "pretrained":
         return None
     try:
-        stored = WeightFiles(plan.model["folder"]).tensors
+        stored = WeightFiles(plan.model.folder).tensors
     except DstrainError:  # deleted since then, all or some of them
         return None
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
@@ -147,7 +147,7 @@ def _write_descriptions(
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the weights that this model did not start from; these are plain
     config.save_pretrained(folder)
-    own = Path(plan.model["file"]).parent / "generation_config.json"
+    own = Path(plan.model.file).parent / "generation_config.json"
     if own.is_file():
         shutil.copyfile(own, folder / own.name)
     else:

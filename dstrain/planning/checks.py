@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.optimizers import is_outside, optimizer_facts
 from dstrain.errors import DstrainError
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
+from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
-from dstrain.planning.deepspeed.values import contradictions_of_config
 from dstrain.planning.hooks import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
@@ -115,7 +115,13 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
     """Those of them that no other layout would mend."""
     of_choices = _raised(
-        resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme, refuse_profile
+        resolved,
+        _refuse_keep_every,
+        _refuse_elastic,
+        refuse_attention,
+        _refuse_nvme,
+        _refuse_optimizer_options,
+        refuse_profile,
     )
     return [*of_choices, *mistakes(resolved)]
 
@@ -168,6 +174,29 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
             "nvme needs a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_optimizer_options(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if not config.optimizer_options:
+        return
+    given = ", ".join(config.optimizer_options)
+    where = str(resolved.origin("optimizer_options", next(iter(config.optimizer_options))))
+    if not is_outside(config.optimizer):
+        takes = ", ".join(optimizer_facts(config.optimizer).takes)
+        raise DstrainError(
+            f"optimizer_options ({given}) are for an optimizer of your own, and {config.optimizer} takes keys of the"
+            " config",
+            where=where,
+            hint=f"the keys of {config.optimizer}: lr, {takes}",
+        )
+    twice = [key for key in ("params", "lr", "weight_decay") if key in config.optimizer_options]
+    if twice:
+        raise DstrainError(
+            f"{twice[0]} is passed to {config.optimizer} by dstrain, and can't stand in optimizer_options",
+            where=str(resolved.origin("optimizer_options", twice[0])),
+            hint="leave it out" if twice[0] == "params" else f"the config's own key: --set {twice[0]}=...",
         )
 
 
@@ -263,49 +292,6 @@ def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout)
             where=str(resolved.origin("data_parallel")),
             hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
         )
-
-
-def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
-    """Refuse a pattern that freezes nothing, and a stage that would have nothing to train.
-
-    Raises DstrainError.
-    """
-    names = [name for layer in shape.layers for name in layer.tensors]
-    where = str(resolved.origin("freeze"))
-    for pattern in resolved.config.freeze:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
-            raise DstrainError(
-                f"no parameter of {shape.model_type} is called {pattern!r}",
-                where=where,
-                hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
-            )
-    frozen = frozen_names(shape, resolved.config.freeze)
-    for stage in range(layout.pipeline):
-        held = [
-            name for chunk in layout.chunks(stage) for layer in chunk for name in shape.layers[layer].tensors
-        ]
-        if held and frozen.issuperset(held):
-            raise DstrainError(
-                f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
-                where=where,
-                hint="fewer --pipeline stages, so that each has a layer that is trained, or freeze less",
-            )
-
-
-def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter of this Hugging Face name is frozen by this name."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
-    """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all."""
-    names = (name for layer in shape.layers for name in layer.tensors)
-    frozen = {name for name in names if is_frozen(name, patterns)} if patterns else set()
-    for tied in shape.tied:
-        if not frozen.isdisjoint(tied.names):
-            frozen.update(tied.names)
-    return frozen
 
 
 def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:

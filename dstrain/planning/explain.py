@@ -13,8 +13,7 @@ from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.words import describe_type
 from dstrain.errors import DstrainError
-from dstrain.planning.deepspeed.composition import owner_of
-from dstrain.planning.deepspeed.reasons import AS_DEFAULT, WHY
+from dstrain.planning.deepspeed.keys import AS_DEFAULT, owner_of, why
 from dstrain.planning.plan import Plan
 
 _PREFIX = "deepspeed."
@@ -137,7 +136,7 @@ def _why(dotted: str, origin: str, *, is_set: bool, is_block: bool) -> str:
     if is_block:
         return "each of its keys has a reason of its own"
     if origin.startswith("ds_configs/"):
-        return WHY.get(dotted, AS_DEFAULT)
+        return why(tuple(dotted.split(".")))
     if origin == "DeepSpeed's default":
         return AS_DEFAULT
     if origin.startswith("--") or re.search(r":[0-9]+$", origin):

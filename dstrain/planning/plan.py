@@ -1,46 +1,21 @@
-"""The plan: everything that will run, decided before a process starts, as pure data."""
+"""The plan: everything that will run, decided before a process starts, as pure data. `make_plan` makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dstrain.config.loader import ResolvedConfig
+from dstrain.config.optimizers import is_outside, option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device
-from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
-from dstrain.estimate.memory import USABLE, StageMemory, estimate, stage_memory
-from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
-from dstrain.estimate.time import StepTime, step_time
+from dstrain.estimate.memory import StageMemory
+from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
-from dstrain.estimate.verdict import memory_verdict
-from dstrain.planning.attention import check_attention
-from dstrain.planning.batch import Batch, make_batch
-from dstrain.planning.checks import (
-    check_batch,
-    check_frozen,
-    check_layerdrop,
-    check_model,
-    check_partition,
-    check_precision,
-    refuse,
-)
-from dstrain.planning.deepspeed.values import deepspeed_config
-from dstrain.planning.hooks import HookSpec, check_profiled_ranks, hooks_of, not_covered
-from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
-from dstrain.planning.loss_chunk import loss_chunk
-from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.stage_partition import cut_as_asked, cut_by_time
-from dstrain.planning.warnings import (
-    warnings_about,
-    warnings_about_balance,
-    warnings_about_determinism,
-    warnings_about_devices,
-    warnings_about_memory,
-    warnings_about_time,
-)
+from dstrain.planning.batch import Batch
+from dstrain.planning.hooks import HookSpec
+from dstrain.planning.layout import Host, Layout
 from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.version import __version__
 
@@ -79,6 +54,83 @@ class Machines:
 
 
 @dataclass(frozen=True)
+class PlannedModel:
+    """The model of a plan.
+
+    Attributes:
+        file: its Hugging Face config file, which was measured.
+        folder: where its weights and tokenizer lie; None for a built-in shape.
+        init: ``random`` or ``pretrained``.
+        fingerprint: hash of the file's content.
+        dropout: the largest probability in its config.
+        type: ``model_type`` of its config.
+        parameters: of the whole model; a tied weight counts once.
+        layers: names of [embed, block 0, ..., head].
+        tied: weights that several layers use.
+        pipelines: whether it can be split into stages.
+    """
+
+    file: str
+    folder: str | None
+    init: str
+    fingerprint: str
+    dropout: float
+    type: str
+    parameters: int
+    layers: tuple[str, ...]
+    tied: tuple[str, ...]
+    pipelines: bool
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PlannedModel:
+        """From a plan's JSON."""
+        known = _known(cls, record)
+        return cls(**{**known, "layers": tuple(record["layers"]), "tied": tuple(record["tied"])})
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """What the prepared data of a plan hold: see `dstrain.data.prepare.PackedData.summary`.
+
+    Attributes:
+        source: name of what was read, of so many ``files`` and ``bytes``.
+        documents: all of them; of these ``validation_documents`` are kept from training, and ``empty_documents`` hold
+            nothing.
+        tokens: of all documents, end-of-document tokens included.
+        train_rows, validation_rows: samples of ``seq_len`` tokens.
+        padding: share of the tokens to train on that only fill rows up.
+        tokenizer: its name, with the ``tokenizer_fingerprint`` of its files.
+        vocab_size: of the tokenizer.
+        fingerprint: of the rows: what was read, how it was tokenized, split and packed.
+    """
+
+    source: str = ""
+    files: int = 0
+    bytes: int = 0
+    documents: int = 0
+    validation_documents: int = 0
+    empty_documents: int = 0
+    tokens: int = 0
+    seq_len: int = 0
+    train_rows: int = 0
+    validation_rows: int = 0
+    padding: float = 0.0
+    tokenizer: str = ""
+    tokenizer_fingerprint: str | None = None
+    vocab_size: int = 0
+    fingerprint: str = ""
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
+        """From a summary of the data, of another version too: what it has more is passed over."""
+        return cls(**_known(cls, record))
+
+
+def _known(cls: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: record[field.name] for field in fields(cls) if field.name in record}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Frozen, complete, JSON-serialisable. Nothing later decides what this could have decided.
 
@@ -88,8 +140,6 @@ class Plan:
         layout, batch: ranks and samples.
         accelerator: ``cuda`` or ``cpu``.
         deepspeed: the DeepSpeed JSON; ``deepspeed_origins`` has the origin of each leaf, dotted.
-        model: the shape's totals, the file of its Hugging Face config, its folder, and ``init``.
-        data: what the prepared data hold: rows, tokens, vocabulary, fingerprint.
         stage_parameters: parameters that each stage holds.
         stage_time: estimated time of each stage over the mean of all.
         stage_memory: estimated bytes on a rank of each stage, by what they hold.
@@ -114,8 +164,8 @@ class Plan:
     accelerator: str
     deepspeed: dict[str, Any]
     deepspeed_origins: dict[str, str]
-    model: dict[str, Any]
-    data: dict[str, Any]
+    model: PlannedModel
+    data: PlannedData
     stage_parameters: tuple[int, ...]
     stage_time: tuple[float, ...]
     stage_memory: tuple[StageMemory, ...]
@@ -152,6 +202,8 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What the runs that go on from a checkpoint must agree with, and the layout, which may change."""
+        optimizer = self.config["optimizer"]
+        options = {"optimizer_options": self.config["optimizer_options"]} if is_outside(optimizer) else {}
         return {
             "zero": self.config["zero"],
             "pipeline": self.layout.pipeline,
@@ -161,16 +213,17 @@ class Plan:
             "cut": list(self.layout.cut),
             "micro_batch": self.batch.micro_batch,
             "precision": self.config["precision"],
-            "optimizer": self.config["optimizer"],
-            **{key: self.config[key] for key in ("betas", "eps", "momentum", "weight_decay", "freeze")},
+            "optimizer": optimizer,
+            **options,
+            **{key: self.config[key] for key in (*option_keys(), "freeze")},
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,
             "pack": self.config["pack"],
-            "data": self.data["fingerprint"],
-            "parameters": self.model["parameters"],
-            "model": self.model["fingerprint"],
-            "init": self.model["init"],
+            "data": self.data.fingerprint,
+            "parameters": self.model.parameters,
+            "model": self.model.fingerprint,
+            "init": self.model.init,
         }
 
     @classmethod
@@ -193,6 +246,8 @@ class Plan:
                     layout["schedule"],
                 ),
                 "batch": Batch(**record["batch"]),
+                "model": PlannedModel.from_record(record["model"]),
+                "data": PlannedData.from_record(record["data"]),
                 "stage_parameters": tuple(record["stage_parameters"]),
                 "stage_time": tuple(record["stage_time"]),
                 "stage_memory": tuple(_stage_memory(stage) for stage in record["stage_memory"]),
@@ -202,140 +257,6 @@ class Plan:
                 "warnings": tuple(record["warnings"]),
             }
         )
-
-
-def make_plan(
-    resolved: ResolvedConfig,
-    machines: Machines,
-    shape: ModelShape,
-    data: Mapping[str, Any],
-    model_file: str,
-    model_fingerprint: str = "",
-    model_folder: str | None = None,
-) -> Plan:
-    """Decide everything. A pure function of its arguments.
-
-    Args:
-        resolved: what is wanted.
-        machines: what there is to run on.
-        shape: the model's measured shape.
-        data: summary of the prepared data (``train_rows``, ``validation_rows``, ``vocab_size``, ...).
-        model_file: the Hugging Face config file that ``shape`` was measured from.
-        model_fingerprint: hash of that file's content.
-        model_folder: where the model's weights and tokenizer lie; None for a built-in shape.
-
-    Raises:
-        DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
-    """
-    config = resolved.config
-    refuse(resolved)
-    name = (
-        machines.device.name if machines.device and machines.accelerator == "cuda" else machines.accelerator
-    )
-    check_precision(resolved, machines.precisions, name)
-    check_attention(resolved, machines.accelerator, machines.flash_packages)
-    check_model(shape, resolved, data["vocab_size"])
-    check_partition(resolved, shape)
-
-    replicas = choose_data_parallel(
-        config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
-    )
-    hosts = _fill_hosts(machines, config.pipeline * replicas)
-    batch = make_batch(
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        data_parallel=replicas,
-        pipeline=config.pipeline,
-        seq_len=config.seq_len,
-        where=str(resolved.origin("micro_batch" if config.micro_batch else "global_batch")),
-        where_global=str(resolved.origin("global_batch")),
-    )
-    check_batch(resolved, batch)
-    chunk = loss_chunk(batch.micro_batch, config.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
-    times = layer_times(
-        shape,
-        seq_len=config.seq_len,
-        attended=attended_share(config),
-        blocks_recomputed=config.activation_checkpointing,
-        head_recomputed=chunk > 0,
-    )
-    memory = estimate(
-        config,
-        shape,
-        replicas=replicas,
-        micro_batch=batch.micro_batch,
-        accumulation=batch.accumulation,
-        device_is_host=machines.accelerator == "cpu",
-    )
-    # Ranks on CPUs share their machine's memory, which another cut does not make larger.
-    limit = None
-    if machines.accelerator == "cuda" and machines.memory_bytes is not None:
-        limit = USABLE * machines.memory_bytes
-    fastest = cut_by_time(times, config.pipeline, config.schedule, memory, limit)
-    even = fastest if limit is None else cut_by_time(times, config.pipeline, config.schedule, memory, None)
-    asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
-    layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
-    stage_time = stage_shares(layout, times)
-    check_layerdrop(resolved, shape, layout)
-    check_frozen(resolved, shape, layout)
-    check_profiled_ranks(resolved, layout)
-    stage_parameters = tuple(shape.parameters_of(layout.chunks(stage)) for stage in range(config.pipeline))
-    deepspeed = deepspeed_config(resolved, batch, machines.accelerator, max(stage_parameters))
-    checkpoint = checkpoint_bytes(config, shape, layout, machines.accelerator)
-    needs = stage_memory(config, shape, layout, batch, machines.accelerator, deepspeed.values)
-    verdict = memory_verdict(layout, needs, machines.memory_bytes, machines.accelerator)
-    time = None
-    if machines.device is not None and config.precision in machines.device.flops:
-        time = step_time(config, shape, layout, batch, machines.device, deepspeed=deepspeed.values)
-    return Plan(
-        config=config.model_dump(),
-        origins={key: str(resolved.origin(key)) for key in config.model_dump()},
-        layout=layout,
-        batch=batch,
-        accelerator=machines.accelerator,
-        deepspeed=deepspeed.values,
-        deepspeed_origins={".".join(path): origin for path, origin in deepspeed.origins.items()},
-        model={
-            "file": model_file,
-            "folder": model_folder,
-            "init": config.init,
-            "fingerprint": model_fingerprint,
-            "dropout": shape.dropout,
-            "type": shape.model_type,
-            "parameters": shape.total_parameters,
-            "layers": [layer.name for layer in shape.layers],
-            "tied": [tied.key for tied in shape.tied],
-            "pipelines": shape.pipeline_refusal is None,
-        },
-        data=dict(data),
-        stage_parameters=stage_parameters,
-        stage_time=stage_time,
-        stage_memory=needs,
-        imbalance=max(stage_time),
-        imbalance_of_auto=max(stage_shares(replace(layout, cut=fastest), times)),
-        memory_bytes=machines.memory_bytes,
-        memory_verdict=verdict,
-        device=machines.device.name if machines.device else ", ".join(dict.fromkeys(machines.device_names)),
-        time=time,
-        loss_chunk=chunk,
-        checkpoint_bytes=checkpoint,
-        disk_bytes=disk_bytes(config, checkpoint, sum(stage_parameters)),
-        hooks=hooks_of(config),
-        not_covered=not_covered(config),
-        warnings=(
-            *resolved.notes,
-            *warnings_about(config, layout, batch, data, shape, time),
-            *warnings_about_determinism(config, machines.accelerator),
-            *warnings_about_balance(
-                config, max(stage_time), max(stage_shares(replace(layout, cut=even), times))
-            ),
-            *warnings_about_memory(
-                config, layout, batch, shape, needs, machines.memory_bytes, machines.accelerator
-            ),
-            *(warnings_about_time(config, shape, layout, batch, time) if time else ()),
-            *warnings_about_devices(_gpu_names(machines), machines.device, config.precision),
-        ),
-    )
 
 
 def _from_0_1(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,10 +269,6 @@ def _from_0_1(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gpu_names(machines: Machines) -> tuple[str, ...]:
-    return machines.device_names if machines.accelerator == "cuda" else ()
-
-
 def _stage_memory(record: Mapping[str, Any]) -> StageMemory:
     return StageMemory(**{key: value for key, value in record.items() if key != "total"})
 
@@ -361,18 +278,3 @@ def _step_time(record: Mapping[str, Any] | None) -> StepTime | None:
         return None
     sent = tuple(Traffic(**part) for part in record["traffic"])
     return StepTime(**{**record, "traffic": sent, "assumptions": tuple(record["assumptions"])})
-
-
-def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:
-    """The hosts that hold the ranks, each with the slots that are used."""
-    if machines.slots is None:
-        return (Host(machines.hosts[0].name, ranks),)
-    hosts = fill_hosts(machines.hosts, ranks)
-    if len({host.slots for host in hosts}) > 1:
-        used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
-        raise DstrainError(
-            f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
-            where="--hostfile",
-            hint="give each host the same number of slots, or choose a layout that fills whole hosts",
-        )
-    return hosts

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from dstrain.config.optimizers import is_outside, option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
-from dstrain.estimate.memory import USABLE, StageMemory
+from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
+from dstrain.estimate.memory_stage import moment_bytes
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
-from dstrain.estimate.verdict import memory_needed
 from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import PlannedData
 
 
 def warnings_about(
     config: RunConfig,
     layout: Layout,
     batch: Batch,
-    data: Mapping[str, Any],
+    data: PlannedData,
     shape: ModelShape,
     time: StepTime | None = None,
 ) -> list[str]:
@@ -45,14 +46,36 @@ def warnings_about(
             "the router loss of its experts is taken over a micro-batch: set --micro-batch to compare layouts"
             f" (here {batch.micro_batch}, which follows from the layout)"
         )
-    if data.get("padding", 0.0) >= 0.005:
+    if data.padding >= 0.005:
         found.append(
-            f"{data['padding']:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
+            f"{data.padding:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
             " rest of it costs time but teaches nothing"
         )
-    epochs = config.steps * config.global_batch / data["train_rows"]
+    epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1:
-        found.append(f"the data's {data['train_rows']:,} samples are seen {epochs:.1f} times")
+        found.append(f"the data's {data.train_rows:,} samples are seen {epochs:.1f} times")
+    return found
+
+
+def warnings_about_optimizer(config: RunConfig) -> list[str]:
+    """What is assumed of an optimizer from outside, and what it does not take."""
+    if not is_outside(config.optimizer):
+        return []
+    found = [
+        f"{config.optimizer} is estimated as AdamW: {moment_bytes(config)} bytes of states a parameter. With ZeRO it is"
+        " given flat pieces of parameters: layouts train the same model if it updates every number by itself, which"
+        " `dstrain verify` tries"
+    ]
+    changed = [
+        key
+        for key in option_keys()
+        if key != "weight_decay" and getattr(config, key) != RunConfig.model_fields[key].default
+    ]
+    if changed:
+        found.append(
+            f"{' and '.join(changed)} {'are' if changed[1:] else 'is'} not for {config.optimizer}, which is made with"
+            " lr, weight_decay and optimizer_options"
+        )
     return found
 
 

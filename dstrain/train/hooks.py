@@ -114,8 +114,8 @@ def start_info(plan: Plan, folder: RunFolder, *, run_id: str, first_step: int, r
         origins=dict(plan.origins),
         plan={
             "dstrain": plan.dstrain,
-            "model": plan.model["type"],
-            "parameters": plan.model["parameters"],
+            "model": plan.model.type,
+            "parameters": plan.model.parameters,
             "device": plan.device,
             "world_size": layout.world_size,
             "pipeline": layout.pipeline,

@@ -27,7 +27,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
     try:
         data = prepare(
             config.data,
-            plan.data["tokenizer"],
+            plan.data.tokenizer,
             config.seq_len,
             config.validation,
             cache_folder() / "data",
@@ -36,17 +36,17 @@ def prepare_run_data(plan: Plan) -> PackedData:
     except DstrainError as error:
         if len(plan.layout.hosts) < 2:
             raise
-        needed = [config.data, *([] if plan.data["tokenizer"] == "bytes" else [plan.data["tokenizer"]])]
+        needed = [config.data, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
         raise DstrainError(
             f"on {socket.gethostname()}: {error.message}",
             where=error.where,
             hint=f"every host needs {' and '.join(needed)}: copy what is missing, or name a folder that all share",
         ) from error
     found = data.summary()["fingerprint"]
-    if found != plan.data["fingerprint"]:
+    if found != plan.data.fingerprint:
         raise DstrainError(
             "the data are not those that the plan was made for"
-            f" ({found} on {socket.gethostname()}, {plan.data['fingerprint']} in the plan)",
+            f" ({found} on {socket.gethostname()}, {plan.data.fingerprint} in the plan)",
             where=config.data,
             hint="start a new run for changed data" + _or_copy(plan),
         )
@@ -55,7 +55,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
 
 def check_model_file(plan: Plan) -> None:
     """Raises DstrainError where this host has no config of the model, or another one than the plan was made for."""
-    file, host = Path(plan.model["file"]), socket.gethostname()
+    file, host = Path(plan.model.file), socket.gethostname()
     try:
         found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except OSError as error:
@@ -64,7 +64,7 @@ def check_model_file(plan: Plan) -> None:
             where=str(file),
             hint="copy the model's folder to the same place there, or name a folder that all hosts share",
         ) from error
-    if plan.model["fingerprint"] and found != plan.model["fingerprint"]:
+    if plan.model.fingerprint and found != plan.model.fingerprint:
         raise DstrainError(
             f"the model's config on {host} is not the one that the plan was made for",
             where=str(file),

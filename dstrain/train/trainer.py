@@ -13,8 +13,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from dstrain.config.optimizers import is_outside
+from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
+from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.communication import start_communication
 from dstrain.engine.interface import Engine, StepResult
 from dstrain.engine.precision import DTYPES
@@ -25,8 +28,9 @@ from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
-from dstrain.planning.checks import is_frozen
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.plan import Plan
+from dstrain.plugins import load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches, ValidationBatches
@@ -83,6 +87,7 @@ def _train(
     if config.deterministic:
         be_deterministic()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    optimizer = client_optimizer(config)
     start_communication()
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
@@ -94,7 +99,7 @@ def _train(
         lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
-    engine = _build(plan, folder, device)
+    engine = _build(plan, folder, device, optimizer)
     run_id = _run_id(folder)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -237,17 +242,17 @@ def _last_validation_loss(folder: RunFolder) -> float | None:
     return losses[-1] if losses else None
 
 
-def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
+def _build(plan: Plan, folder: RunFolder, device: torch.device, optimizer: ClientOptimizer | None) -> Engine:
     config = plan.run_config
     options: dict[str, Any] = {
         "seed": config.seed,
         "attention": config.attention,
         "dtype": DTYPES[config.precision],
-        "weights": PretrainedWeights(plan.model["folder"]) if config.init == "pretrained" else None,
+        "weights": PretrainedWeights(plan.model.folder) if config.init == "pretrained" else None,
     }
-    model_config = load_model_config(plan.model["file"])
+    model_config = load_model_config(plan.model.file)
     model: PipelineModel | UnsplitModel
-    if plan.model["pipelines"]:
+    if plan.model.pipelines:
         model = PipelineModel(model_config, **options)
     else:
         model = UnsplitModel(model_config, **options, after_build=zero3_init(plan.deepspeed))
@@ -262,6 +267,20 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device) -> Engine:
         activation_checkpointing=config.activation_checkpointing,
         is_frozen=lambda name: is_frozen(name, config.freeze),
         loss_chunk=plan.loss_chunk,
+        optimizer=optimizer,
+    )
+
+
+def client_optimizer(config: RunConfig) -> ClientOptimizer | None:
+    """The user's own optimizer; None for one of dstrain's. Raises PluginError where it can't be loaded."""
+    if not is_outside(config.optimizer):
+        return None
+    return ClientOptimizer(
+        config.optimizer,
+        load_plugin(config.optimizer, config.code_dirs or (), what="optimizer"),
+        config.optimizer_options,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
     )
 
 

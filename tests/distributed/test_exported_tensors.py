@@ -91,7 +91,7 @@ def train_family(rank: int, family: str, case: Case, folder: str) -> dict[str, t
 def test_from_pretrained_gives_the_trained_weights(
     family: str, case: Case, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.saved_state import MASTER, SavedState
     from dstrain.exporting import writing
     from dstrain.exporting.checking import check_files, check_loaded, load_exported
     from dstrain.exporting.tensors import ExportedTensors
@@ -125,7 +125,7 @@ def test_from_pretrained_gives_the_trained_weights(
             # What a rank computes with is the fp32 weight rounded to its precision.
             assert torch.equal(found[name].to(DTYPES[case.precision]).float(), value), name
         if dtype != case.precision:
-            master = state.parameters[name].states["master"].read()
+            master = state.parameters[name].states[MASTER].read()
             assert torch.equal(found[name], master.to(DTYPES[dtype])), name
     corrections = [name for name in found if name.endswith("e_score_correction_bias")]
     assert len(corrections) == (case.layers - 1 if family == "deepseek_v3" else 0)

@@ -58,13 +58,13 @@ def test_fp16_goes_on_with_the_loss_scale_that_was_found(trained: Trained, tmp_p
 
 def test_a_checkpoint_of_before_the_first_applied_step(trained: Trained, tmp_path: Path) -> None:
     """fp16 has skipped all steps so far: there are no optimizer states to be had, nor any to be missed."""
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.saved_state import MASTER, SavedState
 
     a, b = replace(FP16, **ZERO3_DP2), replace(FP16, **ZERO1_PP2, steps=SAVED_AT + 1)
     run(b.world_size, go_on, b, str(trained(a)), str(tmp_path))
     state = SavedState(trained(a))
     assert state.counters["skipped_steps"] == SAVED_AT
-    assert all(parameter.states.keys() == {"master"} for parameter in state.parameters.values())
+    assert all(parameter.states.keys() == {MASTER} for parameter in state.parameters.values())
     assert_same_state(trained(a), tmp_path, b)
 
 

@@ -157,7 +157,7 @@ def train_and_save(rank: int, case: Case, folder: str) -> tuple[int, int]:
     engine, plan = training.build_case_engine(case)
     engine.train_batch(micro_batches(case, plan.layout.replica(rank), 1), case.lr)
     checkpoints_in(folder).save(engine, 1)
-    return plan.checkpoint_bytes, plan.model["parameters"]
+    return plan.checkpoint_bytes, plan.model.parameters
 
 
 SHORT = Case(steps=1, layers=3)

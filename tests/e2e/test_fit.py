@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.estimate.verdict import memory_needed
+from dstrain.estimate.memory import memory_needed
 from dstrain.planning.plan import Plan
 from tests.e2e.conftest import Said
 

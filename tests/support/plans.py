@@ -7,15 +7,16 @@ from typing import Any
 
 from dstrain.config.loader import load_config
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape, Tied
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
 
 MINIMAL = Path(__file__).parent / "minimal.yaml"
-DATA = {
-    "source": "text.txt", "files": 1, "bytes": 1000, "documents": 10, "validation_documents": 1,
-    "empty_documents": 0, "tokens": 100_000, "seq_len": 256, "train_rows": 390, "validation_rows": 10,
-    "tokenizer": "bytes", "vocab_size": 257, "fingerprint": "f" * 32,
-}  # fmt: skip
+DATA = PlannedData(
+    source="text.txt", files=1, bytes=1000, documents=10, validation_documents=1,
+    tokens=100_000, seq_len=256, train_rows=390, validation_rows=10,
+    tokenizer="bytes", vocab_size=257, fingerprint="f" * 32,
+)  # fmt: skip
 LAPTOP = Machines((Host("localhost", 0),), "cpu", ("a processor",))
 
 
@@ -42,10 +43,10 @@ def plan(
     *,
     machines: Machines = LAPTOP,
     model: ModelShape | None = None,
-    data: dict[str, Any] | None = None,
+    data: PlannedData = DATA,
     settings: tuple[str, ...] = (),
     **flags: Any,
 ) -> Plan:
     """The plan of these run-config values over the defaults (not over the quickstart)."""
     resolved = load_config(config_file=str(MINIMAL), settings=settings, flags=flags)
-    return make_plan(resolved, machines, model or shape(), data or DATA, "/models/tiny/config.json")
+    return make_plan(resolved, machines, model or shape(), data, "/models/tiny/config.json")

@@ -259,7 +259,7 @@ def test_a_conflict_in_yaml_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("zero: 2\ndeepspeed:\n  zero_optimization:\n    stage: 1\n")
     resolved = load_config(config_file=str(path))
-    from dstrain.planning.plan import make_plan
+    from dstrain.planning.make_plan import make_plan
     from tests.support.plans import DATA, LAPTOP
 
     with pytest.raises(DstrainError) as caught:

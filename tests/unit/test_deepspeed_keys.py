@@ -22,11 +22,12 @@ from dstrain.config.deepspeed_keys import (
 from dstrain.config.files import ds_configs
 from dstrain.config.json_reader import _lines_of_keys
 from dstrain.config.loader import load_config
-from dstrain.config.nested import leaves
+from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
 from dstrain.planning.checks import refuse
-from dstrain.planning.deepspeed.user_keys import _INSTEAD, _UNFIT, mistakes
+from dstrain.planning.deepspeed.keys import KEYS
+from dstrain.planning.deepspeed.user_keys import mistakes
 from tests.support.plans import plan
 
 FRAGMENTS = sorted(
@@ -74,9 +75,22 @@ def test_every_key_that_dstrain_writes_is_known_and_current(fragment: str) -> No
         assert canonical(path) == path
 
 
-def test_what_is_refused_for_its_effect_is_a_key() -> None:
-    assert all(find(path) for path in _UNFIT)
-    assert all("deprecated" in (find(path) or {}) for path in _INSTEAD)
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_every_row_of_the_table_is_a_key_of_deepspeeds_under_its_first_name(path: KeyPath) -> None:
+    node = find(path)
+    assert node is not None and canonical(path) == path
+    assert ("deprecated" in node) == bool(KEYS[path].successor)
+    assert KEYS[path].owner in {None, *field_names()}
+
+
+def test_what_the_table_derives_is_what_the_fragments_leave_open() -> None:
+    open_ = {
+        (path, value[1:])
+        for fragment in FRAGMENTS
+        for path, value in leaves(json.loads((ds_configs() / fragment).read_text()))
+        if isinstance(value, str) and value.startswith("$")
+    }
+    assert open_ == {(path, key.derived.name) for path, key in KEYS.items() if key.derived}
 
 
 # --- what was meant

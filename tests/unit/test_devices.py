@@ -14,8 +14,7 @@ from dstrain.config.files import ds_configs
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import PRECISIONS, cpu_device, device_like, find_device, known_devices
-from dstrain.estimate.memory import StageMemory
-from dstrain.estimate.verdict import memory_needed, memory_verdict
+from dstrain.estimate.memory import StageMemory, memory_needed, memory_verdict
 from dstrain.launch.devices import local_devices, processor
 from dstrain.planning.layout import Host, Layout
 from dstrain.planning.plan import Machines, Plan

@@ -12,7 +12,7 @@ from dstrain.config.deepspeed_keys import GONE, all_keys, find
 from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
 from dstrain.errors import DstrainError
-from dstrain.planning.deepspeed.reasons import AS_DEFAULT, WHY
+from dstrain.planning.deepspeed.keys import AS_DEFAULT, KEYS
 from dstrain.planning.explain import Explanation, explain, keys_meant
 from dstrain.planning.plan import Plan
 from tests.support.plans import plan
@@ -43,15 +43,15 @@ def test_every_key_of_a_plan_is_explained_by_what_is_in_it(choices: dict[str, An
         node = find(path)
         if found.why == AS_DEFAULT:
             assert node and value == node["default"], (
-                f"{dotted} is not DeepSpeed's default: give it a reason in WHY"
+                f"{dotted} is not DeepSpeed's default: give it a reason in KEYS"
             )
         if found.origin.startswith("--set"):
             assert found.why == "you set it"
 
 
 def test_every_reason_is_of_a_key_that_some_fragment_sets() -> None:
-    written = {".".join(path) for choices in CHOICES for path, _ in leaves(plan(**choices).deepspeed)}
-    assert set(WHY) <= written
+    written = {path for choices in CHOICES for path, _ in leaves(plan(**choices).deepspeed)}
+    assert {path for path, key in KEYS.items() if key.why} <= written
 
 
 @pytest.mark.parametrize("key", field_names())

@@ -15,7 +15,8 @@ from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.layout import Host
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.make_plan import make_plan
+from dstrain.planning.plan import Machines, Plan
 from dstrain.runs.run_folder import RunFolder
 from tests.support.plans import DATA, MINIMAL, shape
 

@@ -11,15 +11,15 @@ import pytest
 from dstrain.config.loader import ResolvedConfig, load_config, override
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device, Link, find_device
-from dstrain.estimate.memory import USABLE
-from dstrain.estimate.verdict import memory_needed
+from dstrain.estimate.memory import USABLE, memory_needed
 from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixed_choices
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
 from dstrain.planning.layout import Host
 from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan
 from tests.support.plans import DATA
 
 # A device beside which the models below are large, and a network that is felt.

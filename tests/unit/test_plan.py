@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import find_device
 from dstrain.estimate.memory import StageMemory
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Host, Layout
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT, ModelShape
 from dstrain.planning.plan import Machines, Plan
 from dstrain.planning.warnings import warnings_about_memory
-from tests.support.plans import DATA, plan, shape
+from tests.support.plans import DATA, LAPTOP, MINIMAL, plan, shape
 
 
 def through_json(made: Plan) -> Plan:
@@ -69,6 +75,42 @@ def test_the_record_spells_out_every_rank() -> None:
 
 def test_a_plan_is_a_pure_function() -> None:
     assert plan(pipeline=2) == plan(pipeline=2)
+
+
+def test_a_plan_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the user's DeepSpeed JSON, which was read with the config, nor a fragment a second time."""
+    own = tmp_path / "own.json"
+    own.write_text('{"comms_logger": {"enabled": true},\n "zero_optimization": {"sub_group_size": 7}}')
+    flags = {"zero": 3, "data_parallel": 2, "ds_config": str(own)}
+    resolved = load_config(config_file=str(MINIMAL), flags=flags)
+    expected = plan(**flags)  # the fragments are read here, if they were not before
+    own.unlink()
+
+    def refuse_to_open(path: Any, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{path} was opened")
+
+    with monkeypatch.context() as patch:
+        for module in (builtins, io, os):
+            patch.setattr(module, "open", refuse_to_open)
+        made = make_plan(resolved, LAPTOP, shape(), DATA, "/models/tiny/config.json")
+    assert made == expected
+    assert made.deepspeed_origins["zero_optimization.sub_group_size"] == f"{own}:2"
+
+
+def test_a_plan_of_0_1_and_of_a_newer_cache_is_read() -> None:
+    made = plan()
+    record = json.loads(json.dumps(made.to_record()))
+    record["data"]["languages"] = ["en"]
+    assert Plan.from_record(record) == made
+    for name in ("rows", "documents"):
+        record["data"][f"held_out_{name}"] = record["data"].pop(f"validation_{name}")
+    for part in ("config", "origins"):
+        record[part]["held_out"] = record[part].pop("validation")
+        del record[part]["optimizer_options"]
+    del record["not_covered"]
+    old = Plan.from_record(record | {"format": 5})
+    assert (old.data, old.model, old.identity) == (made.data, made.model, made.identity)
+    assert old.run_config == made.run_config
 
 
 def test_another_format_is_refused() -> None:
@@ -208,7 +250,7 @@ def test_edges_that_are_allowed() -> None:
     plan(seq_len=512)
     plan(seq_len=100_000, model=shape(max_positions=None))
     plan(pipeline=1, model=shape(pipeline_refusal="no"))
-    plan(data=DATA | {"vocab_size": 257})
+    plan(data=replace(DATA, vocab_size=257))
 
 
 def test_precision_that_the_devices_lack() -> None:

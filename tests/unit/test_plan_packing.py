@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,5 +61,5 @@ def test_packed_and_separate_samples_are_different_runs() -> None:
 
 @pytest.mark.parametrize(("padding", "said"), [(0.0, False), (0.004, False), (0.31, True)])
 def test_padding_is_told(padding: float, said: bool) -> None:
-    warnings = plan(data=DATA | {"padding": padding}, pack=False).warnings
+    warnings = plan(data=replace(DATA, padding=padding), pack=False).warnings
     assert any(warning.startswith(f"{padding:.0%} of the tokens are padding") for warning in warnings) is said

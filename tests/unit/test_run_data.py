@@ -17,7 +17,7 @@ from dstrain.runs.run_folder import RunFolder
 from dstrain.train import local_run_folder
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.run_data import check_model_file, prepare_run_data
-from tests.support.plans import DATA, plan
+from tests.support.plans import plan
 
 HERE = socket.gethostname()
 
@@ -44,7 +44,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_that_are_not_there_are_named_with_their_host(tmp_path: Path) -> None:
     missing = tmp_path / "text.jsonl"
     with pytest.raises(DstrainError) as error:
-        prepare_run_data(on_hosts(plan(data=DATA | {"tokenizer": "bytes"}, settings=(f"data={missing}",)), 2))
+        prepare_run_data(on_hosts(plan(settings=(f"data={missing}",)), 2))
     text = str(error.value)
     assert f"on {HERE}: " in text and str(missing) in text
     assert f"every host needs {missing}: copy what is missing" in text
@@ -67,7 +67,7 @@ def test_the_models_config_is_the_plans(tmp_path: Path) -> None:
     file.write_text("{}")
     fingerprint = hashlib.sha256(b"{}").hexdigest()[:16]
     made = plan()
-    model = made.model | {"file": str(file), "fingerprint": fingerprint}
+    model = dataclasses.replace(made.model, file=str(file), fingerprint=fingerprint)
     good = dataclasses.replace(made, model=model)
     check_model_file(good)
     file.write_text("{} ")

@@ -17,10 +17,10 @@ from dstrain.errors import DstrainError
 from dstrain.estimate.memory import Memory, estimate, micro_batches_in_flight, state_bytes
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.planning.layout import Host, Layout
-from dstrain.planning.loss_chunk import loss_chunk
 from dstrain.planning.model_shape import Layer, ModelShape, Tied
 from dstrain.planning.partition import cut_by_cost
 from dstrain.planning.plan import Machines
+from dstrain.planning.sizes import loss_chunk
 from tests.support.plans import DATA, plan
 
 GB = 10**9
@@ -54,7 +54,7 @@ def blocks(cut: Sequence[int] | None) -> list[int]:
 def llama(machines: Machines | None = None, **flags: Any) -> Any:
     choices: dict[str, Any] = {"pipeline": 4, "seq_len": 4096, "micro_batch": 1, "precision": "bf16"}
     found = {"machines": machines} if machines else {}
-    return plan(model=LLAMA_1B, data=DATA | {"seq_len": 4096}, **found, **(choices | flags))
+    return plan(model=LLAMA_1B, data=replace(DATA, seq_len=4096), **found, **(choices | flags))
 
 
 def fullest_rank(made: Any) -> int:

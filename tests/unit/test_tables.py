@@ -99,7 +99,7 @@ def long_plan(length: int, **choices: Any) -> Plan:
         config=made.config | paths,
         origins={key: f"{path('yaml', length)}:{number}" for number, key in enumerate(made.origins)},
         deepspeed_origins={key: f"{path('json', length)}:{key}" for key in made.deepspeed_origins},
-        data=made.data | {"source": path("source", length), "tokenizer": path("tokens", length)},
+        data=replace(made.data, source=path("source", length), tokenizer=path("tokens", length)),
         device=name("device", length),
         warnings=(*made.warnings, f"the file {path('warning', length)} is strange"),
     )
@@ -108,7 +108,7 @@ def long_plan(length: int, **choices: Any) -> Plan:
 def print_plan(length: int, **_: Any) -> Shown:
     made = long_plan(length)
     show_plan(made, make_console(), verbose=True)
-    numbers = [f"{made.model['parameters']:,}", f"{DATA['tokens']:,}"]
+    numbers = [f"{made.model.parameters:,}", f"{DATA['tokens']:,}"]
     for stage, need in enumerate(made.stage_memory):
         numbers += [
             f"{made.stage_parameters[stage]:,}",
@@ -127,7 +127,7 @@ def print_plan(length: int, **_: Any) -> Shown:
     values += [traffic.reason for traffic in made.time.traffic] + [
         traffic.what for traffic in made.time.traffic
     ]
-    values += [made.data["source"], _title(made), made.memory_verdict]
+    values += [made.data.source, _title(made), made.memory_verdict]
     for key in ("model", "data", "zero", "pipeline", "seed", "activation_checkpointing", "steps"):
         values += [key, str(made.config[key]), made.origins[key]]
     return Shown(tuple(numbers), tuple(values))

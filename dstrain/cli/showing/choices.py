@@ -18,7 +18,7 @@ def choices(plan: Plan) -> FoldingTable:
         Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
     )
     separate = () if plan.config["pack"] else ("pack",)
-    beside = [key for key in ("trackers", "profile", "hooks") if plan.config[key]]
+    beside = [key for key in ("optimizer_options", "trackers", "profile", "hooks") if plan.config.get(key)]
     for key in (*_SHOWN, *separate, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
@@ -26,7 +26,7 @@ def choices(plan: Plan) -> FoldingTable:
         elif key == "micro_batch" and value is None:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
         elif key == "tokenizer" and value == "auto":
-            table.add_row(key, str(plan.data["tokenizer"]), f"auto ({plan.origins[key]})")
+            table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
         elif key in ("init", "partition") and plan.origins[key] == "default":
             continue
         else:

@@ -102,7 +102,7 @@ def _lines(plan: Plan, place: Place) -> list[str]:
         f"rank {place.rank}",
         f"stage {place.stage}",
         f"replica {place.replica}",
-        *(_short(plan.model["layers"], chunk) for chunk in place.chunks),
+        *(_short(plan.model.layers, chunk) for chunk in place.chunks),
     ]
 
 

@@ -76,13 +76,13 @@ def _show_all(plan: Plan, console: Console) -> None:
 def _show_arithmetic(plan: Plan, console: Console) -> None:
     model, data = plan.model, plan.data
     console.print(
-        headed("model", f"{model['type']}, {model['parameters']:,} parameters, {len(model['layers'])} layers")
+        headed("model", f"{model.type}, {model.parameters:,} parameters, {len(model.layers)} layers")
     )
     console.print(
         headed(
             "data",
-            f"{data['source']}: {data['documents']:,} documents, {data['tokens']:,} tokens,"
-            f" {data['train_rows']:,} training samples, {data['validation_rows']:,} validation samples",
+            f"{data.source}: {data.documents:,} documents, {data.tokens:,} tokens,"
+            f" {data.train_rows:,} training samples, {data.validation_rows:,} validation samples",
         )
     )
     console.print(headed("batch", plan.batch.describe()))

@@ -31,7 +31,7 @@ def stages(plan: Plan) -> RenderableType:
         Column("parameters", right=True),
         Column("time", right=True),
     )
-    names = plan.model["layers"]
+    names = plan.model.layers
     for stage in _stages(plan):
         if stage is None:
             table.add_row("...", "", "", "")

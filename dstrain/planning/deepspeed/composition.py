@@ -1,6 +1,7 @@
 """The DeepSpeed JSON, composed from the fragments in ``ds_configs/``, each key with its origin.
 
-A fragment is DeepSpeed JSON in which ``"$name"`` stands for a value that the plan derives. What the
+A fragment is DeepSpeed JSON in which ``"$name"`` stands for a value that the plan derives, as the table of keys says
+(`dstrain.planning.deepspeed.keys`). What the
 user lays on top (``deepspeed:`` or ``--ds-config``) may add keys and change those that are free to
 tune; a key that a choice of dstrain's decides can't be changed behind its back.
 """
@@ -8,42 +9,21 @@ tune; a key that a choice of dstrain's decides can't be changed behind its back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dstrain.config.deepspeed_keys import canonical, what_is_wrong
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import KeyPath, leaves
+from dstrain.config.optimizers import is_outside, optimizer_facts
+from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.planning.deepspeed.user_keys import OwnKey, mistakes, own_keys
-
-# DeepSpeed keys that a run-config key decides: changing them elsewhere would break the plan's word.
-OWNED: dict[KeyPath, str] = {
-    ("train_batch_size",): "global_batch",
-    ("train_micro_batch_size_per_gpu",): "micro_batch",
-    ("gradient_accumulation_steps",): "micro_batch",
-    ("gradient_clipping",): "gradient_clipping",
-    ("zero_optimization", "stage"): "zero",
-    ("zero_optimization", "offload_optimizer"): "offload",
-    ("zero_optimization", "offload_param"): "offload",
-    ("fp16", "enabled"): "precision",
-    ("bf16", "enabled"): "precision",
-    ("data_types",): "precision",
-    ("torch_autocast",): "precision",
-    ("optimizer",): "optimizer",
-    ("pipeline",): "pipeline",
-    ("scheduler",): "lr_schedule",
-}
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A value that stands for ``$name`` in a fragment, and why it is so."""
-
-    value: Any
-    origin: str
+from dstrain.planning.batch import Batch
+from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
+from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
 
 
 @dataclass(frozen=True)
@@ -54,44 +34,49 @@ class DeepSpeedConfig:
     origins: dict[KeyPath, str]
 
 
-def compose(
-    fragments: Sequence[str], derived: Mapping[str, Derived], resolved: ResolvedConfig
+def deepspeed_config(
+    resolved: ResolvedConfig, batch: Batch, accelerator: str, stage_parameters: int
 ) -> DeepSpeedConfig:
-    """Put the fragments together, fill in the derived values, lay the user's keys on top.
+    """The DeepSpeed JSON of a plan: the fragments of its choices with their derived values, and the user's keys on top.
 
     Args:
-        fragments: names below ``ds_configs/`` without ``.json``, later ones over earlier ones.
-        derived: the value and reason of each ``$name``.
-        resolved: the run config, whose ``ds_config`` file and ``deepspeed`` mapping are laid on top.
+        accelerator: ``cuda`` or ``cpu``.
+        stage_parameters: of the largest stage.
 
     Raises:
         DstrainError: the user's file can't be read, a key is wrong, or contradicts the plan.
     """
     for mistake in mistakes(resolved):
         raise mistake
-    composed = _from_fragments(fragments, derived)
-    for key in own_keys(resolved):
+    composed = _from_fragments(Decided(resolved, batch, accelerator, stage_parameters))
+    for key in user_keys(resolved):
         _lay_on_top(key, composed, resolved)
     return composed
 
 
-def contradictions(
-    fragments: Sequence[str],
-    derived: Mapping[str, Derived],
-    resolved: ResolvedConfig,
-    undecided: Sequence[KeyPath],
-) -> list[DstrainError]:
-    """Every one of the user's keys that contradicts the plan, but for those that are not decided yet.
+def contradictions_of_config(resolved: ResolvedConfig) -> list[DstrainError]:
+    """Every one of the user's DeepSpeed keys that contradicts the run config itself, whatever the model and machine.
 
-    Keys that are wrong in themselves, and a file that can't be read, are not among them: see `mistakes`.
+    What the machine decides, the micro-batch or the number of replicas, is compared when a plan is made. Keys that are
+    wrong in themselves, and a file that can't be read, are not among them: see `mistakes`.
     """
     try:
-        keys = list(own_keys(resolved))
+        keys = list(user_keys(resolved))
     except DstrainError:
         return []
     if not keys:
         return []
-    composed, found = _from_fragments(fragments, derived), []
+    config = resolved.config
+    micro, replicas, undecided = config.micro_batch, config.data_parallel, []
+    if micro is None:
+        undecided.append(("train_micro_batch_size_per_gpu",))
+    share = (micro or 1) * (replicas or 1)
+    if micro is None or replicas is None or config.global_batch % share:
+        undecided.append(("gradient_accumulation_steps",))
+    batch = Batch(
+        config.global_batch, micro or 1, config.global_batch // share, replicas or 1, config.seq_len
+    )
+    composed, found = _from_fragments(Decided(resolved, batch, "cpu", 1)), []
     for key in keys:
         if canonical(key.path) in undecided or what_is_wrong(key.path, key.value):
             continue
@@ -102,27 +87,43 @@ def contradictions(
     return found
 
 
-def owner_of(path: KeyPath) -> str | None:
-    """The run-config key that decides this key of DeepSpeed's, if one does."""
-    return next((OWNED[path[:n]] for n in range(1, len(path) + 1) if path[:n] in OWNED), None)
-
-
-def _from_fragments(fragments: Sequence[str], derived: Mapping[str, Derived]) -> DeepSpeedConfig:
+def _from_fragments(decided: Decided) -> DeepSpeedConfig:
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
-    for name in fragments:
-        fragment = json.loads((ds_configs() / f"{name}.json").read_text(encoding="utf-8"))
-        for path, value in leaves(fragment):
+    for name in _fragments(decided.resolved.config):
+        for path, value in _leaves_of(name):
             origin = f"ds_configs/{name}.json"
             if isinstance(value, str) and value.startswith("$"):
-                chosen = derived[value[1:]]
-                value, origin = chosen.value, chosen.origin
+                derivation = KEYS[path].derived
+                assert derivation is not None and derivation.name == value[1:], path
+                derived = derivation.of(decided)
+                value, origin = derived.value, derived.origin
             _set(values, path, value)
             origins[path] = origin
     return DeepSpeedConfig(values, origins)
 
 
-def _lay_on_top(key: OwnKey, composed: DeepSpeedConfig, resolved: ResolvedConfig) -> None:
+def _fragments(config: RunConfig) -> list[str]:
+    """The fragments of these choices, later ones over earlier ones."""
+    fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
+    if config.offload != "none":
+        fragments.append(f"offload/{config.offload}")
+    if not is_outside(config.optimizer):
+        facts = optimizer_facts(config.optimizer)
+        offloaded = facts.offloaded_fragment if config.offload != "none" else None
+        fragments.append(f"optimizer/{offloaded or facts.fragment}")
+    if config.pipeline > 1:
+        fragments.append("pipeline/stages")
+    return fragments
+
+
+@lru_cache(maxsize=64)
+def _leaves_of(fragment: str) -> tuple[tuple[KeyPath, Any], ...]:
+    """What a fragment holds: numbers, words and null. It comes with dstrain, and is read once."""
+    return tuple(leaves(json.loads((ds_configs() / f"{fragment}.json").read_text(encoding="utf-8"))))
+
+
+def _lay_on_top(key: UserKey, composed: DeepSpeedConfig, resolved: ResolvedConfig) -> None:
     """Put one of the user's keys into the JSON. Raises DstrainError if it contradicts the plan."""
     if key.value == "auto":  # Hugging Face's word for "as derived"; DeepSpeed would drop it silently
         return

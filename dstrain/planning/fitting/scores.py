@@ -7,17 +7,16 @@ from collections.abc import Hashable
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
-from dstrain.estimate.memory import USABLE, Memory, estimate, stage_memory
+from dstrain.estimate.memory import USABLE, Memory, estimate, memory_needed, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.time import StepTime, stages_waiting, step_time
-from dstrain.estimate.verdict import memory_needed
 from dstrain.planning.batch import Batch
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.layout import Layout, fill_hosts
-from dstrain.planning.loss_chunk import loss_chunk
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines
-from dstrain.planning.stage_partition import cut_as_asked, cut_by_time
+from dstrain.planning.sizes import loss_chunk
 
 
 class Scores:

@@ -45,12 +45,14 @@ def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) 
         "image": image(),
         "directory": str(Path.cwd()),
         "source": {key: value for key, value in asdict(source).items() if key != "diff"} if source else None,
-        "data": {key: plan.data.get(key) for key in ("source", "fingerprint", "tokens", "documents")},
-        "tokenizer": {"name": plan.data["tokenizer"], "fingerprint": plan.data.get("tokenizer_fingerprint")},
-        "model": {key: plan.model[key] for key in ("type", "file", "folder", "fingerprint", "parameters")}
+        "data": {key: getattr(plan.data, key) for key in ("source", "fingerprint", "tokens", "documents")},
+        "tokenizer": {"name": plan.data.tokenizer, "fingerprint": plan.data.tokenizer_fingerprint},
+        "model": {
+            key: getattr(plan.model, key) for key in ("type", "file", "folder", "fingerprint", "parameters")
+        }
         | {
-            "weights": weights_fingerprint(Path(plan.model["folder"]))
-            if plan.run_config.init == "pretrained"
+            "weights": weights_fingerprint(Path(plan.model.folder))
+            if plan.run_config.init == "pretrained" and plan.model.folder is not None
             else None
         },
         "config": plan.config,

@@ -11,11 +11,12 @@ import torch
 from deepspeed.runtime.pipe import schedule
 
 from dstrain.config.loader import load_config
-from dstrain.planning import loss_chunk
-from dstrain.planning.checks import is_frozen
+from dstrain.planning import sizes
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
 from tests.support.distributed.memory_count import Counted, MemoryCount
 from tests.support.distributed.training import measured
 
@@ -53,13 +54,13 @@ class Counting:
     @contextmanager
     def chunks(self) -> Iterator[None]:
         """Let the plan make the logits of so many tokens at a time as ``loss_chunk`` says, if it says something."""
-        usual = loss_chunk.LOGITS
+        usual = sizes.LOGITS
         if self.loss_chunk:
-            loss_chunk.LOGITS = 4 * VOCABULARY * self.loss_chunk
+            sizes.LOGITS = 4 * VOCABULARY * self.loss_chunk
         try:
             yield
         finally:
-            loss_chunk.LOGITS = usual
+            sizes.LOGITS = usual
 
     def __str__(self) -> str:
         parts = [
@@ -144,7 +145,7 @@ def plan_of(case: Counting) -> tuple[Plan, ModelShape]:
         "momentum": case.momentum if case.optimizer == "sgd" else 0.0,
     }
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = {"train_rows": 10_000, "validation_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    data = PlannedData(train_rows=10_000, validation_rows=100, vocab_size=VOCABULARY, fingerprint="test")
     machines = Machines((Host("localhost", 0),), "cpu")
     with case.chunks():
         return make_plan(load_config(flags=flags), machines, shape, data, "test"), shape

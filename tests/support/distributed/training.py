@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from dstrain.config.loader import load_config
-from dstrain.planning.checks import is_frozen
+from dstrain.config.optimizers import is_outside
+from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
+from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, make_plan
+from dstrain.planning.plan import Machines, Plan, PlannedData
 
 VOCABULARY = 96
 SEQ_LEN = 16
@@ -25,7 +27,11 @@ WEIGHT_DECAY = 0.1
 # steps, in another direction for each order of summation.
 EPS = 1e-5
 # At which each optimizer visibly trains this model in 20 steps.
-LR = {"adamw": 1e-3, "sgd": 0.3}
+OWN = "own_optimizers:Momentum"
+LR = {"adamw": 1e-3, "sgd": 0.3, OWN: 0.3}
+# Of an optimizer from outside.
+OWN_CODE = Path(__file__).parents[1] / "own_code"
+OWN_OPTIONS = {"beta": 0.8}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Case:
 
     @property
     def lr(self) -> float:
-        return LR[self.optimizer]
+        return LR[self.optimizer if self.optimizer in LR else OWN]
 
     def in_one_process(self) -> Case:
         """What the yardstick trains: the same but for the layout."""
@@ -151,12 +157,14 @@ def make_case_plan(case: Case) -> Plan:
         "eps": EPS,
         "momentum": case.momentum,
     }
+    if is_outside(case.optimizer):
+        flags |= {"code_dirs": [str(OWN_CODE)], "optimizer_options": OWN_OPTIONS}
     if case.offload == "nvme":
         flags["nvme_path"] = case.nvme_path
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = {"train_rows": 10_000, "validation_rows": 100, "vocab_size": VOCABULARY, "fingerprint": "test"}
+    data = PlannedData(train_rows=10_000, validation_rows=100, vocab_size=VOCABULARY, fingerprint="test")
     machines = Machines((Host("localhost", 0),), "cpu")
     return make_plan(load_config(flags=flags), machines, shape, data, "test")
 
@@ -253,6 +261,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     from dstrain.engine.build import build_engine
     from dstrain.engine.communication import start_communication
     from dstrain.model.pipeline_model import PipelineModel
+    from dstrain.train.trainer import client_optimizer
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
@@ -269,5 +278,6 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
         activation_checkpointing=case.checkpointing,
         is_frozen=lambda name: is_frozen(name, case.freeze),
         loss_chunk=case.loss_chunk or plan.loss_chunk,
+        optimizer=client_optimizer(plan.run_config),
     )
     return engine, plan

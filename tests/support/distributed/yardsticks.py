@@ -5,15 +5,20 @@ Nothing of dstrain.engine is used here; only the initial weights are dstrain's, 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
+from dstrain.config.optimizers import is_outside
 from tests.support.distributed.training import (
     EPS,
     GLOBAL_BATCH,
     HELD_OUT,
+    OWN_CODE,
+    OWN_OPTIONS,
     WEIGHT_DECAY,
     Case,
     Outcome,
@@ -127,6 +132,10 @@ def _optimizer_of(
         {"params": [c for c in master.values() if c.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [c for c in master.values() if c.ndim < 2], "weight_decay": 0.0},
     ]
+    if is_outside(case.optimizer):
+        sys.path.append(str(OWN_CODE))
+        module, _, name = case.optimizer.partition(":")
+        return master, getattr(importlib.import_module(module), name)(groups, lr=case.lr, **OWN_OPTIONS)
     if case.optimizer == "adamw":
         return master, torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
     return master, torch.optim.SGD(groups, lr=case.lr, momentum=case.momentum)

@@ -1,0 +1,336 @@
+"""What dstrain has to say of DeepSpeed's keys, in one table: who decides a key, its value, and why.
+
+A key that stands in a fragment of ``ds_configs/`` and is not here has DeepSpeed's default, written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.config.loader import ResolvedConfig
+from dstrain.config.nested import KeyPath
+from dstrain.config.optimizers import option_keys
+from dstrain.config.schema import RunConfig
+from dstrain.planning.batch import Batch
+from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
+
+AS_DEFAULT = "it is DeepSpeed's default, written down so that another version can't change it"
+"""Why a fragment sets a key for which the table has no reason."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a plan has decided before DeepSpeed's JSON is composed.
+
+    Attributes:
+        accelerator: ``cuda`` or ``cpu``.
+        stage_parameters: of the largest stage.
+    """
+
+    resolved: ResolvedConfig
+    batch: Batch
+    accelerator: str
+    stage_parameters: int
+
+    @property
+    def sized(self) -> str:
+        return f"the largest stage's {self.stage_parameters:,} parameters"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value, and why it is so."""
+
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How the plan derives a value. ``name``: stands for it in a fragment, behind a ``$``."""
+
+    name: str
+    of: Callable[[Decided], Derived]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why the user can't set a key: to which values, in which runs, and what to do instead."""
+
+    values: Callable[[Any], bool]
+    reason: str
+    instead: str
+    runs: Callable[[RunConfig], bool] = lambda config: True
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of DeepSpeed's, or a block of them.
+
+    Attributes:
+        owner: the run-config key that decides it, and all that stands in it: setting it elsewhere would break the
+            plan's word.
+        derived: its value, where a fragment has ``$name``.
+        why: the reason for the value in a fragment, where that is not DeepSpeed's default.
+        unfit: the values that the user can't give it.
+        successor: of a deprecated key: which key of dstrain's takes its place, where DeepSpeed names one of its own
+            that dstrain decides.
+    """
+
+    owner: str | None = None
+    derived: Derivation | None = None
+    why: str | None = None
+    unfit: Unfit | None = None
+    successor: str | None = None
+
+
+def owner_of(path: KeyPath) -> str | None:
+    """The run-config key that decides this key of DeepSpeed's, if one does."""
+    for depth in range(1, len(path) + 1):
+        key = KEYS.get(path[:depth])
+        if key is not None and key.owner is not None:
+            return key.owner
+    return None
+
+
+def why(path: KeyPath) -> str:
+    """The reason for the value that a fragment gives a key."""
+    key = KEYS.get(path)
+    return key.why if key is not None and key.why is not None else AS_DEFAULT
+
+
+def _chosen(name: str) -> Derivation:
+    """The run config's own value."""
+
+    def derive(decided: Decided) -> Derived:
+        resolved = decided.resolved
+        return Derived(getattr(resolved.config, name), f"{name} ({resolved.origin(name)})")
+
+    return Derivation(name, derive)
+
+
+def _sized(name: str, size: Callable[[int], int]) -> Derivation:
+    """What follows from the parameters of the largest stage."""
+    return Derivation(name, lambda decided: Derived(size(decided.stage_parameters), decided.sized))
+
+
+def _on_cuda(name: str) -> Derivation:
+    """Whether there are GPUs."""
+    return Derivation(
+        name, lambda decided: Derived(decided.accelerator == "cuda", f"accelerator is {decided.accelerator}")
+    )
+
+
+def _micro_batch(decided: Decided) -> Derived:
+    return Derived(decided.batch.micro_batch, f"micro_batch ({decided.resolved.origin('micro_batch')})")
+
+
+def _accumulation(decided: Decided) -> Derived:
+    return Derived(decided.batch.accumulation, "global_batch / (micro_batch x replicas)")
+
+
+def _checkpoint_interval(decided: Decided) -> Derived:
+    key = "activation_checkpointing"
+    recomputed = decided.resolved.config.activation_checkpointing
+    return Derived(1 if recomputed else 0, f"{key} ({decided.resolved.origin(key)})")
+
+
+def _is_on(value: Any) -> bool:
+    """Switched on: pydantic reads these words as no."""
+    if isinstance(value, str):
+        return value.lower() not in ("auto", "0", "off", "f", "false", "n", "no")
+    return value not in (None, False, {})
+
+
+def _shares_out(value: Any) -> bool:
+    """A size of more than 1."""
+    return _is_on(value) and value is not True and value not in (1, "1")
+
+
+def _with_stages(config: RunConfig) -> bool:
+    return config.pipeline > 1
+
+
+_BUCKET = _sized("bucket_size", bucket_size)
+_LIVE = _sized("live_parameters", lambda parameters: max(bucket_size(parameters), LIVE_PARAMETERS))
+_BOTH_WRITTEN = "both precisions are written, so that none is left to a default"
+_SHARED_BY_NOBODY = "it is for ranks that share a layer among them, and dstrain has none"
+_NO_OTHER_AXIS = "dstrain shares a model out among stages and replicas alone, and its ranks are numbered so"
+_NAMED_TOO_EARLY = (
+    "dstrain names a checkpoint when its files are on the disk, and this writer returns before they are"
+)
+_BEHIND = "leave it out; background_save writes behind the training"
+
+# Source of what is unfit: runs with DeepSpeed 0.19.8, or the code named.
+_TABLE: dict[str, Key] = {
+    # The batch.
+    "train_batch_size": Key(owner="global_batch", derived=_chosen("global_batch")),
+    "train_micro_batch_size_per_gpu": Key(
+        owner="micro_batch", derived=Derivation("micro_batch", _micro_batch)
+    ),
+    "gradient_accumulation_steps": Key(
+        owner="micro_batch", derived=Derivation("accumulation", _accumulation)
+    ),
+    "managed_gradient_accumulation": Key(
+        unfit=Unfit(
+            lambda value: value is False,
+            "then each micro-batch would be a step of the optimizer: dstrain lets DeepSpeed count micro-batches",
+            "leave it out; --micro-batch and --global-batch say how many there are",
+        )
+    ),
+    # Gradients and the optimizer.
+    "gradient_clipping": Key(owner="gradient_clipping", derived=_chosen("gradient_clipping")),
+    "gradient_allreduce_op": Key(
+        unfit=Unfit(
+            lambda value: str(value).lower() == "sum",
+            "then gradients grow with the number of replicas, and layouts no longer train the same model",
+            "leave it out, and raise --lr if a larger step is meant",
+        )
+    ),
+    "communication_data_type": Key(
+        why="in the model's own precision the sum over replicas would be rounded, the more the more there are"
+    ),
+    "optimizer": Key(owner="optimizer"),
+    "optimizer.type": Key(why="it is what optimizer asks for"),
+    **{f"optimizer.params.{key}": Key(derived=_chosen(key)) for key in ("lr", *option_keys())},
+    "optimizer.params.adam_w_mode": Key(why='DeepSpeed takes even "Adam" for AdamW: it is said aloud'),
+    "optimizer.params.torch_adam": Key(
+        why="DeepSpeed's fused Adam has to be compiled for a GPU; torch's AdamW runs anywhere"
+    ),
+    "scheduler": Key(owner="lr_schedule"),
+    "zero_allow_untested_optimizer": Key(
+        why="without it ZeRO refuses optimizers that are not on DeepSpeed's list, like SGD"
+    ),
+    "zero_force_ds_cpu_optimizer": Key(why="with offload, DeepSpeed would refuse SGD, which is torch's own"),
+    # Precision.
+    "fp16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
+    "bf16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
+    "bf16.check_grad_overflow": Key(why="bf16 has the range of fp32: a step is not to be skipped in silence"),
+    "data_types": Key(owner="precision"),
+    "data_types.grad_accum_dtype": Key(
+        why="left out, DeepSpeed sums micro-batches in the model's precision: bf16 in bf16"
+    ),
+    "torch_autocast": Key(owner="precision"),
+    "torch_autocast.enabled": Key(
+        why="precision says what is computed in; DeepSpeed would accept both without a word"
+    ),
+    # ZeRO.
+    "zero_optimization.stage": Key(owner="zero", derived=_chosen("zero")),
+    "zero_optimization.reduce_bucket_size": Key(derived=_BUCKET),
+    "zero_optimization.allgather_bucket_size": Key(derived=_BUCKET),
+    "zero_optimization.overlap_comm": Key(
+        derived=_on_cuda("overlap"),
+        why="DeepSpeed can't overlap below a pipeline; without stages you may switch it on",
+    ),
+    "zero_optimization.stage3_prefetch_bucket_size": Key(
+        derived=_sized("prefetch_size", lambda parameters: min(bucket_size(parameters), PREFETCH_BUCKET))
+    ),
+    "zero_optimization.stage3_param_persistence_threshold": Key(
+        derived=_sized("persistence_threshold", lambda parameters: min(parameters // 100, 100_000))
+    ),
+    "zero_optimization.stage3_max_live_parameters": Key(derived=_LIVE),
+    "zero_optimization.stage3_max_reuse_distance": Key(derived=_LIVE),
+    "zero_optimization.sub_group_size": Key(
+        derived=Derivation("sub_group_size", lambda decided: Derived(SUB_GROUP, "DeepSpeed's default"))
+    ),
+    "zero_optimization.offload_optimizer": Key(owner="offload"),
+    "zero_optimization.offload_optimizer.device": Key(why="it is what offload asks for"),
+    "zero_optimization.offload_optimizer.pin_memory": Key(derived=_on_cuda("pin_memory")),
+    "zero_optimization.offload_optimizer.nvme_path": Key(derived=_chosen("nvme_path")),
+    "zero_optimization.offload_param": Key(owner="offload"),
+    "zero_optimization.cpu_offload": Key(
+        successor="offload_optimizer takes its place, and dstrain's offload sets that: --offload cpu"
+    ),
+    "zero_optimization.cpu_offload_param": Key(
+        successor="leave it out: dstrain keeps parameters on the device"
+    ),
+    "zero_optimization.cpu_offload_use_pin_memory": Key(
+        successor="leave it out: --offload cpu pins memory where there is a GPU"
+    ),
+    "zero_optimization.zenflow": Key(
+        unfit=Unfit(
+            _is_on,
+            "ZenFlow updates most weights some steps late: it does not train what one process trains",
+            "leave it out; --offload cpu keeps the optimizer's states in host memory",
+        )
+    ),
+    # Stages, and other ways to share a model out.
+    "pipeline": Key(owner="pipeline"),
+    "pipeline.activation_checkpoint_interval": Key(
+        derived=Derivation("checkpoint_interval", _checkpoint_interval)
+    ),
+    "pipeline.use_reentrant": Key(
+        why="DeepSpeed's own default loses the gradient of an embedding that is recomputed"
+    ),
+    "pipeline.pipe_partitioned": Key(why=_SHARED_BY_NOBODY),
+    "pipeline.grad_partitioned": Key(why=_SHARED_BY_NOBODY),
+    "tensor_parallel.autotp_size": Key(
+        unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the weights")
+    ),
+    "sequence_parallel_size": Key(unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "leave it out")),
+    "expert_parallel.enabled": Key(
+        unfit=Unfit(_is_on, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the experts")
+    ),
+    # Checkpoints.
+    "checkpoint.tag_validation": Key(
+        why="ranks that save under different names must stop; DeepSpeed only warns"
+    ),
+    "checkpoint.load_universal": Key(
+        unfit=Unfit(
+            _is_on,
+            "DeepSpeed runs whatever the files of a universal checkpoint name",
+            "leave it out: `dstrain resume` reads checkpoints of any layout",
+        )
+    ),
+    "checkpoint.writer.decoupled": Key(unfit=Unfit(_is_on, _NAMED_TOO_EARLY, _BEHIND)),
+    "datastates_ckpt": Key(unfit=Unfit(_is_on, _NAMED_TOO_EARLY, _BEHIND)),
+    # What DeepSpeed says, and what it would do by itself.
+    "steps_per_print": Key(why="dstrain shows and records each step itself"),
+    "wall_clock_breakdown": Key(
+        why="DeepSpeed's pipeline engine fails with it; metrics.jsonl has the time of every step",
+        unfit=Unfit(
+            _is_on,
+            "DeepSpeed's pipeline engine fails with it: it starts a timer that runs already",
+            "leave it out: metrics.jsonl has the time of every step",
+            _with_stages,
+        ),
+    ),
+    "flops_profiler.enabled": Key(
+        unfit=Unfit(
+            _is_on,
+            "it switches wall_clock_breakdown on, with which DeepSpeed's pipeline engine fails",
+            "--pipeline 1, or leave it out: dstrain counts FLOPs itself",
+            _with_stages,
+        )
+    ),
+    "data_efficiency.enabled": Key(
+        unfit=Unfit(
+            _is_on,
+            "it works through DeepSpeed's data loader: dstrain reads the data itself, in one order for every layout",
+            "leave it out",
+        )
+    ),
+    "autotuning.enabled": Key(
+        unfit=Unfit(
+            _is_on,
+            "it is started by DeepSpeed's own launcher alone",
+            "leave it out; `dstrain plan --fit` searches",
+        )
+    ),
+    "hybrid_engine.enabled": Key(
+        unfit=Unfit(
+            _is_on, "dstrain builds its engines itself, so that it would have no effect", "leave it out"
+        )
+    ),
+    "compile.deepcompile": Key(
+        unfit=Unfit(
+            _is_on,
+            "DeepSpeed accepts it and compiles nothing: that needs a call which dstrain does not make",
+            "leave it out",
+        )
+    ),
+}
+KEYS: dict[KeyPath, Key] = {tuple(dotted.split(".")): key for dotted, key in _TABLE.items()}
+"""By path, under DeepSpeed's first names."""
