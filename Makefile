@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: demo test test-heavy torture verify-all lint docs format clean
+.PHONY: demo test test-heavy torture verify-all lint docs lock format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
@@ -37,6 +37,9 @@ docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are writte
 	$(BIN)/python -m tools.deepspeed_keys.table > dstrain/config/deepspeed_keys.json
 	$(BIN)/python -m tools.layouts_page > docs/layouts.md
 	$(BIN)/python -m tools.models_page > docs/models.md
+
+lock: $(READY)  ## constraints.txt and requirements/; newer versions: UPGRADE="--upgrade-package NAME torch==VERSION"
+	$(BIN)/python -m tools.lock $(UPGRADE)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

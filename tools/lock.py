@@ -1,8 +1,8 @@
 """Write constraints.txt and requirements/*.txt, the exact versions that dstrain is tested with: ``make lock``.
 
 uv resolves for every Python that pyproject.toml allows and for every platform at once. Versions that stand in
-constraints.txt stay where they still fit. Arguments go to uv (``make lock UV="--upgrade-package transformers"``), but
-for one of the form ``torch==2.14.1``: torch is moved on purpose only, since its build decides about gigabytes of CUDA.
+constraints.txt stay where they still fit. Arguments go to uv (``make lock UPGRADE="--upgrade-package transformers"``),
+but for one of the form ``torch==2.14.1``: torch moves only when it is named, since it brings gigabytes of CUDA along.
 
 No address of a registry is written. uv asks PyPI, or the index that ``UV_DEFAULT_INDEX`` names; it must be one that
 serves PyPI's own files, since their hashes are written.
