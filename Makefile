@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: demo test test-heavy torture verify-all lint docs lock format clean
+.PHONY: demo test test-heavy test-lowest torture verify-all lint docs lock format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
@@ -17,6 +17,9 @@ test: lint  ## lint, then all tests but the heavy ones
 
 test-heavy: $(READY)  ## what takes minutes
 	$(PYTEST) -m heavy
+
+test-lowest: $(READY)  ## a slice of the tests with the lowest versions that pyproject.toml allows; part of test-heavy
+	$(BIN)/python -m pytest -m heavy tests/e2e/test_lowest_versions.py
 
 torture: $(READY)  ## a hundred kills, and some with real interpreters
 	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
