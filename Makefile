@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: demo test test-heavy torture verify-all lint docs format clean
+.PHONY: demo test test-heavy test-lowest torture verify-all lint docs lock format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
@@ -23,6 +23,9 @@ test: lint  ## lint, then all tests but the heavy ones
 
 test-heavy: $(READY)  ## what takes minutes
 	$(PYTEST) -m heavy
+
+test-lowest: $(READY)  ## a slice of the tests with the lowest versions that pyproject.toml allows; part of test-heavy
+	$(BIN)/python -m pytest -m heavy tests/e2e/test_lowest_versions.py
 
 torture: $(READY)  ## a hundred kills, and some with real interpreters
 	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
@@ -46,6 +49,9 @@ docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are writte
 	$(BIN)/python -m tools.configuration_page > docs/configuration.md
 	$(BIN)/python -m tools.modules_page > docs/modules.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lock: $(READY)  ## constraints.txt and requirements/; newer versions: UPGRADE="--upgrade-package NAME torch==VERSION"
+	$(BIN)/python -m tools.lock $(UPGRADE)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

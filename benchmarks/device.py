@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from dstrain.config.optimizers import OPTIMIZERS
+from dstrain.optimizers import OPTIMIZERS
 from dstrain.estimate.device import Device, Link
 from dstrain.estimate.time import REACHED
 from tests.support.distributed.workers import run

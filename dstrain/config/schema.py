@@ -16,7 +16,7 @@ from dstrain.config.hook_choices import (
     json_schema_of_hooks,
     json_schema_of_trackers,
 )
-from dstrain.config.optimizers import OPTIMIZERS
+from dstrain.optimizers import OPTIMIZERS
 from dstrain.plugins import CODE_NAME
 
 LARGEST = 10**12

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.config.optimizers import optimizer_facts
+from dstrain.optimizers import optimizer_facts
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import Stage, weight_bytes
 from dstrain.planning.sizes import LIVE_PARAMETERS, SUB_GROUP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.config.optimizers import kept_states, optimizer_facts
+from dstrain.optimizers import kept_states, optimizer_facts
 from dstrain.config.schema import RunConfig
 from dstrain.planning.frozen import frozen_names
 from dstrain.planning.model_shape import ModelShape

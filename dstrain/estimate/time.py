@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.config.optimizers import optimizer_facts, update_bytes
+from dstrain.optimizers import optimizer_facts, update_bytes
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device, Link
 from dstrain.estimate.stage_time import attended_share, layer_times
@@ -257,7 +257,7 @@ def _link(part: Traffic, device: Device) -> Link:
     return {"inside": device.inside, "between": device.between, "host": device.host_link}[part.link]
 
 
-# Bytes that are moved for one parameter beside the update itself, which `dstrain.config.optimizers` has: the norm,
+# Bytes that are moved for one parameter beside the update itself, which `dstrain.optimizers` has: the norm,
 # clipping, and the weights written in their own precision.
 # On CPUs a large tensor is new memory each time, whose pages the kernel has to clear first: what is said for them was
 # measured with DeepSpeed 0.19.8, in processor seconds of a rank with 2, 10 and 23 million parameters.

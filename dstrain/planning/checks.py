@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.config.optimizers import is_outside, optimizer_facts
+from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.errors import DstrainError
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch

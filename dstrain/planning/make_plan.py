@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.config.optimizers import not_covered as optimizer_not_covered
+from dstrain.optimizers import not_covered as optimizer_not_covered
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import checkpoint_bytes, disk_bytes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dstrain.config.optimizers import is_outside, option_keys
+from dstrain.optimizers import is_outside, option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dstrain.config.optimizers import is_outside, option_keys
+from dstrain.optimizers import is_outside, option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, StageMemory, memory_needed

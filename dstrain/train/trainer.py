@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from dstrain.config.optimizers import is_outside
+from dstrain.optimizers import is_outside
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine

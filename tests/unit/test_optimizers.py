@@ -16,7 +16,7 @@ from dstrain.config.files import ds_configs
 from dstrain.config.json_schema import json_schema
 from dstrain.config.loader import load_config, override, read_config
 from dstrain.config.nested import leaves
-from dstrain.config.optimizers import (
+from dstrain.optimizers import (
     OPTIMIZERS,
     facts_of_type,
     kept_states,
@@ -71,7 +71,7 @@ def test_a_new_optimizer_is_one_entry_and_one_fragment(tmp_path: Path) -> None:
 import json, shutil
 from pathlib import Path
 import dstrain.config.files as files
-from dstrain.config.optimizers import OPTIMIZERS, OptimizerFacts, StateTensor
+from dstrain.optimizers import OPTIMIZERS, OptimizerFacts, StateTensor
 
 OPTIMIZERS["rmsprop"] = OptimizerFacts(
     fragment="rmsprop", deepspeed_type="RMSprop", takes=("eps", "momentum", "weight_decay"),

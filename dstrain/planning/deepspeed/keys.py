@@ -11,7 +11,7 @@ from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import KeyPath
-from dstrain.config.optimizers import option_keys
+from dstrain.optimizers import option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.planning.batch import Batch
 from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size

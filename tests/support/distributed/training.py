@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dstrain.config.loader import load_config
-from dstrain.config.optimizers import is_outside
+from dstrain.optimizers import is_outside
 from dstrain.planning.frozen import is_frozen
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
