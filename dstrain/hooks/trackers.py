@@ -6,6 +6,7 @@ what has come, a batch at a time, and tries again after a failure. What hangs is
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -13,8 +14,11 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
 from dstrain.train.hooks import EndInfo, FailureInfo, Hook, StartInfo, StepInfo, ValidationInfo
 
 Record = tuple[float, dict[str, Any]]
@@ -26,7 +30,11 @@ LIMIT = 10_000
 BATCH = 50
 """Records that are written at once at most."""
 SECONDS_BETWEEN_WRITES = 1.0
-"""The training shares its interpreter with this thread: a batch a second costs less than a write a step."""
+"""At least: a batch a second costs less than a write a step."""
+SHARE_OF_TIME = 0.005
+"""The training shares its interpreter with this thread, which pauses longer where writing takes more of it than this,
+as long as few records wait."""
+_FEW = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds after a failure
 _LONGEST_TEXT = 300
 
@@ -45,6 +53,7 @@ class Tracker(Hook):
     def __init__(self) -> None:
         self._queue: deque[Record] = deque(maxlen=LIMIT)
         self._taken: list[Record] = []  # out of the queue, and not written yet
+        self.last_step = -1  # that was written, in an earlier launch too
         self._dropped = 0
         self._start: StartInfo | None = None
         self._state: State | None = None  # once no more records come
@@ -128,14 +137,17 @@ class Tracker(Hook):
                     if start is None:
                         return
                     if not opened:
-                        self.open(start)
+                        self._open(start)
                         opened = True
-                    self._write_all()
+                    computed = self._write_all(start)
                     pause = _FIRST_PAUSE
                     if last_try and self._state is not None and not self._queue:
                         self.close(self._state)
                         return
-                    self._pause(SECONDS_BETWEEN_WRITES)
+                    if len(self._queue) < _FEW:
+                        self._pause(
+                            max(SECONDS_BETWEEN_WRITES, min(computed / SHARE_OF_TIME, _LONGEST_PAUSE))
+                        )
                 except Exception as error:
                     self._failed(error)
                     if last_try:
@@ -152,12 +164,31 @@ class Tracker(Hook):
             self._wake.clear()
         return self._start
 
-    def _write_all(self) -> None:
+    def _open(self, start: StartInfo) -> None:
+        """Open, and take what an earlier launch did not write: it had no time, or no such tracker."""
+        with suppress(OSError, ValueError, KeyError):
+            self.last_step = int(json.loads(self._file(start).read_text(encoding="utf-8"))["last_step"])
+        self.open(start)
+        if start.first_step > 1:
+            lines = read_metrics(RunFolder(start.folder).metrics)
+            missed = [line for line in lines if self.last_step < line["step"] < start.first_step]
+            self._taken = [(time.time(), line) for line in missed] + self._taken
+
+    def _write_all(self, start: StartInfo) -> float:
+        """Write what waits; the seconds that this thread computed for it."""
+        began = time.thread_time()
         while self._taken or self._queue:
             while self._queue and len(self._taken) < BATCH:
                 self._taken.append(self._queue.popleft())
-            self.write(self._taken)
-            self._taken = []
+            batch = self._taken[:BATCH]
+            self.write(batch)
+            self._taken = self._taken[len(batch) :]
+            self.last_step = batch[-1][1]["step"]
+            write_json(self._file(start), {"last_step": self.last_step})
+        return time.thread_time() - began
+
+    def _file(self, start: StartInfo) -> Path:
+        return Path(start.folder) / "trackers" / f"{self.name}.json"
 
     def _pause(self, seconds: float) -> None:
         """Until so much time has passed, or the end has come."""

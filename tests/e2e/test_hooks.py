@@ -44,6 +44,8 @@ FAKE_KEY = "fake1key2" * 4 + "fake"
 WATCHING = '''
 import dataclasses
 import json
+import pathlib
+import time
 
 from dstrain.train.hooks import Hook
 
@@ -51,8 +53,8 @@ from dstrain.train.hooks import Hook
 class Watching(Hook):
     """Writes down what it is told."""
 
-    def __init__(self, file):
-        self.name, self.file = file, None
+    def __init__(self, file, awaited=()):
+        self.name, self.file, self.awaited = file, None, awaited
 
     def on_start(self, info):
         self.file = open(f"{info.folder}/{self.name}-{info.rank}.jsonl", "a", buffering=1)
@@ -75,6 +77,15 @@ class Watching(Hook):
 
     def on_end(self, info):
         self.write("on_end", info)
+        # On a busy machine a run of some seconds may be over before its trackers are.
+        state = pathlib.Path(self.file.name).parent / "trackers"
+        for tracker in self.awaited:
+            while f'"last_step": {info.step}\\n' not in read(state / f"{tracker}.json"):
+                time.sleep(0.05)
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
 
 
 class Everywhere(Watching):
@@ -139,7 +150,10 @@ def tracked(workshop: Workshop) -> Iterator[RunFolder]:
         trackers=["tensorboard", {"name": "wandb", "project": "a project"}, "mlflow"],
         profile={"steps": [2, 3], "ranks": [0, 1]},
         hooks=[
-            {"name": "watching:Watching", "options": {"file": "seen"}},
+            {
+                "name": "watching:Watching",
+                "options": {"file": "seen", "awaited": ["tensorboard", "wandb", "mlflow"]},
+            },
             {"name": "watching:Everywhere", "options": {"file": "everywhere"}},
             {"name": "watching:OnlySteps", "optional": True},
         ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,10 @@ from dstrain.hooks import trackers
 from dstrain.hooks.trackers import Record, State, Tracker, numbers_in, without_secrets
 from dstrain.train.hooks import EndInfo, FailureInfo, StartInfo, StepInfo, ValidationInfo
 
-START = StartInfo("run", "/nowhere", "0" * 16, {}, {}, {}, 1, 0, 1)
+
+@pytest.fixture
+def start(tmp_path: Path) -> StartInfo:
+    return StartInfo("run", str(tmp_path), "0" * 16, {}, {}, {}, 1, 0, 1)
 
 
 class Library(Tracker):
@@ -65,9 +71,9 @@ def step(number: int) -> StepInfo:
     return StepInfo(number, {"step": number, "loss": 1.0 / number})
 
 
-def test_every_record_arrives_once_and_in_order() -> None:
+def test_every_record_arrives_once_and_in_order(start: StartInfo) -> None:
     library = Library()
-    library.on_start(START)
+    library.on_start(start)
     library.on_validation(ValidationInfo(0, {"validation": 5.0}, tokens=0))
     for number in range(1, 300):
         library.on_step(step(number))
@@ -85,9 +91,9 @@ def test_every_record_arrives_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("what", ["load", "open", "write", "close finished"])
-def test_what_fails_is_tried_again_and_said_once(what: str) -> None:
+def test_what_fails_is_tried_again_and_said_once(what: str, start: StartInfo) -> None:
     library = Library(fails={what: 0 if what.startswith("close") else 3})
-    library.on_start(START)
+    library.on_start(start)
     for number in range(1, 20):
         library.on_step(step(number))
     while library.fails.get(what):
@@ -102,9 +108,9 @@ def test_what_fails_is_tried_again_and_said_once(what: str) -> None:
     assert "hunter22" not in line
 
 
-def test_what_never_works_ends_with_the_run() -> None:
+def test_what_never_works_ends_with_the_run(start: StartInfo) -> None:
     library = Library(fails={"open": 10**9})
-    library.on_start(START)
+    library.on_start(start)
     for number in range(1, 20):
         library.on_step(step(number))
     library.on_failure(FailureInfo(19, "why"))
@@ -114,11 +120,11 @@ def test_what_never_works_ends_with_the_run() -> None:
     assert "failed" in failed and "19 steps are not written" in left
 
 
-def test_a_library_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_hangs_holds_nothing_up(start: StartInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "LIMIT", 100)
     never = threading.Event()
     library = Library(gate=never)
-    library.on_start(START)
+    library.on_start(start)
     library.on_step(step(1))
     assert library.writing.wait(60), "it hangs now"
     for number in range(2, 1002):
@@ -130,6 +136,24 @@ def test_a_library_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) 
     assert "oldest are dropped" in slow and "101 steps are not written" in left
     assert library.calls[-1] == "abandon"
     never.set()
+
+
+@pytest.mark.parametrize(("written", "missed"), [(4, [5, 6, 7]), (9, []), (None, [0, 1, 2, 3, 4, 5, 6, 7])])
+def test_what_an_earlier_launch_had_no_time_for_is_written_first(
+    written: int | None, missed: list[int], start: StartInfo, tmp_path: Path
+) -> None:
+    records = [{"step": number, "loss": 1.0} for number in range(10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if written is not None:
+        (tmp_path / "trackers").mkdir()
+        (tmp_path / "trackers" / "library.json").write_text(json.dumps({"last_step": written}))
+    library = Library()
+    library.on_start(replace(start, first_step=8))
+    library.on_step(step(8))
+    library.on_end(EndInfo(8, True, {}))
+    library.wait(60)
+    assert [record["step"] for record in library.got] == [*missed, 8]
+    assert json.loads((tmp_path / "trackers" / "library.json").read_text()) == {"last_step": 8}
 
 
 def test_a_run_that_fails_before_its_start_waits_for_nothing() -> None:

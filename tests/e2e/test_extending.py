@@ -1,0 +1,43 @@
+"""What docs/extending.md shows: its code and its config are taken from the page and run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dstrain.plan.run_folder import RunFolder
+from tests.e2e.conftest import Said
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, repository_root: Path) -> None:
+    page = repository_root / "docs" / "extending.md"
+    code, config = blocks(page, "python")[0], blocks(page, "yaml")[0]
+    assert len(code.splitlines()) < 30, "short enough to be read at once"
+    (place / "my_hooks.py").write_text(code)
+    (place / "my.yaml").write_text(config)
+    small = [
+        *("--model", "model", "--data", "text.jsonl", "--pipeline", "2", "--steps", "6", "--seq-len", "32"),
+        *("--global-batch", "8", "--micro-batch", "2", "--set", "eval_every=2", "--set", "sample_tokens=0"),
+        *("--save-every", "never", "--name", "mine", "--set", "warmup_steps=0"),
+    ]
+    said = dstrain("run", "--config", "my.yaml", *small)
+    assert said.code == 0, said.out + said.err
+    folder = RunFolder(place / "runs" / "mine")
+    records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    losses = {record["step"]: record["held_out_loss"] for record in records if "held_out_loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    assert json.loads((folder.path / "best-step.json").read_text()) == {"step": best, "loss": losses[best]}
+    assert f"best validation loss so far: {losses[best]:.4f} at step {best}" in said.out
+    assert best > 0 and "not covered by the equality proof: hook my_hooks:BestStep" in said.out
