@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import yaml
 
-from dstrain.optimizers import OPTIMIZERS
 from dstrain.estimate.device import Device, Link
 from dstrain.estimate.time import REACHED
+from dstrain.optimizers import OPTIMIZERS
 from tests.support.distributed.workers import run
 
 SEQ_LEN, HIDDEN, LAYERS, TINY_LAYERS = 128, 256, 4, 12

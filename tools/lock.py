@@ -91,7 +91,8 @@ def resolve(torch: str, options: list[str]) -> dict[str, str]:
         hashed = ["--constraints", all_pins, "--generate-hashes"]
         without_torch = [*hashed, "--excludes", file("excludes.txt", "torch")]
         runtime = compile_requirements("pyproject.toml", options=without_torch)
-        in_runtime = re.findall(r"^([\w.-]+)==", runtime, re.MULTILINE)
+        # One that runtime.txt has for some platforms only stands in extras.txt too, for the others.
+        in_runtime = re.findall(r"^([\w.-]+)==(?!.*sys_platform ==)", runtime, re.MULTILINE)
         the_others = [word for name in in_runtime for word in ("--no-emit-package", name)]
         return {
             "constraints.txt": Path(all_pins).read_text(),

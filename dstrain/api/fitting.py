@@ -83,7 +83,10 @@ def fit(
     What the config sets stays as it is; the global batch never changes.
 
     Args:
-        config, device, gpus_per_node, events: as in `plan`.
+        config: from `load_config`.
+        device: devices that are not here, as in `plan`.
+        gpus_per_node: with ``device``, as in `plan`.
+        events: told of the progress.
 
     Raises:
         DstrainError: nothing can be trained with these choices, or the devices' speed is not known.

@@ -14,12 +14,12 @@ from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
-from dstrain.optimizers import is_outside
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
+from dstrain.optimizers import is_outside
 from dstrain.planning.checks import refuse
 from dstrain.planning.hooks import check_hooks_here
 from dstrain.planning.layout import Host

@@ -34,7 +34,8 @@ def resume(
         run: a run folder, or a run's name below ``runs/``.
         changes: config keys that change, such as ``{"steps": 200}`` to train longer, or ``{"zero": 3, "pipeline": 1}``
             to go on in another layout.
-        node_rank, events: as in `run`.
+        node_rank: as in `run`.
+        events: told of what happens.
 
     Returns:
         How the run ended; at once where all of its steps are trained already.

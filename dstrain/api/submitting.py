@@ -47,7 +47,8 @@ def slurm_job(
     """The batch script of a run. The job plans and trains when it gets its turn.
 
     Args:
-        nodes, gpus_per_node: what the job asks for; a rank for each GPU.
+        nodes: what the job asks for.
+        gpus_per_node: GPUs of each node; a rank on each.
         tasks_per_node: ranks of each node, where there are no GPUs.
         options: further options of sbatch, such as ``--time=04:00:00``.
         resume: go on in the run folder of the config's ``name``.

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.optimizers import optimizer_facts
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import Stage, weight_bytes
+from dstrain.optimizers import optimizer_facts
 from dstrain.planning.sizes import LIVE_PARAMETERS, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.optimizers import kept_states, optimizer_facts
 from dstrain.config.schema import RunConfig
+from dstrain.optimizers import kept_states, optimizer_facts
 from dstrain.planning.frozen import frozen_names
 from dstrain.planning.model_shape import ModelShape
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.optimizers import optimizer_facts, update_bytes
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device, Link
 from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.traffic import Traffic, busiest, messages_along, stage_traffic, trained_parameters
+from dstrain.optimizers import optimizer_facts, update_bytes
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape

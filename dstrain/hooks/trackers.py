@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dstrain.plan.run_folder import RunFolder, read_metrics, write_json
+from dstrain.files import write_json
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.hooks import EndInfo, FailureInfo, Hook, StartInfo, StepInfo, ValidationInfo
 
 Record = tuple[float, dict[str, Any]]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.errors import DstrainError
+from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.deepspeed.composition import contradictions_of_config

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.optimizers import not_covered as optimizer_not_covered
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
 from dstrain.estimate.memory import USABLE, StageMemory, estimate, memory_verdict, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.estimate.time import StepTime, step_time
+from dstrain.optimizers import not_covered as optimizer_not_covered
 from dstrain.planning.attention import check_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.checks import (

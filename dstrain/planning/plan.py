@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dstrain.optimizers import is_outside, option_keys
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
+from dstrain.optimizers import is_outside, option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.hooks import HookSpec
 from dstrain.planning.layout import Host, Layout

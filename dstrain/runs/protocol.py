@@ -83,7 +83,7 @@ class _Text:
 
     def _shorten(self, text: str) -> str:
         if len(text) > self.most:
-            text = "…" + text[1 - self.most :] if self.keep_end else text[: self.most - 1] + "…"
+            text = "..." + text[3 - self.most :] if self.keep_end else text[: self.most - 3] + "..."
         return text.encode("utf-8", "replace").decode("utf-8")
 
 

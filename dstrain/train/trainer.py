@@ -13,7 +13,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from dstrain.optimizers import is_outside
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine
@@ -28,6 +27,7 @@ from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
+from dstrain.optimizers import is_outside
 from dstrain.planning.frozen import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import load_plugin

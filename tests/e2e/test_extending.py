@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.plan.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder
 from tests.e2e.conftest import Said
 
 pytestmark = pytest.mark.timeout(300)
@@ -36,7 +36,7 @@ def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, re
     assert said.code == 0, said.out + said.err
     folder = RunFolder(place / "runs" / "mine")
     records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    losses = {record["step"]: record["held_out_loss"] for record in records if "held_out_loss" in record}
+    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
     best = min(losses, key=lambda step: losses[step])
     assert json.loads((folder.path / "best-step.json").read_text()) == {"step": best, "loss": losses[best]}
     assert f"best validation loss so far: {losses[best]:.4f} at step {best}" in said.out

@@ -16,6 +16,7 @@ from dstrain.config.files import ds_configs
 from dstrain.config.json_schema import json_schema
 from dstrain.config.loader import load_config, override, read_config
 from dstrain.config.nested import leaves
+from dstrain.errors import DstrainError
 from dstrain.optimizers import (
     OPTIMIZERS,
     facts_of_type,
@@ -23,7 +24,6 @@ from dstrain.optimizers import (
     optimizer_facts,
     option_keys,
 )
-from dstrain.errors import DstrainError
 from dstrain.planning.checks import refuse
 from dstrain.planning.plan import Plan
 from tests.support.plans import plan

@@ -233,11 +233,11 @@ def test_the_longest_messages_are_within_what_the_other_side_takes(text: str) ->
 
 def test_what_is_cut_of_a_text() -> None:
     error = decode(encode(Status(dataclasses.replace(RUNNING, error="a" * 16_000 + "b"))))
-    assert isinstance(error, Status) and error.status.error == "a" * 15_999 + "…"
+    assert isinstance(error, Status) and error.status.error == "a" * 15_997 + "..."
     stacks = decode(encode(Stacks("a" * 2**17 + "the main thread")))
     assert (
         isinstance(stacks, Stacks)
-        and stacks.text.startswith("…a")
+        and stacks.text.startswith("...a")
         and stacks.text.endswith("the main thread")
     )
     assert len(stacks.text) == 2**17

@@ -108,7 +108,7 @@ def long_plan(length: int, **choices: Any) -> Plan:
 def print_plan(length: int, **_: Any) -> Shown:
     made = long_plan(length)
     show_plan(made, make_console(), verbose=True)
-    numbers = [f"{made.model.parameters:,}", f"{DATA['tokens']:,}"]
+    numbers = [f"{made.model.parameters:,}", f"{DATA.tokens:,}"]
     for stage, need in enumerate(made.stage_memory):
         numbers += [
             f"{made.stage_parameters[stage]:,}",

@@ -99,7 +99,7 @@ def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
     def plan(resolved, choice, more, name, events):  # type: ignore[no-untyped-def]
-        return SimpleNamespace(plan=SimpleNamespace(model={"dropout": 0.0})), name
+        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0

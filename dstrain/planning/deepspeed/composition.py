@@ -18,9 +18,9 @@ from dstrain.config.deepspeed_keys import canonical, what_is_wrong
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import KeyPath, leaves
-from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
+from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys

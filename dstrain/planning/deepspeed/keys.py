@@ -11,8 +11,8 @@ from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.nested import KeyPath
-from dstrain.optimizers import option_keys
 from dstrain.config.schema import RunConfig
+from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
 
