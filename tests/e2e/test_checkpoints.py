@@ -91,7 +91,7 @@ def test_verify_finds_what_sizes_do_not_tell_and_notes_it(
     said = dstrain_here("checkpoints", "saved", "--verify")
     assert said.code == 1
     assert "damaged: state/optimizer.pt holds other bytes than were saved" in " ".join(said.out.split())
-    assert "step 6 holds files that its manifest does not name, and that are ignored: note.txt" in said.out
+    assert "step 6 contains files that are not in its manifest and are ignored: note.txt" in said.out
     assert dstrain_here("checkpoints", "saved").code == 1, "it was noted"
 
     flip_a_bit(newest / "state" / "optimizer.pt")

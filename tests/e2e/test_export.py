@@ -215,7 +215,7 @@ def test_without_its_data_a_run_is_exported_all_the_same(
         data.unlink(missing_ok=True)
         aside.rename(data)
     assert said.code == 0, said.err
-    [line] = [line for line in said.out.splitlines() if line.startswith("validation loss: not taken: ")]
+    [line] = [line for line in said.out.splitlines() if line.startswith("validation loss: not computed: ")]
     assert "text.jsonl" in line
     assert told_losses(said) == pytest.approx([losses(bench)[6]], abs=1e-6), "the run's own stands there"
     assert changed["loss"] is None and "the data are not those" in changed["no_loss_because"]

@@ -116,4 +116,4 @@ def test_no_layout_is_cut_off_in_80_columns(
 
 def test_one_thing_at_a_time(dstrain_here: Callable[..., Said]) -> None:
     said = dstrain_here("plan", *COMMON, "--fit", "--explain", "zero")
-    assert said.code == 2 and "--explain is about one" in said.err
+    assert said.code == 2 and "--explain describes one" in said.err

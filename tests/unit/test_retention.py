@@ -50,7 +50,7 @@ def test_save_every_is_steps_or_time(
     "value", ["500", "", "20", "m", "0m", "-5m", "20 m", "often", -1, 1.5, True, None, []]
 )
 def test_what_save_every_is_not(value: Any) -> None:
-    with pytest.raises(DstrainError, match="a number of steps, 0 or more, or a length of time like 20m"):
+    with pytest.raises(DstrainError, match="a number of steps (0 or more), a duration such as 20m"):
         load_config(flags={"save_every": value})
 
 

@@ -162,4 +162,4 @@ def test_what_sbatch_refuses_can_be_mended(tmp_path: Path) -> None:
     assert f"sbatch {folder.batch_script}" in said.err and folder.config.exists()
     sbatch.write_text("#!/bin/sh\n[ \"$1\" = --parsable ] && echo '31;west'\n")
     said = Said(tmp_path, *SUBMIT, "--resume", path=f"{tmp_path}:/usr/bin:/bin")
-    assert said.code == 0 and said.out.startswith("job 31 is submitted: nodes 2, ranks on each 2\n")
+    assert said.code == 0 and said.out.startswith("job 31 submitted: nodes 2, ranks per node 2\n")
