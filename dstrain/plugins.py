@@ -45,7 +45,7 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
             f"{what} {name}: there is no module {module!r} in {places}",
             where=where,
             hint=_near(module, set(_modules_in(folders)) - {module.partition(".")[0]})
-            or "code_dirs: [FOLDER] names the folder that it lies in",
+            or "set code_dirs: [FOLDER] to the folder that contains it",
         )
     if spec.origin is None or not spec.origin.endswith(".py"):
         return  # compiled, or a folder without __init__.py: it shows when it is loaded

@@ -188,7 +188,7 @@ def _side(name: str) -> Side:
     if path.is_file():
         return chosen(load_config(config_file=name))
     if path.suffix in (".yaml", ".yml"):
-        raise DstrainError(f"file not found: {name}", where="RUN", hint="check the path")
+        raise DstrainError(f"there is no file {name}", where="RUN", hint="check the path")
     folder = find_run(name)
     return followed(folder, read_config(folder.config))
 

@@ -96,7 +96,7 @@ def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: d
     image = image or made_in or ""
     if not image:
         raise DstrainError(
-            f"{folder.name} was not made in an image, or nobody told it in which (launch/docker.sh does)",
+            f"{folder.name} was not run in an image, or its image was not recorded (launch/docker.sh records it)",
             where="--image",
             hint="give --image NAME, or leave --image out to repeat the run with what is installed here",
         )
@@ -104,7 +104,7 @@ def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: d
         run = Path(os.path.abspath(folder.path)).relative_to(Path.cwd())
     except ValueError:
         raise DstrainError(
-            f"{folder.path} is not below this folder, which is all that the container sees",
+            f"{folder.path} is not in the current folder, which is all that the container can see",
             where="--image",
             hint="change to the folder from which the run was started",
         ) from None

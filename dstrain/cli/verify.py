@@ -59,9 +59,11 @@ def command(
         raise DstrainError("none of the layouts could be run", where="--layouts", hint=result.rows[0].verdict)
     differing = [layout for layout, verdict in verdicts.items() if verdict == "DIFFERS"]
     if differing:
-        raise DstrainError(f"not the model that one process trains: {', '.join(differing)}", exit_code=1)
+        raise DstrainError(
+            f"these layouts do not train the same model as one process: {', '.join(differing)}", exit_code=1
+        )
     failed = [layout for layout, verdict in verdicts.items() if verdict.startswith("failed")]
-    raise DstrainError(f"these layouts failed while they trained: {', '.join(failed)}", exit_code=1)
+    raise DstrainError(f"these layouts failed during training: {', '.join(failed)}", exit_code=1)
 
 
 def _show(result: VerifyResult, console: Console) -> None:

@@ -216,7 +216,7 @@ def _rename_deprecated(document: Document, name: str) -> list[str]:
         place = f"{name}:{line}" if line else name
         if new in document.values:
             raise DstrainError(
-                f"{old} is the old name of {new}, and both are given", where=place, hint=f"remove {old}"
+                f"both {new} and its old name {old} are given", where=place, hint=f"remove {old}"
             )
         document.values[new] = document.values.pop(old)
         if line:

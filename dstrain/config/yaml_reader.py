@@ -129,14 +129,12 @@ def parse_yaml(text: str, *, name: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise DstrainError(
-            f"not valid YAML: the character {chr(error.character)!a} can't stand in it",
+            f"not valid YAML: the character {chr(error.character)!a} is not allowed",
             where=f"{name}:{line}",
-            hint='take it out, or write it as an escape in double quotes: "\\x1b"',
+            hint='remove it, or write it as an escape in double quotes: "\\x1b"',
         ) from None
     except RecursionError:
-        raise DstrainError(
-            "not valid YAML: brackets in brackets without end", where=name, hint=_FORM
-        ) from None
+        raise DstrainError("not valid YAML: brackets are nested too deeply", where=name, hint=_FORM) from None
 
 
 def _broken(error: yaml.MarkedYAMLError, name: str) -> DstrainError:
@@ -170,13 +168,13 @@ def _count(node: yaml.Node, name: str, known: dict[int, int], above: set[int]) -
     for part, at in parts:
         where = f"{name}:{at.start_mark.line + 1}"
         if id(part) in above:
-            raise DstrainError("this alias (*) holds itself", where=where, hint="write it out")
+            raise DstrainError("this alias (*) refers to itself", where=where, hint="write the value out")
         total += _count(part, name, known, above)
         if total > _MOST_VALUES:
             raise DstrainError(
-                f"aliases (*) make more than {_MOST_VALUES:,} values of this",
+                f"aliases (*) expand to more than {_MOST_VALUES:,} values",
                 where=where,
-                hint="write it out",
+                hint="write the value out",
             )
     above.remove(id(node))
     known[id(node)] = total
@@ -204,13 +202,13 @@ def _walk(
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _KEY_TAGS:
-            raise DstrainError("a key must be a word", where=f"{name}:{line}", hint="write KEY: VALUE")
+            raise DstrainError("a key must be a string", where=f"{name}:{line}", hint="write KEY: VALUE")
         here = (*path, str(key_node.value))
         if here in lines:
             raise DstrainError(
-                f"{'.'.join(here)} stands twice (first in line {lines[here]})",
+                f"duplicate key {'.'.join(here)!r} (first defined on line {lines[here]})",
                 where=f"{name}:{line}",
-                hint="keep one of the two",
+                hint="remove one of the two",
             )
         lines[here] = line
         if isinstance(value_node, yaml.MappingNode):

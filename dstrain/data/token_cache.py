@@ -78,12 +78,12 @@ def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Toke
             hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it takes up to 5 times that for a while"
         raise DstrainError(
             f"the token cache can't be used: {error.strerror or error}",
-            hint=hint or "name a cache folder on a disk that can be written",
+            hint=hint or "name a cache folder on a writable disk",
             where=str(error.filename or cache_dir),
         ) from error
     if found is None:
         raise DstrainError(
-            "the token cache was written, but reads back differently: the disk is at fault",
+            "the token cache reads back differently from what was written: the disk is faulty",
             hint="name a cache folder on another disk",
             where=str(folder),
         )

@@ -115,7 +115,7 @@ def _examples(source: Source) -> Iterator[dict[str, str]]:
         progress.update(document.bytes_read)
         yield {"text": document.text}
     if not found:
-        raise DstrainError("no text in this source: it has no line but blank ones", where=source.place)
+        raise DstrainError("no text in this source: all its lines are blank", where=source.place)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` looks at everything" if hostfile else ""
     raise DstrainError(
         _describe(failed, len(hosts)),
-        hint=f"mend this, or take the host out{look}",
+        hint=f"fix this, or remove the host{look}",
         where=f"{hostfile}:{lines[first][1]}" if first in lines else hostfile,
     )
 

@@ -104,10 +104,11 @@ def _refuse_lost_states(optimizer: torch.optim.Optimizer, matched: Matched, save
         lost = needed - held.states.keys()
         if parameter.requires_grad and lost:
             raise DstrainError(
-                f"the checkpoint does not tell the optimizer's {' and '.join(sorted(lost))} of {held.name}: an"
-                " earlier dstrain saved ZeRO-0's without names",
+                f"the checkpoint does not say which optimizer state ({' and '.join(sorted(lost))})"
+                f" belongs to {held.name}: an older dstrain saved ZeRO-0 states without names",
                 where=str(saved.folder),
-                hint="resume in the layout that it was made with; what is saved then can go to any other",
+                hint="resume once in the layout that it was made with; the next checkpoint can be resumed"
+                " in any layout",
             )
 
 

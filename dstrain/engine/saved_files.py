@@ -82,6 +82,6 @@ class SavedTensor:
 
     def _incomplete(self, held: int, wanted: int) -> DstrainError:
         return DstrainError(
-            f"the checkpoint holds {held} of {wanted} numbers of a parameter",
+            f"the checkpoint holds {held} of {wanted} values of a parameter",
             where=str(self.pieces[0].path.parent),
         )

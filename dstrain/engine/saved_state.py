@@ -83,8 +83,8 @@ class SavedState:
                 "the weights of an `offload: nvme` run lie in DeepSpeed's swap files, which only its own"
                 " ranks can read",
                 where=str(checkpoint),
-                hint="train on with `dstrain resume RUN --steps N --set save_weights=true`: it leaves its last"
-                " weights as safetensors",
+                hint="continue with `dstrain resume RUN --steps N --set save_weights=true`: it writes the"
+                " final weights as safetensors",
             )
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         self._models = self._by_stage(_MODEL_FILE, names)

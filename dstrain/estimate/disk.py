@@ -90,8 +90,8 @@ def check_disk(*, needed: int, one: int, free: int, held: int, where: str) -> No
     if fitting >= 2:
         instead = f"--keep {fitting - 1} without --keep-every fits; or {instead}"
     raise DstrainError(
-        f"the checkpoints need {format_bytes(needed)} at most ({format_bytes(one)} each, one of them while it is being"
-        f" written), and {format_bytes(free + held)} are left for them",
+        f"the checkpoints need {format_bytes(needed)} at most ({format_bytes(one)} each, including the"
+        f" one being written), but only {format_bytes(free + held)} are free for them",
         where=where,
         hint=instead,
     )

@@ -66,8 +66,8 @@ def _quoted(path: Path) -> str:
     text = str(path)
     if any(sign in text for sign in "\"'\\\n"):
         raise DstrainError(
-            f"sbatch would not understand the path of the run folder: {text!r}",
-            hint="--name and runs_dir without quotes, backslashes and line ends",
+            f"sbatch can't handle the path of the run folder: {text!r}",
+            hint="use a --name and runs_dir without quotes, backslashes and newlines",
         )
     return '"' + text.replace("%", "%%") + '"'
 
@@ -75,7 +75,9 @@ def _quoted(path: Path) -> str:
 def _checked(option: str) -> str:
     if not option.startswith("-") or "\n" in option:
         raise DstrainError(
-            f"{option!r} is no option of sbatch", where="--sbatch", hint="as in --sbatch --time=04:00:00"
+            f"{option!r} is not an sbatch option",
+            where="--sbatch",
+            hint="for example --sbatch --time=04:00:00",
         )
     return option
 

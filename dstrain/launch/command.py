@@ -125,5 +125,5 @@ def free_port() -> int:
             return port
     raise DstrainError(
         f"no free TCP port was found from {_PORTS.start} to {_PORTS.stop - 1}.",
-        hint="name one that the ranks may use",
+        hint="set --master-port to one that the ranks may use",
     )

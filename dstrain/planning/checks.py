@@ -165,7 +165,7 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
-            "nvme needs a folder on a local disk",
+            "--offload nvme requires nvme_path, a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
         )
@@ -175,9 +175,9 @@ def _refuse_keep_every(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.keep_every and not config.saves:
         raise DstrainError(
-            "checkpoints of every so many steps are to be kept, and none is made (save_every: never)",
+            "--keep-every can't be combined with save_every: never, which makes no checkpoints",
             where=str(resolved.origin("keep_every")),
-            hint="--save-every 0 makes those and the last one; or leave --keep-every out",
+            hint="--save-every 0 saves only those and the last one; or remove --keep-every",
         )
 
 
@@ -185,9 +185,9 @@ def _refuse_elastic(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.elastic and not config.restarts:
         raise DstrainError(
-            "elastic is how a run that failed starts again, and it is not to start again",
+            "--elastic requires --restarts N",
             where=str(resolved.origin("elastic")),
-            hint="--restarts N as well",
+            hint="add --restarts N",
         )
 
 
@@ -201,7 +201,7 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if blocks is None:
         near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
         raise DstrainError(
-            f"{config.partition!r} is no way to cut a model",
+            f"unknown partition {config.partition!r}",
             where=where,
             hint=(
                 f"did you mean {near[0]}?"
@@ -213,14 +213,14 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if len(blocks) != chunks:
         each = "two a rank with dualpipev" if chunks > config.pipeline else "one a stage"
         raise DstrainError(
-            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {chunks} ({each})",
+            f"{config.partition} has {_numbers(len(blocks))}, but --pipeline {config.pipeline} needs {chunks} ({each})",
             where=where,
             hint=f"--partition {','.join(['4'] * chunks)} for {4 * chunks} blocks, or --partition auto",
         )
     empty = [chunk for chunk in range(1, chunks - 1) if blocks[chunk] == 0]
     if empty:
         raise DstrainError(
-            f"{config.partition} leaves number {empty[0] + 1} of {chunks} without a layer",
+            f"{config.partition} leaves stage {empty[0] + 1} of {chunks} without a layer",
             where=where,
             hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
         )
@@ -237,9 +237,9 @@ def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
     if asked is not None and sum(asked) != blocks:
         example = ",".join(map(str, even_blocks(blocks, len(asked))))
         raise DstrainError(
-            f"{resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
+            f"{resolved.config.partition} has {sum(asked)} blocks in total, but the model has {blocks}",
             where=str(resolved.origin("partition")),
-            hint=f"--partition {example}, for instance (embedding and head are not counted), or --partition auto",
+            hint=f"for example --partition {example} (embedding and head are not counted), or --partition auto",
         )
 
 
@@ -258,8 +258,8 @@ def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout)
     """Refuse replicas that would each drop other layers. Raises DstrainError."""
     if shape.layerdrop and layout.data_parallel > 1:
         raise DstrainError(
-            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), each replica others:"
-            " they would not reduce the same gradients",
+            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), and each"
+            " replica drops others: they would not reduce the same gradients",
             where=str(resolved.origin("data_parallel")),
             hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
         )
@@ -276,9 +276,9 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
             raise DstrainError(
-                f"no parameter of {shape.model_type} is called {pattern!r}",
+                f"no parameter of {shape.model_type} matches {pattern!r}",
                 where=where,
-                hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
+                hint=f"names look like {near[0] if near else names[0]}; * matches anything",
             )
     frozen = frozen_names(shape, resolved.config.freeze)
     for stage in range(layout.pipeline):
@@ -287,9 +287,9 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
         ]
         if held and frozen.issuperset(held):
             raise DstrainError(
-                f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
+                f"stage {stage} would have only frozen parameters, and DeepSpeed needs a trainable one on each stage",
                 where=where,
-                hint="fewer --pipeline stages, so that each has a layer that is trained, or freeze less",
+                hint="fewer --pipeline stages, so that each has a trainable layer, or freeze less",
             )
 
 
@@ -314,8 +314,8 @@ def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
     needed = 2 * config.pipeline
     if config.schedule == "dualpipev" and batch.accumulation < needed:
         raise DstrainError(
-            f"dualpipev over {config.pipeline} stages needs {needed} micro-batches a step,"
-            f" and there are {batch.accumulation}",
+            f"dualpipev over {config.pipeline} stages requires {needed} micro-batches per step, but there"
+            f" are {batch.accumulation}",
             where=str(resolved.origin("schedule")),
             hint=f"--global-batch {needed * batch.micro_batch * batch.data_parallel} or more,"
             " a smaller --micro-batch, or --schedule 1f1b",
@@ -337,7 +337,7 @@ def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
         raise DstrainError(
             f"documents can't share a sample: {leak}",
             where=str(resolved.origin("model")),
-            hint="--no-pack, which gives each document samples of its own"
+            hint="--no-pack, which gives each document its own samples"
             + (", or --set attention=auto" if flash and not shape.packing_leak else ""),
         )
 
@@ -364,14 +364,14 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
     _refuse_unseparated(shape, resolved)
     if data_vocabulary > shape.vocab_size:
         raise DstrainError(
-            f"the tokenizer has {data_vocabulary} tokens and the model's embedding {shape.vocab_size}",
+            f"the tokenizer has {data_vocabulary} tokens, but the model's embedding only {shape.vocab_size}",
             where=str(resolved.origin("tokenizer")),
             hint=f"raise vocab_size in the model's config.json to {data_vocabulary} or more,"
             " or name the model's own tokenizer",
         )
     if shape.max_positions is not None and config.seq_len > shape.max_positions:
         raise DstrainError(
-            f"seq_len {config.seq_len} is more than the model's {shape.max_positions} positions",
+            f"seq_len {config.seq_len} exceeds the model's {shape.max_positions} positions",
             where=str(resolved.origin("seq_len")),
             hint=f"--seq-len {shape.max_positions} or less",
         )

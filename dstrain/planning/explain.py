@@ -71,7 +71,7 @@ def keys_meant(name: str) -> list[str]:
     if len(homes) > 1:
         places = ", ".join(".".join(home) for home in homes[:8])
         raise DstrainError(
-            f"{of_deepspeed!r} stands in several blocks of DeepSpeed's",
+            f"{of_deepspeed!r} occurs in several DeepSpeed blocks",
             where="--explain",
             hint=f"name one: {places}{' ...' if len(homes) > 8 else ''}",
         )

@@ -179,7 +179,7 @@ class Plan:
         if record.get("format") == _FORMAT_OF_0_1:
             record = _from_0_1(record)
         if record.get("format") != FORMAT:
-            raise DstrainError(f"the plan is of format {record.get('format')}, this dstrain reads {FORMAT}")
+            raise DstrainError(f"the plan has format {record.get('format')}, and this dstrain reads {FORMAT}")
         layout = record["layout"]
         hosts = tuple(Host(host["name"], host["slots"]) for host in layout["hosts"])
         return cls(
@@ -371,7 +371,8 @@ def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:
     if len({host.slots for host in hosts}) > 1:
         used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
         raise DstrainError(
-            f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
+            f"{ranks} ranks would fill the hosts unevenly ({used}), and DeepSpeed's launcher numbers such"
+            " ranks wrongly",
             where="--hostfile",
             hint="give each host the same number of slots, or choose a layout that fills whole hosts",
         )

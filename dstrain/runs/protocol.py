@@ -360,7 +360,7 @@ class ControlAddress:
         launch, _, places = text.partition("@")
         hosts, _, port = places.rpartition(":")
         if not launch or not hosts or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
-            raise ProtocolError(f"it is no address of a supervisor: {text[:200]!r}")
+            raise ProtocolError(f"not a supervisor address: {text[:200]!r}")
         return cls(launch, tuple(hosts.split(",")), int(port))
 
 

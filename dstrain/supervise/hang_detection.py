@@ -105,7 +105,7 @@ class HangWatch:
             return None
         if waited is not None:
             return self._sign(f"no step for {waited:.0f} s (hang_after: {self._progress.bound:.0f} s)")
-        return self._sign(f"no step is possible since {stopped:.0f} s")
+        return self._sign(f"no progress possible for {stopped:.0f} s")
 
     def _stopped_seconds(self, now: float) -> float | None:
         """How long a rank has been stopped, once that is too long; else None."""

@@ -42,7 +42,7 @@ def left_behind_in(log: Iterable[str]) -> tuple[str, float] | None:
         if at and words.startswith(LEFT_BEHIND):
             reason = words.removeprefix("dstrain: ")
             if "exit code 0," in reason:  # DeepSpeed's answer where what it waited for was killed
-                reason += ": a process that it had started was killed, probably"
+                reason += ": a process that it started was probably killed"
             return reason, datetime.fromisoformat(moment).timestamp()
     return None
 

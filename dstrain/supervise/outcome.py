@@ -104,15 +104,15 @@ def _blame(
         )
     if not watch.spoke():
         telling = telling_line(log)
-        reason = f"the launcher {_ended(code)} before any rank spoke" + (f": {telling}" if telling else "")
+        reason = f"the launcher {_ended(code)} before any rank reported" + (f": {telling}" if telling else "")
         return None, None, reason
     unfinished = watch.unfinished()
     if not unfinished:
-        return None, None, f"all ranks are done, but the launcher {_ended(code)}"
+        return None, None, f"all ranks have finished, but the launcher {_ended(code)}"
     rank = unfinished[0] if len(unfinished) == 1 else None
     names = ", ".join(map(str, unfinished[:8])) + (", ..." if len(unfinished) > 8 else "")
     status = watch.status(rank) if rank is not None else None
-    reason = f"the launcher {_ended(code)}, and no word of done came from rank {names}"
+    reason = f"the launcher {_ended(code)}, but rank {names} did not report that it had finished"
     return rank, status.host if status else None, reason
 
 

@@ -50,6 +50,6 @@ class MetricsFile:
         return DstrainError(
             f"the metrics could not be written: {error.strerror}",
             where=self._file.name,
-            hint="make room on this disk; `dstrain resume` then goes on from the newest checkpoint",
+            hint="make room on this disk; `dstrain resume` then continues from the newest checkpoint",
             exit_code=1,
         )

@@ -61,9 +61,9 @@ def refuse_another_world(ranks: int, folder: RunFolder, environ: Mapping[str, st
     started = int(environ["WORLD_SIZE"])
     if started != ranks:
         raise DstrainError(
-            f"the plan is for {ranks} ranks, and {started} were started",
+            f"the plan is for {ranks} ranks, but {started} were started",
             where=str(folder.plan),
-            hint=f"`bash {folder.launch_script}` starts those of the plan; its last line says how",
+            hint=f"`bash {folder.launch_script}` starts those of the plan; its last line shows how",
         )
 
 

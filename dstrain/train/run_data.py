@@ -45,7 +45,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
     found = data.summary()["fingerprint"]
     if found != plan.data["fingerprint"]:
         raise DstrainError(
-            "the data are not those that the plan was made for"
+            "the data is not what the plan was made for"
             f" ({found} on {socket.gethostname()}, {plan.data['fingerprint']} in the plan)",
             where=config.data,
             hint="start a new run for changed data" + _or_copy(plan),

@@ -223,7 +223,7 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
         return
     what = f"the loss is {result.loss}"
     if math.isfinite(result.loss):
-        what = "the gradient is no number (inf or nan)"
+        what = "the gradient norm is not finite"
     raise DstrainError(
         f"{what} at step {step}",
         hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",

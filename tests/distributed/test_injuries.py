@@ -307,7 +307,7 @@ def test_a_disk_that_takes_no_more_is_one_error(healthy: tuple[Path, Any], tmp_p
     run(1, train, case, str(folder))
     said = run(1, train_until_full, case, str(folder), 100_000)[0]
     assert "the checkpoint of step 8 could not be written: " in said
-    assert f"hint: {NEWEST} is whole and can be resumed from" in said
+    assert f"hint: {NEWEST} is complete and can be resumed from" in said
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["step-000002", BEFORE, NEWEST], "what was written of the new one is gone"
     assert run(1, look_at, str(folder))[0] == (NEWEST, [])

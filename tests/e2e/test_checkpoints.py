@@ -150,7 +150,7 @@ def test_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 1_500_000))
     arguments = ("--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--name", "x", "--dry-run")
     said = dstrain_here("run", *arguments, "--save-every", "1", "--keep", "9", "--verbose")
-    assert said.code == 2 and "are left for them" in said.err and "hint: --keep " in said.err, said.err
+    assert said.code == 2 and "are free for them" in said.err and "hint: --keep " in said.err, said.err
     assert "disk    about " in said.out and "(10 at once: keep 9, and the one being written)" in said.out
     assert dstrain_here("run", *arguments, "--save-every", "0", "--keep", "1").code == 0
 

@@ -114,9 +114,9 @@ def test_profiled_steps_and_ranks_are_those_of_the_run(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("steps: 12\nprofile:\n  steps: [10, 13]\n")
     [mistake] = mistakes_in(str(file), None, ())
-    assert "steps 10 to 13 are to be profiled, and the run has 12" in mistake.message
+    assert "profile covers steps 10 to 13, but the run has only 12" in mistake.message
     assert mistake.where == f"{file}:3" and mistake.hint and "[9, 12]" in mistake.hint
-    with pytest.raises(DstrainError, match="rank 2 is to be profiled, and the ranks are 0 to 1"):
+    with pytest.raises(DstrainError, match="profile names rank 2, but the ranks are 0 to 1"):
         plan(settings=("profile={steps: [1, 2], ranks: [0, 2]}",), pipeline=2, data_parallel=1)
     assert plan(settings=("profile={steps: [1, 2], ranks: [1]}",), pipeline=2, data_parallel=1).hooks
 
@@ -271,7 +271,7 @@ def _finds_none(name: str) -> Any:
 
 def test_a_password_in_mlflow_s_address_is_refused() -> None:
     resolved = load_config(flags={"trackers": ["mlflow"]})
-    with pytest.raises(DstrainError, match="MLFLOW_TRACKING_URI holds a user or a password") as caught:
+    with pytest.raises(DstrainError, match="MLFLOW_TRACKING_URI contains a user name or password") as caught:
         check_hooks_here(resolved, {"MLFLOW_TRACKING_URI": "https://me:pw@host/path"})
     assert "pw" not in caught.value.message and "MLFLOW_TRACKING_USERNAME" in str(caught.value.hint)
     check_hooks_here(resolved, {"MLFLOW_TRACKING_URI": "https://host/path@x"})

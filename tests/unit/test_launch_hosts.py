@@ -39,8 +39,8 @@ def test_good(case: str, tmp_path: Path) -> None:
 
 # bytes, line, part of the message, part of the hint
 BAD = {
-    "empty": (b"", 1, "names no host", "slots=N"),
-    "only comments": (b"# n1 slots=4\n\n", 1, "names no host", "slots=N"),
+    "empty": (b"", 1, "lists no hosts", "slots=N"),
+    "only comments": (b"# n1 slots=4\n\n", 1, "lists no hosts", "slots=N"),
     "bare host": (b"n1 slots=4\nn2\n", 2, "n2 has no slots", "n2 slots=N"),
     "bare host with comment": (b"n1 # slots=4\n", 1, "n1 has no slots", "n1 slots=N"),
     "zero": (b"n1 slots=0\n", 1, "slots=0", "from 1 on"),
@@ -79,7 +79,7 @@ BAD = {
     "file for pdsh": (b"^/etc/hosts slots=4\n", 1, "not a host name", "letters"),
     "percent": (b"n%h slots=4\n", 1, "not a host name", "letters"),
     "pipe": (b"n1|sh slots=4\n", 1, "not a host name", "letters"),
-    "a space in a name": (b"node 1 slots=4\n", 1, "'1' stands where slots=N", "node slots=N"),
+    "a space in a name": (b"node 1 slots=4\n", 1, "expected slots=N, found '1'", "node slots=N"),
     "a space that is none": ("n1\u200b slots=4\n".encode(), 1, "not a host name", "letters"),
     "letters from elsewhere": ("n\u0661 slots=4\n".encode(), 1, "not a host name", "letters"),
     "utf-16": ("n1 slots=4\n".encode("utf-16"), 1, "UTF-16, not UTF-8", "iconv"),
@@ -95,7 +95,7 @@ BAD = {
     "two names": (b"n1,n2 slots=4\n", 1, "not a host name", "letters"),
     "pdsh range": (b"n[1-4] slots=4\n", 1, "not a host name", "letters"),
     "slots first": (b"slots=4 n1\n", 1, "not a host name", "letters"),
-    "nul": (b"n\x001 slots=4\n", 1, "binary, not text", "another file"),
+    "nul": (b"n\x001 slots=4\n", 1, "binary file, not text", "another file"),
     "no utf-8": (b"n1 slots=4\nn\xff slots=4\n", 2, "not UTF-8", "iconv"),
 }
 
@@ -118,7 +118,7 @@ def test_lines_are_known(tmp_path: Path) -> None:
 
 
 def test_missing_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(DstrainError, match="no such hostfile"):
+    with pytest.raises(DstrainError, match="hostfile not found"):
         read_hostfile(tmp_path / "nowhere")
     with pytest.raises(DstrainError, match="is a folder"):
         read_hostfile(tmp_path)

@@ -107,10 +107,10 @@ def test_a_manifest_that_was_changed_is_found(key: str, tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(manifest | {key: "else"}))
-    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum is not right)"
+    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum does not match)"
     del manifest[key]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum is not right)"
+    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum does not match)"
 
 
 @pytest.mark.parametrize(

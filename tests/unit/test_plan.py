@@ -193,7 +193,7 @@ def test_a_pipeline_across_hosts_is_told(accelerator: str) -> None:
             {"tokenizer": "bytes"},
             {"vocab_size": 256},
             "--tokenizer",
-            "257 tokens and the model's embedding 256",
+            "257 tokens, but the model's embedding only 256",
         ),
         ({"pipeline": 2}, {"pipeline_refusal": "it shares a cache"}, "--pipeline", "it shares a cache"),
     ],

@@ -145,9 +145,9 @@ def _is_decided(
         decided = decided.get(key) if isinstance(decided, dict) else None
     if isinstance(decided, dict) and not isinstance(value, dict):
         raise DstrainError(
-            f"{dotted} = {json.dumps(value)} stands where {dotted} holds keys of its own",
+            f"{dotted} = {json.dumps(value)} would replace a whole block of keys",
             where=origin,
-            hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes one of them",
+            hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes a single key",
         )
     if value == {} and isinstance(decided, dict):
         return True
@@ -158,13 +158,13 @@ def _is_decided(
         return True
     choice = f"{owner} = {getattr(resolved.config, owner)} ({resolved.origin(owner)})"
     if decided is None:
-        reason = f"{dotted} = {json.dumps(value)} is not for DeepSpeed's JSON to say: {choice} decides it"
+        reason = f"{dotted} = {json.dumps(value)} can't be set in DeepSpeed's JSON: {choice} decides it"
     else:
         reason = (
             f"{dotted} = {json.dumps(value)} contradicts {json.dumps(decided)}, which follows from {choice}"
         )
     raise DstrainError(
-        reason, where=origin, hint=f"leave {dotted} out and choose {owner} (--set {owner}=..., or in YAML)"
+        reason, where=origin, hint=f"remove {dotted} and set {owner} instead (--set {owner}=..., or in YAML)"
     )
 
 

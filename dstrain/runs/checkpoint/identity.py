@@ -35,7 +35,8 @@ def refuse_other_batch(checkpoint: Path, *, global_batch: int, data_parallel: in
     below = [number for number in fitting if number < data_parallel][-1:]
     above = [number for number in fitting if number > data_parallel][:1]
     raise DstrainError(
-        f"the run's global batch of {global_batch} can't be shared by {data_parallel} replicas, and stays what it was",
+        f"the run's global batch of {global_batch} can't be divided evenly among {data_parallel}"
+        " replicas, and can't change on resume",
         where="--data-parallel",
         hint=f"--data-parallel {' or '.join(map(str, below + above))}",
     )
@@ -52,8 +53,8 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             _refuse_another(key, value, saved, checkpoint)
     if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
         raise DstrainError(
-            f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights lie in swap"
-            " files of DeepSpeed, which only the ranks that wrote them can read",
+            f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights"
+            " are in DeepSpeed swap files, which only the ranks that wrote them can read",
             where=str(checkpoint),
             hint="resume in the layout that the checkpoint was made with, or start a new run under another --name",
         )
@@ -62,7 +63,7 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
     if saved.get(key) != value:
         raise DstrainError(
-            f"the checkpoint was made with {key} = {saved.get(key)}, and this run has {value}",
+            f"the checkpoint was made with {key} = {saved.get(key)}, but this run has {value}",
             where=str(checkpoint),
             hint=f"resume with the same {key}{_WHY.get(key, '')}, or start a new run under another --name",
         )

@@ -89,13 +89,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where there is none, half of one, or one that was changed."""
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     if "sha256" in manifest or "format" in manifest:  # earlier ones have neither
         rest = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest.get("sha256") != digest(rest):
-            raise ValueError("its own checksum is not right")
+            raise ValueError("its own checksum does not match")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"it is of format {manifest['format']}, and this dstrain reads {FORMAT}")
+            raise ValueError(f"it has format {manifest['format']}, and this dstrain reads {FORMAT}")
     return manifest
 
 
@@ -103,7 +103,7 @@ def files_of(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
     """Every file that a manifest names. Raises ValueError where it names none."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
-        raise ValueError("it names no file")
+        raise ValueError("it lists no files")
     if "format" not in manifest:
         return {name: FileRecord(int(size), None) for name, size in files.items()}
     return {name: FileRecord(file["size"], file["sha256"]) for name, file in files.items()}
@@ -209,7 +209,7 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
         raise DstrainError(
             f"no checkpoint of this run is usable:\n{reasons}",
             where=str(folder),
-            hint="bring back the files from a copy; to train from the beginning, start a run under another --name",
+            hint="restore the files from a backup; to train from scratch, start a run under another --name",
         )
     return Choice(None)
 

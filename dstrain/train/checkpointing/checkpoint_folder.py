@@ -80,7 +80,7 @@ def write_manifest(
     flush_folders(aside)
     why = missing_or_cut(aside, files_of(read_manifest(aside)))
     if why is not None:
-        raise OSError(f"what was written is not what lies on the disk: {why}")
+        raise OSError(f"the files on disk differ from what was written: {why}")
 
 
 def give_name(aside: Path, final: Path) -> None:

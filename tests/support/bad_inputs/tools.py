@@ -50,7 +50,7 @@ DESCRIBED = {
         "plan", "--device", "h200", "--gpus-per-node", "0", place="--gpus-per-node", reason="x>=1", hint="plan --help"
     ),
     "devices, and a hostfile that is not there": bare(
-        "plan", "--device", "h200", "--hostfile", "none", place="none", reason="no such hostfile", hint="name slots=N"
+        "plan", "--device", "h200", "--hostfile", "none", place="none", reason="hostfile not found", hint="name slots=N"
     ),
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ CONFIGS = {
     "config check: no file": bare("config", "check", place="FILE", reason="Missing argument", hint="check --help"),
     "config diff: one": bare("config", "diff", "x", files=_RUN, place="RUN_B", reason="Missing", hint="diff --help"),
     "config diff: nothing there": bare(
-        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is no run folder", hint="there are: x"
+        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is not a run folder", hint="there are: x"
     ),
     "config diff: a spoilt one": bare(
         "config", "diff", "c.yaml", "x", files=_RUN | {"c.yaml": "stpes: 3\n"},

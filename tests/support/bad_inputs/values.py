@@ -162,7 +162,7 @@ _FLAGS = [
     ("--pipeline", "0", "x>=1", "dstrain run --help"),
     ("--pipeline", "2.0", "'2.0' is not a valid", "dstrain run --help"),
     ("--data-parallel", "-1", "x>=1", "dstrain run --help"),
-    ("--partition", "middle", "no way to cut", "auto, parameters, uniform"),
+    ("--partition", "middle", "unknown partition", "auto, parameters, uniform"),
     ("--precision", "fp8", "'fp8' is not one of", "'bf16'"),
     ("--schedule", "gpipe", "'gpipe' is not one of", "'dualpipev'"),
     ("--offload", "gpu", "'gpu' is not one of", "'nvme'"),
