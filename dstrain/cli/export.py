@@ -52,6 +52,6 @@ def _show(result: ExportResult, with_loss: bool) -> None:
     elif with_loss:
         click.echo("validation this run has no validation set, so there is no loss to compare")
     if result.run_loss is not None:
-        at = "the run's own" if result.run_loss_step == result.step else "the run's last before that"
+        at = "the run's own" if result.run_loss_step == result.step else "the run's last one before that"
         click.echo(f"           {result.run_loss:.6f}  {at}, at step {result.run_loss_step}")
     click.echo(f'try it:    dstrain generate {result.folder} "..."')

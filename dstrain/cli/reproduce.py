@@ -76,7 +76,7 @@ def _equal(result: ReproduceResult) -> str:
     if repetition.of_run == repetition.of_again:
         return f"bit-equal: all {repetition.steps} steps of {result.run.name}"
     return (
-        f"bit-equal: the {repetition.steps} steps that both have; {result.run.name} ends with step"
+        f"bit-equal: all {repetition.steps} steps that both runs have; {result.run.name} ends with step"
         f" {repetition.of_run}, and {result.again.name} with step {repetition.of_again}"
     )
 

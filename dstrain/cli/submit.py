@@ -72,7 +72,7 @@ def _show(number: str, folder: RunFolder, job: Job) -> None:
         ("follow", f"tail -F {log}"),
         (
             "stop",
-            f"scancel --batch --signal=TERM {number}    (it ends its step and saves; sbatch {script} goes on)",
+            f"scancel --batch --signal=TERM {number}    (finishes its step and saves; sbatch {script} continues)",
         ),
         ("script", script),
     ):

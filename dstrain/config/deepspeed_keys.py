@@ -116,7 +116,7 @@ def what_is_wrong(path: KeyPath, value: Any) -> Wrong | None:
                 return None  # what stands in it is not DeepSpeed's to name
             return Wrong(
                 depth - 1,
-                f"{dotted} takes {_article(node['type'])}, and no keys of its own",
+                f"{dotted} takes {_article(node['type'])}, not a block of keys",
                 _about(dotted, node),
             )
         parent, keys = node, node["keys"]
@@ -155,7 +155,9 @@ def _wrong_value(path: KeyPath, node: Node, value: Any) -> Wrong | None:
     number = _number(value)
     is_switch = number is not None and not isinstance(value, bool) and str(node["type"]).startswith("boolean")
     if not node["accepts"]:
-        return Wrong(len(path), f"{given}: it takes a Python object, which no file can hold", "leave it out")
+        return Wrong(
+            len(path), f"{given}: it takes a Python object, which a file can't contain", "leave it out"
+        )
     if kind not in node["accepts"] or (is_switch and number not in (0, 1) and "text" not in node["accepts"]):
         return Wrong(len(path), f"{given}: must be {_article(node['type'])}", hint)
     choices = node.get("choices")

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             tag = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"this is no {tag}, as its tag (!) says", node.start_mark
+                None, None, f"this is not a {tag}, as its tag (!) claims", node.start_mark
             ) from None
 
 
@@ -73,15 +73,15 @@ _FORM = "write KEY: VALUE lines, as in ds_configs/recipes/"
 _WAYS_OUT = (
     ("\\t", "indent with spaces, not with tabs"),
     ("quoted scalar", "close the quote of line {line}"),
-    ("mapping values are not allowed", 'put a text with a colon into quotes: "a: b"'),
+    ("mapping values are not allowed", 'quote a text that contains a colon: "a: b"'),
     ("flow sequence", "close the bracket [ of line {line}"),
     ("flow mapping", "close the brace { of line {line}"),
-    ("undefined alias", "*NAME stands for what &NAME names before it; put a text with a star into quotes"),
-    ("single document", "leave the line --- out: one file holds one config"),
-    ("constructor for the tag", "leave the tag (!...) out: a plain value will do"),
-    ("tag (!)", "leave the tag out, or write what it says"),
+    ("undefined alias", "*NAME refers to an earlier &NAME; quote a text that starts with a star"),
+    ("single document", "remove the line ---: a file holds one config"),
+    ("constructor for the tag", "remove the tag (!...): write a plain value"),
+    ("tag (!)", "remove the tag, or write a value of that type"),
     ("digits", "write a smaller number"),
-    ("a simple key", "KEY: VALUE, with a colon and a space behind the key"),
+    ("a simple key", "KEY: VALUE, with a colon and a space after the key"),
     ("block mapping", "give all keys of one level the same indentation"),
 )
 _MAPPING_TAG = "tag:yaml.org,2002:map"

@@ -153,7 +153,7 @@ def _folder(source: str, root: Path) -> Source:
         else:
             others.add(suffix or entry.name)
     if not files:
-        seen = f"it holds only {', '.join(sorted(others)[:8])}" if others else "the folder is empty"
+        seen = f"it contains only {', '.join(sorted(others)[:8])}" if others else "the folder is empty"
         raise DstrainError(
             f"no text in this folder: {seen}",
             hint="supported are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have any name",

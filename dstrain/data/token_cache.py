@@ -75,7 +75,7 @@ def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Toke
     except OSError as error:
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it takes up to 5 times that for a while"
+            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it temporarily needs up to 5 times that"
         raise DstrainError(
             f"the token cache can't be used: {error.strerror or error}",
             hint=hint or "name a cache folder on a writable disk",

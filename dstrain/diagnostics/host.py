@@ -98,7 +98,7 @@ class Host:
         lines = [line for line in errors.splitlines() if line.strip()]
         error = None
         if late:
-            error = f"no end after {limit:.0f} s"
+            error = f"did not finish within {limit:.0f} s"
         elif process.returncode:
             error = lines[-1] if lines else f"exit code {process.returncode}"
         return {"said": said, "error": error}

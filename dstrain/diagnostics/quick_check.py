@@ -46,7 +46,7 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     if not failed:
         return
     first = failed[0].host
-    look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` looks at everything" if hostfile else ""
+    look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` checks everything" if hostfile else ""
     raise DstrainError(
         _describe(failed, len(hosts)),
         hint=f"fix this, or remove the host{look}",

@@ -194,7 +194,7 @@ def _document(path: Path, where: str) -> Document:
     document = read_yaml(path, where=where)
     _check(document.values, _FORM, (), document, str(path))
     if not document.values["teraflops"]:
-        raise DstrainError("teraflops names no precision", where=str(path), hint="for example fp32: 19.5")
+        raise DstrainError("teraflops lists no precision", where=str(path), hint="for example fp32: 19.5")
     if document.values.get("kind", "cuda") not in ("cuda", "cpu"):
         where = f"{path}:{document.lines[('kind',)]}"
         raise DstrainError(

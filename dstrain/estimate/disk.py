@@ -86,7 +86,7 @@ def check_disk(*, needed: int, one: int, free: int, held: int, where: str) -> No
     if needed <= free + held:
         return
     fitting = (free + held) // one if one else 0
-    instead = "--set runs_dir=FOLDER names a folder on another disk"
+    instead = "choose a folder on another disk with --set runs_dir=FOLDER"
     if fitting >= 2:
         instead = f"--keep {fitting - 1} without --keep-every fits; or {instead}"
     raise DstrainError(

@@ -96,8 +96,8 @@ def _tokens_that_fit(config: PretrainedConfig, prompt: int, wanted: int) -> int:
             hint="shorten the prompt",
         )
     print(  # as progress is told: the command line passes this on
-        f"dstrain: --tokens {wanted} is cut to {positions - prompt}: the model has {positions:,} positions, "
-        f"and the prompt takes {prompt:,}",
+        f"dstrain: --tokens {wanted} is reduced to {positions - prompt}: the model has {positions:,}"
+        f" positions, and the prompt takes {prompt:,}",
         file=sys.stderr,
     )
     return positions - prompt

@@ -30,10 +30,10 @@ class Batch:
     def describe(self) -> str:
         """The arithmetic in one line that can be checked by hand."""
         return (
-            f"{self.global_batch} samples a step = {self.micro_batch} a micro-batch"
+            f"{self.global_batch} samples per step = {self.micro_batch} per micro-batch"
             f" x {format_count(self.accumulation, 'micro-batch')} x {self.data_parallel} replica"
             f"{'s' if self.data_parallel > 1 else ''};"
-            f" {self.global_batch} x {self.seq_len} = {self.tokens:,} tokens a step"
+            f" {self.global_batch} x {self.seq_len} = {self.tokens:,} tokens per step"
         )
 
 

@@ -114,7 +114,7 @@ def _of_deepspeed(plan: Plan, path: KeyPath) -> Explanation:
     origin = origins.get(dotted) or ", ".join(within) or "DeepSpeed's default"
     return Explanation(
         key=_PREFIX + dotted,
-        does=str(node.get("description", "DeepSpeed does not say")),
+        does=str(node.get("description", "not documented by DeepSpeed")),
         takes=_takes(node),
         default=node.get("default"),
         set=is_set,
@@ -135,7 +135,7 @@ def _why(dotted: str, origin: str, *, is_set: bool, is_block: bool) -> str:
     if not is_set:
         return "neither dstrain nor you set it"
     if is_block:
-        return "each of its keys has a reason of its own"
+        return "see the reason of each of its keys"
     if origin.startswith("ds_configs/"):
         return WHY.get(dotted, AS_DEFAULT)
     if origin == "DeepSpeed's default":
@@ -159,7 +159,7 @@ def _takes(node: Mapping[str, Any]) -> str:
 
 def _of_dstrain(plan: Plan, key: str) -> Explanation:
     field = RunConfig.model_fields[key]
-    value, why = plan.config[key], "it is the default: nobody chose it"
+    value, why = plan.config[key], "it is the default"
     origin = plan.origins[key]
     if origin != "default":
         why = "it was chosen there"
@@ -167,9 +167,9 @@ def _of_dstrain(plan: Plan, key: str) -> Explanation:
         derived = {
             "micro_batch": (
                 plan.batch.micro_batch,
-                "the largest that divides a replica's share, at most 8, and leaves four micro-batches a stage",
+                "the largest that divides a replica's share, at most 8, and leaves four micro-batches per stage",
             ),
-            "data_parallel": (plan.layout.data_parallel, "what the devices allow"),
+            "data_parallel": (plan.layout.data_parallel, "as many as the devices allow"),
         }
         value, why = derived.get(key, (None, why))
     return Explanation(

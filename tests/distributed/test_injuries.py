@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(
     shutil.copytree(other_run / NEWEST, folder / NEWEST)
     chosen, said = run(2, look_at, str(folder))[0]
     assert chosen == BEFORE
-    why = f"it was made by another run ({OTHER_RUN}, this one is {RUN})"
+    why = f"it belongs to another run ({OTHER_RUN}, this one is {RUN})"
     assert said == [f"{NEWEST} is not used: {why}; the run goes on from {BEFORE}"]
 
 

@@ -62,7 +62,7 @@ def test_a_run_goes_on_in_another_layout(
 
     said = dstrain("resume", "moved", "--steps", "6", *elsewhere)
     assert said.code == 0, said.out + said.err
-    assert "zero1-pp2-dp1 -> zero3-pp1-dp2: the same training goes on" in said.out
+    assert "zero1-pp2-dp1 -> zero3-pp1-dp2: the same training continues" in said.out
     moved, unbroken = records(place, "moved"), records(place, "whole")
     assert [record["step"] for record in moved] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(moved, unbroken, strict=True):

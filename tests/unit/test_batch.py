@@ -101,7 +101,7 @@ def test_refusals_name_what_works(
 def test_in_words_can_be_checked_by_hand() -> None:
     words = make(32, 4, 2).describe()
     assert words == (
-        "32 samples a step = 4 a micro-batch x 4 micro-batches x 2 replicas; 32 x 128 = 4,096 tokens a step"
+        "32 samples per step = 4 per micro-batch x 4 micro-batches x 2 replicas; 32 x 128 = 4,096 tokens per step"
     )
     assert "1 replica;" in make(32, 4, 1).describe()
 

@@ -106,7 +106,7 @@ def test_what_is_refused_for_its_effect_is_a_key() -> None:
         ("zero_optimization.zeropp_loco_param", "LoCo-Zero++ has been removed"),
         ("zero_optimization.stage3_gather_fp16_weights_on_model_save", "use gather_16bit_weights_on_model_save"),
         ("bf16.check_overflow", "its name is check_grad_overflow"),
-        ("gradient_clipping.x", "gradient_clipping takes a number, and no keys of its own"),
+        ("gradient_clipping.x", "gradient_clipping takes a number, not a block of keys"),
     ],
 )  # fmt: skip
 def test_a_key_that_there_is_not(key: str, words: str) -> None:
@@ -296,12 +296,12 @@ def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[st
     ("setting", "words"),
     [
         ("gradient_allreduce_op=sum", "grow with the number of replicas"),
-        ("managed_gradient_accumulation=false", "each micro-batch would be a step"),
+        ("managed_gradient_accumulation=false", "each micro-batch would become an optimizer step"),
         ("checkpoint.load_universal=true", "universal"),
-        ("tensor_parallel.autotp_size=2", "stages and replicas alone"),
+        ("tensor_parallel.autotp_size=2", "pipeline stages and replicas only"),
         ("compile.deepcompile=1", "compiles nothing"),
         ('hybrid_engine.enabled="1"', "builds its engines itself"),
-        ("sequence_parallel_size=2", "stages and replicas alone"),
+        ("sequence_parallel_size=2", "pipeline stages and replicas only"),
         ("zero_optimization.zenflow.topk_ratio=0.2", "ZenFlow"),
         ("data_efficiency.enabled=true", "reads the data itself"),
         ("datastates_ckpt={a: 1}", "returns before"),

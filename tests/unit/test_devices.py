@@ -134,7 +134,7 @@ def test_a_file_for_cpus(tmp_path: Path) -> None:
         ({"utilisation": 45}, "utilisation must be a fraction", "0.45"),
         ({"inside": 450}, "inside holds gigabytes_per_second, latency_microseconds", "indent"),
         ({"names": "H200"}, "names = 'H200': must be a list", ""),
-        ({"teraflops": {}}, "teraflops names no precision", "fp32"),
+        ({"teraflops": {}}, "teraflops lists no precision", "fp32"),
         ({"source": 3}, "source = 3: must be a text", ""),
     ],
 )

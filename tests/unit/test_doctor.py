@@ -195,7 +195,7 @@ def test_an_exchange_that_went_well() -> None:
 
 FAILURES = {
     "no torch": ({"said": [], "error": "no libcudart.so"}, "all-reduce", "torch did not start: no libcudart"),
-    "no meeting": (rank(error="timed out"), "all-reduce", "it did not meet the others at n1: timed out"),
+    "no meeting": (rank(error="timed out"), "all-reduce", "rendezvous at n1 failed: timed out"),
     "no sum": (rank(REDUCING, error="wait timeout"), "all-reduce", "the all-reduce: wait timeout"),
     "a pair": (
         rank(REDUCING, REDUCED, sending(0), error="connection closed"),
@@ -224,11 +224,11 @@ TROUBLES = {
         "Permission denied (publickey)",
         "ssh-copy-id n2",
     ),
-    "key not known": (255, "Host key verification failed.\r\n", "does not know the key", "once by hand"),
+    "key not known": (255, "Host key verification failed.\r\n", "does not know the key", "once manually"),
     "other key": (
         255,
         "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.\n",
-        *("not the one that this machine knows", "ssh-keygen -R n2"),
+        *("has changed", "ssh-keygen -R n2"),
     ),
     "no such name": (
         255,
@@ -423,7 +423,7 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
         return [
             Check("192.0.2.1", "ssh", OK, "answers"),
             Check("192.0.2.1", "clock", WARNING, "late", "wind it"),
-            Check("192.0.2.2", "devices", FAILED, "slots=8, and 4 GPUs are there", "`192.0.2.2 slots=4`"),
+            Check("192.0.2.2", "devices", FAILED, "slots=8, but it has 4 GPUs", "`192.0.2.2 slots=4`"),
         ]
 
     monkeypatch.setattr(quick_check, "examine_hosts", examined)
@@ -433,7 +433,7 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
     assert caught.value.where == f"{tmp_path}/hosts:3"
     assert caught.value.message == (
         "1 of 2 hosts can't take part in this run\n"
-        "  192.0.2.2: devices: slots=8, and 4 GPUs are there\n    fix: `192.0.2.2 slots=4`"
+        "  192.0.2.2: devices: slots=8, but it has 4 GPUs\n    fix: `192.0.2.2 slots=4`"
     )
 
 

@@ -231,7 +231,7 @@ def test_deepspeed_typed_by_hand_is_known_by_the_argument_that_it_adds(tmp_path:
 
 def test_another_number_of_ranks_than_the_plans_is_refused(tmp_path: Path) -> None:
     refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "4"})
-    with pytest.raises(DstrainError, match="the plan is for 4 ranks, and 2 were started"):
+    with pytest.raises(DstrainError, match="the plan is for 4 ranks, but 2 were started"):
         refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "2"})
 
 

@@ -261,7 +261,7 @@ def test_less_memory_moves_the_cut_and_too_little_is_told(flags: dict[str, Any])
         assert warned == (fullest_rank(made) > limit)
         if warned:
             assert made.layout.cut == free.layout.cut
-            assert any("no cut that fits was found" in warning for warning in made.warnings)
+            assert any("no partition that fits was found" in warning for warning in made.warnings)
         else:
             assert made.imbalance >= slowest - 1e-9
             slowest, moved = made.imbalance, moved or made.layout.cut != free.layout.cut
@@ -281,4 +281,4 @@ def test_cpus_share_a_machine_s_memory_so_that_no_cut_is_ruled_out() -> None:
     assert made.layout.cut == llama().layout.cut
     assert made.memory_verdict.startswith("does not fit: the ranks of a host need about")
     [warning] = [warning for warning in made.warnings if "most of the memory" in warning]
-    assert "no cut that fits" not in warning
+    assert "no partition that fits" not in warning

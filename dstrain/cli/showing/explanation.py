@@ -41,7 +41,7 @@ def format_explanation(found: Explanation, in_all: int = _WIDTH) -> str:
         ("from", found.origin),
     ]
     if found.decided_by:
-        rows.append(("change", f"dstrain decides it by {found.decided_by}"))
+        rows.append(("change", f"set {found.decided_by} instead"))
     rows += [
         ("decides" if number == 0 else "", f"deepspeed.{key} = {_value(value)}")
         for number, (key, value) in enumerate(found.decides)

@@ -66,9 +66,12 @@ def memory(plan: Plan) -> RenderableType:
             continue
         need = plan.stage_memory[stage]
         table.add_row(f"stage {stage}", *(_bytes(getattr(need, name)) for name in used), _bytes(need.total))
-    notes = ["each class at its own fullest moment; total: the most at any one moment, less than their sum"]
+    notes = [
+        "each column is the peak of its class; total is the peak of their sum at any one moment, and"
+        " so less than the sum of the peaks"
+    ]
     if host := max(need.host for need in plan.stage_memory):
-        notes.append(f"and up to {format_bytes(host)} of its host's memory for what is offloaded")
+        notes.append(f"plus up to {format_bytes(host)} of host memory for offloaded states")
     return Group(table, Text("\n".join(notes), style="dim"))
 
 

@@ -56,72 +56,74 @@ def _shares_out(value: Any) -> bool:
     return _is_on(value) and value is not True and value not in (1, "1")
 
 
-_NO_OTHER_AXIS = "dstrain shares a model out among stages and replicas alone, and its ranks are numbered so"
+_NO_OTHER_AXIS = (
+    "dstrain splits a model over pipeline stages and replicas only, and numbers its ranks accordingly"
+)
 _NAMED_TOO_EARLY = (
-    "dstrain names a checkpoint when its files are on the disk, and this writer returns before they are"
+    "dstrain completes a checkpoint when its files are on disk, but this writer returns earlier"
 )
 # Source: runs with DeepSpeed 0.19.8, or the code named.
 _UNFIT: dict[KeyPath, _Unfit] = {
     ("wall_clock_breakdown",): _Unfit(
         _is_on,
-        "DeepSpeed's pipeline engine fails with it: it starts a timer that runs already",
-        "leave it out: metrics.jsonl has the time of every step",
+        "DeepSpeed's pipeline engine fails with it: it starts a timer that is already running",
+        "remove it: metrics.jsonl has the time of every step",
         lambda config: config.pipeline > 1,
     ),
     ("flops_profiler", "enabled"): _Unfit(
         _is_on,
-        "it switches wall_clock_breakdown on, with which DeepSpeed's pipeline engine fails",
-        "--pipeline 1, or leave it out: dstrain counts FLOPs itself",
+        "it enables wall_clock_breakdown, with which DeepSpeed's pipeline engine fails",
+        "--pipeline 1, or remove it: dstrain counts FLOPs itself",
         lambda config: config.pipeline > 1,
     ),
     ("managed_gradient_accumulation",): _Unfit(
         lambda value: value is False,
-        "then each micro-batch would be a step of the optimizer: dstrain lets DeepSpeed count micro-batches",
-        "leave it out; --micro-batch and --global-batch say how many there are",
+        "each micro-batch would become an optimizer step: dstrain lets DeepSpeed count micro-batches",
+        "remove it; --micro-batch and --global-batch decide the number",
     ),
     ("gradient_allreduce_op",): _Unfit(
         lambda value: str(value).lower() == "sum",
-        "then gradients grow with the number of replicas, and layouts no longer train the same model",
-        "leave it out, and raise --lr if a larger step is meant",
+        "gradients would grow with the number of replicas, and layouts would no longer train the same model",
+        "remove it, and raise --lr if you want larger steps",
     ),
     ("checkpoint", "load_universal"): _Unfit(
         _is_on,
-        "DeepSpeed runs whatever the files of a universal checkpoint name",
-        "leave it out: `dstrain resume` reads checkpoints of any layout",
+        "DeepSpeed runs code that is named in the files of a universal checkpoint",
+        "remove it: `dstrain resume` reads checkpoints of any layout",
     ),
     ("checkpoint", "writer", "decoupled"): _Unfit(
-        _is_on, _NAMED_TOO_EARLY, "leave it out; background_save writes behind the training"
+        _is_on, _NAMED_TOO_EARLY, "remove it; background_save writes checkpoints in the background"
     ),
     ("datastates_ckpt",): _Unfit(
-        _is_on, _NAMED_TOO_EARLY, "leave it out; background_save writes behind the training"
+        _is_on, _NAMED_TOO_EARLY, "remove it; background_save writes checkpoints in the background"
     ),
     ("data_efficiency", "enabled"): _Unfit(
         _is_on,
-        "it works through DeepSpeed's data loader: dstrain reads the data itself, in one order for every layout",
-        "leave it out",
+        "it needs DeepSpeed's data loader, but dstrain reads the data itself, in the same order for every layout",
+        "remove it",
     ),
     ("autotuning", "enabled"): _Unfit(
-        _is_on, "it is started by DeepSpeed's own launcher alone", "leave it out; `dstrain plan --fit` searches"
+        _is_on, "only DeepSpeed's own launcher starts it", "remove it; `dstrain plan --fit` searches for layouts"
     ),
     ("hybrid_engine", "enabled"): _Unfit(
-        _is_on, "dstrain builds its engines itself, so that it would have no effect", "leave it out"
+        _is_on, "it would have no effect: dstrain builds its engines itself", "remove it"
     ),
     ("tensor_parallel", "autotp_size"): _Unfit(
-        _shares_out, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the weights"
+        _shares_out, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the weights"
     ),
-    ("sequence_parallel_size",): _Unfit(_shares_out, _NO_OTHER_AXIS, "leave it out"),
+    ("sequence_parallel_size",): _Unfit(_shares_out, _NO_OTHER_AXIS, "remove it"),
     ("expert_parallel", "enabled"): _Unfit(
-        _is_on, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the experts"
+        _is_on, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the experts"
     ),
     ("compile", "deepcompile"): _Unfit(
         _is_on,
-        "DeepSpeed accepts it and compiles nothing: that needs a call which dstrain does not make",
-        "leave it out",
+        "DeepSpeed accepts it without compiling anything, since that needs a call that dstrain does not make",
+        "remove it",
     ),
     ("zero_optimization", "zenflow"): _Unfit(
         _is_on,
-        "ZenFlow updates most weights some steps late: it does not train what one process trains",
-        "leave it out; --offload cpu keeps the optimizer's states in host memory",
+        "ZenFlow updates most weights some steps late, so it does not train the same model as one process",
+        "remove it; --offload cpu keeps optimizer states in host memory",
     ),
 }  # fmt: skip
 
@@ -130,12 +132,12 @@ _INSTEAD: dict[KeyPath, str] = {
     (
         "zero_optimization",
         "cpu_offload",
-    ): "offload_optimizer takes its place, and dstrain's offload sets that: --offload cpu",
-    ("zero_optimization", "cpu_offload_param"): "leave it out: dstrain keeps parameters on the device",
+    ): "use --offload cpu, which sets offload_optimizer instead",
+    ("zero_optimization", "cpu_offload_param"): "remove it: dstrain keeps parameters on the device",
     (
         "zero_optimization",
         "cpu_offload_use_pin_memory",
-    ): "leave it out: --offload cpu pins memory where there is a GPU",
+    ): "remove it: --offload cpu pins memory on machines with GPUs",
 }
 
 

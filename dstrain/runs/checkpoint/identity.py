@@ -18,7 +18,7 @@ _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
 _WHY = {
-    "global_batch": " (which samples come next, and the learning rate, are counted in its steps)",
+    "global_batch": " (the next samples and the learning rate are counted in its steps)",
     "data": " (the same files, tokenizer and validation split)",
 }
 
@@ -83,12 +83,12 @@ def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
         if before == after:
             before, after = f"{before} cut at {_cut(saved)}", f"at {_cut(identity)}"
         lines.append(
-            f"{before} -> {after}: the same training goes on; each rank reads its part of {checkpoint.name}"
+            f"{before} -> {after}: the same training continues; each rank reads its part of {checkpoint.name}"
         )
     old, new = saved.get("micro_batch"), identity.get("micro_batch")
     if old is not None and new is not None and old != new:
         lines.append(
-            f"micro-batches of {old} -> {new}: of all sums only a mixture of experts' router loss depends on it"
+            f"micro-batches of {old} -> {new}: only the router loss of a mixture of experts depends on it"
         )
     return lines
 
@@ -105,7 +105,7 @@ def _identity_of(checkpoint: Path) -> dict[str, Any]:
 def _name(identity: Mapping[str, Any]) -> str:
     """A layout's name, as ``zero1-pp2-dp2``."""
     if any(key not in identity for key in _NAMED):
-        return "a layout of an earlier dstrain"
+        return "a layout of an older dstrain"
     return LayoutChoice(**{key: identity[key] for key in _NAMED}).name
 
 

@@ -32,7 +32,7 @@ class FileRecord:
 
     def wrong_size(self, name: str, size: int) -> str | None:
         """What to say of a file that has another size; None where it has this one."""
-        return None if size == self.size else f"{name} has {size:,} bytes and should have {self.size:,}"
+        return None if size == self.size else f"{name} has {size:,} bytes instead of {self.size:,}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def damage_of(checkpoint: Path, *, noted: bool = True) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
         if manifest.get("step") != _step(checkpoint):
-            return f"its manifest is that of step {manifest.get('step')}"
+            return f"its manifest belongs to step {manifest.get('step')}"
         files = files_of(manifest)
     except FileNotFoundError:
         return "it has no manifest"
@@ -182,7 +182,7 @@ def forget_damage(checkpoint: Path) -> None:
 
 def _noted(checkpoint: Path) -> str | None:
     try:
-        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its bytes are wrong"
+        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its checksums do not match"
     except (OSError, ValueError):
         return None
 
@@ -216,7 +216,7 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
 
 def passed_over(name: str, why: str, used: str) -> str:
     """The line that is said of a checkpoint that was not usable, and of the one that is used instead."""
-    return f"{name} is not used: {why}; the run goes on from {used}"
+    return f"{name} is skipped: {why}; the run continues from {used}"
 
 
 def of_another_run(checkpoint: Path, run: str | None) -> str | None:
@@ -224,7 +224,7 @@ def of_another_run(checkpoint: Path, run: str | None) -> str | None:
     made_by = read_manifest(checkpoint).get("run")
     if run is None or made_by is None or made_by == run:
         return None
-    return f"it was made by another run ({made_by}, this one is {run})"
+    return f"it belongs to another run ({made_by}, this one is {run})"
 
 
 def run_id(file: Path, checkpoints: Path) -> str | None:

@@ -105,7 +105,7 @@ def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
                     launch["config"] = with_new_names(launch["config"], CONFIG_KEYS)
                 launches.append(launch)
     where = str(folder.launches)
-    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again, and compares nothing"
+    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again without comparing"
     if not launches:
         raise DstrainError(
             "the run has no record of its environment: it never started training, or an older dstrain made it",
