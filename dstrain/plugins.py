@@ -1,4 +1,4 @@
-"""Code from outside, named in a config as ``module:name``: whether it is there, and loading it.
+"""User code named in a config as ``module:name``: checks that it exists, and loads it.
 
 `check_plugin` runs none of it, so that the command line stays light and does not carry a fault of it; `load_plugin`
 is for the ranks.

@@ -1,4 +1,4 @@
-"""What imports the heavy libraries runs in a process of its own, so that the caller stays light."""
+"""Runs code that imports heavy libraries in a child process, so that the caller stays light."""
 
 from __future__ import annotations
 

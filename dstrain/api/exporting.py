@@ -1,4 +1,4 @@
-"""`export` and `generate`: a run's checkpoint as a Hugging Face folder, and a look at what its model writes."""
+"""``export`` and ``generate``: a checkpoint as a Hugging Face folder, and text generated from it."""
 
 from __future__ import annotations
 

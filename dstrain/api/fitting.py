@@ -1,4 +1,4 @@
-"""``dstrain plan --fit``: from choices to the layouts that suit them best, each with the plan that it would have."""
+"""``dstrain plan --fit``: from a config to the best layouts for it, each with its plan."""
 
 from __future__ import annotations
 

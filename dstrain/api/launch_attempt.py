@@ -1,4 +1,4 @@
-"""One launch of a run: fill its folder, start the ranks, and watch them to their end."""
+"""One launch of a run: writes its folder, starts the ranks, and supervises them to the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`checkpoints`: what a run has saved, and whether it is whole."""
+"""``checkpoints``: lists the checkpoints of a run, and verifies them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machines of a plan: those that are here, or those that ``--device`` describes."""
+"""The machines of a plan: those that are here, or those described by ``--device``."""
 
 from __future__ import annotations
 

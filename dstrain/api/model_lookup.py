@@ -1,4 +1,4 @@
-"""Where a run's model comes from: a built-in shape, a folder or a name on the hub; whether its weights are whole."""
+"""Finds a run's model: a built-in shape, a folder or a hub name; checks that its weights are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: what came out, or why it failed."""
+"""The result of a run: its outputs, or why it failed."""
 
 from __future__ import annotations
 

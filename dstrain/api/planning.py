@@ -1,4 +1,4 @@
-"""From choices to a plan: look at the machine, measure the model, prepare the data, decide."""
+"""From a config to a plan: finds the machines, measures the model, prepares the data, decides."""
 
 from __future__ import annotations
 

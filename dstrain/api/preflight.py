@@ -1,4 +1,4 @@
-"""Before anything is started: the folder of a run, and what would stop it from going well."""
+"""Checks before anything is started: the run folder, and what would make the run fail."""
 
 from __future__ import annotations
 

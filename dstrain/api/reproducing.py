@@ -1,4 +1,4 @@
-"""`reproduce`: train a run again, and compare it step by step, bit by bit."""
+"""``reproduce``: repeats a run, and compares it step by step, bit by bit."""
 
 from __future__ import annotations
 

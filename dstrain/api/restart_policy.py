@@ -1,4 +1,4 @@
-"""After a failure: whether the run starts again, when, and on which hosts."""
+"""After a failure: whether the run is restarted, when, and on which hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`resume`: go on with a run from its newest complete checkpoint."""
+"""``resume``: resumes a run from its newest complete checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`run`: plan, launch, watch to the end; again after a failure where that is wanted."""
+"""``run``: plans, launches and supervises a run, with restarts after failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`submit`: a Slurm batch script for a run, and the job that it becomes."""
+"""``submit``: writes the Slurm batch script of a run, and submits it."""
 
 from __future__ import annotations
 

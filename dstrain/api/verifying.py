@@ -1,4 +1,4 @@
-"""`verify`: the same config in one process and in other layouts, and how far they are apart."""
+"""``verify``: trains one config in one process and in other layouts, and compares them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dstrain doctor``: look at the machines, and show what is wrong and how to fix it."""
+"""``dstrain doctor``: checks the machines of a run, and suggests fixes."""
 
 from __future__ import annotations
 

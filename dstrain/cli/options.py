@@ -1,4 +1,4 @@
-"""The flags of run, plan and config: one for each key of `RunConfig`, and those that pick the layers."""
+"""Command-line options: one per key of `RunConfig`, and those that select a recipe and a file."""
 
 from __future__ import annotations
 

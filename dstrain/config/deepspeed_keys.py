@@ -1,4 +1,4 @@
-"""DeepSpeed's own keys: which there are, what they take, and what was meant by one that there is not.
+"""DeepSpeed's config keys: which exist, what they accept, and suggestions for mistyped ones.
 
 The table, ``deepspeed_keys.json``, is written by `tools.deepspeed_keys` out of the installed DeepSpeed, so that
 nothing of DeepSpeed has to be imported to read it. DeepSpeed itself lets unknown keys pass in half of its blocks.

@@ -1,4 +1,4 @@
-"""Durations as people write them: ``90s``, ``20m``, ``3h50m``, ``2d``."""
+"""Parses durations: ``90s``, ``20m``, ``3h50m``, ``2d``."""
 
 from __future__ import annotations
 

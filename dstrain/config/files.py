@@ -1,4 +1,4 @@
-"""Where ``ds_configs/`` lies: recipes, built-in model shapes and DeepSpeed JSON fragments."""
+"""Finds the files of ``ds_configs/``: recipes, built-in model shapes and DeepSpeed JSON fragments."""
 
 from __future__ import annotations
 

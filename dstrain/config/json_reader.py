@@ -1,4 +1,4 @@
-"""Strict JSON: a value and the line of every key; duplicate keys and NaN refused."""
+"""Strict JSON reader: values with the line of every key; refuses duplicate keys and NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run config as JSON Schema (draft 2020-12), for editors: they complete keys, show what they mean, and mark errors.
+"""The run config as JSON Schema (draft 2020-12), for completion and checks in editors.
 
 DeepSpeed's keys below ``deepspeed`` are those of the table that comes with dstrain. Where DeepSpeed takes a value in
 several spellings (``"2"`` or ``true`` for a number), the schema has the plain one.

@@ -1,4 +1,4 @@
-"""Layers of choices become one run config: defaults < recipe < file < --set < flags."""
+"""Combines config layers into one run config: defaults < recipe < file < --set < flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run config: every choice that a user has, under the same name in YAML, flags and code."""
+"""The run config: every key with its type, default and description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a small text file that a user wrote, and says exactly what is wrong with one that is none."""
+"""Reads small text files from the user, with precise errors for files that are not text."""
 
 from __future__ import annotations
 

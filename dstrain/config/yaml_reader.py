@@ -1,4 +1,4 @@
-"""Strict YAML: a value and the line it stands on; duplicate keys refused; ``3e-4`` is a number.
+"""Strict YAML reader: values with their lines; refuses duplicate keys; reads ``3e-4`` as a number.
 
 Plain words are read as YAML 1.2's core schema does: ``on`` and ``2024-01-31`` are texts, ``010`` is no octal
 number, ``1:30`` no count of seconds.

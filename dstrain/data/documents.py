@@ -1,4 +1,4 @@
-"""The text of a corpus, one document after the other, and exact errors about what is not text."""
+"""Reads the documents of a corpus, with precise errors for what is not text."""
 
 from __future__ import annotations
 

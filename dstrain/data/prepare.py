@@ -1,4 +1,4 @@
-"""A corpus made ready for training: tokenized once, split, put into rows.
+"""Prepares a corpus for training: tokenized once, split, and packed into rows.
 
 On the command line: ``python -m dstrain.data.prepare REQUEST.json OUT.json`` reads the arguments of `prepare`
 from a JSON object and writes the summary.
@@ -86,7 +86,7 @@ def prepare(
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
-    Safe to call from any number of processes and hosts at once; a cache that is not whole is built anew.
+    Safe to call from any number of processes and hosts at once; an incomplete cache is rebuilt.
     Tokens are cached for any `seq_len`, `validation` and `pack`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which files make up a corpus. Looks at names and sizes only; `documents` reads them.
+"""Finds the files of a corpus by name and size; `documents` reads them.
 
 A source is one of
 

@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk: written once, by whoever comes first, and complete or not there at all.
+"""The cache of tokenized corpora on disk: written once, complete or absent.
 
 ``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``. It is written aside and named
 by one rename, under a lock that makes others wait rather than do the same work. Where a file system knows no

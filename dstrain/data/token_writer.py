@@ -1,4 +1,4 @@
-"""A corpus through a tokenizer into two files: all tokens end to end, and the length of each document."""
+"""Tokenizes a corpus into two files: all tokens, and the length of each document."""
 
 from __future__ import annotations
 

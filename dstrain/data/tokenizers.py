@@ -1,4 +1,4 @@
-"""Text to token ids and back: our byte tokenizer, or a Hugging Face tokenizer from a folder."""
+"""Tokenizers: the built-in byte tokenizer, or a Hugging Face tokenizer from a folder."""
 
 from __future__ import annotations
 

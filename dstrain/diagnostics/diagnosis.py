@@ -1,4 +1,4 @@
-"""What a machine's facts mean for a run: fine, worth knowing, or in the way; and what mends it."""
+"""Turns the facts about a machine into checks: ok, warning or failed, each with a fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on each machine that is looked at: ``python -m dstrain.diagnostics.host``.
+"""The program that runs on each machine that is checked: ``python -m dstrain.diagnostics.host``.
 
 It reads questions from standard input and answers on standard output, a JSON object a line, until its input ends:
 with the connection it ends too, and with it whatever it has started. A login that says something of its own

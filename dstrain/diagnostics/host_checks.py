@@ -1,4 +1,4 @@
-"""Look at all hosts of a run at once. What one of them lacks never hides what is wrong with another."""
+"""Checks all hosts of a run at once; a fault of one host does not hide those of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes between the hosts: whether connections come about, and how fast torch.distributed is over them."""
+"""Checks the network between the hosts: connections, and the speed of torch.distributed."""
 
 from __future__ import annotations
 

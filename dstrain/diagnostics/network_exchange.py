@@ -1,4 +1,4 @@
-"""One rank of a real exchange: ``python -m dstrain.diagnostics.network_exchange cpu|cuda``.
+"""One rank of the communication test: ``python -m dstrain.diagnostics.network_exchange cpu|cuda``.
 
 Rank and master address come from the environment.
 

@@ -1,4 +1,4 @@
-"""The quick half, before a run on several hosts: what would fail within minutes is refused within seconds."""
+"""The quick checks before a run on several hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     """Look at the hosts that are started over ssh, all at once; nothing where there are none.
 
     Raises:
-        DstrainError: some can't take part: which, why, and what mends it. Within 15 s for hosts that are silent.
+        DstrainError: some can't take part: which, why, and how to fix it. Within 15 s for hosts that are silent.
     """
     if not request.ssh_hosts:
         return

@@ -1,4 +1,4 @@
-"""A conversation with one machine: `dstrain.diagnostics.host` runs there, started over ssh, and is asked things."""
+"""A session with one machine: starts ``dstrain.diagnostics.host`` there over ssh, and queries it."""
 
 from __future__ import annotations
 

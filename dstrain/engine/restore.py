@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, brought into an engine of another one.
+"""Loads a checkpoint of any layout into an engine of another layout.
 
 Each rank opens the old layout's files and reads the numbers that it owns: its stage's layers, and of these its
 partition of the fp32 weights and the optimizer's states. Nothing is written, and nothing is kept twice.
@@ -95,7 +95,7 @@ def _match(module: nn.Module, saved: SavedState) -> Matched:
 
 
 def _refuse_lost_states(optimizer: torch.optim.Optimizer, matched: Matched, saved: SavedState) -> None:
-    """Refuse to train on with an optimizer that would begin anew. Raises DstrainError."""
+    """Refuse to train on with an optimizer that would start from nothing. Raises DstrainError."""
     needed = {"exp_avg", "exp_avg_sq"}
     if isinstance(optimizer, torch.optim.SGD):
         with_momentum = any(group["momentum"] for group in optimizer.param_groups)

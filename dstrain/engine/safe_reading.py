@@ -1,8 +1,8 @@
-"""Checkpoint files are read as data: what a file names is not imported, and nothing of it is run.
+"""Reads checkpoint files as data only: nothing that they name is imported or run.
 
 A pickle can name any function to be called while it is read, and a checkpoint folder may come from others. DeepSpeed
 reads its files with ``weights_only=False``. All its loading that dstrain uses asks the engine's `CheckpointEngine`
-for each file, and that is where it is mended.
+for each file, and that is where it is patched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, mapped and not read, and tensors whose pieces lie in several of them."""
+"""Maps DeepSpeed's checkpoint files, and assembles tensors that are spread over several of them."""
 
 from __future__ import annotations
 

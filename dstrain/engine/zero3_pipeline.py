@@ -1,4 +1,4 @@
-"""ZeRO-3 below a pipeline: each stage's parameters are shared out among the replicas of that stage.
+"""ZeRO-3 within a pipeline: shards each stage's parameters across its replicas.
 
 DeepSpeed 0.19.8 refuses it. What stands in the way, and what is done about it here:
 

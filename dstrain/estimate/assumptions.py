@@ -1,4 +1,4 @@
-"""What the estimated time of a step rests on, in words."""
+"""The assumptions behind a time estimate, as text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assumptions_of(config: RunConfig, layout: Layout, device: Device, reached: f
         else:
             found.append("communication between replicas does not overlap with computation")
     if layout.pipeline > 1:
-        found.append("a stage does not compute while it sends to its neighbours or receives from them")
+        found.append("a stage does not compute while it sends to or receives from adjacent stages")
         if layout.schedule == "dualpipev":
             found.append("with dualpipev, a simultaneous send and receive takes the time of one")
     if len(layout.hosts) > 1:

@@ -1,4 +1,4 @@
-"""What a device can do, in numbers: from ``ds_configs/devices/``, from a file of the user's, or of the CPU here."""
+"""Device descriptions: from ``ds_configs/devices/``, from a user's file, or of this machine's CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's checkpoints will need of the disk, and whether there is so much."""
+"""How much disk space a run's checkpoints need, and whether it is available."""
 
 from __future__ import annotations
 

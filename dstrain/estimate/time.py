@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: computing, waiting, sending, updating. An estimate whose assumptions are named."""
+"""Estimates the time of an optimizer step: computation, waiting, communication, update."""
 
 from __future__ import annotations
 

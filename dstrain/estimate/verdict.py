@@ -1,4 +1,4 @@
-"""Whether a plan's ranks fit into their devices' memory, in words."""
+"""The memory verdict of a plan: whether its ranks fit into device memory."""
 
 from __future__ import annotations
 

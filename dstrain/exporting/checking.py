@@ -1,4 +1,4 @@
-"""Whether an exported folder holds the trained model: file by file, name by name, and by its validation loss."""
+"""Checks that an exported folder contains the trained model: files, names and validation loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: a run's checkpoint becomes a model folder.
+"""``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: converts a checkpoint to a model folder.
 
 Runs on a CPU, with one block and one file of the model in memory; only the validation loss loads the whole.
 """

@@ -1,4 +1,4 @@
-"""``python -m dstrain.exporting.generate REQUEST.json ANSWER.json``: a model folder continues a prompt."""
+"""``python -m dstrain.exporting.generate REQUEST.json ANSWER.json``: generates text with a model folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as they go into a model folder: one precision, the family's names on disk."""
+"""A checkpoint's tensors in the form of a model folder: one precision, the family's names on disk."""
 
 from __future__ import annotations
 

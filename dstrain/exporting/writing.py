@@ -1,4 +1,4 @@
-"""Safetensors files and their index, written a few gigabytes at a time."""
+"""Writes safetensors files and their index, a few gigabytes at a time."""
 
 from __future__ import annotations
 

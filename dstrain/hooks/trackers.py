@@ -1,4 +1,4 @@
-"""What all trackers have in common: metrics go to a library or a server, and never hold up or end a run.
+"""The base of all trackers: sends metrics to a library or server without delaying or ending a run.
 
 The training's thread only puts records into a bounded queue. A thread of the tracker's own opens the library, writes
 what has come, a batch at a time, and tries again after a failure. What hangs is left behind at the end.

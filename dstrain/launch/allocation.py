@@ -1,4 +1,4 @@
-"""The Slurm allocation that this process stands in: its hosts, and how many ranks each may hold."""
+"""Reads the Slurm allocation of this process: its hosts, and the number of ranks on each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch.sbatch: the batch script of a Slurm job that trains a run folder, and comes back when its time is over."""
+"""launch.sbatch: the batch script of a Slurm job that trains a run and requeues itself."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _SCRIPT = """\
 {directives}
 
 # Written by `dstrain submit`. It trains what config.yaml beside it says, from the newest checkpoint if there is one.
-# It may be edited, and submitted again by hand: sbatch {script}
+# It may be edited and submitted again: sbatch {script}
 
 cd -- {directory} || exit 1
 

@@ -1,4 +1,4 @@
-"""A dstrain command in the container image, as ``launch/docker.sh`` starts it."""
+"""Runs a dstrain command in the container image, as ``launch/docker.sh`` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine computes on: found without torch, so that a plan needs no CUDA context and no import."""
+"""Finds this machine's devices without importing torch or creating a CUDA context."""
 
 from __future__ import annotations
 

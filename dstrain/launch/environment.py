@@ -1,4 +1,4 @@
-"""The environment that the ranks need, and the file in which it travels to other hosts."""
+"""The environment of the ranks, and the file that carries it to other hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hostfile: which machines a run may use, and how many processes each takes.
+"""Reads the hostfile: the machines of a run, and the number of processes on each.
 
 The format is DeepSpeed's own (``name slots=N``), read more strictly: what DeepSpeed accepts and then
 gets wrong (a bare host, ``slots=0``, trailing words) is refused here with its line.

@@ -1,4 +1,4 @@
-"""What a launch depends on, whichever launcher does it."""
+"""What a launch depends on, for any launcher."""
 
 from __future__ import annotations
 

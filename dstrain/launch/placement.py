@@ -1,4 +1,4 @@
-"""Where a run's ranks are to run, and what starts them there: the one place that decides it."""
+"""Decides where a run's ranks are placed, and which launcher starts them."""
 
 from __future__ import annotations
 

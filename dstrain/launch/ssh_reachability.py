@@ -1,4 +1,4 @@
-"""Which hosts answer over ssh, and what to do about one that does not."""
+"""Checks which hosts answer over ssh, with a fix for each that does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a host did not do what it was asked to, and how that is mended."""
+    """Why a host did not do what it was asked to, and how to fix it."""
 
     message: str
     fix: str

@@ -1,4 +1,4 @@
-"""From a folder or a JSON file to the Hugging Face configuration of a causal language model."""
+"""Loads the Hugging Face configuration of a causal language model from a folder or JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which attention implementations there are, and where they run: anything else is refused with the plan."""
+"""Attention implementations, and the devices and precisions that each supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large DeepSpeed's buckets are made, in which it reduces and gathers."""
+"""Sizes of DeepSpeed's reduce and gather buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can't be trained rightly is refused here, with the reason and the nearest thing that works."""
+"""Refuses what can't be trained correctly, with the reason and the nearest thing that works."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 
 
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
-    """Those of them that no other layout would mend."""
+    """Those of them that no other layout would fix."""
     of_choices = _raised(
         resolved, _refuse_keep_every, _refuse_elastic, refuse_attention, _refuse_nvme, refuse_profile
     )
@@ -144,7 +144,7 @@ def _refuse_combination(resolved: ResolvedConfig) -> None:
 
 
 def refuse_batch(resolved: ResolvedConfig) -> None:
-    """Where the number of replicas is chosen, the batch can be shared out without a look at the machines.
+    """Where the number of replicas is chosen, the batch can be divided without knowing the machines.
 
     A plan looks at the machines first: whether they hold so many replicas matters more. Raises DstrainError.
     """

@@ -1,4 +1,4 @@
-"""What a key does, which value it has in a plan, why, and where that came from: DeepSpeed's keys and dstrain's own."""
+"""Explains a config key: what it does, its value in a plan, why, and where it came from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hooks a run has: those that its config names, and those that the short forms of it stand for."""
+"""The hooks of a run: those listed in the config, and those that its short forms stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one owner of ranks: (host, local rank) -> rank -> (stage, replica).
+"""The layout, the single owner of ranks: (host, local rank) -> rank -> (stage, replica).
 
 Stages of one replica have neighbouring ranks, so that a pipeline stays inside one machine as long as
 it fits there, and the replicas, which meet less often, lie on different machines.
@@ -130,7 +130,7 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
         where: origin of the number of stages, for messages.
 
     Raises:
-        DstrainError: the devices don't hold the layout, or can't be shared out evenly.
+        DstrainError: the devices don't hold the layout, or can't be divided evenly.
     """
     if devices is None:
         return data_parallel or 1

@@ -1,4 +1,4 @@
-"""Layouts by name, as ``zero2-pp2-dp2-dualpipev-cpu``, and those that so many ranks can hold."""
+"""Layouts by name, such as ``zero2-pp2-dp2-dualpipev-cpu``, and the layouts possible for a number of ranks."""
 
 from __future__ import annotations
 

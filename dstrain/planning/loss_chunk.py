@@ -1,4 +1,4 @@
-"""How many tokens' logits are made at a time for the loss."""
+"""How many tokens' logits are computed at once for the loss."""
 
 from __future__ import annotations
 

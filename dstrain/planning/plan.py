@@ -1,4 +1,4 @@
-"""The plan: everything that will run, decided before a process starts, as pure data."""
+"""The plan: everything that will run, decided before any process starts, as pure data."""
 
 from __future__ import annotations
 

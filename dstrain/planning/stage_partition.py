@@ -1,6 +1,4 @@
-"""The cut of a run: as the run config's ``partition`` says, and by estimated time within the memory if it leaves
-that open.
-"""
+"""The partition of a run: as set by ``partition``, or by estimated time within the memory limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is accepted, but may not be what was meant: said with the plan, each with its reason."""
+"""Warnings of a plan: configs that are valid but probably not intended, each with its reason."""
 
 from __future__ import annotations
 

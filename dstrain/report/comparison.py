@@ -1,4 +1,4 @@
-"""Two runs side by side: how far their losses, gradient norms and last weights are apart."""
+"""Compares two runs: losses, gradient norms and final weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two runs: the keys that were chosen, and what followed from them."""
+"""The differences between two runs: config keys, and what was derived from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run was repeated to the bit, step by step."""
+"""Whether a run was reproduced bit by bit, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the kernel killed a process for want of memory: its own words, where they may be read."""
+"""Detects processes that the kernel killed for lack of memory."""
 
 from __future__ import annotations
 

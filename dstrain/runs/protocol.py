@@ -1,4 +1,4 @@
-"""The messages between the supervisor and the ranks, and how they stand on the wire.
+"""The messages between supervisor and ranks, and their wire format.
 
 A message is a frozen dataclass here and one line of JSON there, whose key ``type`` names it. `encode` and
 `MessageReader` (which uses `decode`) are the only ways from one to the other, for both sides

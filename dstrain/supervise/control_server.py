@@ -1,4 +1,4 @@
-"""The supervisor's connections to all ranks, on whatever host and however they were started.
+"""The supervisor's connections to all ranks, on any host and with any launcher.
 
 Each rank connects over TCP (`dstrain.train.control_client`), says what it does, and ends when its connection does. So
 a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends by itself

@@ -1,4 +1,4 @@
-"""Whether a run goes on: a hang is a step that takes far longer than those before it, or a rank that is stopped."""
+"""Detects hangs: a step that takes far longer than those before, or a stopped rank."""
 
 from __future__ import annotations
 

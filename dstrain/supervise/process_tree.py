@@ -1,4 +1,4 @@
-"""Which processes are ours. Nothing here finds a process by its name."""
+"""Finds the processes of a run, never by name."""
 
 from __future__ import annotations
 

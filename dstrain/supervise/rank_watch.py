@@ -1,4 +1,4 @@
-"""What the ranks say and whether they live.
+"""Tracks the status of all ranks and whether they are alive.
 
 Asked are their connections, their status files and, on this host, their processes.
 """

@@ -1,4 +1,4 @@
-"""Whether a run that failed is started again, and how long to wait before."""
+"""Whether a failed run is restarted, and how long to wait before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GiveUp:
 class Restarts:
     """Asked after each failure.
 
-    The wait doubles from restart to restart, and begins anew after progress: a machine that comes back needs
+    The wait doubles from restart to restart, and is reset by progress: a machine that comes back needs
     time, and a run that fails now and then over weeks should not wait longer each time. The number of restarts is
     that of those in a row without a new checkpoint.
 

@@ -1,4 +1,4 @@
-"""A rank's connection to the supervisor: it says what it does, and ends when nobody is there any more.
+"""A rank's connection to the supervisor: reports its status, and ends the rank when the supervisor is gone.
 
 `dstrain.runs.protocol` has the messages.
 """
@@ -52,7 +52,7 @@ _RECEIVE_BYTES = 64 * 1024
 
 
 class ControlClient:
-    """Without a supervisor (launch.sh typed by hand) nothing is sent and nothing is awaited.
+    """Without a supervisor (launch.sh started manually) nothing is sent and nothing is awaited.
 
     A thread listens, and looks at the processes beside this one. When the connection ends, or this rank's launcher, it
     ends this process: whatever the other threads wait for (a collective of a rank that is gone, a disk), it will not

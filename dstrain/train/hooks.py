@@ -1,4 +1,4 @@
-"""Hooks: what happens beside the training. The interface, and the one that calls them.
+"""The hook interface, and the caller of all hooks.
 
 A hook is a class with at most six methods, all optional, which get plain data. It is named in the config
 (``hooks: ["my_module:MyHook"]``), made once a launch with its options as keyword arguments, and called on rank 0; with

@@ -1,6 +1,4 @@
-"""Whether the ranks' hosts agree: on the plan, the weights to start from, and a run folder that all share where the
-run needs one.
-"""
+"""Checks that all hosts agree on the plan, the initial weights and, where needed, a shared run folder."""
 
 from __future__ import annotations
 

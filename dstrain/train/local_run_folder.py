@@ -1,4 +1,4 @@
-"""The run folder on a rank's own host, which may be another one than the supervisor's at the same place.
+"""The run folder on a rank's own host, which may differ from the supervisor's.
 
 `dstrain.train.host_agreement` finds out whether the ranks share theirs. This is looked at before, and needs no torch.
 """

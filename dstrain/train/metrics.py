@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, without gaps and without doubles over resumes."""
+"""metrics.jsonl: one JSON object per step, without gaps or duplicates across resumes."""
 
 from __future__ import annotations
 

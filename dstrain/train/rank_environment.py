@@ -1,4 +1,4 @@
-"""What a rank learns from its environment and its command line, and what it must find out itself."""
+"""What a rank reads from its environment and command line, and what it finds out itself."""
 
 from __future__ import annotations
 

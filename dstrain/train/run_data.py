@@ -1,4 +1,4 @@
-"""What every host must have for itself: the data of a run, and its model's config, as the plan has them.
+"""Checks that each host has the data and the model config that the plan was made for.
 
 A host without a disk in common with the others needs copies of the same files; it tokenizes them by itself.
 """

@@ -1,4 +1,4 @@
-"""The choices that a plan was made from, each with the place that it comes from."""
+"""The table of config values in a plan, each with its origin."""
 
 from __future__ import annotations
 

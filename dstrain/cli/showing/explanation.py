@@ -1,4 +1,4 @@
-"""``dstrain plan --explain KEY``: a key of DeepSpeed's or dstrain's, for the eyes or as JSON."""
+"""``dstrain plan --explain KEY``: explains a key of dstrain's or DeepSpeed's, as text or JSON."""
 
 from __future__ import annotations
 

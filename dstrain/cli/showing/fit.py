@@ -1,4 +1,4 @@
-"""The best layouts as a table, what to type for each, and why the others fell."""
+"""The output of ``dstrain plan --fit``: the best layouts, their flags, and why others were rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout as a picture: hosts x devices, and on each device its rank, stage, replica and layers."""
+"""The layout as a picture: hosts and devices, each with its rank, stage, replica and layers."""
 
 from __future__ import annotations
 

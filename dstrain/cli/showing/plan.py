@@ -1,4 +1,4 @@
-"""A plan for the eyes: in short before a run, and part by part: arithmetic, picture, memory, time, choices, notes."""
+"""A plan on the terminal: a summary, or all parts."""
 
 from __future__ import annotations
 

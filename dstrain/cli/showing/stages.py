@@ -1,4 +1,4 @@
-"""The stages as a table: layers, parameters, share of the time; and the bytes that a rank of each needs."""
+"""The tables of stages: layers, parameters and time of each, and memory per rank."""
 
 from __future__ import annotations
 

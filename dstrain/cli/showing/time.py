@@ -1,4 +1,4 @@
-"""How long a step and the run are expected to take, what travels, and what that assumes."""
+"""The time estimate of a plan: parts of a step, traffic, assumptions."""
 
 from __future__ import annotations
 

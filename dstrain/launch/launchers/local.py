@@ -1,4 +1,4 @@
-"""This machine alone: DeepSpeed's own launcher, without ssh."""
+"""Launcher for this machine: DeepSpeed's own launcher, without ssh."""
 
 from __future__ import annotations
 

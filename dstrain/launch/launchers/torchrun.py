@@ -1,4 +1,4 @@
-"""PyTorch's own launcher: on this machine, or one agent a host started by pdsh."""
+"""torchrun: on this machine, or one agent per host started by pdsh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: fetched into its cache, and used as a folder from there.
+"""Downloads models from the Hugging Face hub into its cache.
 
 ``python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json`` writes ``{"folder": ...}``. Only
 safetensors are fetched where there are any, else ``.bin``; configuration and tokenizer alone for ``config``.

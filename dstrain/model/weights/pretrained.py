@@ -1,4 +1,4 @@
-"""Pretrained weights, loaded into a weightless model part by part, in memory of their own.
+"""Loads pretrained weights into a weightless model, part by part.
 
 Renamed keys, fused experts and split matrices are transformers' business: its own loader is called, with tensors that
 are read only when it asks for them. These names are private to transformers, and stand here and in ``on_disk.py``.

@@ -1,4 +1,4 @@
-"""The weight files of a model folder: what each tensor is called, and where it lies. Nothing is mapped into memory.
+"""The weight files of a model folder: the name and location of each tensor.
 
 Safetensors files begin with 8 bytes (the length of a header, little-endian) and that header, JSON with type, shape and
 place of each tensor: https://huggingface.co/docs/safetensors. Of a PyTorch file (``.bin``) torch tells the same without

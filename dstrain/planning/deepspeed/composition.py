@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, composed from the fragments in ``ds_configs/``, each key with its origin.
+"""Composes the DeepSpeed JSON from the fragments in ``ds_configs/``, with the origin of each key.
 
 A fragment is DeepSpeed JSON in which ``"$name"`` stands for a value that the plan derives. What the
 user lays on top (``deepspeed:`` or ``--ds-config``) may add keys and change those that are free to

@@ -1,4 +1,4 @@
-"""Why the fragments in ``ds_configs/`` give DeepSpeed's keys other values than DeepSpeed would, or must say them."""
+"""Why the fragments in ``ds_configs/`` set keys to other values than DeepSpeed's defaults."""
 
 from __future__ import annotations
 

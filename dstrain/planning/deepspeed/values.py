@@ -1,4 +1,4 @@
-"""What the plan decides of DeepSpeed's JSON: the fragments, and the value and reason of each ``$name`` in them."""
+"""The values that a plan derives for DeepSpeed's JSON: each ``$name`` of the fragments, with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fit` chooses between: every layout, micro-batch and recomputation that trains the same model here."""
+"""The candidates of ``fit``: every valid layout, micro-batch and recomputation choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fastest layouts that fit, found without looking closely at most of the others.
+"""Finds the fastest layouts that fit, without examining most candidates in detail.
 
 Candidates wait in a queue under a time that they can't beat. The one with the least is looked at more closely each
 time: its memory with the fastest cut, its time, and where it does not fit a slower cut. Whatever comes out

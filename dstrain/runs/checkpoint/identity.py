@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the run that goes on from it, and what may change in between.
+"""What must match between a checkpoint and the run that resumes from it, and what may change.
 
 Both are described by `Plan.identity`; a checkpoint's manifest holds that of the run that saved it.
 """

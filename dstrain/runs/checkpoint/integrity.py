@@ -1,4 +1,4 @@
-"""Whether the bytes of a checkpoint are those that were written: checksums, shared out and compared."""
+"""Verifies the checksums of checkpoint files, divided among the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a checkpoint complete: its manifest, and every file that this names."""
+"""The manifest that makes a checkpoint complete, and the files that it lists."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
         known: why some are not usable, by name, found out otherwise.
 
     Raises:
-        DstrainError: there are checkpoints, and none is usable: a run does not start anew in silence.
+        DstrainError: there are checkpoints, and none is usable: a run does not silently start from scratch.
     """
     passed: list[tuple[str, str]] = []
     for checkpoint in reversed(named_checkpoints(folder)):

@@ -1,4 +1,4 @@
-"""The record of a launch, and the history of a run's launches.
+"""The record of a launch's environment, and the history of a run's launches.
 
 Before the ranks start, ``record.json`` is written: what they will be made of. Rank 0 adds what only the ranks know,
 the step that they begin with and their devices, and appends it all to ``launches.jsonl``.

@@ -1,4 +1,4 @@
-"""``checkpoints/`` on the disk: what is written aside gets its manifest and its name, and old ones go."""
+"""The ``checkpoints/`` folder: publishes finished checkpoints, and removes old ones."""
 
 from __future__ import annotations
 

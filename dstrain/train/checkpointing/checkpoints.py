@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, flushed, checked, then named by one rename; complete or invisible."""
+"""Saves checkpoints: written aside, flushed, verified, published by one rename; complete or invisible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: all ranks choose alike, and every byte of it is read."""
+"""Chooses the checkpoint to resume from: the same on all ranks, with every byte verified."""
 
 from __future__ import annotations
 
