@@ -57,21 +57,21 @@ def refusal_of(
         )
     if schedule == "dualpipev" and pipeline == 1:
         return Refusal(
-            "dualpipev is an order of work between stages, and there is one stage",
+            "--schedule dualpipev requires --pipeline 2 or more",
             "--pipeline 2 or more, or --schedule 1f1b",
             "schedule",
         )
     if schedule == "dualpipev" and zero == 3:
         return Refusal(
-            "dualpipev runs the backward passes of a rank's two stages in turn, and DeepSpeed's ZeRO-3 takes"
-            " the first one of a step to start the gradients of both",
+            "dualpipev alternates the backward passes of a rank's two stages, but DeepSpeed's ZeRO-3"
+            " initialises the gradients of both in the first one of a step",
             "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
             "schedule",
         )
     if schedule == "dualpipev" and zero == 2 and offload != "none":
         return Refusal(
-            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a step,"
-            " and with dualpipev that one is of one of a rank's two stages only",
+            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a"
+            " step, which with dualpipev covers only one of a rank's two stages",
             "--zero 1 with dualpipev and offload, or --schedule 1f1b",
             "offload",
         )
@@ -83,14 +83,13 @@ def refusal_of(
         )
     if offload == "nvme" and zero != 3:
         return Refusal(
-            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
+            "DeepSpeed can offload optimizer states to disk with ZeRO-3 only",
             "--zero 3, or --offload cpu",
             "offload",
         )
     if offload == "nvme" and pipeline > 1:
         return Refusal(
-            "with stages, the gradients of tied weights and the whole model's norm would have to be read back"
-            " from the disk at each step",
+            "with a pipeline, gradients would have to be read back from disk in each step for tied weights and the gradient norm",
             "--offload cpu, or --pipeline 1",
             "offload",
         )

@@ -281,7 +281,7 @@ def test_a_conflict_in_yaml_names_its_line(tmp_path: Path) -> None:
 def test_a_block_is_not_replaced_by_a_value(tmp_path: Path, text: str) -> None:
     """`"zero_optimization": null` would otherwise take the stage away without a word."""
     error = overlay_refused(tmp_path, text)
-    assert "keys of its own" in error.message and error.where == f"{tmp_path / 'own.json'}:1"
+    assert "must be a block of keys" in error.message and error.where == f"{tmp_path / 'own.json'}:1"
 
 
 @pytest.mark.parametrize(

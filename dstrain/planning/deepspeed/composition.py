@@ -145,7 +145,7 @@ def _is_decided(
         decided = decided.get(key) if isinstance(decided, dict) else None
     if isinstance(decided, dict) and not isinstance(value, dict):
         raise DstrainError(
-            f"{dotted} = {json.dumps(value)} would replace a whole block of keys",
+            f"{dotted} must be a block of keys, not {json.dumps(value)}",
             where=origin,
             hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes a single key",
         )

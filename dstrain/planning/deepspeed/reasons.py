@@ -15,7 +15,7 @@ WHY: dict[str, str] = {
     "steps_per_print": "dstrain shows and records each step itself",
     "wall_clock_breakdown": "DeepSpeed's pipeline engine fails with it; metrics.jsonl has the time of every step",
     "checkpoint.tag_validation": "ranks that save under different names must stop; DeepSpeed only warns",
-    "zero_optimization.overlap_comm": "DeepSpeed can't overlap below a pipeline; without a pipeline you can enable it",
+    "zero_optimization.overlap_comm": "DeepSpeed can't overlap within a pipeline; without a pipeline you can enable it",
     "zero_optimization.offload_optimizer.device": "set by offload",
     "fp16.enabled": _BOTH_WRITTEN,
     "bf16.enabled": _BOTH_WRITTEN,

@@ -186,7 +186,7 @@ _DEEPSPEED = [
     ("  zero_optimization:\n    overlap_com: true\n", 3, "'overlap_com'", "overlap_comm?"),
     ("  zero_optimization:\n    overlap_comm: maybe\n", 3, "must be a boolean", "overlap the reduction"),
     ("  zero_optimization:\n    reduce_bucket_size: many\n", 3, "must be an integer", "Number of elements"),
-    ("  zero_optimization: 2\n", 2, "holds keys of its own", "sets one of them"),
+    ("  zero_optimization: 2\n", 2, "must be a block of keys, not 2", "sets one of them"),
     ("  zero_optimization:\n    stage: 3\n", 3, "contradicts 1", "--set zero="),
     ("  zero_optimization:\n    cpu_offload: true\n", 3, "cpu_offload is deprecated", "--offload cpu"),
     ("  fp16:\n    loss_scal: 0\n", 3, "'loss_scal'", "loss_scale?"),

@@ -130,7 +130,7 @@ LAYOUTS = {
         "--offload", "cpu", "--zero", "0", place="--offload", reason="only ZeRO's optimizers", hint="--zero 1"
     ),
     "nvme with ZeRO-1": run(
-        "--offload", "nvme", place="--offload", reason="for ZeRO-3 only", hint="--zero 3, or --offload cpu"
+        "--offload", "nvme", place="--offload", reason="with ZeRO-3 only", hint="--zero 3, or --offload cpu"
     ),
     "nvme with stages": run(
         "--offload", "nvme", "--zero", "3", "--pipeline", "2", place="--offload", reason="read back",
