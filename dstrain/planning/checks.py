@@ -89,7 +89,8 @@ def refusal_of(
         )
     if offload == "nvme" and pipeline > 1:
         return Refusal(
-            "with a pipeline, gradients would have to be read back from disk in each step for tied weights and the gradient norm",
+            "with a pipeline, gradients would have to be read back from disk in each step for tied"
+            " weights and the gradient norm",
             "--offload cpu, or --pipeline 1",
             "offload",
         )

@@ -227,7 +227,7 @@ def test_diff_of_files(place: Path, dstrain_here: Dstrain) -> None:
         "part": "config", "key": "zero",
         "a": {"value": 1, "origin": "a.yaml:1"}, "b": {"value": 2, "origin": "b.yaml:3"},
     }  # fmt: skip
-    assert dstrain_here("config", "diff", "a.yaml", "a.yaml") == Said(0, "no difference\n", "")
+    assert dstrain_here("config", "diff", "a.yaml", "a.yaml") == Said(0, "no differences\n", "")
 
 
 def test_diff_of_runs_shows_what_followed(place: Path, dstrain_here: Dstrain) -> None:

@@ -114,7 +114,7 @@ def test_the_refused_choice_is_blamed(flags: dict[str, int], where: str) -> None
 
 
 def test_dualpipev_needs_two_micro_batches_a_stage() -> None:
-    with pytest.raises(DstrainError, match="needs 4 micro-batches") as caught:
+    with pytest.raises(DstrainError, match="requires 4 micro-batches") as caught:
         plan(pipeline=2, schedule="dualpipev", global_batch=8, micro_batch=4)
     number = int(re.findall(r"--global-batch (\d+)", caught.value.hint or "")[0])
     made = plan(pipeline=2, schedule="dualpipev", global_batch=number, micro_batch=4)

@@ -299,12 +299,12 @@ def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[st
         ("managed_gradient_accumulation=false", "each micro-batch would become an optimizer step"),
         ("checkpoint.load_universal=true", "universal"),
         ("tensor_parallel.autotp_size=2", "pipeline stages and replicas only"),
-        ("compile.deepcompile=1", "compiles nothing"),
+        ("compile.deepcompile=1", "without compiling anything"),
         ('hybrid_engine.enabled="1"', "builds its engines itself"),
         ("sequence_parallel_size=2", "pipeline stages and replicas only"),
         ("zero_optimization.zenflow.topk_ratio=0.2", "ZenFlow"),
         ("data_efficiency.enabled=true", "reads the data itself"),
-        ("datastates_ckpt={a: 1}", "returns before"),
+        ("datastates_ckpt={a: 1}", "returns earlier"),
     ],
 )
 def test_what_would_break_the_plans_word(setting: str, words: str) -> None:

@@ -132,7 +132,7 @@ def test_a_file_for_cpus(tmp_path: Path) -> None:
             "",
         ),
         ({"utilisation": 45}, "utilisation must be a fraction", "0.45"),
-        ({"inside": 450}, "inside holds gigabytes_per_second, latency_microseconds", "indent"),
+        ({"inside": 450}, "inside must contain gigabytes_per_second, latency_microseconds", "indent"),
         ({"names": "H200"}, "names = 'H200': must be a list", ""),
         ({"teraflops": {}}, "teraflops lists no precision", "fp32"),
         ({"source": 3}, "source = 3: must be a text", ""),
@@ -208,8 +208,8 @@ def test_a_hostfile_of_machines_that_are_not_here(tmp_path: Path) -> None:
     [
         (Elsewhere("cpu"), {}, "the speed of CPUs varies", "--device"),
         (Elsewhere("h200"), {"processes": 4, "launcher": "none"}, "one rank on each GPU", "--processes"),
-        (Elsewhere("h200"), {"nodes": 50_000}, "more than the 100,000", "--nodes"),
-        (Elsewhere("h200", 10**6), {}, "more than the 100,000", "--gpus-per-node"),
+        (Elsewhere("h200"), {"nodes": 50_000}, "exceed the limit of 100,000 devices", "--nodes"),
+        (Elsewhere("h200", 10**6), {}, "exceed the limit of 100,000 devices", "--gpus-per-node"),
         (None, {"nodes": 2}, "nodes is only for --launcher none", "--nodes"),
     ],
 )

@@ -65,11 +65,11 @@ def test_as_many_replicas_as_the_other_hosts_hold(
 @pytest.mark.parametrize(
     ("flags", "silent", "why"),
     [
-        ({"pipeline": 8, "global_batch": 24}, ["n4"], "don't hold the 8 stages of a replica"),
+        ({"pipeline": 8, "global_batch": 24}, ["n4"], "have too few slots for the 8 stages of a replica"),
         (
             {"pipeline": 2, "global_batch": 24},
             ["n1", "n2", "n3", "n4"],
-            "don't hold the 2 stages of a replica",
+            "have too few slots for the 2 stages of a replica",
         ),
     ],
 )

@@ -129,7 +129,7 @@ def on(device: str, nodes: int, slots: int) -> Machines:
     [
         # 6 blocks in 2 stages: 2 replicas all-reduce 351,200 parameters, 7 micro-batches more than once
         ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "9.8 MB more per step and rank than"),
-        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB a step"),
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB per step"),
         ("h100-80g", 2, 2, {"pipeline": 4}, "pipelines span several hosts (2 ranks on each, 4 stages): 6.6 MB"),
         ("t4", 4, 1, {"zero": 3, "micro_batch": 1}, "of the time; --zero 1 and stages inside each host"),
         ("t4", 8, 1, {"zero": 2, "micro_batch": 1}, "--zero 1 reduces gradients once per step"),

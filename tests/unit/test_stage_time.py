@@ -170,11 +170,11 @@ def test_one_stage_holds_all(partition: str) -> None:
     [
         ("unifrom", {}, "'unifrom'", "did you mean uniform?"),
         ("5;5;5;1", {}, "'5;5;5;1'", "5,5,5,1"),
-        ("5,5,6", {}, "3 numbers, and --pipeline 4 needs 4", "4,4,4,4"),
+        ("5,5,6", {}, "3 numbers, but --pipeline 4 needs 4", "4,4,4,4"),
         ("8,8", {"pipeline": 2, "schedule": "dualpipev"}, "needs 4 (two a rank with dualpipev)", "4,4,4,4"),
-        ("8,0,7,1", {}, "leaves number 2 of 4 without a layer", "may have 0 blocks"),
+        ("8,0,7,1", {}, "leaves stage 2 of 4 without a layer", "may have 0 blocks"),
         ("5,5,5,2", {}, "has 17 blocks in total, but the model has 16", "--partition 4,4,4,4"),
-        ("16", {}, "1 number, and", "4,4,4,4"),
+        ("16", {}, "1 number, but", "4,4,4,4"),
     ],
 )
 def test_partitions_that_do_not_fit_the_model(

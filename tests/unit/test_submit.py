@@ -138,12 +138,15 @@ def test_without_slurm_nothing_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--name", "mine"], "how many ranks"),
-        (["--gpus-per-node", "2", "--tasks-per-node", "2"], "how many ranks"),
+        (["--name", "mine"], "the number of ranks per node is not set"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "2"], "the number of ranks per node is not set"),
         ([*SUBMIT, "--hostfile", "hosts"], "can't use a hostfile"),
         ([*SUBMIT, "--launcher", "pdsh"], "srun, not with the launcher pdsh"),
         ([*SUBMIT, "--data-parallel", "4"], "need 8 devices, but there are 4"),
-        (["--pipeline", "3", "--nodes", "2", "--tasks-per-node", "2"], "can't share 4 devices evenly"),
+        (
+            ["--pipeline", "3", "--nodes", "2", "--tasks-per-node", "2"],
+            "4 devices can't be divided evenly into 3 stages",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -12,11 +12,11 @@ _BILLION = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
 YAML = {
     "key twice": config("lr: 1\nlr: 2\n", 2, "duplicate key 'lr' (first defined on line 1)", "remove one of the two"),
     "key twice, far apart": config(
-        "steps: 3\nlr: 0.1\nsteps: 4\n", 3, "duplicate key 'steps' (first defined on line 1)", "keep one"
+        "steps: 3\nlr: 0.1\nsteps: 4\n", 3, "duplicate key 'steps' (first defined on line 1)", "remove one"
     ),
     "key twice inside": config(
-        "deepspeed:\n  aio:\n    block_size: 1\n    block_size: 2\n", 4, "deepspeed.aio.block_size stands twice",
-        "keep one"
+        "deepspeed:\n  aio:\n    block_size: 1\n    block_size: 2\n", 4, "duplicate key 'deepspeed.aio.block_size'",
+        "remove one"
     ),
     "tab": config("steps: 3\n\tlr: 1\n", 2, "'\\t'", "spaces, not with tabs"),
     "tab inside": config("deepspeed:\n\taio: {}\n", 2, "'\\t'", "spaces, not with tabs"),
@@ -37,8 +37,8 @@ YAML = {
     "a number as key": config("1: 2\n", 1, "a key must be a string", "KEY: VALUE"),
     "a list as key": config("[a, b]: 2\n", 1, "a key must be a string", "KEY: VALUE"),
     "true as key inside": config("deepspeed:\n  true: 1\n", 2, "a key must be a string", "KEY: VALUE"),
-    "an anchor that holds itself": config("deepspeed: &a\n  b: *a\n", 2, "holds itself", "write the value out"),
-    "a list that holds itself": config("freeze: &a [x, *a]\n", 1, "holds itself", "write the value out"),
+    "an anchor that holds itself": config("deepspeed: &a\n  b: *a\n", 2, "refers to itself", "write the value out"),
+    "a list that holds itself": config("freeze: &a [x, *a]\n", 1, "refers to itself", "write the value out"),
     "aliases of aliases of aliases": config(_BILLION, 6, "more than 100,000 values", "write the value out"),
     "an alias of nothing": config("steps: *many\n", 1, "undefined alias", "&NAME"),
     "a tag of Python": config("prompt: !!python/object:os.system x\n", 1, "not valid YAML", "remove the tag"),
@@ -65,8 +65,8 @@ YAML = {
     "UTF-16, the other way round": config(b"\xfe\xff\0s\0t", 1, "UTF-16, not UTF-8", "iconv"),
     "UTF-32": config("steps: 3\n".encode("utf-32"), 1, "UTF-32, not UTF-8", "iconv -f UTF-32"),
     "Latin-1": config("steps: 3\nprompt: caf\xe9\n".encode("latin-1"), 2, "byte 0xe9", "iconv -f ISO-8859-1"),
-    "a NUL": config(b"steps: 3\nprompt: a\x00b\n", 2, "binary", "another file"),
-    "a program": config(b"\x7fELF\x02\x01\x01\0\0", 1, "binary", "another file"),
+    "a NUL": config(b"steps: 3\nprompt: a\x00b\n", 2, "binary", "the right file"),
+    "a program": config(b"\x7fELF\x02\x01\x01\0\0", 1, "binary", "the right file"),
     "half a character": config("prompt: é".encode()[:-1], 1, "not UTF-8", "save it as UTF-8"),
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def _no_files(flag: str, place: str) -> dict[str, BadInput]:
         f"{flag}: a folder": row("d", "d is a folder", "name a file in it", {"d": None}),
         f"{flag}: a pipe": row("p", "p is a pipe", "write the text to a file", {"p": FIFO}),
         f"{flag}: a device": row("/dev/zero", "/dev/zero is a device", "write the text to a file", {}),
-        f"{flag}: too large": row("big", "big has 2 MB", "another file", {"big": b"#\n" * 1_000_000}),
+        f"{flag}: too large": row("big", "big has 2 MB", "the right file", {"big": b"#\n" * 1_000_000}),
     }
 
 
@@ -158,7 +158,7 @@ JSON = {
     "ds-config: YAML": _json("zero_optimization:\n  stage: 2\n", "d.json:1", "not valid JSON", "double quotes"),
     "ds-config: empty": _json("", "d.json", "not valid JSON", "JSON"),
     "ds-config: a list": _json("[1, 2]", "d.json", "a JSON object", '{"KEY": VALUE'),
-    "ds-config: key twice": _json('{"aio": {},\n"aio": {}}', "d.json:2", "'aio' stands twice", "keep one"),
+    "ds-config: key twice": _json('{"aio": {},\n"aio": {}}', "d.json:2", "duplicate key 'aio'", "remove one"),
     "ds-config: NaN": _json('{"gradient_clipping": NaN}', "d.json", "NaN is not JSON", "a number"),
     "ds-config: Infinity": _json('{"a": -Infinity}', "d.json", "Infinity is not JSON", "a number"),
     "ds-config: UTF-16": _json("{}".encode("utf-16"), "d.json", "UTF-16", "iconv"),
@@ -197,7 +197,7 @@ _DEEPSPEED = [
     ("  train_micro_batch_size_per_gpu: 7\n", 2, "contradicts", "--set micro_batch="),
     ("  gradient_accumulation_steps: 7\n", 2, "contradicts", "micro_batch"),
     ("  gradient_clipping: 7\n", 2, "contradicts", "--set gradient_clipping="),
-    ("  wall_clock_breakdown: true\npipeline: 2\n", 2, "wall_clock_breakdown", "leave it out"),
+    ("  wall_clock_breakdown: true\npipeline: 2\n", 2, "wall_clock_breakdown", "remove it"),
     ("  steps_per_print: often\n", 2, "must be an integer", "progress lines"),
     ("  amp:\n    enabled: true\n", 2, "amp was removed", "bf16"),
     ("  micro_batch: 4\n", 2, "'micro_batch'", "--set micro_batch"),

@@ -34,11 +34,11 @@ LAYOUTS = {
     ),
     "fit: a partition with an empty stage": bare(
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--pipeline", "3", "--partition", "1,0,1",
-        place="--partition", reason="leaves number 2 of 3 without a layer", hint="may have 0 blocks",
+        place="--partition", reason="leaves stage 2 of 3 without a layer", hint="may have 0 blocks",
     ),
     "fit: a schedule that wants stages": bare(
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--schedule", "dualpipev", "--zero", "3",
-        place="--schedule", reason="DeepSpeed's ZeRO-3 takes the first one", hint="--zero 2 with dualpipev",
+        place="--schedule", reason="ZeRO-3 initialises the gradients of both", hint="--zero 2 with dualpipev",
     ),
     "fit: a DeepSpeed key that there is not": bare(
         "plan", *GOOD[:-2], "--fit", "--set", "deepspeed.gradient_cliping=1",
@@ -180,7 +180,7 @@ LAYOUTS = {
     ),
     "the launcher none without an address": run(
         "--launcher", "none", "--nodes", "2", "--processes", "2",
-        place="--launcher", reason="2 nodes requires --master-addr", hint="--master-addr HOST",
+        place="--launcher", reason="2 nodes requires --master-addr", hint="set --master-addr",
     ),
     "the launcher none without ranks": run(
         "--launcher", "none", place="--launcher", reason="requires --processes", hint="--processes N"
@@ -190,7 +190,7 @@ LAYOUTS = {
         place="--launcher none", reason="the same run name", hint="--name NAME",
     ),
     "a node's number without the launcher none": run(
-        "--node-rank", "0", place="--node-rank", reason="for --launcher none", hint="leave it out"
+        "--node-rank", "0", place="--node-rank", reason="for --launcher none", hint="remove"
     ),
     "a node that there is not": run(
         "--launcher", "none", "--processes", "1", "--node-rank", "3",
@@ -205,7 +205,7 @@ LAYOUTS = {
     ),
     "slurm with a hostfile": run(
         "--launcher", "slurm", "--hostfile", "h", files=_FOUR, place="--hostfile", reason="in Slurm's order",
-        hint="leave it out"
+        hint="remove"
     ),
     "an allocation without hosts": run(
         environment={"SLURM_JOB_ID": "7"}, place="SLURM_JOB_ID", reason="SLURM_JOB_NODELIST is not",

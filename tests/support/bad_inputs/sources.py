@@ -105,7 +105,7 @@ DATA = {
         place=r"a\x00b", reason="can't be read", hint="check the path",
     ),
     "data: a link that leads nowhere": run(
-        "--data", "l", files={"l": "-> gone"}, place="l", reason="leads nowhere", hint="remove it"
+        "--data", "l", files={"l": "-> gone"}, place="l", reason="broken link", hint="remove it"
     ),
     "data: a pipe": _data("p", FIFO, "p", "neither a file nor a folder", "write the text to a file"),
     "data: a device": run(
@@ -118,12 +118,12 @@ DATA = {
         "--data", "d", files={"d/a.png": b"x"}, place="d", reason=".png", hint=".txt"
     ),
     "data: a folder of empty files": run(
-        "--data", "d", files={"d/a.txt": b""}, place="d", reason="all 1 text files are empty", hint="copied whole"
+        "--data", "d", files={"d/a.txt": b""}, place="d", reason="all 1 text files are empty", hint="copied completely"
     ),
     "data: binary": _data("d.bin", bytes(range(256)) * 8, "d.bin", "binary", "UTF-8", looked=True),
     "data: Latin-1": _data("d.txt", "a\n\xe9t\xe9".encode("latin-1"), "d.txt:2", "0xe9", "iconv", looked=True),
     "data: UTF-16": _data("d.txt", "text".encode("utf-16"), "d.txt", "UTF-16", "iconv", looked=True),
-    "data: compressed": _data("d.txt", b"\x1f\x8b\x08", "d.txt", "compressed", "unpack it", looked=True),
+    "data: compressed": _data("d.txt", b"\x1f\x8b\x08", "d.txt", "compressed", "decompress it", looked=True),
     "data: too little": _data("d.txt", "few", "d.txt", "but one row needs 32", "set seq_len to 3", looked=True),
     "data: JSON lines without text": _data(
         "d.jsonl", '{"text": "a"}\n{"body": "b"}\n', "d.jsonl:2", "no field 'text'", '{"text": "..."}', looked=True
@@ -157,13 +157,14 @@ NAMES = {
         files={"runs/x": None}, place="--name", reason="runs/x exists", hint="continue it with `dstrain resume x`"
     ),
     "runs_dir: a file": run(
-        "--set", "runs_dir=f", files={"f": "x"}, place="--set runs_dir", reason="f is a file", hint="another place"
+        "--set", "runs_dir=f", files={"f": "x"}, place="--set runs_dir", reason="f is a file", hint="choose another folder"
     ),
     "runs_dir: below a file": run(
         "--set", "runs_dir=f/runs", files={"f": "x"}, place="--set runs_dir", reason="f is a file",
-        hint="another place"
+        hint="choose another folder"
     ),
-    "resume: no name": bare("run", "--resume", place="--resume", reason="which run?", hint="dstrain resume"),
+    "resume: no name": bare("run", "--resume", place="--resume", reason="requires the name of the"
+    " run", hint="dstrain resume"),
     "resume: nothing there": bare(
         "resume", "none", place="RUN", reason="'none' is not a run folder", hint="dstrain run"
     ),
@@ -174,7 +175,7 @@ NAMES = {
     "resume: no run": bare("resume", place="RUN", reason="Missing argument", hint="resume --help"),
     "resume: two runs": bare("resume", "x", "y", place="y", reason="unexpected extra argument", hint="resume --help"),
     "resume: another name": bare(
-        "resume", "x", "--name", "y", files=_RUN, place="--name", reason="can't be renamed", hint="leave it out"
+        "resume", "x", "--name", "y", files=_RUN, place="--name", reason="can't be renamed", hint="remove --name"
     ),
     "resume: a spoilt config.yaml": bare(
         "resume", "x", files={"runs/x/config.yaml": "stpes: 3\n"},

@@ -8,9 +8,10 @@ _RUN = {"runs/x/config.yaml": "steps: 3\n"}
 
 DESCRIBED = {
     "device: mistyped": bare(
-        "plan", "--device", "h100-80", place="--device", reason="no device 'h100-80'", hint="did you mean h100-80g?"
+        "plan", "--device", "h100-80", place="--device", reason="unknown device"
+        " 'h100-80'", hint="did you mean h100-80g?"
     ),
-    "device: none": bare("plan", "--device", "", place="--device", reason="no device ''", hint="known: a100-40g"),
+    "device: none": bare("plan", "--device", "", place="--device", reason="unknown device ''", hint="known: a100-40g"),
     "device: no file": bare(
         "plan", "--device", "none.yaml", place="--device", reason="there is no file none.yaml", hint="check the path"
     ),
@@ -44,7 +45,7 @@ DESCRIBED = {
         "run", "--device", "h200", place="--device", reason="No such option", hint="run --help"
     ),
     "devices of a node without a device": bare(
-        "plan", "--gpus-per-node", "4", place="--gpus-per-node", reason="which GPUs", hint="--device NAME"
+        "plan", "--gpus-per-node", "4", place="--gpus-per-node", reason="requires --device", hint="--device NAME"
     ),
     "no devices of a node": bare(
         "plan", "--device", "h200", "--gpus-per-node", "0", place="--gpus-per-node", reason="x>=1", hint="plan --help"
@@ -61,7 +62,7 @@ CONFIGS = {
     ),
     "config init: over a file": bare(
         "config", "init", "c.yaml", files={"c.yaml": "steps: 3\n"},
-        place="FILE", reason="c.yaml exists", hint="another file",
+        place="FILE", reason="c.yaml already exists", hint="another file",
     ),
     "config init: in a folder that is not there": bare(
         "config", "init", "none/c.yaml", place="FILE", reason="none/c.yaml", hint="folder"
