@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user's eyes, and the exit codes that mean something."""
+"""The exception that is shown to the user, and the exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ RESUMABLE = 75
 
 
 class DstrainError(Exception):
-    """Something that the user can mend: shown as a message without a traceback, exit code 2.
+    """An error that the user can fix: shown as a message without a traceback, exit code 2.
 
     Args:
         message: what is wrong, and why, in one or two sentences.

@@ -1,4 +1,4 @@
-"""Writing files that others read: whole or not at all, and on the disk where a power cut must not lose them."""
+"""Atomic and durable file writes."""
 
 from __future__ import annotations
 

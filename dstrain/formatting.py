@@ -1,4 +1,4 @@
-"""Numbers as people read them, in what a plan says and in what is said of it."""
+"""Human-readable numbers: counts, bytes."""
 
 from __future__ import annotations
 

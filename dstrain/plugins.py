@@ -1,4 +1,4 @@
-"""Code from outside, named in a config as ``module:name``: whether it is there, and loading it.
+"""User code named in a config as ``module:name``: checks that it exists, and loads it.
 
 `check_plugin` runs none of it, so that the command line stays light and does not carry a fault of it; `load_plugin`
 is for the ranks.
@@ -49,7 +49,7 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
             f"{what} {name}: there is no module {module!r} in {places}",
             where=where,
             hint=_near(module, set(_modules_in(folders)) - {module.partition(".")[0]})
-            or "code_dirs: [FOLDER] names the folder that it lies in",
+            or "set code_dirs: [FOLDER] to the folder that contains it",
         )
     if spec.origin is None or not spec.origin.endswith(".py"):
         return  # compiled, or a folder without __init__.py: it shows when it is loaded

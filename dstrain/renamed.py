@@ -1,4 +1,4 @@
-"""Names that version 0.1 used in configs and run folders, and what they are called now: both are read."""
+"""Config keys and run-folder names of version 0.1, and their current names; both are read."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""The version, where every room can read it without what the package itself imports."""
+"""The version number, importable without any dependency."""
 
 __version__ = "0.2.0.dev0"

@@ -54,7 +54,7 @@ options=(
     --read-only --tmpfs "/tmp:exec,mode=1777"
     --cap-drop ALL --security-opt no-new-privileges
     --shm-size "${SHM_SIZE:-8g}"
-    # A rank opens a file for each part of the data and a socket for each neighbour.
+    # A rank opens a file for each part of the data and a socket for each adjacent rank.
     --ulimit "nofile=$(ulimit -Hn)"
 )
 case "$("$DOCKER" --version)" in

@@ -1,4 +1,4 @@
-"""The use cases of dstrain as functions: what the command line calls, and what a script or a notebook may call.
+"""The Python API: the use cases of dstrain as functions, for scripts, notebooks and the command line.
 
 Nothing here prints or exits. Errors are `DstrainError`, with what is wrong, the place, and a hint; progress is told to
 an `Events` observer. None of it imports torch: what needs it runs in processes of its own.

@@ -1,4 +1,4 @@
-"""What imports the heavy libraries runs in a process of its own, so that the caller stays light."""
+"""Runs code that imports heavy libraries in a child process, so that the caller stays light."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def run_module(module: str, *arguments: str, events: Events = SILENT) -> None:
         return
     if process.returncode == 2 and lines:
         raise DstrainError("\n".join(lines))
-    raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without a word'}", exit_code=1)
+    raise DstrainError(f"{module} failed: {lines[-1] if lines else 'without an error message'}", exit_code=1)

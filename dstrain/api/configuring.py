@@ -1,4 +1,4 @@
-"""`load_config`: choices from a file, a recipe and Python values become one checked config."""
+"""``load_config``: combines a file, a recipe and Python values into one checked config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`doctor`: look at the machines of a run, and at what is between them."""
+"""``doctor``: checks the machines of a run and the network between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens while a run is planned, trains and ends, told to an observer."""
+"""The observer interface: what happens while a run is planned, trains and ends."""
 
 from __future__ import annotations
 

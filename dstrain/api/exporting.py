@@ -1,4 +1,4 @@
-"""`export` and `generate`: a run's checkpoint as a Hugging Face folder, and a look at what its model writes."""
+"""``export`` and ``generate``: a checkpoint as a Hugging Face folder, and text generated from it."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def generate(
     place = Path(folder)
     if not (place / "config.json").is_file():
         raise DstrainError(
-            f"{place} is no model folder (it has no config.json)",
+            f"{place} is not a model folder (it has no config.json)",
             where="FOLDER",
-            hint="`dstrain export RUN FOLDER` makes one from a run",
+            hint="`dstrain export RUN FOLDER` creates one from a run",
         )
     choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
     answer = _ask("dstrain.exporting.generate", {"folder": str(place)} | choices, events)
@@ -135,13 +135,13 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
         raise DstrainError(
             f"{folder.name} has no complete checkpoint",
             where=str(folder.checkpoints),
-            hint=f"`dstrain resume {folder.name}` trains it to its end, where it saves one",
+            hint=f"`dstrain resume {folder.name}` continues it to its end and saves one",
         )
     if step is not None and step not in found:
         raise DstrainError(
             f"{folder.name} has no checkpoint of step {step}",
             where="--step",
-            hint=f"there are: {', '.join(map(str, found))}; keep: N keeps more",
+            hint=f"available steps: {', '.join(map(str, found))}; a larger `keep` keeps more checkpoints",
         )
     return found[step or max(found)]
 
@@ -149,9 +149,11 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
 def _refuse_occupied(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
-        raise DstrainError(f"{out} {what}", where="OUT", hint="name a folder that is not there yet")
+        raise DstrainError(f"{out} {what}", where="OUT", hint="name a folder that does not exist yet")
     above = next((folder for folder in out.absolute().parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise DstrainError(
-            f"{out} can't be made: {above} is a file", where="OUT", hint="name a folder that is not there yet"
+            f"{out} can't be created: {above} is a file",
+            where="OUT",
+            hint="name a folder that does not exist yet",
         )

@@ -1,4 +1,4 @@
-"""``dstrain plan --fit``: from choices to the layouts that suit them best, each with the plan that it would have."""
+"""``dstrain plan --fit``: from a config to the best layouts for it, each with its plan."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ def fit_for(
     check_precision(resolved, machines.precisions, name)
     if machines.device is None or resolved.config.precision not in machines.device.flops:
         raise DstrainError(
-            f"how fast is {name}? It is not known here",
+            f"the speed of {name} is unknown",
             where="--fit",
-            hint="--device NAME for one that is like it, or --device FILE with its numbers",
+            hint="--device NAME of a similar device, or --device FILE with its figures",
         )
     try:
         found = search(resolved, prepared.shape, machines, machines.device)

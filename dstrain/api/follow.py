@@ -1,4 +1,4 @@
-"""Follows a run through the files that its ranks write, and tells an observer what is new."""
+"""Follows a run through the files that its ranks write, and reports progress to an observer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One launch of a run: fill its folder, start the ranks, and watch them to their end."""
+"""One launch of a run: writes its folder, starts the ranks, and supervises them to the end."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def locked(folder: RunFolder) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DstrainError(
-                "another dstrain is running this run folder",
+                "another dstrain process is using this run folder",
                 where=str(folder.path),
                 hint="wait for it, stop it, or start a run under another --name",
             ) from None

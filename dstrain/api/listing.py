@@ -1,4 +1,4 @@
-"""`checkpoints`: what a run has saved, and whether it is whole."""
+"""``checkpoints``: lists the checkpoints of a run, and verifies them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _verify(path: Path, on_bytes: OnBytes, events: Events) -> str | None:
         elif path.is_dir():
             note_damage(path, why)
     except OSError as error:
-        events.note(f"no note was left in {path}: {error.strerror}", "verify")
+        events.note(f"can't record the damage in {path}: {error.strerror}", "verify")
     return why
 
 

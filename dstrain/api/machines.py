@@ -1,4 +1,4 @@
-"""The machines of a plan: those that are here, or those that ``--device`` describes."""
+"""The machines of a plan: those that are here, or those described by ``--device``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def elsewhere(device: str | None, gpus_per_node: int | None) -> Elsewhere | None
         return Elsewhere(device, gpus_per_node)
     if gpus_per_node is not None:
         raise DstrainError(
-            "which GPUs does each node have? Those of this machine are counted, not told",
+            "--gpus-per-node requires --device: this machine's own GPUs are counted automatically",
             where="--gpus-per-node",
-            hint="--device NAME, for example h100-80g, for machines that are not here",
+            hint="add --device NAME, for example h100-80g, to plan for other machines",
         )
     return None
 
@@ -59,7 +59,7 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
     config = resolved.config
     if config.offload == "nvme" and not has_async_io():
         raise DstrainError(
-            "DeepSpeed writes to the disk through libaio, which is not installed",
+            "DeepSpeed needs libaio to write to the disk, and it is not installed",
             where=str(resolved.origin("offload")),
             hint="install it (Debian: apt-get install libaio-dev), or --offload cpu",
         )
@@ -91,9 +91,9 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
 def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Placement, Machines]:
     if described.device == "cpu":
         raise DstrainError(
-            "how fast a CPU is differs from machine to machine: only the one that is here is known",
+            "--device cpu is not supported: the speed of CPUs varies, and only this machine's is known",
             where="--device",
-            hint="leave it out; DS_ACCELERATOR=cpu plans for this machine's CPU where it has GPUs too",
+            hint="remove --device; on a machine with GPUs, DS_ACCELERATOR=cpu plans for its CPU",
         )
     device = find_device(described.device, "--device")
     hosts = _described_hosts(resolved, described, device.gpus_per_node)
@@ -117,7 +117,7 @@ def _described_hosts(resolved: ResolvedConfig, described: Elsewhere, usual: int)
     config = resolved.config
     if config.processes is not None:
         raise DstrainError(
-            "with --device each GPU holds a rank, so that processes has nothing to say",
+            "processes can't be set with --device, which places one rank on each GPU",
             where=str(resolved.origin("processes")),
             hint="--gpus-per-node N",
         )
@@ -125,7 +125,7 @@ def _described_hosts(resolved: ResolvedConfig, described: Elsewhere, usual: int)
         nodes, slots = config.nodes or 1, described.gpus_per_node or usual
         if nodes * slots > _MOST_DEVICES:
             raise DstrainError(
-                f"{nodes:,} nodes of {slots:,} devices are more than the {_MOST_DEVICES:,} that a plan is made for",
+                f"{nodes:,} nodes of {slots:,} devices exceed the limit of {_MOST_DEVICES:,} devices per plan",
                 where=str(resolved.origin("nodes")) if slots <= _MOST_DEVICES else "--gpus-per-node",
                 hint=f"at most {max(1, _MOST_DEVICES // slots):,} such nodes",
             )
@@ -136,9 +136,8 @@ def _described_hosts(resolved: ResolvedConfig, described: Elsewhere, usual: int)
     ):
         if value is not None:
             raise DstrainError(
-                f"the hostfile ({resolved.origin('hostfile')}) names the hosts and their slots, and {flag} {value}"
-                " does so too",
+                f"the hostfile ({resolved.origin('hostfile')}) and {flag} {value} both set the hosts and their slots",
                 where=where,
-                hint="leave one of the two out",
+                hint="remove one of the two",
             )
     return read_hostfile(config.hostfile)

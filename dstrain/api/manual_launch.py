@@ -1,4 +1,4 @@
-"""Somebody else starts the ranks: a person who types the command, or Kubernetes on every node (``launcher: none``)."""
+"""Ranks started by something else: a person on each node, or Kubernetes (``launcher: none``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dstrain.api.running import Job
 def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
     """Fill the run folder; the shell commands any of which starts the ranks.
 
-    Nobody watches ranks that were started so: a lost one may leave the others waiting.
+    These ranks are not monitored: if one fails, the others may hang.
 
     Raises:
         DstrainError: another training lies in the folder, or goes on in it; it can't be written; the disk is full.

@@ -1,4 +1,4 @@
-"""Where a run's model comes from: a built-in shape, a folder or a name on the hub; whether its weights are whole."""
+"""Finds a run's model: a built-in shape, a folder or a hub name; checks that its weights are complete."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_model(resolved: ResolvedConfig, events: Events = SILENT) -> FoundModel:
     config, where = resolved.config, str(resolved.origin("model"))
     if config.init == "pretrained" and config.model in model_shapes():
         raise DstrainError(
-            f"{config.model} is a shape without weights",
+            f"{config.model} is a built-in shape, which has no weights",
             where=str(resolved.origin("init")),
             hint="--init random, or name a folder or a hub model that has weights",
         )
@@ -55,7 +55,7 @@ def find_model(resolved: ResolvedConfig, events: Events = SILENT) -> FoundModel:
     found = FoundModel(file, None if config.model in model_shapes() else file.parent)
     if config.init == "pretrained" and config.tokenizer == "auto" and found.tokenizer == "bytes":
         raise DstrainError(
-            f"{found.folder} has no tokenizer, and bytes would mean nothing to its weights",
+            f"{found.folder} has no tokenizer, and its weights were not trained on bytes",
             where=str(resolved.origin("tokenizer")),
             hint="--tokenizer FOLDER, or --tokenizer bytes if that is meant",
         )
@@ -80,7 +80,7 @@ def _refuse_no_config(file: Path, where: str) -> None:
         raise DstrainError(
             "the configuration has no model_type",
             where=str(file),
-            hint='the family of the model, for instance "model_type": "llama"',
+            hint='add the model family, for example "model_type": "llama"',
         )
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: what came out, or why it failed."""
+"""The result of a run: its outputs, or why it failed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunResult:
         folder: the run folder.
         step: the last step that was trained.
         completed: whether that is the last step of the config. Otherwise the run was asked to stop before (a signal,
-            the time limit): `resume` goes on from its checkpoint.
+            the time limit): `resume` continues from its checkpoint.
         saved: whether the state after ``step`` lies in a checkpoint.
         checkpoint: the newest complete checkpoint.
         validation_loss: the last one; None without a validation set.
@@ -118,13 +118,13 @@ def _failure(outcome: Outcome, folder: RunFolder) -> RunFailedError:
     tail = "".join(f"  | {line}\n" for line in cause.log_tail)
     resumable = newest_complete(folder.checkpoints)
     hint = (
-        f"`dstrain resume {folder.path}` goes on from {resumable.name}"
+        f"`dstrain resume {folder.path}` continues from {resumable.name}"
         if resumable and str(resumable) not in cause.reason  # not from the one that was at fault
-        else f"the logs: {folder.logs}"
+        else f"see the logs: {folder.logs}"
     )
     # A rank's own message stands in its log behind "error: ", and says all; a traceback's end does not.
     told = "\n".join(cause.log_tail).endswith(f"error: {cause.reason}")
-    what = "the run failed: " if told else f"the run failed. The end of {_log(cause, folder)}:\n{tail}"
+    what = "the run failed: " if told else f"the run failed. Last lines of {_log(cause, folder)}:\n{tail}"
     return RunFailedError(
         f"{what}{who}{cause.reason}",
         folder=folder.path,

@@ -1,4 +1,4 @@
-"""From choices to a plan: look at the machine, measure the model, prepare the data, decide."""
+"""From a config to a plan: finds the machines, measures the model, prepares the data, decides."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def plan_for(
     if placement.launcher == "none" and described is None and len(plan.layout.hosts) < len(placement.hosts):
         raise DstrainError(
             f"{plan.layout.world_size} ranks leave {len(placement.hosts) - len(plan.layout.hosts)} of"
-            f" {len(placement.hosts)} nodes without any",
+            f" {len(placement.hosts)} nodes without a rank",
             where=str(resolved.origin("nodes")),
             hint="fewer --nodes, fewer --processes a node, or more --data-parallel",
         )

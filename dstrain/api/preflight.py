@@ -1,4 +1,4 @@
-"""Before anything is started: the folder of a run, and what would stop it from going well."""
+"""Checks before anything is started: the run folder, and what would make the run fail."""
 
 from __future__ import annotations
 
@@ -33,28 +33,29 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
         or len(name) > 100
     ):
         raise DstrainError(
-            f"{name!r} is no name for a folder",
+            f"{name!r} is not a valid folder name",
             where=str(resolved.origin("name")),
-            hint="up to 100 letters and digits, no slash and no dot in front; --set runs_dir=FOLDER says where",
+            hint="use up to 100 letters and digits, no slash and no leading dot; --set runs_dir=FOLDER"
+            " sets the location",
         )
     _refuse_no_folder(Path(config.runs_dir), str(resolved.origin("runs_dir")))
     folder = RunFolder(Path(config.runs_dir) / name)
     if folder.path.exists() and not resume:
         raise DstrainError(
-            f"the run folder {folder.path} exists",
+            f"the run folder {folder.path} already exists",
             where=str(resolved.origin("name")),
-            hint=f"another --name; `dstrain resume {folder.name}` goes on with it",
+            hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
         )
     return folder
 
 
 def _refuse_no_folder(runs: Path, where: str) -> None:
     """Refuse a place for run folders that is none and can't become one. Raises DstrainError."""
-    hint = "--set runs_dir=FOLDER names another place"
+    hint = "choose another folder with --set runs_dir=FOLDER"
     try:
         above = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long
-        raise DstrainError(f"there can be no such folder: {error.strerror}", where=where, hint=hint) from None
+        raise DstrainError(f"can't create such a folder: {error.strerror}", where=where, hint=hint) from None
     if not above.is_dir():
         raise DstrainError(f"{shown(above)} is a file, not a folder", where=where, hint=hint)
 
@@ -76,9 +77,9 @@ def refuse_elastic_alone(placement: Placement, resolved: ResolvedConfig) -> None
     ):
         return
     raise DstrainError(
-        "elastic leaves out hosts that no longer answer over ssh, and this run has no hostfile with several hosts",
+        "--elastic requires a hostfile with several hosts: it drops hosts that no longer answer over ssh",
         where=str(resolved.origin("elastic")),
-        hint="a --hostfile with all hosts; under Slurm and Kubernetes these put the run on other hosts",
+        hint="add a --hostfile with all hosts; Slurm and Kubernetes replace lost hosts themselves",
     )
 
 
@@ -100,7 +101,7 @@ def not_writable(error: OSError, folder: RunFolder) -> DstrainError:
     return DstrainError(
         f"the run folder can't be written: {error.strerror}",
         where=str(error.filename or folder.path),
-        hint="--set runs_dir=FOLDER names another place",
+        hint="choose another folder with --set runs_dir=FOLDER",
     )
 
 
@@ -113,21 +114,21 @@ def node_of(resolved: ResolvedConfig, node_rank: int | None) -> int | None:
     config = resolved.config
     if config.launcher == "none" and config.name is None:
         raise DstrainError(
-            "every node must call the run by the same name", where="--launcher none", hint="--name NAME"
+            "all nodes must use the same run name", where="--launcher none", hint="--name NAME"
         )
     if node_rank is None:
         return None
     if config.launcher != "none":
         raise DstrainError(
-            "a node's number is for --launcher none, where dstrain is typed on every node",
+            "--node-rank is only for --launcher none, where you start dstrain on every node",
             where="--node-rank",
-            hint="leave it out, or say --launcher none --nodes N",
+            hint="remove it, or add --launcher none --nodes N",
         )
     nodes = config.nodes or 1
     if node_rank >= nodes:
         raise DstrainError(
             f"there is no node {node_rank} among {nodes}",
             where="--node-rank",
-            hint="they are counted from 0; --nodes N says how many there are",
+            hint="nodes are counted from 0; --nodes N sets their number",
         )
     return node_rank

@@ -1,4 +1,4 @@
-"""The choices of a run that is trained once more: those of the launch that trained its first steps."""
+"""The config with which a run is repeated: that of the launch that trained its first steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reproduce`: train a run again, and compare it step by step, bit by bit."""
+"""``reproduce``: repeats a run, and compares it step by step, bit by bit."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def reproduce(
     first = first_launch(launches, folder)
     if last_step(folder.metrics) == 0:
         raise DstrainError(
-            "it has trained no step: there is nothing to compare with", where=str(folder.metrics)
+            "the run has not trained a step, so there is nothing to compare with", where=str(folder.metrics)
         )
     resolved = choices_again(folder, first, changes or {}, settings)
     again = new_run_folder(resolved, resume=False)
     planned = plan_for(resolved, events=events)
-    events.note(f"{folder.name}, once more as {again.name}: {planned.plan.batch.describe()}", "reproduce")
+    events.note(f"repeating {folder.name} as {again.name}: {planned.plan.batch.describe()}", "reproduce")
     stopped: DstrainError | None = None
     try:
         result = execute(Job(resolved, planned, again), events)
@@ -127,16 +127,16 @@ def _cause(
     if "config" in trained:
         meanwhile = differences(first, trained)
         if meanwhile:
-            since_then = f"; what is another than then: {_in_short(found)}" if found else ""
+            since_then = f"; differences now: {_in_short(found)}" if found else ""
             return (
                 f"the run itself changed at step {trained['first_step']}: {_in_short(meanwhile)}{since_then}"
             )
     if found:
-        return f"what is another than then: {_in_short(found)}"
-    unknown = "nothing that was recorded is another: a kernel that does not add in the same order each time"
+        return f"differences from the original run: {_in_short(found)}"
+    unknown = "no recorded condition differs: a kernel that does not add in a fixed order"
     if first["config"]["deterministic"]:
         return unknown
-    return f"{unknown}; runs with --deterministic can be repeated to the bit"
+    return f"{unknown}; runs with --deterministic can be repeated bit by bit"
 
 
 def _in_short(found: Sequence[Difference]) -> str:

@@ -1,4 +1,4 @@
-"""After a failure: whether the run starts again, when, and on which hosts."""
+"""After a failure: whether the run is restarted, when, and on which hosts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def fewer_replicas(
     placement, full = planned.placement, planned.plan.layout
     hosts = tuple(host for host in placement.hosts if host.name not in silent)
     held = sum(host.slots for host in hosts) // full.pipeline
-    refusal = DstrainError(f"the other hosts don't hold the {full.pipeline} stages of a replica")
+    refusal = DstrainError(
+        f"the remaining hosts have too few slots for the {full.pipeline} stages of a replica"
+    )
     # An address that the user gave for the first host is not that of another one.
     changes = {} if hosts[:1] == placement.hosts[:1] else {"master_addr": None}
     for replicas in range(min(held, full.data_parallel), 0, -1):

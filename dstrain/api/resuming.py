@@ -1,4 +1,4 @@
-"""`resume`: go on with a run from its newest complete checkpoint."""
+"""``resume``: resumes a run from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def resumed_job(
         DstrainError: it can't be resumed so.
     """
     if flags.get("name") is not None:
-        raise DstrainError("a run that is resumed keeps its name", where="--name", hint="leave it out")
+        raise DstrainError("a run can't be renamed when it is resumed", where="--name", hint="remove --name")
     resolved = override(read_config(folder.config), flags, settings)
     node = node_of(resolved, node_rank)
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
@@ -78,14 +78,14 @@ def resumed_job(
     )
     if folder.result.exists() and trained >= resolved.config.steps:
         events.note(
-            f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N trains on",
+            f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N continues",
             "resume",
         )
         return None
     if newest is None:
-        events.note(f"{folder.name} has no complete checkpoint yet: it starts from step 1", "resume")
+        events.note(f"{folder.name} has no complete checkpoint yet, and starts from step 1", "resume")
     else:
-        events.note(f"{folder.name} goes on from {newest.name}", "resume")
+        events.note(f"{folder.name} continues from {newest.name}", "resume")
         config = resolved.config
         refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
     planned = plan_for(resolved, events=events)
@@ -101,5 +101,5 @@ def find_run(run: str | PathLike[str]) -> RunFolder:
             if (path / "config.yaml").is_file():
                 return RunFolder(path)
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-    hint = f"below runs/ there are: {', '.join(known[-8:])}" if known else "`dstrain run` makes one"
-    raise DstrainError(f"{shown(name)!r} is no run folder (it has no config.yaml)", where="RUN", hint=hint)
+    hint = f"run folders in runs/: {', '.join(known[-8:])}" if known else "`dstrain run` creates one"
+    raise DstrainError(f"{shown(name)!r} is not a run folder (it has no config.yaml)", where="RUN", hint=hint)

@@ -1,4 +1,4 @@
-"""`run`: plan, launch, watch to the end; again after a failure where that is wanted."""
+"""``run``: plans, launches and supervises a run, with restarts after failures."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def run(
     job = new_job(config, resume=resume, node_rank=node_rank, events=events)
     if job.for_every_node:
         raise DstrainError(
-            "with launcher: none the run is started on every node, and this one has no number",
+            "launcher: none requires the number of this node",
             where="node_rank",
-            hint="node_rank=I, from 0 on",
+            hint="node_rank=I, counted from 0",
         )
     return execute(job, events)
 
@@ -89,7 +89,9 @@ def new_job(
     """Plan a run. Raises DstrainError where it is refused."""
     if resume and resolved.config.name is None:
         raise DstrainError(
-            "which run?", where="--resume", hint="name it: --name NAME, or use `dstrain resume RUN`"
+            "--resume requires the name of the run",
+            where="--resume",
+            hint="add --name NAME, or use `dstrain resume RUN`",
         )
     node = node_of(resolved, node_rank)
     # Whichever node comes first makes the folder: the others find it.

@@ -1,4 +1,4 @@
-"""`submit`: a Slurm batch script for a run, and the job that it becomes."""
+"""``submit``: writes the Slurm batch script of a run, and submits it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def slurm_job(
     tasks = gpus_per_node or tasks_per_node
     if tasks is None or (gpus_per_node and tasks_per_node):
         raise DstrainError(
-            "how many ranks does each node hold?",
+            "the number of ranks per node is not set",
             where="--gpus-per-node",
-            hint="--gpus-per-node N, or --tasks-per-node N where there are no GPUs",
+            hint="--gpus-per-node N, or --tasks-per-node N on nodes without GPUs",
         )
     _refuse_other_places(config)
     refuse(config)
@@ -87,7 +87,8 @@ def submit(job: SlurmJob) -> str:
         raise DstrainError(
             "Slurm's sbatch is not in PATH",
             where="dstrain submit",
-            hint="type it on a login node of the cluster; `dstrain run` trains here, or on the hosts of a --hostfile",
+            hint="run it on a login node of the cluster; without Slurm, `dstrain run` trains here or on"
+            " the hosts of a --hostfile",
         )
     folder = job.folder
     try:
@@ -99,9 +100,9 @@ def submit(job: SlurmJob) -> str:
     done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
     if done.returncode:
         raise DstrainError(
-            f"sbatch takes no such job: {done.stderr.strip().removeprefix('sbatch: ')}",
+            f"sbatch refused the job: {done.stderr.strip().removeprefix('sbatch: ')}",
             where=script,
-            hint=f"mend the script and type: sbatch {shlex.quote(script)}",
+            hint=f"fix the script, then run: sbatch {shlex.quote(script)}",
         )
     return done.stdout.strip().split(";")[0]  # "number;cluster" where there are several clusters
 
@@ -110,13 +111,13 @@ def _refuse_other_places(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.hostfile is not None:
         raise DstrainError(
-            "a Slurm job has the hosts that Slurm gives it, and a hostfile names others",
+            "a Slurm job can't use a hostfile: Slurm chooses the hosts",
             where=str(resolved.origin("hostfile")),
-            hint="leave the hostfile out, and say --nodes N",
+            hint="remove the hostfile, and set --nodes N",
         )
     if config.launcher not in (None, "slurm", "local"):
         raise DstrainError(
             f"a Slurm job starts its ranks with srun, not with the launcher {config.launcher}",
             where=str(resolved.origin("launcher")),
-            hint="leave --launcher out; launch/slurm.sbatch is a script to change at will",
+            hint="remove --launcher, or adapt launch/slurm.sbatch",
         )

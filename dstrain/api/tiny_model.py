@@ -1,4 +1,4 @@
-"""A model of the same family, shrunk until a laptop trains it in seconds."""
+"""A model of the same family, reduced until a laptop trains it in seconds."""
 
 from __future__ import annotations
 

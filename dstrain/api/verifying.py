@@ -1,4 +1,4 @@
-"""`verify`: the same config in one process and in other layouts, and how far they are apart."""
+"""``verify``: trains one config in one process and in other layouts, and compares them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _compare(
         planned, reference = _plan(config, alone, {"micro_batch": size}, name, events)
         if planned.plan.model.dropout:
             raise DstrainError(
-                "the model drops activations at random, and which ones depends on the layout",
+                "the model uses dropout, and which activations it drops depends on the layout",
                 where=str(config.origin("model")),
                 hint="set the dropout probabilities in its config.json to 0 to compare layouts",
             )

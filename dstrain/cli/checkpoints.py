@@ -1,4 +1,4 @@
-"""``dstrain checkpoints RUN``: what a run has saved, and whether it is whole."""
+"""``dstrain checkpoints RUN``: lists the checkpoints of a run, and verifies them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @click.command("checkpoints")
 @click.argument("run")
-@click.option("--verify", is_flag=True, help="Read all bytes, and compare them with the checksums.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--verify", is_flag=True, help="Read all files, and compare them with their checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(run: str, verify: bool, as_json: bool) -> None:
-    """List the checkpoints of RUN (a run folder, or its name below runs/).
+    """List the checkpoints of RUN (a run folder, or its name in runs/).
 
-    Without --verify only manifests and the sizes of files are looked at. The exit code is 1 if a checkpoint
-    is damaged. What --verify finds is noted in the checkpoint: `dstrain resume` then passes over it at once.
+    Without --verify, only manifests and file sizes are checked. The exit code is 1 if a checkpoint is damaged.
+    --verify records damage in the checkpoint, so that `dstrain resume` skips it without reading it again.
     """
     from dstrain.api.listing import DAMAGED, checkpoints
     from dstrain.api.resuming import find_run
@@ -92,7 +92,7 @@ def _show(name: str, found: Sequence[CheckpointInfo]) -> None:
         state = info.state
         told = f"{state}: {info.why}" if info.why else state
         if state == COMPLETE and not info.checksums:
-            told += " (of an earlier dstrain, without checksums: sizes only)"
+            told += " (written by an older dstrain without checksums: sizes only)"
         saved_at = info.saved_at
         table.add_row(
             str(info.step),
@@ -109,6 +109,6 @@ def _show(name: str, found: Sequence[CheckpointInfo]) -> None:
         if info.unknown_files:
             names = ", ".join(info.unknown_files)
             console.print(
-                f"step {info.step} holds files that its manifest does not name, and that are ignored: {names}",
+                f"step {info.step} contains files that are not in its manifest and are ignored: {names}",
                 soft_wrap=True,
             )

@@ -1,4 +1,4 @@
-"""``dstrain config``: make, check, describe, show and compare configurations."""
+"""``dstrain config``: creates, checks, shows and compares configurations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 _TITLES = {
-    "config": "what was chosen",
-    "deepspeed": "DeepSpeed's keys",
+    "config": "config",
+    "deepspeed": "DeepSpeed keys",
     "layout": "layout",
     "batch": "batch",
     "model": "model",
@@ -31,13 +31,13 @@ _TITLES = {
 
 @click.group("config")
 def command() -> None:
-    """Make, check, describe, show and compare configurations."""
+    """Create, check, show and compare configurations."""
 
 
 @click.command("init")
 @click.argument("file", default="dstrain.yaml")
 def init(file: str) -> None:
-    """Write a commented YAML with every key and its default to FILE (dstrain.yaml; - for the terminal)."""
+    """Write a commented YAML file with every key and its default to FILE (dstrain.yaml; - for standard output)."""
     from dstrain.config.template import template
 
     if file == "-":
@@ -49,26 +49,35 @@ def init(file: str) -> None:
             opened.write(template())
     except FileExistsError:
         raise DstrainError(
-            f"{path} exists, and is not overwritten",
+            f"{path} already exists and is not overwritten",
             where="FILE",
-            hint="name another file, or - to only see it",
+            hint="name another file, or use - to print to the terminal",
         ) from None
     except OSError as error:
         raise DstrainError(
-            f"can't write {path}: {error.strerror}", where="FILE", hint="name a file in a folder of yours"
+            f"can't write {path}: {error.strerror}",
+            where="FILE",
+            hint="name a file in a folder that you can write to",
         ) from None
-    click.echo(f"{path}: change what you need, then `dstrain config check {path}`")
+    click.echo(f"wrote {path}; edit it, then run `dstrain config check {path}`")
 
 
 @click.command("check")
 @click.argument("file")
-@click.option("--recipe", metavar="NAME", help="A recipe that lies below FILE.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Laid over FILE, as for `run`.")
-@click.option("--json", "as_json", is_flag=True, help="The mistakes as JSON.")
+@click.option("--recipe", metavar="NAME", help="Recipe that FILE is applied on top of.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of FILE, as with `run`. Repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 def check(file: str, recipe: str | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """Find every mistake in FILE that needs no model, no data and no machine to be seen.
+    """Report all errors in FILE that can be found without the model, the data and the machines.
 
-    Unknown keys, wrong values, DeepSpeed's keys, and combinations that can't work. The exit code is 2 if there is one.
+    Finds unknown keys, invalid values, errors in DeepSpeed keys, and invalid combinations. The exit code is 2 if there
+    are any.
     """
     found = mistakes_in(file, recipe, settings)
     if as_json:
@@ -77,7 +86,7 @@ def check(file: str, recipe: str | None, settings: tuple[str, ...], as_json: boo
     else:
         for each in found:
             click.echo(click.style("error: ", fg="red", bold=True) + str(each), err=True)
-        count = f"{len(found)} mistake{'s' if len(found) != 1 else ''}" if found else "no mistake"
+        count = f"{len(found)} error{'s' if len(found) != 1 else ''}" if found else "no errors"
         click.echo(f"{file}: {count}", err=bool(found))
     sys.exit(2 if found else 0)
 
@@ -111,10 +120,10 @@ def _line(error: DstrainError) -> tuple[str, int]:
 
 @click.command("schema")
 def schema() -> None:
-    """Print the JSON Schema (draft 2020-12) of config files, DeepSpeed's keys included.
+    """Print the JSON Schema (draft 2020-12) of config files, including DeepSpeed keys.
 
-    Editors with a YAML language server take it from a first line
-    `# yaml-language-server: $schema=FILE`, after `dstrain config schema > FILE`.
+    For completion in an editor, run `dstrain config schema > FILE` and start the config file with the line
+    `# yaml-language-server: $schema=FILE`.
     """
     from dstrain.config.json_schema import json_schema
 
@@ -124,11 +133,11 @@ def schema() -> None:
 @click.command("show", cls=GroupedOptions)
 @layers
 @choices
-@click.option("--origins", is_flag=True, help="With the origin of every key.")
+@click.option("--origins", is_flag=True, help="Show the origin of every key.")
 def show(
     recipe: str | None, config_file: str | None, settings: tuple[str, ...], origins: bool, **flags: Any
 ) -> None:
-    """Show the final DeepSpeed JSON of these arguments."""
+    """Print the final DeepSpeed JSON for these arguments."""
     from dstrain.api.planning import plan_for
     from dstrain.cli.showing.progress import PROGRESS
     from dstrain.cli.showing.tables import Column, FoldingTable, make_console
@@ -150,14 +159,14 @@ def show(
 @click.command("diff")
 @click.argument("run_a")
 @click.argument("run_b")
-@click.option("--json", "as_json", is_flag=True, help="The differences as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the differences as JSON.")
 def diff(run_a: str, run_b: str, as_json: bool) -> None:
-    """Show what differs between RUN_A and RUN_B: run folders, names below runs/, or YAML files.
+    """Show what differs between RUN_A and RUN_B: run folders, names in runs/, or YAML files.
 
-    The keys that were chosen, with the origin of each; and where both are run folders, what followed from them:
-    DeepSpeed's keys, layout, batch, model, data, versions.
+    Compares config keys with their origins; for two run folders also DeepSpeed keys, layout, batch, model, data and
+    versions.
 
-    The exit code is 0 without a difference, 1 with one, 2 for errors.
+    The exit code is 0 if nothing differs, 1 if something does, 2 for errors.
     """
     from dstrain.report.difference import differences
 
@@ -192,7 +201,7 @@ def _show_differences(found: Sequence[Difference]) -> None:
 
     console = make_console(whole_lines=True)
     if not found:
-        console.print("no difference")
+        console.print("no differences")
     for part, title in _TITLES.items():
         rows = [each for each in found if each.part == part]
         if rows:

@@ -1,4 +1,4 @@
-"""``dstrain doctor``: look at the machines, and show what is wrong and how to fix it."""
+"""``dstrain doctor``: checks the machines of a run, and suggests fixes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ FAILED_CODE = 1
 
 @click.command("doctor")
 @click.option(
-    "--hostfile", type=click.Path(), help="The machines: `NAME slots=N` lines. Without it: this one."
+    "--hostfile", type=click.Path(), help="Hosts to check: `NAME slots=N` lines. Default: this machine."
 )
-@click.option("--runs-dir", default="runs", show_default=True, help="Where the run folders will lie.")
-@click.option("--quick", is_flag=True, help="Without the exchange, which needs torch: a second or two.")
+@click.option("--runs-dir", default="runs", show_default=True, help="Folder that will hold the run folders.")
+@click.option(
+    "--quick", is_flag=True, help="Skip the communication test, which needs torch; takes a second or two."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> None:
-    """Look at the machines that a run would use, and at what is between them.
+    """Check the machines that a run would use, and the network between them.
 
-    Logins, versions, devices, memory, disks, clocks, names, ports, and a real all-reduce and send over the network.
-    The exit code is 1 if something would stop a run.
+    Checks logins, versions, devices, memory, disks, clocks, host names and ports, and runs an all-reduce and a
+    point-to-point send over the network. The exit code is 1 if something would stop a run.
     """
     from dstrain.api.diagnosing import doctor
 

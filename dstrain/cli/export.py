@@ -1,4 +1,4 @@
-"""``dstrain export RUN OUT``: a run's checkpoint as a Hugging Face folder, checked."""
+"""``dstrain export RUN OUT``: writes a checkpoint as a Hugging Face folder, and checks it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("run")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--step", type=click.IntRange(1), help="Of which checkpoint. Default: the newest.")
+@click.option("--step", type=click.IntRange(1), help="Step of the checkpoint to export. Default: the newest.")
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: the precision that was trained in."
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Data type of the weights. Default: the precision of the run.",
 )
 @click.option(
     "--no-loss",
     is_flag=True,
-    help="Do not load the exported model for its validation loss: it may not fit here.",
+    help="Do not compute the validation loss, for which the exported model must fit into memory.",
 )
 def command(run: str, out: Path, step: int | None, dtype: Any, no_loss: bool) -> None:
-    """Write the model of RUN (a run folder, or its name below runs/) to the folder OUT.
+    """Write the model of RUN (a run folder, or its name in runs/) to the folder OUT.
 
     AutoModelForCausalLM.from_pretrained(OUT) loads it, tokenizer and generation config included. Works
     for every layout but offload: nvme, without GPUs, and a block at a time. Every tensor is read back and
@@ -41,15 +43,15 @@ def _show(result: ExportResult, with_loss: bool) -> None:
     files = f"{result.files} file{'s' if result.files > 1 else ''}"
     click.echo(f"exported   step {result.step} to {result.folder}: {size} in {files}")
     click.echo(
-        f"checked    all {result.tensors} tensors equal the checkpoint's, and from_pretrained finds each"
+        f"checked    all {result.tensors} tensors equal the checkpoint's, and from_pretrained loads each of them"
     )
     if result.loss is not None:
         click.echo(f"validation {result.loss:.6f}  the exported model's loss")
     elif result.no_loss_because is not None:
-        click.echo(f"validation loss: not taken: {result.no_loss_because}")
+        click.echo(f"validation loss: not computed: {result.no_loss_because}")
     elif with_loss:
         click.echo("validation this run has no validation set, so there is no loss to compare")
     if result.run_loss is not None:
-        at = "the run's own" if result.run_loss_step == result.step else "the run's last before that"
+        at = "the run's own" if result.run_loss_step == result.step else "the run's last one before that"
         click.echo(f"           {result.run_loss:.6f}  {at}, at step {result.run_loss_step}")
     click.echo(f'try it:    dstrain generate {result.folder} "..."')

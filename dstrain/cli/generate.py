@@ -1,4 +1,4 @@
-"""``dstrain generate OUT "prompt"``: a quick look at what a model folder writes."""
+"""``dstrain generate OUT "prompt"``: generates text with the model in a folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import click
 @click.command("generate")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("--tokens", type=click.IntRange(1), default=120, show_default=True, help="At most so many.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=120, show_default=True, help="Maximum number of tokens."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0),
     default=0.7,
     show_default=True,
-    help="0 takes the likeliest token each time.",
+    help="Sampling temperature. 0: always take the most likely token.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed of the sampling."
+)
 def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Let the model in FOLDER (of `dstrain export`, or any Hugging Face model's) continue PROMPT."""
+    """Continue PROMPT with the model in FOLDER (from `dstrain export`, or any Hugging Face model)."""
     from dstrain.api.exporting import generate
     from dstrain.cli.showing.progress import PROGRESS
 

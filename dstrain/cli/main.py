@@ -1,4 +1,4 @@
-"""``dstrain``: the group of commands, each imported only when it is called."""
+"""The ``dstrain`` command group; each command is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
 COMMANDS = {
-    "run": ("dstrain.cli.run", "Train: plan, launch, watch, and say what came out."),
-    "plan": ("dstrain.cli.plan", "Show what `run` would do with the same arguments, and start nothing."),
+    "run": ("dstrain.cli.run", "Train a model: plan, launch, monitor, and show the result."),
+    "plan": (
+        "dstrain.cli.plan",
+        "Show what `run` would do with the same arguments, without starting anything.",
+    ),
     "submit": ("dstrain.cli.submit", "Write a Slurm batch script for a run, and submit it."),
-    "resume": ("dstrain.cli.resume", "Go on with a run from its newest complete checkpoint."),
-    "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare."),
-    "doctor": ("dstrain.cli.doctor", "Look at the machines of a run: what is wrong, and what mends it."),
-    "reproduce": ("dstrain.cli.reproduce", "Train a run again, and compare it step by step, bit by bit."),
-    "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and check their bytes."),
-    "export": ("dstrain.cli.export", "Write a run's model as a Hugging Face folder, and check it."),
-    "generate": ("dstrain.cli.generate", "Let an exported model continue a prompt."),
-    "config": ("dstrain.cli.config", "Make, check, describe, show and compare configurations."),
+    "resume": ("dstrain.cli.resume", "Resume a run from its newest complete checkpoint."),
+    "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare the results."),
+    "doctor": ("dstrain.cli.doctor", "Check the machines of a run, and suggest fixes for what is wrong."),
+    "reproduce": ("dstrain.cli.reproduce", "Repeat a run, and compare it step by step, bit by bit."),
+    "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and verify their checksums."),
+    "export": ("dstrain.cli.export", "Export a run's model as a Hugging Face folder, and check it."),
+    "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
+    "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
 
 
@@ -59,12 +62,12 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="dstrain")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Train Hugging Face causal language models with DeepSpeed, in any layout, as one process would.
+    """Train Hugging Face causal language models with DeepSpeed, in any layout, with the result of a single process.
 
-    `dstrain run --zero 2 --pipeline 4` is a whole training run.
+    `dstrain run --zero 2 --pipeline 4` is a complete training run.
     """
     ctx.obj = {"debug": debug}
 

@@ -1,4 +1,4 @@
-"""The flags of run, plan and config: one for each key of `RunConfig`, and those that pick the layers."""
+"""Command-line options: one per key of `RunConfig`, and those that select a recipe and a file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any key of the config; deepspeed.A.B=VALUE reaches into DeepSpeed's.",
+        help="Set any config key; deepspeed.A.B=VALUE sets a DeepSpeed key. Repeatable.",
     )(function)
     for key, field in reversed(RunConfig.model_fields.items()):
         if key not in _WITHOUT_FLAG:
@@ -81,11 +81,9 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def layers(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where a config starts from: a recipe, a file."""
-    function = click.option(
-        "--config", "config_file", metavar="FILE", help="A YAML file with these choices."
-    )(function)
+    function = click.option("--config", "config_file", metavar="FILE", help="YAML config file.")(function)
     return click.option(
-        "--recipe", metavar="NAME", help="A recipe of ds_configs/recipes. Default: quickstart."
+        "--recipe", metavar="NAME", help="Recipe from ds_configs/recipes. Default: quickstart."
     )(function)
 
 
@@ -94,7 +92,7 @@ def node_rank_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--node-rank",
         type=click.IntRange(0),
-        help="With --launcher none: which node this is, from 0 on. Left out: prepare, and print the commands.",
+        help="With --launcher none: number of this node, from 0. Without it: prepare the run, and print the commands.",
     )(function)
 
 
@@ -125,7 +123,7 @@ def _option(key: str, annotation: Any, metadata: list[Any], description: str) ->
             multiple=True,
             callback=lambda context, option, value: list(value) or None,
             metavar="NAME",
-            help=f"{text} May be given several times.",
+            help=f"{text} Repeatable.",
         )
     kind = _kind(annotation, metadata)
     if kind is bool:

@@ -1,4 +1,4 @@
-"""``dstrain plan``: what ``dstrain run`` would do with the same arguments, and nothing started."""
+"""``dstrain plan``: shows what ``dstrain run`` would do, without starting anything."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from dstrain.errors import DstrainError
 @click.command("plan", cls=GroupedOptions)
 @layers
 @choices
-@click.option("--explain", "explained", metavar="KEY", help="What a key does, its value here, and why.")
 @click.option(
-    "--fit", is_flag=True, help="Search the layouts that suit these devices best, and show what to type."
+    "--explain", "explained", metavar="KEY", help="Explain a key: what it does, its value here, and why."
+)
+@click.option(
+    "--fit", is_flag=True, help="Search for the best layouts for these devices, and show the flags for each."
 )
 @click.option(
     "--device",
     metavar="NAME|FILE",
-    help="Plan for devices that are not here: h100-80g, a100-40g, ..., or a file. With --nodes or --hostfile.",
+    help="Plan for devices that are not on this machine: h100-80g, a100-40g, ..., or a file. With --nodes"
+    " or --hostfile.",
 )
-@click.option("--gpus-per-node", type=click.IntRange(1), help="With --device: devices of each node.")
-@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="With --device: devices per node.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def command(
     recipe: str | None,
     config_file: str | None,
@@ -36,7 +39,7 @@ def command(
     gpus_per_node: int | None,
     **flags: Any,
 ) -> None:
-    """Show what `dstrain run` would do with the same arguments, and start nothing."""
+    """Show what `dstrain run` would do with the same arguments, without starting anything."""
     from dstrain.api.configuring import load_config
     from dstrain.api.machines import elsewhere
     from dstrain.api.planning import plan_for
@@ -44,9 +47,9 @@ def command(
 
     if fit and explained is not None:
         raise DstrainError(
-            "--fit compares layouts, and --explain is about one",
+            "--fit and --explain can't be combined: --fit compares layouts, --explain describes one",
             where="--explain",
-            hint="leave one of the two out",
+            hint="remove one of the two",
         )
     if explained is not None:
         from dstrain.planning.explain import keys_meant

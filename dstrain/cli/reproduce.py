@@ -1,4 +1,4 @@
-"""``dstrain reproduce RUN``: the same run again, and whether every step has the same bits."""
+"""``dstrain reproduce RUN``: repeats a run, and compares every step bit by bit."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SHOWN = 12  # differences in full; there may be hundreds of packages
     is_flag=False,
     flag_value="",
     metavar="[NAME]",
-    help="In the container image that RUN was made in, or in this one.",
+    help="Repeat it in the container image that RUN used, or in this one.",
 )
 def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any) -> None:
-    """Train RUN (a run folder, or its name below runs/) again beside it, and compare step by step.
+    """Repeat RUN (a run folder, or its name in runs/), and compare the two step by step.
 
     Bit-equal on the same kind of device; else the first number that differs, and what was recorded of RUN that is
     another now. Flags that are given change a choice on purpose. Exit code 1 when a number differs.
@@ -76,7 +76,7 @@ def _equal(result: ReproduceResult) -> str:
     if repetition.of_run == repetition.of_again:
         return f"bit-equal: all {repetition.steps} steps of {result.run.name}"
     return (
-        f"bit-equal: the {repetition.steps} steps that both have; {result.run.name} ends with step"
+        f"bit-equal: all {repetition.steps} steps that both runs have; {result.run.name} ends with step"
         f" {repetition.of_run}, and {result.again.name} with step {repetition.of_again}"
     )
 
@@ -96,17 +96,17 @@ def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: d
     image = image or made_in or ""
     if not image:
         raise DstrainError(
-            f"{folder.name} was not made in an image, or nobody told it in which (launch/docker.sh does)",
+            f"{folder.name} was not run in an image, or its image was not recorded (launch/docker.sh records it)",
             where="--image",
-            hint="--image NAME; or leave it out, and the run is repeated with what is installed here",
+            hint="give --image NAME, or leave --image out to repeat the run with what is installed here",
         )
     try:
         run = Path(os.path.abspath(folder.path)).relative_to(Path.cwd())
     except ValueError:
         raise DstrainError(
-            f"{folder.path} is not below this folder, which is all that the container sees",
+            f"{folder.path} is not in the current folder, which is all that the container can see",
             where="--image",
-            hint="change to the folder that the run was started from",
+            hint="change to the folder from which the run was started",
         ) from None
     changed = changed_keys(flags, settings)
     refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in changed})

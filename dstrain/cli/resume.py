@@ -1,4 +1,4 @@
-"""``dstrain resume RUN``: go on with a run from its newest complete checkpoint."""
+"""``dstrain resume RUN``: resumes a run from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dstrain.cli.options import GroupedOptions, choices, given, node_rank_option
 @click.command("resume", cls=GroupedOptions)
 @click.argument("run")
 @choices
-@click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the plan and the launch command, without starting anything."
+)
 @click.option("--verbose", is_flag=True, help="Show the whole plan, as `dstrain plan` does.")
 @node_rank_option
 def command(
@@ -23,9 +25,9 @@ def command(
     node_rank: int | None,
     **flags: Any,
 ) -> None:
-    """Go on with RUN (a run folder, or its name below runs/) from its newest complete checkpoint.
+    """Resume RUN (a run folder, or its name in runs/) from its newest complete checkpoint.
 
-    Flags that are given change its config: --steps to train longer, or --pipeline, --data-parallel, --zero and
+    Flags override its config: --steps to train longer, or --pipeline, --data-parallel, --zero and
     their like to train the same on in another layout.
     """
     from dstrain.api.resuming import find_run, resumed_job

@@ -1,4 +1,4 @@
-"""``dstrain run``: plan, launch, watch, and show what came out."""
+"""``dstrain run``: plans, launches and monitors a run, and shows its result."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 @click.command("run", cls=GroupedOptions)
 @layers
 @choices
-@click.option("--dry-run", is_flag=True, help="Show the plan and the launch command, and start nothing.")
-@click.option("--prepare", is_flag=True, help="Fill the run folder, show what starts it, and start nothing.")
-@click.option("--resume", is_flag=True, help="Go on in the run folder of this --name.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the plan and the launch command, without starting anything."
+)
+@click.option(
+    "--prepare",
+    is_flag=True,
+    help="Write the run folder, and show the launch command, without starting anything.",
+)
+@click.option("--resume", is_flag=True, help="Resume the run with this --name.")
 @click.option("--verbose", is_flag=True, help="Show the whole plan, as `dstrain plan` does.")
 @node_rank_option
 def command(
@@ -34,9 +40,9 @@ def command(
     node_rank: int | None,
     **flags: Any,
 ) -> None:
-    """Train: plan, launch, watch, and show what came out.
+    """Train a model: plan, launch, monitor, and show the result.
 
-    Without any argument, a small model learns Python from the standard library in three minutes.
+    Without arguments, trains a small model on the Python standard library in three minutes.
     """
     from dstrain.api.configuring import load_config
     from dstrain.api.running import command_of, execute, new_job
@@ -66,12 +72,12 @@ def leave(result: RunResult) -> None:
     if not result.saved:
         raise DstrainError(
             f"stopped after step {result.step}, and nothing is saved (save_every: never)",
-            hint=f"`dstrain resume {result.folder}` begins anew",
+            hint=f"`dstrain resume {result.folder}` starts again from step 0",
             exit_code=result.exit_code,
         )
     raise DstrainError(
         f"stopped after step {result.step}, which is saved",
-        hint=f"`dstrain resume {result.folder}` goes on from there",
+        hint=f"`dstrain resume {result.folder}` continues from there",
         exit_code=result.exit_code,
     )
 
@@ -86,7 +92,7 @@ def show_nodes(job: Job, console: Console, *, dry_run: bool) -> None:
         console.print(Text.assemble((f"node {node}  ", "bold"), line), soft_wrap=True)
     console.print(
         Text(
-            "The order does not matter: node 0 waits ten minutes for the others. Each watches its own ranks."
+            "Start them in any order: node 0 waits ten minutes for the others. Each node monitors its own ranks."
         ),
         soft_wrap=True,
     )
@@ -102,8 +108,8 @@ def _show_manual_launch(job: Job, console: Console) -> None:
         console.print(Text.assemble((heading, "bold"), line), soft_wrap=True)
     console.print(
         Text(
-            "Nobody watches these ranks: a lost one may leave the others waiting. `dstrain resume"
-            f" {job.folder.path}` starts them and watches."
+            "Ranks started this way are not monitored: if one fails, the others may hang. `dstrain resume"
+            f" {job.folder.path}` starts and monitors them."
         ),
         soft_wrap=True,
     )

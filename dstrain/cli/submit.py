@@ -1,4 +1,4 @@
-"""``dstrain submit``: write a Slurm batch script for a run, and submit it."""
+"""``dstrain submit``: writes a Slurm batch script for a run, and submits it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 @click.command("submit", cls=GroupedOptions)
 @layers
 @choices
-@click.option("--gpus-per-node", type=click.IntRange(1), help="GPUs of each node; a rank on each.")
-@click.option("--tasks-per-node", type=click.IntRange(1), help="Ranks of each node, where there are no GPUs.")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="GPUs per node, with one rank each.")
+@click.option("--tasks-per-node", type=click.IntRange(1), help="Ranks per node, on nodes without GPUs.")
 @click.option(
     "--sbatch",
     "options",
     multiple=True,
     metavar="OPTION",
-    help="One more option of sbatch, as --sbatch --time=04:00:00 or --sbatch --partition=gpu. Repeatable.",
+    help="Option for sbatch, e.g. --sbatch --time=04:00:00 or --sbatch --partition=gpu. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the batch script, write and submit nothing.")
-@click.option("--resume", is_flag=True, help="Go on in the run folder of this --name.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the batch script, without writing or submitting anything."
+)
+@click.option("--resume", is_flag=True, help="Resume the run with this --name.")
 def command(
     recipe: str | None,
     config_file: str | None,
@@ -41,7 +43,7 @@ def command(
 ) -> None:
     """Write a Slurm batch script for a run, and submit it.
 
-    The job plans and trains when it gets its turn. It saves and goes back into the queue when its time is over, and
+    The job plans and trains when Slurm starts it. It saves and goes back into the queue when its time is over, and
     goes on from there; so it does when it was preempted.
     """
     from dstrain.api.configuring import load_config
@@ -64,13 +66,13 @@ def command(
 
 def _show(number: str, folder: RunFolder, job: Job) -> None:
     script, log = (shlex.quote(str(folder.path / name)) for name in ("launch.sbatch", f"slurm-{number}.log"))
-    click.echo(f"job {number} is submitted: nodes {job.nodes}, ranks on each {job.tasks_per_node}")
+    click.echo(f"job {number} submitted: nodes {job.nodes}, ranks per node {job.tasks_per_node}")
     for what, line in (
         ("state", f"squeue --job {number}"),
         ("follow", f"tail -F {log}"),
         (
             "stop",
-            f"scancel --batch --signal=TERM {number}    (it ends its step and saves; sbatch {script} goes on)",
+            f"scancel --batch --signal=TERM {number}    (finishes its step and saves; sbatch {script} continues)",
         ),
         ("script", script),
     ):

@@ -1,4 +1,4 @@
-"""``dstrain verify``: the same config in one process and in other layouts, and how far they are apart."""
+"""``dstrain verify``: trains one config in one process and in other layouts, and compares them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 @layers
 @choices
 @click.option(
-    "--layouts", metavar="A,B,..", help="Such as zero2-pp4,zero1-pp2-dp2. Default: all that --ranks hold."
+    "--layouts",
+    metavar="A,B,..",
+    help="Layouts to compare, such as zero2-pp4,zero1-pp2-dp2. Default: all that --ranks allow.",
 )
-@click.option("--ranks", type=click.IntRange(1), help="Ranks of the layouts. Default: the GPUs; 4 on CPU.")
+@click.option("--ranks", type=click.IntRange(1), help="Number of ranks. Default: one per GPU; 4 on CPU.")
 @click.option(
-    "--tiny", is_flag=True, help="Shrink the model to a few small blocks, and samples to 64 tokens."
+    "--tiny", is_flag=True, help="Reduce the model to a few small blocks, and samples to 64 tokens."
 )
 def command(
     recipe: str | None,
@@ -34,7 +36,7 @@ def command(
     tiny: bool,
     **flags: Any,
 ) -> None:
-    """Train your config in one process and in other layouts, and compare every step and the last weights.
+    """Train your config in one process and in other layouts, and compare every step and the final weights.
 
     Each layout is a real, launched run of --steps steps (default 8). The table goes to verify.json and
     verify.md in the runs folder too. Exit code 1 when a layout trains another model.
@@ -54,14 +56,14 @@ def command(
         return
     verdicts = {row.layout: row.verdict for row in result.rows}
     if all(verdict.startswith("refused") for verdict in verdicts.values()):
-        raise DstrainError(
-            "none of the layouts could be tried", where="--layouts", hint=result.rows[0].verdict
-        )
+        raise DstrainError("none of the layouts could be run", where="--layouts", hint=result.rows[0].verdict)
     differing = [layout for layout, verdict in verdicts.items() if verdict == "DIFFERS"]
     if differing:
-        raise DstrainError(f"not the model that one process trains: {', '.join(differing)}", exit_code=1)
+        raise DstrainError(
+            f"these layouts do not train the same model as one process: {', '.join(differing)}", exit_code=1
+        )
     failed = [layout for layout, verdict in verdicts.items() if verdict.startswith("failed")]
-    raise DstrainError(f"these layouts failed while they trained: {', '.join(failed)}", exit_code=1)
+    raise DstrainError(f"these layouts failed during training: {', '.join(failed)}", exit_code=1)
 
 
 def _show(result: VerifyResult, console: Console) -> None:
@@ -76,6 +78,6 @@ def _show(result: VerifyResult, console: Console) -> None:
     )
     for row in result.cells():
         table.add_row(*row)
-    console.print(Text("largest relative differences from one process", style="bold"))
+    console.print(Text("largest relative differences from the run in one process", style="bold"))
     console.print(table)
     console.print(Text(f"written to {result.folder / 'verify.json'} and verify.md"), soft_wrap=True)

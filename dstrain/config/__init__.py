@@ -1,1 +1,1 @@
-"""What is wanted: the run config, typed and strict, each value with its origin."""
+"""The run config: typed and strict, with the origin of each value."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's own keys: which there are, what they take, and what was meant by one that there is not.
+"""DeepSpeed's config keys: which exist, what they accept, and suggestions for mistyped ones.
 
 The table, ``deepspeed_keys.json``, is written by `tools.deepspeed_keys` out of the installed DeepSpeed, so that
 nothing of DeepSpeed has to be imported to read it. DeepSpeed itself lets unknown keys pass in half of its blocks.
@@ -116,7 +116,7 @@ def what_is_wrong(path: KeyPath, value: Any) -> Wrong | None:
                 return None  # what stands in it is not DeepSpeed's to name
             return Wrong(
                 depth - 1,
-                f"{dotted} takes {_article(node['type'])}, and no keys of its own",
+                f"{dotted} takes {_article(node['type'])}, not a block of keys",
                 _about(dotted, node),
             )
         parent, keys = node, node["keys"]
@@ -145,7 +145,7 @@ def _wrong_value(path: KeyPath, node: Node, value: Any) -> Wrong | None:
         )
         return Wrong(
             len(path),
-            f"{given} stands where {dotted} holds keys of its own",
+            f"{dotted} must be a block of keys, not {json.dumps(value)}",
             f"{dotted}: {{{inside}: ...}} sets one of them",
         )
     if "accepts" not in node:  # a parameter of an optimizer or a schedule
@@ -155,7 +155,7 @@ def _wrong_value(path: KeyPath, node: Node, value: Any) -> Wrong | None:
     number = _number(value)
     is_switch = number is not None and not isinstance(value, bool) and str(node["type"]).startswith("boolean")
     if not node["accepts"]:
-        return Wrong(len(path), f"{given}: it takes a Python object, which no file can hold", "leave it out")
+        return Wrong(len(path), f"{given}: it takes a Python object, which a file can't contain", "remove it")
     if kind not in node["accepts"] or (is_switch and number not in (0, 1) and "text" not in node["accepts"]):
         return Wrong(len(path), f"{given}: must be {_article(node['type'])}", hint)
     choices = node.get("choices")
@@ -216,7 +216,7 @@ def _what_was_meant(key: str, block: str, parents: KeyPath, siblings: Mapping[st
     if places:
         return f"it belongs elsewhere: {', '.join(places[:3])}{' ...' if len(places) > 3 else ''}"
     if key in field_names():
-        return f"{key} is dstrain's own key: write it at top level, not below deepspeed (--set {key}=...)"
+        return f"{key} is dstrain's own key: write it at top level, not under deepspeed (--set {key}=...)"
     near = nearest(key)
     if near:
         return f"did you mean {near[0]}?"

@@ -1,4 +1,4 @@
-"""Durations as people write them: ``90s``, ``20m``, ``3h50m``, ``2d``."""
+"""Parses durations: ``90s``, ``20m``, ``3h50m``, ``2d``."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def seconds(text: str) -> int:
     match = _PARTS.fullmatch(text.strip())
     total = sum(int(n or 0) * unit for n, unit in zip(match.groups(), _SECONDS, strict=True)) if match else 0
     if total == 0:
-        raise ValueError(f"{text!r} is no duration; for instance 90s, 20m, 3h50m, 2d")
+        raise ValueError(f"{text!r} is not a duration such as 90s, 20m, 3h50m, 2d")
     return total

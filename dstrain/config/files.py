@@ -1,4 +1,4 @@
-"""Where ``ds_configs/`` lies: recipes, built-in model shapes and DeepSpeed JSON fragments."""
+"""Finds the files of ``ds_configs/``: recipes, built-in model shapes and DeepSpeed JSON fragments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe_path(name: str, *, where: str = "--recipe") -> Path:
         raise DstrainError(
             f"there is no recipe {name!r}",
             where=where,
-            hint=f"{_near(name, recipes())}known: {', '.join(recipes())}; a file of your own: --config FILE",
+            hint=f"{_near(name, recipes())}known: {', '.join(recipes())}; for a file of your own use --config FILE",
         )
     return ds_configs() / "recipes" / f"{name}.yaml"
 
@@ -74,7 +74,7 @@ def model_config_file(model: str, *, where: str) -> Path:
         return ds_configs() / "models" / f"{model}.json"
     if not model.strip():
         raise DstrainError(
-            "no model is named",
+            "no model given",
             where=where,
             hint=f"a folder, org/name, or one of: {', '.join(model_shapes())}",
         )
@@ -88,7 +88,7 @@ def model_config_file(model: str, *, where: str) -> Path:
     if folder.exists():
         raise DstrainError(f"{folder} is a file", where=where, hint=f"name its folder: {folder.parent}")
     raise DstrainError(
-        f"{model!r} is neither a folder nor a built-in shape, nor like org/name on the hub",
+        f"{model!r} is neither a folder nor a built-in shape, nor a hub name such as org/name",
         where=where,
         hint=f"{_near(model, model_shapes())}a folder with a Hugging Face config.json, org/name, or one of:"
         f" {', '.join(model_shapes())}",

@@ -1,4 +1,4 @@
-"""The shapes of ``hooks``, ``trackers`` and ``profile`` in a config; nothing of what they name is looked at."""
+"""The config sections ``hooks``, ``trackers`` and ``profile``: their shape, not what they name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACKERS: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
     },
     "mlflow": {"uri": _TEXT, "experiment": _TEXT},
 }
-"""The trackers that come with dstrain, and the options of each."""
+"""The built-in trackers, and the options of each."""
 
 _HOOK_KEYS = ("name", "options", "optional")
 # A config is copied into run folders and reports, which are shown to others.
@@ -41,17 +41,17 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] = Field(
-        description="the first and the last step that are recorded"
+        description="first and last step to record"
     )
     ranks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
-        [0], description="the ranks that record, each into a file of its own"
+        [0], description="ranks to record, each to its own file"
     )
 
     @field_validator("steps")
     @classmethod
     def _in_order(cls, value: list[int]) -> list[int]:
         if value[0] > value[1]:
-            raise ValueError(f"the first step ({value[0]}) must not come after the last ({value[1]})")
+            raise ValueError(f"the first step ({value[0]}) must not be after the last ({value[1]})")
         return value
 
 
@@ -69,16 +69,16 @@ def check_hooks(value: Any) -> Any:
     """Raises ValueError where an entry of ``hooks`` has another shape than it may have."""
     for choice in _entries(value, "my_module:MyHook"):
         if CODE_NAME.fullmatch(name_of(choice)) is None:
-            raise ValueError(f"{name_of(choice)!r} must be a name like my_module:MyHook")
+            raise ValueError(f"{name_of(choice)!r} must have the form my_module:MyHook")
         if isinstance(choice, str):
             continue
         unknown = [str(key) for key in choice if key not in _HOOK_KEYS]
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is none of {', '.join(_HOOK_KEYS)}{_near(unknown[0], _HOOK_KEYS)}"
+                f"unknown key {unknown[0]!r}{_near(unknown[0], _HOOK_KEYS) or _known('keys', _HOOK_KEYS)}"
             )
         if not isinstance(choice.get("options", {}), dict):
-            raise ValueError(f"the options of {choice['name']} must be KEY: VALUE lines")
+            raise ValueError(f"the options of {choice['name']} must be a mapping of KEY: VALUE")
         if not isinstance(choice.get("optional", False), bool):
             raise ValueError(f"optional of {choice['name']} must be true or false")
     return value
@@ -93,7 +93,7 @@ def check_trackers(value: Any) -> Any:
                 f"unknown tracker {name!r}{_near(name, TRACKERS) or _known('trackers', TRACKERS)}"
             )
         if names.count(name) > 1:
-            raise ValueError(f"{name} stands there twice")
+            raise ValueError(f"{name} is listed twice")
         options = options_of_tracker(choice)
         _refuse_secrets(name, options)
         for key, given in options.items():
@@ -108,11 +108,11 @@ def _entries(value: Any, example: str) -> list[str | dict[str, Any]]:
     for choice in value:
         named = choice.get("name") if isinstance(choice, dict) else choice
         if not isinstance(named, str):
-            raise ValueError(f"each entry must be a name like {example}, or {{name: {example}, ...}}")
+            raise ValueError(f"each entry must be a name such as {example}, or {{name: {example}, ...}}")
         try:
             json.dumps(choice, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{named} must hold only what JSON can hold: {error}") from None
+            raise ValueError(f"{named} must be valid JSON: {error}") from None
     return value
 
 
@@ -138,7 +138,7 @@ def _refuse_secrets(name: str, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if _SECRET.search(str(key)) or (isinstance(value, str) and _USER_IN_URL.search(value)):
             raise ValueError(
-                f"{key} of {name} looks like a credential, which a config must not hold; set it in the environment"
+                f"{key} of {name} looks like a credential; a config must not contain any: set it in the environment"
                 " of rank 0's host"
             )
 
@@ -148,7 +148,7 @@ def _near(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _known(what: str, known: Mapping[str, Any]) -> str:
+def _known(what: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     return f" (known {what}: {', '.join(known)})"
 
 

@@ -1,4 +1,4 @@
-"""Strict JSON: a value and the line of every key; duplicate keys and NaN refused."""
+"""Strict JSON reader: values with the line of every key; refuses duplicate keys and NaN."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def read_json(path: Path, *, where: str) -> Document:
         raise DstrainError(
             f"not valid JSON: {error.msg}",
             where=f"{name}:{error.lineno}",
-            hint="JSON has no comments, no comma behind the last entry, and words in double quotes",
+            hint="JSON allows no comments and no trailing commas, and strings need double quotes",
         ) from None
     except ValueError as error:
         raise DstrainError(str(error), where=name, hint="write a number, or null") from None
     except RecursionError:
-        raise DstrainError("it is nested too deep", where=name, hint="a DeepSpeed JSON file") from None
+        raise DstrainError("nested too deeply", where=name, hint="a DeepSpeed JSON file") from None
     if not isinstance(values, dict):
         raise DstrainError("expected a JSON object", where=name, hint='write {"KEY": VALUE, ...}')
     return Document(values, _lines_of_keys(text, name))
@@ -83,8 +83,8 @@ def _lines_of_keys(text: str, name: str) -> dict[tuple[str, ...], int]:
 def _note(lines: dict[tuple[str, ...], int], path: tuple[str, ...], line: int, name: str) -> None:
     if path in lines:
         raise DstrainError(
-            f"the key {path[-1]!r} stands twice in one object (first in line {lines[path]})",
+            f"duplicate key {path[-1]!r} (first defined on line {lines[path]})",
             where=f"{name}:{line}",
-            hint="keep one of the two",
+            hint="remove one of the two",
         )
     lines[path] = line

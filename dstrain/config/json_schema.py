@@ -1,4 +1,4 @@
-"""The run config as JSON Schema (draft 2020-12), for editors: they complete keys, show what they mean, and mark errors.
+"""The run config as JSON Schema (draft 2020-12), for completion and checks in editors.
 
 DeepSpeed's keys below ``deepspeed`` are those of the table that comes with dstrain. Where DeepSpeed takes a value in
 several spellings (``"2"`` or ``true`` for a number), the schema has the plain one.
@@ -22,12 +22,12 @@ def json_schema() -> dict[str, Any]:
     """The schema of a file for ``--config``."""
     schema = _without_titles(RunConfig.model_json_schema())
     properties = {
-        "recipe": {"enum": recipes(), "description": "a recipe that lies below the keys of this file"},
+        "recipe": {"enum": recipes(), "description": "a recipe that the keys of this file override"},
         **schema["properties"],
     }
     properties["deepspeed"] = {
         **_block(top_level(), free=False),
-        "description": f"keys of DeepSpeed {deepspeed_version()}, laid on top of the composed ones",
+        "description": f"keys of DeepSpeed {deepspeed_version()}, applied on top of the generated config",
         "default": {},
     }
     return {

@@ -1,4 +1,4 @@
-"""Layers of choices become one run config: defaults < recipe < file < --set < flags."""
+"""Combines config layers into one run config: defaults < recipe < file < --set < flags."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from dstrain.renamed import CONFIG_KEYS
 DEFAULT_RECIPE = "quickstart"
 # What the same thing is called elsewhere.
 _ELSEWHERE = {
-    "batch_size": "global_batch is what one step takes, micro_batch what a replica works on at once",
+    "batch_size": "global_batch is the number of samples per step, micro_batch per forward and backward"
+    " pass of a replica",
     "gradient_accumulation_steps": "it follows from global_batch / (micro_batch x replicas)",
     "learning_rate": "did you mean lr?",
     "max_steps": "did you mean steps?",
@@ -237,7 +238,7 @@ def _rename_deprecated(document: Document, name: str) -> list[str]:
         place = f"{name}:{line}" if line else name
         if new in document.values:
             raise DstrainError(
-                f"{old} is the old name of {new}, and both are given", where=place, hint=f"remove {old}"
+                f"both {new} and its old name {old} are given", where=place, hint=f"remove {old}"
             )
         document.values[new] = document.values.pop(old)
         if line:
@@ -289,12 +290,12 @@ def _unknown_key(key: str, origins: Mapping[Path_, Origin]) -> DstrainError:
     if key in _ELSEWHERE:
         hint = _ELSEWHERE[key]
     elif find((key,)) is not None:
-        hint = f"DeepSpeed's own keys stand below `deepspeed:` (--set deepspeed.{key}...)"
+        hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{key}...)"
     else:
         near = difflib.get_close_matches(key.lower(), [*field_names(), *_ELSEWHERE], n=1)
         homes = homes_of(key)
         if len(homes) == 1:
-            hint = f"DeepSpeed's own keys stand below `deepspeed:` (--set deepspeed.{'.'.join(homes[0])}=...)"
+            hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{'.'.join(homes[0])}=...)"
         else:
             hint = f"the keys are: {', '.join(field_names())}"
             if near:

@@ -1,4 +1,4 @@
-"""Nested mappings, leaf by leaf."""
+"""Access to nested mappings by path."""
 
 from __future__ import annotations
 

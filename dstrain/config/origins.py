@@ -1,4 +1,4 @@
-"""Where a value came from: default, recipe, file:line, --set, or a flag."""
+"""Where a config value comes from: default, recipe, file:line, --set, or a flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run config: every choice that a user has, under the same name in YAML, flags and code."""
+"""The run config: every key with its type, default and description."""
 
 from __future__ import annotations
 
@@ -52,42 +52,46 @@ class RunConfig(BaseModel):
     # Model and data.
     model: str = Field(
         "quickstart",
-        description="a folder with config.json, a name on the Hugging Face hub, or a built-in shape",
+        description="folder with a config.json, model name on the Hugging Face Hub, or built-in shape",
     )
     init: Literal["random", "pretrained"] = Field(
-        "random", description="start from random weights, or from those that lie beside the model's config"
+        "random", description="initial weights: random, or pretrained (those next to the model's config)"
     )
     freeze: list[str] = Field(
-        [], description="parameters that are not trained, by Hugging Face name; * stands for anything"
+        [], description="parameters to freeze, by Hugging Face name; * matches anything"
     )
     tokenizer: str = Field(
         "auto",
-        description="a Hugging Face tokenizer folder, or bytes; auto: the model folder's own, else bytes",
+        description="folder of a Hugging Face tokenizer, or bytes; auto: the model folder's tokenizer, else bytes",
     )
-    data: str = Field("stdlib", description="a text file, a folder, JSON lines with a text field, or stdlib")
+    data: str = Field("stdlib", description="text file, folder, JSON Lines file with a text field, or stdlib")
     attention: str = Field(
         "auto",
-        description="sdpa, eager, flex_attention, flash_attention_2, flash_attention_3; auto: sdpa where the model"
-        " family has it",
+        description="attention implementation: sdpa, eager, flex_attention, flash_attention_2, flash_attention_3;"
+        " auto: sdpa if the model family supports it",
     )
-    seq_len: PositiveInt = Field(256, description="tokens a sample")
+    seq_len: PositiveInt = Field(256, description="sequence length of a sample, in tokens")
     pack: bool = Field(
-        True, description="fill each sample with several documents, which do not see each other"
+        True, description="pack several documents into a sample; documents do not attend to each other"
     )
-    validation: Fraction = Field(0.05, description="fraction of the documents kept for validation")
+    validation: Fraction = Field(
+        0.05, description="fraction of the documents that is held back for validation"
+    )
 
     # Training length and batch size.
-    steps: PositiveInt = Field(100, description="optimizer steps")
-    global_batch: PositiveInt = Field(32, description="samples a step, over all replicas")
+    steps: PositiveInt = Field(100, description="number of optimizer steps")
+    global_batch: PositiveInt = Field(32, description="samples per optimizer step, over all replicas")
     micro_batch: PositiveInt | None = Field(
-        None, description="samples a replica works on at once; derived when left out"
+        None,
+        description="samples per forward and backward pass of a replica; default: derived from global_batch",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        1234, description="decides initial weights, data order and dropout"
+        1234, description="random seed of initial weights, data order and dropout"
     )
 
     deterministic: bool = Field(
-        False, description="the same bits each time on the same kind of device; what can't be so is an error"
+        False,
+        description="bit-identical results on the same kind of device; operations that can't guarantee them are errors",
     )
 
     # Optimizer.
@@ -106,65 +110,78 @@ class RunConfig(BaseModel):
         description="keyword arguments of an optimizer of your own, beside lr",
     )
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="shape of the learning rate after warm-up"
+    )
     lr_final: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="last learning rate as a fraction of lr"
+        0.1, description="final learning rate, as a fraction of lr"
     )
-    warmup_steps: NonNegativeInt = Field(0, description="steps over which lr rises from 0")
+    warmup_steps: NonNegativeInt = Field(
+        0, description="steps over which the learning rate rises from 0 to lr"
+    )
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.95], description="AdamW's decay rates"
+        [0.9, 0.95], description="AdamW: decay rates of the running averages of the gradient and its square"
     )
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
-    momentum: Fraction = Field(0.0, description="SGD's momentum")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="not on norms and biases")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW: epsilon, added to the denominator")
+    momentum: Fraction = Field(0.0, description="SGD: momentum")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="weight decay; not applied to norms and biases"
+    )
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="largest norm of the whole model's gradient; 0 for none"
+        1.0, description="maximum norm of the whole model's gradient; 0: no clipping"
     )
 
     # Parallelism, precision and memory.
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
-    pipeline: PositiveInt = Field(1, description="pipeline stages")
-    data_parallel: PositiveInt | None = Field(None, description="replicas; default: what the devices allow")
+    pipeline: PositiveInt = Field(1, description="number of pipeline stages")
+    data_parallel: PositiveInt | None = Field(
+        None, description="number of replicas; default: as many as the devices allow"
+    )
     partition: str = Field(
         "auto",
-        description="where the stages are cut: auto (by estimated time, within a device's memory), parameters,"
-        " uniform, or the number of blocks of each stage: 5,5,5,1",
+        description="how layers are assigned to pipeline stages: auto (balances estimated time within each device's"
+        " memory), parameters, uniform, or the number of blocks of each stage: 5,5,5,1",
     )
-    precision: Precision = Field("fp32", description="of parameters and activations")
+    precision: Precision = Field("fp32", description="data type of parameters and activations")
     schedule: Literal["1f1b", "dualpipev"] = Field(
-        "1f1b", description="order of a pipeline's work; dualpipev: two stages a rank, a smaller bubble"
+        "1f1b", description="pipeline schedule; dualpipev: two stages per rank, smaller bubble"
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where optimizer states live: on the device, in host memory, on disk (ZeRO-3)"
+        "none",
+        description="where optimizer states are stored: none (on the device), cpu (host memory), nvme (disk; ZeRO-3)",
     )
     nvme_path: str | None = Field(None, description="folder on a local disk, for offload: nvme")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
-    hostfile: str | None = Field(None, description="hosts, a line each: NAME slots=N")
+    activation_checkpointing: bool = Field(
+        False, description="recompute the activations of each block in the backward pass"
+    )
+    hostfile: str | None = Field(None, description="hostfile: one line per host, NAME slots=N")
 
     # Run folder, checkpoints and launch.
-    name: str | None = Field(None, description="name of the run folder; made from date and model if left out")
+    name: str | None = Field(None, description="name of the run folder; default: date and model")
     runs_dir: str = Field("runs", description="folder that holds the run folders")
     eval_every: NonNegativeInt = Field(
-        50, description="steps between evaluations; 0: only after the last step"
+        50, description="steps between evaluations on the validation set; 0: only after the last step"
     )
     eval_samples: PositiveInt = Field(64, description="validation samples per evaluation")
     save_every: int | str = Field(
         100,
-        description="steps between checkpoints, or time: 500, 20m, 1h30m; 0 for only the last, never for none at all",
+        description="steps or time between checkpoints: 500, 20m, 1h30m; 0: only after the last step;"
+        " never: no checkpoints",
     )
     time_limit: str | None = Field(
-        None, description="after this time (90s, 20m, 3h50m) the run ends its step, saves, and leaves"
+        None,
+        description="maximum run time (90s, 20m, 3h50m): the run then finishes its step, saves a checkpoint and exits",
     )
     launcher: Literal["local", "pdsh", "openmpi", "torchrun", "slurm", "none"] | None = Field(
         None,
-        description="what starts the ranks; else local, pdsh where a hostfile names other machines, slurm in a job of"
-        " several; none: dstrain is typed on each node",
+        description="how ranks are started; default: local, pdsh if a hostfile names other machines, slurm in a Slurm"
+        " job; none: you start dstrain on each node",
     )
     nodes: PositiveInt | None = Field(
-        None, description="with launcher: none: on how many nodes dstrain is typed; 1"
+        None, description="with launcher: none: number of nodes on which you start dstrain; default: 1"
     )
     processes: PositiveInt | None = Field(
-        None, description="with launcher: none: ranks on each node; default: its GPUs"
+        None, description="with launcher: none: ranks per node; default: one per GPU"
     )
     master_addr: HostName | None = Field(
         None,
@@ -172,60 +189,69 @@ class RunConfig(BaseModel):
     )
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None,
-        description="TCP port of rank 0's host on which the ranks meet; default: a free one, or 29500 with none",
+        description="TCP port on rank 0's host for rendezvous; default: a free port, or 29500 with launcher: none",
     )
     restarts: NonNegativeInt = Field(
-        0, description="starts again from the newest checkpoint after a failure, so often without a new one"
+        0,
+        description="maximum restarts after a failure, each from the newest checkpoint; a new checkpoint"
+        " resets the count",
     )
     elastic: bool = Field(
         False,
-        description="with restarts: go on with fewer replicas on the hosts that answer; with all at the next restart",
+        description="with restarts: continue with fewer replicas if hosts are lost, and with all of them"
+        " from the next restart",
     )
     hang_after: str | None = Field(
         None,
-        description="a run hangs after this time (90s, 20m) without a step, or never; else 10 times the slowest, at"
-        " least 60s, or 30m for what is done between steps",
+        description="time without a step after which a run counts as hung (90s, 20m), or never; default:"
+        " 10 times the slowest"
+        " step, at least 60s, or 30m for work between steps",
     )
     check_every: NonNegativeInt = Field(
-        50, description="steps between checks that replicas and tied weights are equal to the bit; 0 for none"
+        50, description="steps between checks that replicas and tied weights are bit-identical; 0: no checks"
     )
     save_weights: bool = Field(
-        False, description="leave the last weights as safetensors in the run folder, a file a stage"
+        False, description="write the final weights to the run folder as safetensors, one file per stage"
     )
-    keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    keep: PositiveInt = Field(2, description="number of newest checkpoints to keep")
     keep_every: NonNegativeInt = Field(
         0,
-        description="checkpoints of steps that are a multiple of it are made, and kept for good; 0 for none",
+        description="also save a checkpoint every this many steps and never delete it; 0: off",
     )
     background_save: bool = Field(
-        True, description="write checkpoints behind the training, where host memory has room for a copy"
+        True,
+        description="write checkpoints in the background while training continues, if host memory has room for a copy",
     )
-    prompt: str = Field("def ", description="continued by the model at the end of the run")
-    sample_tokens: NonNegativeInt = Field(120, description="length of that continuation; 0 for none")
+    prompt: str = Field("def ", description="prompt that the model continues at the end of the run")
+    sample_tokens: NonNegativeInt = Field(120, description="length of that continuation, in tokens; 0: none")
 
     # Trackers, profiler and hooks.
     trackers: Annotated[list[str | dict[str, Any]], WithJsonSchema(json_schema_of_trackers())] = Field(
         [],
-        description="where every value of metrics.jsonl goes as well: tensorboard, wandb, mlflow; with options:"
-        " {name: wandb, project: NAME}",
+        description="experiment trackers that receive every value of metrics.jsonl: tensorboard, wandb, mlflow; with"
+        " options: {name: wandb, project: NAME}",
     )
     profile: Profile | None = Field(
-        None, description="traces of torch.profiler: {steps: [FIRST, LAST], ranks: [0]}"
+        None, description="record torch.profiler traces: {steps: [FIRST, LAST], ranks: [0]}"
     )
     hooks: Annotated[list[str | dict[str, Any]], WithJsonSchema(json_schema_of_hooks())] = Field(
         [],
-        description="classes of your own that are called beside the training: my_module:MyHook; with options:"
+        description="your own hook classes, called during training: my_module:MyHook; with options:"
         " {name: my_module:MyHook, options: {...}, optional: true}",
     )
     code_dirs: list[str] | None = Field(
         None,
-        description="folders with the modules of your own that are named here (my_module:MyHook); default: the config"
-        " file's and the one that the run is started from",
+        description="folders to import hook modules from; default: the folder of the config file and the one the run is"
+        " started from",
     )
 
     # DeepSpeed's own keys.
-    ds_config: str | None = Field(None, description="a DeepSpeed JSON file laid on top of the composed one")
-    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed keys laid on top of the composed ones")
+    ds_config: str | None = Field(
+        None, description="DeepSpeed JSON file, applied on top of the generated config"
+    )
+    deepspeed: dict[str, Any] = Field(
+        {}, description="DeepSpeed keys, applied on top of the generated config and of ds_config"
+    )
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -278,9 +304,7 @@ class RunConfig(BaseModel):
                 pass
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
-        raise ValueError(
-            "must be a number of steps, 0 or more, or a length of time like 20m or 1h30m, or never"
-        )
+        raise ValueError("must be a number of steps (0 or more), a duration such as 20m or 1h30m, or never")
 
     @property
     def hang_after_seconds(self) -> float | None:
@@ -307,7 +331,7 @@ class RunConfig(BaseModel):
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"must hold only what JSON can hold: {error}") from None
+            raise ValueError(f"must be valid JSON: {error}") from None
         return value
 
 

@@ -1,4 +1,4 @@
-"""A commented YAML to start from: every key with its meaning and its default."""
+"""The commented YAML file that ``dstrain config init`` writes: every key, its meaning and its default."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ GROUPS = {
     "zero": "Parallelism, precision and memory.",
     "name": "Run folder, checkpoints and launch.",
     "trackers": "Trackers, profiler and hooks.",
-    "ds_config": "DeepSpeed's own keys.",
+    "ds_config": "DeepSpeed keys.",
 }
 """The headings, each with the key that it stands in front of: those of `RunConfig`."""
 
 _HEAD = f"""\
-# A run of dstrain {__version__}: every key, its meaning, and its default.
-# `dstrain config check FILE` finds mistakes, `dstrain plan --config FILE` shows what would run,
+# Config of dstrain {__version__}: every key, its meaning and its default.
+# `dstrain config check FILE` reports errors, `dstrain plan --config FILE` shows what would run,
 # `dstrain run --config FILE` trains. A key that is left out keeps its default.
-# A recipe that stands below (recipe: NAME) is overruled by each key that is given here.
+# Keys in this file override those of a recipe named in it (recipe: NAME).
 """
 _EXAMPLES = {"deepspeed": "# deepspeed:\n#   zero_optimization:\n#     reduce_bucket_size: 5.0e+7\n"}
 

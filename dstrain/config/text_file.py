@@ -1,4 +1,4 @@
-"""Reads a small text file that a user wrote, and says exactly what is wrong with one that is none."""
+"""Reads small text files from the user, with precise errors for files that are not text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_text(path: Path, *, where: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         raise DstrainError(
-            f"can't read {name}: {reason}", where=where, hint="check the path, and who may read it"
+            f"can't read {name}: {reason}", where=where, hint="check the path and its permissions"
         ) from None
     return _decoded(content, name)
 
@@ -70,9 +70,9 @@ def _refuse_other_kinds(path: Path, name: str, where: str) -> None:
             )
     if status.st_size > LARGEST:
         raise DstrainError(
-            f"{name} has {status.st_size / 1e6:,.0f} MB, and such a file has at most {LARGEST / 1e6:.0f}",
+            f"{name} has {status.st_size / 1e6:,.0f} MB, and the limit is {LARGEST / 1e6:.0f}",
             where=where,
-            hint="is it another file that was meant?",
+            hint="check that this is the right file",
         )
 
 
@@ -92,7 +92,7 @@ def _decoded(content: bytes, name: str) -> str:
             raise DstrainError(
                 f"this is {encoding}, not UTF-8 text",
                 where=f"{name}:1",
-                hint=f"iconv -f {encoding} -t UTF-8 turns it into that",
+                hint=f"convert it: iconv -f {encoding} -t UTF-8",
             )
     try:
         text = content.decode("utf-8-sig")
@@ -104,9 +104,9 @@ def _decoded(content: bytes, name: str) -> str:
         ) from None
     if "\0" in text:
         raise DstrainError(
-            "this is binary, not text: it has a byte that is 0",
+            "binary file, not text: it contains a zero byte",
             where=f"{name}:{_line(content, content.index(0))}",
-            hint="is it another file that was meant?",
+            hint="check that this is the right file",
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -1,4 +1,4 @@
-"""The types of run-config keys in words."""
+"""Descriptions of the types of config keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strict YAML: a value and the line it stands on; duplicate keys refused; ``3e-4`` is a number.
+"""Strict YAML reader: values with their lines; refuses duplicate keys; reads ``3e-4`` as a number.
 
 Plain words are read as YAML 1.2's core schema does: ``on`` and ``2024-01-31`` are texts, ``010`` is no octal
 number, ``1:30`` no count of seconds.
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             tag = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"this is no {tag}, as its tag (!) says", node.start_mark
+                None, None, f"this is not a {tag}, as its tag (!) claims", node.start_mark
             ) from None
 
 
@@ -73,15 +73,15 @@ _FORM = "write KEY: VALUE lines, as in ds_configs/recipes/"
 _WAYS_OUT = (
     ("\\t", "indent with spaces, not with tabs"),
     ("quoted scalar", "close the quote of line {line}"),
-    ("mapping values are not allowed", 'put a text with a colon into quotes: "a: b"'),
+    ("mapping values are not allowed", 'quote a text that contains a colon: "a: b"'),
     ("flow sequence", "close the bracket [ of line {line}"),
     ("flow mapping", "close the brace { of line {line}"),
-    ("undefined alias", "*NAME stands for what &NAME names before it; put a text with a star into quotes"),
-    ("single document", "leave the line --- out: one file holds one config"),
-    ("constructor for the tag", "leave the tag (!...) out: a plain value will do"),
-    ("tag (!)", "leave the tag out, or write what it says"),
+    ("undefined alias", "*NAME refers to an earlier &NAME; quote a text that starts with a star"),
+    ("single document", "remove the line ---: a file holds one config"),
+    ("constructor for the tag", "remove the tag (!...): write a plain value"),
+    ("tag (!)", "remove the tag, or write a value of that type"),
     ("digits", "write a smaller number"),
-    ("a simple key", "KEY: VALUE, with a colon and a space behind the key"),
+    ("a simple key", "KEY: VALUE, with a colon and a space after the key"),
     ("block mapping", "give all keys of one level the same indentation"),
 )
 _MAPPING_TAG = "tag:yaml.org,2002:map"
@@ -129,14 +129,12 @@ def parse_yaml(text: str, *, name: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise DstrainError(
-            f"not valid YAML: the character {chr(error.character)!a} can't stand in it",
+            f"not valid YAML: the character {chr(error.character)!a} is not allowed",
             where=f"{name}:{line}",
-            hint='take it out, or write it as an escape in double quotes: "\\x1b"',
+            hint='remove it, or write it as an escape in double quotes: "\\x1b"',
         ) from None
     except RecursionError:
-        raise DstrainError(
-            "not valid YAML: brackets in brackets without end", where=name, hint=_FORM
-        ) from None
+        raise DstrainError("not valid YAML: brackets are nested too deeply", where=name, hint=_FORM) from None
 
 
 def _broken(error: yaml.MarkedYAMLError, name: str) -> DstrainError:
@@ -170,13 +168,13 @@ def _count(node: yaml.Node, name: str, known: dict[int, int], above: set[int]) -
     for part, at in parts:
         where = f"{name}:{at.start_mark.line + 1}"
         if id(part) in above:
-            raise DstrainError("this alias (*) holds itself", where=where, hint="write it out")
+            raise DstrainError("this alias (*) refers to itself", where=where, hint="write the value out")
         total += _count(part, name, known, above)
         if total > _MOST_VALUES:
             raise DstrainError(
-                f"aliases (*) make more than {_MOST_VALUES:,} values of this",
+                f"aliases (*) expand to more than {_MOST_VALUES:,} values",
                 where=where,
-                hint="write it out",
+                hint="write the value out",
             )
     above.remove(id(node))
     known[id(node)] = total
@@ -204,13 +202,13 @@ def _walk(
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _KEY_TAGS:
-            raise DstrainError("a key must be a word", where=f"{name}:{line}", hint="write KEY: VALUE")
+            raise DstrainError("a key must be a string", where=f"{name}:{line}", hint="write KEY: VALUE")
         here = (*path, str(key_node.value))
         if here in lines:
             raise DstrainError(
-                f"{'.'.join(here)} stands twice (first in line {lines[here]})",
+                f"duplicate key {'.'.join(here)!r} (first defined on line {lines[here]})",
                 where=f"{name}:{line}",
-                hint="keep one of the two",
+                hint="remove one of the two",
             )
         lines[here] = line
         if isinstance(value_node, yaml.MappingNode):

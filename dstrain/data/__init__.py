@@ -1,4 +1,4 @@
-"""Text -> tokens -> packed rows -> the order in which a run reads them.
+"""The data pipeline: text -> tokens -> packed rows -> the order in which a run reads them.
 
 Read in this order: ``sources`` (which files), ``documents`` (their text), ``tokenizers``, ``token_cache``
 (tokens on disk), ``split`` (training and validation documents), ``packing`` (rows and labels), ``order`` (which

@@ -1,4 +1,4 @@
-"""What was found out about data that are prepared already, kept beside their tokens: the next plan need not ask.
+"""Caches the summary of a prepared dataset next to its tokens, so that the next plan need not recompute it.
 
 ``<cache_dir>/summaries/<key>.json`` holds the summary and the state of the token files that it speaks of. Whoever
 looks makes the key anew from the listing of the source, so a file that changed has another key; and a summary whose
@@ -49,7 +49,7 @@ def summary_file(
     """Where the summary of these choices is kept, if it is.
 
     Another version of dstrain has another: also one of a checkout that was changed, so that no number needs to be
-    raised by hand.
+    raised manually.
     """
     here = Path(__file__).parent
     content = json.dumps(

@@ -1,4 +1,4 @@
-"""The text of a corpus, one document after the other, and exact errors about what is not text."""
+"""Reads the documents of a corpus, with precise errors for what is not text."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read_documents(source: Source) -> Iterator[Document]:
                     yield Document(document.text, before + document.bytes_read)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DstrainError(
-                f"this is no complete gzip file: {error}",
-                hint="was it copied whole? `gzip -t` checks it",
+                f"incomplete or damaged gzip file: {error}",
+                hint="copy it again; `gzip -t` checks it",
                 where=file.path,
             ) from error
         except OSError as error:
@@ -62,12 +62,14 @@ def _read_text(file: SourceFile) -> str:
         raise DstrainError("this text is UTF-16, not UTF-8", hint="iconv -f UTF-16 -t UTF-8", where=file.path)
     if content.startswith(_GZIP_MARK):
         raise DstrainError(
-            "this file is compressed", hint="unpack it; only .jsonl.gz is read packed", where=file.path
+            "this file is compressed",
+            hint="decompress it; of compressed files only .jsonl.gz is read",
+            where=file.path,
         )
     if b"\0" in content:
         raise DstrainError(
             f"this is a binary file (byte {content.index(0):,} is 0), not text",
-            hint="take it out of the source, or turn it into UTF-8 text",
+            hint="remove it from the source, or convert it to UTF-8 text",
             where=file.path,
         )
     return _decode(content.removeprefix(_BYTE_ORDER_MARK), file.path, first_line=1)
@@ -123,7 +125,7 @@ def _text_of(line: bytes, number: int, where: str) -> str:
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(text[error.start]):04x}"
         raise DstrainError(
-            f"character {error.start} is half a surrogate pair ({escape}), which UTF-8 can't hold",
+            f"character {error.start} is half a surrogate pair ({escape}), which UTF-8 can't encode",
             where=where,
         ) from None
     return text

@@ -1,4 +1,4 @@
-"""The one hash behind the sample order and the validation split: splitmix64, ours so that it never changes."""
+"""The hash behind sample order and validation split: splitmix64, our own so that it never changes."""
 
 from __future__ import annotations
 

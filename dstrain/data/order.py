@@ -1,4 +1,4 @@
-"""Which rows make up a step: a pure function of (rows, global batch, seed, step), at no cost to seek."""
+"""The sample order: the rows of a step as a pure function of (rows, global batch, seed, step)."""
 
 from __future__ import annotations
 

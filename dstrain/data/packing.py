@@ -1,4 +1,4 @@
-"""Documents in rows of equal length: several in a row, kept apart by labels and positions, or one in each."""
+"""Packs documents into rows of equal length: several per row with labels and positions, or one per row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus made ready for training: tokenized once, split, put into rows.
+"""Prepares a corpus for training: tokenized once, split, and packed into rows.
 
 On the command line: ``python -m dstrain.data.prepare REQUEST.json OUT.json`` reads the arguments of `prepare`
 from a JSON object and writes the summary.
@@ -86,7 +86,7 @@ def prepare(
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
-    Safe to call from any number of processes and hosts at once; a cache that is not whole is built anew.
+    Safe to call from any number of processes and hosts at once; an incomplete cache is rebuilt.
     Tokens are cached for any `seq_len`, `validation` and `pack`.
 
     Args:
@@ -101,11 +101,11 @@ def prepare(
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
     """
     if seq_len < 1:
-        raise DstrainError(f"seq_len is {seq_len}, and a row needs at least 1 token")
+        raise DstrainError(f"seq_len is {seq_len}, but must be at least 1")
     if not 0 <= validation < 1:
         raise DstrainError(
-            f"validation is {validation}, and it is a share of the documents: at least 0 (none), less than 1",
-            hint="0.01 keeps about one document in a hundred",
+            f"validation is {validation}, but must be a fraction of the documents: at least 0 (none), less than 1",
+            hint="0.01 holds back about one document in a hundred",
         )
     tokens_of = load_tokenizer(tokenizer)
     files = find_files(source)
@@ -153,15 +153,15 @@ def _check_rows(
         total = f"{tokens.stream.size:,} tokens"
         found = f"{total}, {train.size:,} of them to train on," if held is not None else total
         raise DstrainError(
-            f"this source has {found} and one row takes {seq_len:,}",
-            hint=f"set seq_len to {train.size:,} or less, or give it more text",
+            f"this source has {found}, but one row needs {seq_len:,}",
+            hint=f"set seq_len to {train.size:,} or less, or add more text",
             where=files.place,
         )
     if held is not None and held.size < seq_len:
         fraction = fraction_for(tokens.stream, seq_len)
         more = f"set validation to {fraction:g}, " if fraction is not None else ""
         raise DstrainError(
-            f"validation: {validation:g} keeps {held.size:,} tokens ({held.lengths.size:,} documents), "
+            f"validation: {validation:g} holds back {held.size:,} tokens ({held.lengths.size:,} documents), "
             f"less than one row of {seq_len:,}",
             hint=f"{more}set validation to 0 (none), or set seq_len to {held.size:,} or less",
             where=files.place,
@@ -174,7 +174,7 @@ def _check_labels(train: TokenStream, held: TokenStream | None, files: Source) -
         if stream is not None and stream.lengths.max() < 2:
             raise DstrainError(
                 f"no document {what} has two tokens, so there is nothing to predict",
-                hint="give it more text, or another validation",
+                hint="add more text, or change validation",
                 where=files.place,
             )
 
@@ -230,7 +230,7 @@ def _request(path: Path) -> dict[str, Any]:
         )
     for key, kinds in _REQUEST.items():
         if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
-            raise DstrainError(f"{key!r} is {request[key]!r}, which is of the wrong kind", where=str(path))
+            raise DstrainError(f"{key!r} is {request[key]!r}, which has the wrong type", where=str(path))
     return request
 
 

@@ -1,4 +1,4 @@
-"""A line on stderr now and then, and only when something takes long enough that one would ask."""
+"""Progress lines on stderr for work that takes long."""
 
 from __future__ import annotations
 

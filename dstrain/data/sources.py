@@ -1,4 +1,4 @@
-"""Which files make up a corpus. Looks at names and sizes only; `documents` reads them.
+"""Finds the files of a corpus by name and size; `documents` reads them.
 
 A source is one of
 
@@ -85,7 +85,7 @@ def find_files(source: str) -> Source:
     """
     if not source.strip():
         raise DstrainError(
-            "no data source is named",
+            "no data source given",
             hint="name a text file, a folder, a .jsonl file, or 'stdlib'",
             where="data",
         )
@@ -125,7 +125,7 @@ def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "os.py").is_file():
         raise DstrainError(
-            "this Python keeps no readable standard library there, so 'stdlib' can't be the data source",
+            "this Python has no readable standard library there, so 'stdlib' can't be the data source",
             hint="name a text file, a folder or a .jsonl file",
             where=str(root),
         )
@@ -153,16 +153,16 @@ def _folder(source: str, root: Path) -> Source:
         else:
             others.add(suffix or entry.name)
     if not files:
-        seen = f"it holds only {', '.join(sorted(others)[:8])}" if others else "the folder is empty"
+        seen = f"it contains only {', '.join(sorted(others)[:8])}" if others else "the folder is empty"
         raise DstrainError(
             f"no text in this folder: {seen}",
-            hint="read are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have any name",
+            hint="supported are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have any name",
             where=str(root),
         )
     if not any(file.size for file in files):
         raise DstrainError(
             f"no text in this folder: all {len(files)} text files are empty",
-            hint="were they copied whole?",
+            hint="check that they were copied completely",
             where=str(root),
         )
     return Source(source, str(root.resolve()), tuple(sorted(files, key=lambda file: file.relative)))
@@ -225,8 +225,8 @@ def _status(path: Path) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError):
         link = path.is_symlink()
         raise DstrainError(
-            "this link leads nowhere" if link else "there is no such file or folder",
-            hint="remove it, or make what it names"
+            "broken link" if link else "there is no such file or folder",
+            hint="remove it, or create its target"
             if link
             else "a data source is a text file, a folder, a .jsonl file, or 'stdlib'; nothing is downloaded",
             where=str(path),
@@ -238,5 +238,5 @@ def _status(path: Path) -> os.stat_result:
 def _unreadable(path: Path, error: Exception | None = None) -> NoReturn:
     reason = getattr(error, "strerror", None) or (str(error) if error else "Permission denied")
     raise DstrainError(
-        f"can't be read: {reason}", hint="check the path, and who may read it", where=str(path)
+        f"can't be read: {reason}", hint="check the path and its permissions", where=str(path)
     ) from error

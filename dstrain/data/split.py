@@ -1,4 +1,4 @@
-"""Which documents are kept for validation: chosen by a hash of their number, so the same every time."""
+"""The validation split: documents chosen by a hash of their number, the same every time."""
 
 from __future__ import annotations
 

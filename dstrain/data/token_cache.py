@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk: written once, by whoever comes first, and complete or not there at all.
+"""The cache of tokenized corpora on disk: written once, complete or absent.
 
 ``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``. It is written aside and named
 by one rename, under a lock that makes others wait rather than do the same work. Where a file system knows no
@@ -75,15 +75,15 @@ def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Toke
     except OSError as error:
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it takes up to 5 times that for a while"
+            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it temporarily needs up to 5 times that"
         raise DstrainError(
             f"the token cache can't be used: {error.strerror or error}",
-            hint=hint or "name a cache folder on a disk that can be written",
+            hint=hint or "name a cache folder on a writable disk",
             where=str(error.filename or cache_dir),
         ) from error
     if found is None:
         raise DstrainError(
-            "the token cache was written, but reads back differently: the disk is at fault",
+            "the token cache reads back differently from what was written: the disk is faulty",
             hint="name a cache folder on another disk",
             where=str(folder),
         )

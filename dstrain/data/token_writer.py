@@ -1,4 +1,4 @@
-"""A corpus through a tokenizer into two files: all tokens end to end, and the length of each document."""
+"""Tokenizes a corpus into two files: all tokens, and the length of each document."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _examples(source: Source) -> Iterator[dict[str, str]]:
         progress.update(document.bytes_read)
         yield {"text": document.text}
     if not found:
-        raise DstrainError("no text in this source: it has no line but blank ones", where=source.place)
+        raise DstrainError("no text in this source: all its lines are blank", where=source.place)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which files make a folder a tokenizer: known without numpy, so that the command line can look at them."""
+"""Which files make up a tokenizer folder; importable without numpy for the command line."""
 
 from __future__ import annotations
 

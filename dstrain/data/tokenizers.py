@@ -1,4 +1,4 @@
-"""Text to token ids and back: our byte tokenizer, or a Hugging Face tokenizer from a folder."""
+"""Tokenizers: the built-in byte tokenizer, or a Hugging Face tokenizer from a folder."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DstrainError(
             f"transformers can't load this tokenizer: {reason}",
-            hint="`tokenizer.save_pretrained(folder)` writes a whole one",
+            hint="`tokenizer.save_pretrained(folder)` writes a complete one",
             where=str(folder),
         ) from error
     if tokenizer.eos_token_id is None:
         raise DstrainError(
-            "this tokenizer has no end-of-sequence token, and it is what ends a document",
+            "this tokenizer has no end-of-sequence token, which is needed to end documents",
             hint='set "eos_token" in its tokenizer_config.json',
             where=str(folder),
         )

@@ -1,5 +1,5 @@
-"""Looks at the machines before a run does: what each has, whether they agree, and whether they reach each other.
+"""Checks the machines of a run: what each has, whether they match, and whether they reach each other.
 
-``host`` runs on every machine and answers questions; ``conversation`` asks them over ssh; ``findings`` says what the
-answers mean; ``examination`` puts these together. ``exchange`` alone imports torch, in processes of its own.
+``host`` runs on every machine and answers queries; ``remote_session`` sends them over ssh; ``diagnosis`` interprets the
+answers; ``host_checks`` combines these. Only ``network_exchange`` imports torch, in processes of its own.
 """

@@ -1,4 +1,4 @@
-"""What a machine's facts mean for a run: fine, worth knowing, or in the way; and what mends it."""
+"""Turns the facts about a machine into checks: ok, warning or failed, each with a fix."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def judge_folders(host: str, directory: str, runs: str, facts: Mapping[str, Any]
     """Whether another host sees the folders of the machine that asks."""
     checks = []
     if not facts["directory"]:
-        message = f"there is no {directory}, where the run is started: relative paths lead nowhere"
-        checks.append(Check(host, "folder", WARNING, message, f"make it on {host}, or give absolute paths"))
+        message = f"{directory}, the folder where the run is started, does not exist: relative paths will not be found"
+        checks.append(Check(host, "folder", WARNING, message, f"create it on {host}, or use absolute paths"))
     if facts["sees_runs"]:
         checks.append(Check(host, "run folder", OK, f"{runs} is shared"))
     else:
-        message = f"what is written into {runs} here is not seen there: ranks there can't share checkpoints"
+        message = f"{runs} is not shared with this machine: ranks there can't share checkpoints"
         fix = "--set runs_dir=FOLDER on a disk that all hosts share, or --save-every never"
         checks.append(Check(host, "run folder", WARNING, message, fix))
     return checks
@@ -73,7 +73,7 @@ def judge_clock(host: str, offset: float, uncertainty: float) -> Check:
         "clock",
         WARNING,
         f"{message}: times in logs and of files can't be compared",
-        f"let both follow a time server: timedatectl set-ntp true (on {host})",
+        f"synchronise both with a time server: timedatectl set-ntp true (on {host})",
     )
 
 
@@ -83,14 +83,14 @@ def judge_names(machines: Mapping[str, str]) -> list[Check]:
     for host, machine in machines.items():
         other = first.setdefault(machine, host)
         if other != host:
-            message = f"it is the same machine as {other}"
+            message = f"this is the same machine as {other}"
             fix = "give each machine one line in the hostfile, with all of its slots"
             checks.append(Check(host, "name", FAILED, message, fix))
     return checks
 
 
 def _versions(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> list[Check]:
-    fix = f"install the same on all hosts; {host} and this machine differ"
+    fix = f"install the same version on all hosts; {host} and this machine differ"
     python, ours = facts["python"], here["python"]
     if python == ours:
         checks = [Check(host, "python", OK, python)]
@@ -101,7 +101,7 @@ def _versions(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> l
     for name in ("dstrain", *PACKAGES):
         found, wanted = facts["versions"][name], here["versions"][name]
         if found is None:
-            message = f"not installed, and {wanted} here"
+            message = f"not installed; this machine has {wanted}"
             checks.append(Check(host, name, FAILED, message, f"install {name} {wanted} on {host}"))
         elif found == wanted:
             checks.append(Check(host, name, OK, found))
@@ -118,29 +118,29 @@ def _versions(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> l
 def _devices(host: str, slots: int, facts: Mapping[str, Any], gpus: bool) -> Check:
     devices, cores = facts["devices"], facts["cores"]
     if devices is None:
-        fix = "see `nvidia-smi` there; a rank needs its device"
+        fix = "check `nvidia-smi` there; each rank needs its own device"
         return Check(host, "devices", FAILED, " ".join(facts["devices_error"].split()), fix)
     if devices["kind"] == "cpu" and gpus:
         return Check(
-            host, "devices", FAILED, "no GPU is seen, and other hosts have some", "see `nvidia-smi` there"
+            host, "devices", FAILED, "no GPU found, but other hosts have GPUs", "check `nvidia-smi` there"
         )
     if devices["kind"] == "cpu":
         if slots <= cores:
             return Check(host, "devices", OK, f"CPU, {cores} cores")
         message = f"{slots} ranks share {cores} cores"
-        return Check(host, "devices", WARNING, message, f"slots={cores} is as fast")
+        return Check(host, "devices", WARNING, message, f"slots={cores} would be as fast")
     count, names = devices["count"], ", ".join(dict.fromkeys(devices["names"]))
     if count < slots:
-        message = f"slots={slots}, and {count} GPUs are there ({names})"
-        return Check(host, "devices", FAILED, message, f"`{host} slots={count}`, or see nvidia-smi there")
+        message = f"slots={slots}, but it has {count} GPUs ({names})"
+        return Check(host, "devices", FAILED, message, f"`{host} slots={count}`, or check nvidia-smi there")
     return Check(host, "devices", OK, f"{count} GPUs ({names})")
 
 
 def _room(host: str, slots: int, facts: Mapping[str, Any]) -> list[Check]:
     wanted = {"memory": _MEMORY_OF_A_RANK * max(1, slots), "disk": _DISK}
     fixes = {
-        "memory": "end what else runs there, or take fewer slots",
-        "disk": "make room, or --set runs_dir=FOLDER on another disk",
+        "memory": "stop other programs there, or use fewer slots",
+        "disk": "free some space, or use --set runs_dir=FOLDER on another disk",
         "shared memory": "docker run --shm-size 8g; Kubernetes: an emptyDir with medium: Memory at /dev/shm",
     }
     if facts["devices"] is not None and facts["devices"]["kind"] == "cuda":
@@ -151,7 +151,7 @@ def _room(host: str, slots: int, facts: Mapping[str, Any]) -> list[Check]:
         if free is None:
             checks.append(Check(host, name, WARNING, "not known"))
         elif free < enough:
-            message = f"{format_bytes(free)} free: little, for {slots or 1} ranks"
+            message = f"{format_bytes(free)} free: low for {slots or 1} ranks"
             checks.append(Check(host, name, WARNING, message, fixes[name]))
         else:
             checks.append(Check(host, name, OK, f"{format_bytes(free)} free"))
@@ -162,11 +162,13 @@ def _own_name(host: str, facts: Mapping[str, Any]) -> Check:
     name, addresses = facts["hostname"], facts["own_addresses"]
     if addresses and not addresses[0].startswith("127."):
         return Check(host, "own name", OK, f"{name} is {addresses[0]}")
-    message = f"{name} is {addresses[0]} to itself" if addresses else f"{name} has no address there"
+    message = (
+        f"{name} resolves to {addresses[0]} on itself" if addresses else f"{name} does not resolve on itself"
+    )
     return Check(
         host,
         "own name",
         WARNING,
-        f"{message}: dstrain's ranks choose their network card themselves, but other programs wait for ever",
-        f"in /etc/hosts of {host}, give {name} the address that others reach it by",
+        f"{message}: dstrain's ranks choose their network card themselves, but other programs may hang",
+        f"in /etc/hosts of {host}, set {name} to the address at which others reach it",
     )

@@ -1,4 +1,4 @@
-"""What a machine says of itself: numbers and names, and nothing about what they mean."""
+"""Collects facts about a machine, without judging them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on each machine that is looked at: ``python -m dstrain.diagnostics.host``.
+"""The program that runs on each machine that is checked: ``python -m dstrain.diagnostics.host``.
 
 It reads questions from standard input and answers on standard output, a JSON object a line, until its input ends:
 with the connection it ends too, and with it whatever it has started. A login that says something of its own
@@ -98,7 +98,7 @@ class Host:
         lines = [line for line in errors.splitlines() if line.strip()]
         error = None
         if late:
-            error = f"no end after {limit:.0f} s"
+            error = f"did not finish within {limit:.0f} s"
         elif process.returncode:
             error = lines[-1] if lines else f"exit code {process.returncode}"
         return {"said": said, "error": error}

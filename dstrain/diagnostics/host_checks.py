@@ -1,4 +1,4 @@
-"""Look at all hosts of a run at once. What one of them lacks never hides what is wrong with another."""
+"""Checks all hosts of a run at once; a fault of one host does not hide those of another."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def _token_in(runs: Path) -> Iterator[tuple[Path, str, list[Check]]]:
         (folder / token).touch()
     except OSError as error:
         message = f"{folder} can't be written here: {error.strerror}"
-        checks.append(Check(HERE, "run folder", FAILED, message, "--set runs_dir=FOLDER names another place"))
+        checks.append(
+            Check(HERE, "run folder", FAILED, message, "choose another folder with --set runs_dir=FOLDER")
+        )
     try:
         yield folder, token, checks
     finally:

@@ -1,4 +1,4 @@
-"""What goes between the hosts: whether connections come about, and how fast torch.distributed is over them."""
+"""Checks the network between the hosts: connections, and the speed of torch.distributed."""
 
 from __future__ import annotations
 
@@ -48,22 +48,20 @@ def check_ports(conversations: Sequence[Conversation], *, all_pairs: bool) -> li
             checks.append(Check(host, "ports", FAILED, answer.message, answer.fix))
             continue
         for one in answer["unreached"]:
-            message = f"it can't connect to {one['name']} at TCP port {one['port']}: {one['why']}"
+            message = f"can't connect to {one['name']} at TCP port {one['port']}: {one['why']}"
             checks.append(Check(host, "ports", FAILED, message, _way(host, one)))
         if not answer["unreached"]:
-            checks.append(Check(host, "ports", OK, "it reaches " + ", ".join(one["name"] for one in targets)))
+            checks.append(Check(host, "ports", OK, "reaches " + ", ".join(one["name"] for one in targets)))
     return checks
 
 
 def _way(host: str, unreached: dict[str, Any]) -> str:
     name = unreached["name"]
     if "not known" in unreached["why"]:
-        return f"make the name {name} known on {host} (DNS or /etc/hosts)"
+        return f"make the name {name} resolvable on {host} (DNS or /etc/hosts)"
     if "refused" in unreached["why"]:
-        return (
-            f"see whether {name} means the right machine on {host}, and whether a firewall refuses the port"
-        )
-    return f"let TCP ports from 1024 on through between {host} and {name} (firewall, security group)"
+        return f"check that {name} resolves to the right machine on {host}, and that no firewall refuses the port"
+    return f"allow TCP ports from 1024 up between {host} and {name} (firewall, security group)"
 
 
 def exchange(
@@ -133,7 +131,7 @@ def _sent(name: str, sent: list[dict[str, Any]], fastest: float, names: Sequence
     if slowest["bytes_per_second"] * _SLOW >= fastest:
         return Check(name, "send", OK, message)
     message += f"; the fastest pair of hosts reaches {fastest / 1e9:.2f} GB/s"
-    fix = "see its cable, its switch port and its card's speed (ethtool), and what else uses them"
+    fix = "check its cable, its switch port and its card's speed (ethtool), and what else uses them"
     return Check(name, "send", WARNING, message, fix)
 
 
@@ -144,17 +142,17 @@ def _failure(
     last: dict[str, Any] = {"doing": "start"}
     doing = next((one for one in reversed(said) if "doing" in one), last)
     fix = (
-        f"see whether {card} is the card that joins the hosts (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name another),"
-        " and whether a firewall stands between them"
+        f"check that {card} is the network card that connects the hosts (choose another with"
+        " GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and that no firewall blocks them"
     )
     if backend == "NCCL":
-        fix += "; NCCL_DEBUG=INFO tells more"
+        fix += "; NCCL_DEBUG=INFO gives more details"
     if doing["doing"] == "send":
         pair = " and ".join(sorted((name, names[doing["peer"]])))
         return Check(name, "send", FAILED, f"between {pair}: {error}", fix)
     words = {
         "start": "torch did not start",
-        "meeting": f"it did not meet the others at {names[0]}",
+        "meeting": f"rendezvous at {names[0]} failed",
         "all-reduce": "the all-reduce",
     }
     if doing["doing"] == "start":

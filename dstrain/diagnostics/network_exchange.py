@@ -1,4 +1,4 @@
-"""One rank of a real exchange: ``python -m dstrain.diagnostics.network_exchange cpu|cuda``.
+"""One rank of the communication test: ``python -m dstrain.diagnostics.network_exchange cpu|cuda``.
 
 Rank and master address come from the environment.
 
@@ -87,7 +87,7 @@ def _now(tensor: torch.Tensor) -> float:
 def _check(tensor: torch.Tensor, value: float) -> None:
     if not bool((tensor == value).all()):
         wrong = tensor[tensor != value][:5].tolist()
-        raise RuntimeError(f"other numbers arrived than were sent: {wrong}, not {value}")
+        raise RuntimeError(f"received {wrong} instead of {value}")
 
 
 def _fastest(do: Callable[[], float]) -> float:

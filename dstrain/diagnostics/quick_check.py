@@ -1,4 +1,4 @@
-"""The quick half, before a run on several hosts: what would fail within minutes is refused within seconds."""
+"""The quick checks before a run on several hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     """Look at the hosts that are started over ssh, all at once; nothing where there are none.
 
     Raises:
-        DstrainError: some can't take part: which, why, and what mends it. Within 15 s for hosts that are silent.
+        DstrainError: some can't take part: which, why, and how to fix it. Within 15 s for hosts that are silent.
     """
     if not request.ssh_hosts:
         return
@@ -46,10 +46,10 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
     if not failed:
         return
     first = failed[0].host
-    look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` looks at everything" if hostfile else ""
+    look = f"; `dstrain doctor --hostfile {shlex.quote(hostfile)}` checks everything" if hostfile else ""
     raise DstrainError(
         _describe(failed, len(hosts)),
-        hint=f"mend this, or take the host out{look}",
+        hint=f"fix this, or remove the host{look}",
         where=f"{hostfile}:{lines[first][1]}" if first in lines else hostfile,
     )
 

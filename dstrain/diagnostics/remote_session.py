@@ -1,4 +1,4 @@
-"""A conversation with one machine: `dstrain.diagnostics.host` runs there, started over ssh, and is asked things."""
+"""A session with one machine: starts ``dstrain.diagnostics.host`` there over ssh, and queries it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Conversation:
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
-            fix = f"see what keeps it: ssh {self.host} {self._python} -m dstrain.cli.main --version"
+            fix = f"find out why: ssh {self.host} {self._python} -m dstrain.cli.main --version"
             self._trouble = Trouble(f"no answer within {seconds:.0f} s", fix)
             raise NoAnswerError(self._trouble) from None
         if answer is None:

@@ -1,1 +1,1 @@
-"""DeepSpeed's engines, mended and extended, behind one interface."""
+"""DeepSpeed's engines, patched and extended, behind one interface."""

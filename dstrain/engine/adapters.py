@@ -1,4 +1,4 @@
-"""The two engines behind the one interface."""
+"""Adapters of the two DeepSpeed engines to one interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, held in host memory until there is time to write them."""
+"""Holds the files of a checkpoint in host memory until they are written in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model and a DeepSpeed JSON to this rank's engine."""
+"""Builds this rank's engine from a model and a DeepSpeed JSON."""
 
 from __future__ import annotations
 

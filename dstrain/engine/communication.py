@@ -1,4 +1,4 @@
-"""Bring this rank into the world of all ranks."""
+"""Initialises the process group of this rank."""
 
 from __future__ import annotations
 

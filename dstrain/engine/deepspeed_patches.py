@@ -1,4 +1,4 @@
-"""What both engines need of DeepSpeed, mended: one gradient norm, and one optimizer for mixed precision."""
+"""Patches that both DeepSpeed engines need: one gradient norm, and one optimizer for mixed precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One gradient norm: of the whole model, each weight counted once.
+"""The gradient norm of the whole model, with each weight counted once.
 
 What DeepSpeed 0.19.8 does instead: ZeRO-0 with stages clips by the first stage's norm alone and
 reports none; ZeRO-1 and 2 do one collective a parameter group, which hangs when stages differ in

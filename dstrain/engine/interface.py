@@ -1,4 +1,4 @@
-"""What the training loop knows of an engine: the same for a pipeline and for one stage."""
+"""The engine interface that the training loop uses, the same for a pipeline and for one stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters in groups: what decays, what does not, and each weight that several layers tie."""
+"""Parameter groups: with and without weight decay, and tied weights."""
 
 from __future__ import annotations
 

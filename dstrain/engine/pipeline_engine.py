@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engines for any ZeRO stage, with tied weights that stay equal."""
+"""DeepSpeed's pipeline engine for every ZeRO stage, with tied weights that stay equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PipelineModule that is cut where the plan says, and ties weights one by one."""
+"""A PipelineModule that is partitioned as the plan says, and ties weights individually."""
 
 from __future__ import annotations
 

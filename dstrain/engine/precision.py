@@ -1,4 +1,4 @@
-"""The precisions that can be trained in, in torch's terms."""
+"""The supported precisions as torch dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: forget a layer's activations, and compute them again in the backward pass."""
+"""Activation checkpointing: drops a layer's activations and recomputes them in the backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas hold the same model, and tied weights are one weight: checked to the bit while training.
+"""The replica consistency check: replicas and tied weights must be bit-identical during training.
 
 A sum of each weight's bits is compared, which costs one read of the weights and two small collectives.
 """

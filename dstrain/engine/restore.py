@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, brought into an engine of another one.
+"""Loads a checkpoint of any layout into an engine of another layout.
 
 Each rank opens the old layout's files and reads the numbers that it owns: its stage's layers, and of these its
 partition of the fp32 weights and the optimizer's states. Nothing is written, and nothing is kept twice.
@@ -117,15 +117,16 @@ def _refuse_other_shapes(matched: Matched, saved: SavedState) -> None:
 
 
 def _refuse_lost_states(needed: set[str], matched: Matched, saved: SavedState) -> None:
-    """Refuse to train on with an optimizer that would begin anew. Raises DstrainError."""
+    """Refuse to train on with an optimizer that would start from nothing. Raises DstrainError."""
     for parameter, held in matched.items():
         lost = needed - held.states.keys()
         if parameter.requires_grad and lost:
             raise DstrainError(
-                f"the checkpoint does not tell the optimizer's {' and '.join(sorted(lost))} of {held.name}: an"
-                " earlier dstrain saved ZeRO-0's without names",
+                f"the checkpoint does not say which optimizer state ({' and '.join(sorted(lost))})"
+                f" belongs to {held.name}: an older dstrain saved ZeRO-0 states without names",
                 where=str(saved.folder),
-                hint="resume in the layout that it was made with; what is saved then can go to any other",
+                hint="resume once in the layout that it was made with; the next checkpoint can be resumed"
+                " in any layout",
             )
 
 

@@ -1,8 +1,8 @@
-"""Checkpoint files are read as data: what a file names is not imported, and nothing of it is run.
+"""Reads checkpoint files as data only: nothing that they name is imported or run.
 
 A pickle can name any function to be called while it is read, and a checkpoint folder may come from others. DeepSpeed
 reads its files with ``weights_only=False``. All its loading that dstrain uses asks the engine's `CheckpointEngine`
-for each file, and that is where it is mended.
+for each file, and that is where it is patched.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def load_safely(path: str | Path, map_location: Any = "cpu", *, mapped: bool = F
         named = _NAMED.search(str(error))
         if named:
             raise DstrainError(
-                f"this checkpoint file names {named[1]}, which is no part of a checkpoint: to read it could run code",
+                f"this checkpoint file refers to {named[1]}, which does not belong in a checkpoint:"
+                " loading it could run code",
                 where=str(path),
-                hint="nothing of it was run; remove this checkpoint, and the run goes on from the one before it",
+                hint="no code was run; remove this checkpoint, and the run continues from the one before it",
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
@@ -65,8 +66,8 @@ def read_safely(engine: Any) -> None:
     """Let a DeepSpeed engine read checkpoints so. Raises DstrainError where it is told to read otherwise."""
     if engine.load_universal_checkpoint():
         raise DstrainError(
-            "checkpoint.load_universal lets DeepSpeed run whatever a checkpoint's files name",
+            "checkpoint.load_universal lets DeepSpeed run code that is named in checkpoint files",
             where="deepspeed",
-            hint="leave it out: `dstrain resume RUN` with another layout's flags needs no universal checkpoint",
+            hint="remove it: `dstrain resume RUN` with another layout's flags needs no universal checkpoint",
         )
     engine.checkpoint_engine.load = load_safely

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, mapped and not read, and tensors whose pieces lie in several of them."""
+"""Maps DeepSpeed's checkpoint files, and assembles tensors that are spread over several of them."""
 
 from __future__ import annotations
 
@@ -82,6 +82,6 @@ class SavedTensor:
 
     def _incomplete(self, held: int, wanted: int) -> DstrainError:
         return DstrainError(
-            f"the checkpoint holds {held} of {wanted} numbers of a parameter",
+            f"the checkpoint holds {held} of {wanted} values of a parameter",
             where=str(self.pieces[0].path.parent),
         )

@@ -1,4 +1,4 @@
-"""A checkpoint's parameters one by one, read from DeepSpeed's files alone: no GPU, no process group, no engine.
+"""Reads a checkpoint's parameters one by one from DeepSpeed's files, without a GPU or an engine.
 
 What lies in ``state/`` (DeepSpeed 0.19.8, with S a stage and R a replica of it):
 
@@ -87,8 +87,8 @@ class SavedState:
                 "the weights of an `offload: nvme` run lie in DeepSpeed's swap files, which only its own"
                 " ranks can read",
                 where=str(checkpoint),
-                hint="train on with `dstrain resume RUN --steps N --set save_weights=true`: it leaves its last"
-                " weights as safetensors",
+                hint="continue with `dstrain resume RUN --steps N --set save_weights=true`: it writes the"
+                " final weights as safetensors",
             )
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         self._models = self._by_stage(_MODEL_FILE, names)
@@ -216,7 +216,7 @@ class SavedState:
         return weights | {alias: weights[source] for alias, source in aliases.items() if source in weights}
 
     def _joined(self, paths: list[Path], keys: tuple[Any, ...], shape: Any, start: int = 0) -> SavedTensor:
-        """A tensor that is shared out evenly among the replicas' files, the last share padded."""
+        """A tensor that is sharded evenly over the replicas' files, the last share padded."""
         total = math.prod(shape)
         share = math.ceil(total / len(paths))
         pieces = tuple(

@@ -1,4 +1,4 @@
-"""All layers of a model in one process: the same layers as a pipeline's, called one after the other."""
+"""All layers of a model in one process: the same layers as a pipeline's, called in order."""
 
 from __future__ import annotations
 

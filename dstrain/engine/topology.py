@@ -1,4 +1,4 @@
-"""Ranks in DeepSpeed's terms: stages of one replica are neighbours, as the plan's layout has them."""
+"""The plan's layout as a DeepSpeed topology: the stages of one replica have consecutive ranks."""
 
 from __future__ import annotations
 

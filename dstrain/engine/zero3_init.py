@@ -1,4 +1,4 @@
-"""ZeRO-3 from the start: a layer is shared out among the replicas as soon as it is built.
+"""ZeRO-3 initialisation: shards each layer across the replicas as soon as it is built.
 
 DeepSpeed would do so when the engine is made, with the whole model in each process by then.
 """
@@ -32,7 +32,7 @@ def zero3_init(deepspeed: dict[str, Any], mpu: Any = None) -> Callable[[nn.Modul
     def share_out(module: nn.Module) -> None:
         if all(is_zero_param(parameter) for parameter in module.parameters()):
             return
-        cast(module, _type_of(deepspeed))  # the engine casts only what is not shared out yet
+        cast(module, _type_of(deepspeed))  # the engine casts only what is not sharded yet
         document = copy.deepcopy(deepspeed)
         Init(module=module, data_parallel_group=group, config_dict_or_path=document, mpu=mpu)
         _give_back_freed_memory()

@@ -1,4 +1,4 @@
-"""ZeRO-3 below a pipeline: each stage's parameters are shared out among the replicas of that stage.
+"""ZeRO-3 within a pipeline: shards each stage's parameters across its replicas.
 
 DeepSpeed 0.19.8 refuses it. What stands in the way, and what is done about it here:
 
@@ -32,7 +32,9 @@ def _same_among(group: Any) -> Callable[[list[int]], None]:
         everyone: list[list[int] | None] = [None] * dist.get_world_size(group)
         torch.distributed.all_gather_object(everyone, list(numbers), group=group)
         if any(other != everyone[0] for other in everyone):
-            raise RuntimeError(f"the replicas of a stage use their parameters in another order: {everyone}")
+            raise RuntimeError(
+                f"the replicas of a stage use their parameters in different orders: {everyone}"
+            )
 
     return check
 

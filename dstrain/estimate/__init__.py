@@ -1,1 +1,1 @@
-"""What a run will need and take, before it runs: memory, time, traffic, disk."""
+"""Estimates before a run: memory, time, traffic, disk."""

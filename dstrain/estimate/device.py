@@ -1,4 +1,4 @@
-"""What a device can do, in numbers: from ``ds_configs/devices/``, from a file of the user's, or of the CPU here."""
+"""Device descriptions: from ``ds_configs/devices/``, from a user's file, or of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def find_device(name_or_file: str, where: str) -> Device:
     near = near[:1] or difflib.get_close_matches(name, known_devices(), n=1, cutoff=0.4)
     known = f"known: {', '.join(known_devices())}; or a YAML file like {_folder() / 'h200.yaml'}"
     raise DstrainError(
-        f"there is no device {name_or_file!r}",
+        f"unknown device {name_or_file!r}",
         where=where,
         hint=f"did you mean {near[0]}? {known}" if near else known,
     )
@@ -194,14 +194,16 @@ def _document(path: Path, where: str) -> Document:
     document = read_yaml(path, where=where)
     _check(document.values, _FORM, (), document, str(path))
     if not document.values["teraflops"]:
-        raise DstrainError("teraflops names no precision", where=str(path), hint="for example fp32: 19.5")
+        raise DstrainError("teraflops lists no precision", where=str(path), hint="for example fp32: 19.5")
     if document.values.get("kind", "cuda") not in ("cuda", "cpu"):
         where = f"{path}:{document.lines[('kind',)]}"
-        raise DstrainError("kind is cuda, or cpu for the cores of a host", where=where, hint="kind: cuda")
+        raise DstrainError(
+            "kind must be cuda, or cpu for the cores of a host", where=where, hint="kind: cuda"
+        )
     if document.values["utilisation"] > 1:
         line = document.lines[("utilisation",)]
         raise DstrainError(
-            "utilisation is a fraction of the peak, at most 1",
+            "utilisation must be a fraction of the peak, at most 1",
             where=f"{path}:{line}",
             hint="for example 0.45",
         )
@@ -224,7 +226,7 @@ def _check(
         if isinstance(wanted, Mapping):
             if not isinstance(value, dict):
                 raise DstrainError(
-                    f"{dotted} holds {', '.join(wanted)}", where=place, hint="indent these below it"
+                    f"{dotted} must contain {', '.join(wanted)}", where=place, hint="indent these below it"
                 )
             _check(value, wanted, here, document, name)
         elif not _is(value, wanted):
@@ -233,7 +235,7 @@ def _check(
     if missing:
         dotted = ".".join((*path, missing[0]))
         raise DstrainError(
-            f"{dotted} is missing", where=name, hint=f"see {_folder() / 'h200.yaml'} for a file that is whole"
+            f"{dotted} is missing", where=name, hint=f"see {_folder() / 'h200.yaml'} for a complete file"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run's checkpoints will need of the disk, and whether there is so much."""
+"""How much disk space a run's checkpoints need, and whether it is available."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def check_disk(*, needed: int, one: int, free: int, held: int, where: str) -> No
     if needed <= free + held:
         return
     fitting = (free + held) // one if one else 0
-    instead = "--set runs_dir=FOLDER names a folder on another disk"
+    instead = "choose a folder on another disk with --set runs_dir=FOLDER"
     if fitting >= 2:
         instead = f"--keep {fitting - 1} without --keep-every fits; or {instead}"
     raise DstrainError(
-        f"the checkpoints need {format_bytes(needed)} at most ({format_bytes(one)} each, one of them while it is being"
-        f" written), and {format_bytes(free + held)} are left for them",
+        f"the checkpoints need {format_bytes(needed)} at most ({format_bytes(one)} each, including the"
+        f" one being written), but only {format_bytes(free + held)} are free for them",
         where=where,
         hint=instead,
     )

@@ -1,4 +1,4 @@
-"""What a rank needs of its device's memory, by class: for a given cut, and layer by layer for the search of one.
+"""Estimates a rank's device memory by class, for a partition or layer by layer.
 
 Left out: the accelerator's own context, the communication library's buffers and fragmentation, for which
 `USABLE` leaves room. Compared with every tensor of real ranks in tests/distributed/test_memory.py.

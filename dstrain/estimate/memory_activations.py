@@ -1,4 +1,4 @@
-"""What forward passes keep for backward passes on a rank, what both take for a moment, and what the loss takes."""
+"""Estimates activation memory: what forward passes save, temporary memory, and the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gradients and DeepSpeed's buffers take at the moments of a step at which a rank may be fullest.
+"""Estimates gradients and DeepSpeed's buffers at the moments of peak memory in a step.
 
 The numbers are those of DeepSpeed 0.19.8, read in its source and measured: the buckets of ``stage_1_and_2.py``
 (setup_buckets, reduce_gradients, allreduce_bucket, copy_grads_in_partition) and ``stage3.py`` (ipg_buckets,
@@ -220,7 +220,7 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
 
 
 def _standing(config: RunConfig, stage: Stage, share: int, on_cpu: bool) -> int:
-    """A gradient's copy, and where host and device are one memory its twin and the weights on their way back."""
+    """A gradient's copy, and where host and device are one memory its copy there and the weights on their way back."""
     if config.offload == "none" or config.zero == 3:
         return 0
     weight = weight_bytes(config)

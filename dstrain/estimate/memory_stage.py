@@ -1,4 +1,4 @@
-"""The parameters of one stage, as the estimate of its memory needs them."""
+"""The parameters of one stage, as the memory estimate needs them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Stage:
         both_ends: of those that two of this stage's layers use: their gradients meet.
         pass_through: of those that one backward pass meets: with dualpipev a stage's chunks have passes of their own.
         bucket: of the reductions, sized to the largest stage.
-        replicas: among which ZeRO shares out.
+        replicas: across which ZeRO shards.
         loss: whether it computes the loss.
         alone: whether it is the only stage.
     """

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states of a rank."""
+"""Estimates the memory of weights, gradients and optimizer states of a rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def state_bytes(
 ) -> StateBytes:
     """Parameters, gradients and optimizer states of one parameter on one rank.
 
-    In 16 bits with AdamW: 2 + 2 + 12, of which ZeRO-1 shares out the 12 among the replicas, ZeRO-2 the gradients'
+    In 16 bits with AdamW: 2 + 2 + 12, of which ZeRO-1 shards the 12 across the replicas, ZeRO-2 the gradients'
     2 too, ZeRO-3 all. In fp32 DeepSpeed's ZeRO keeps a second fp32 copy of the weights as well.
 
     Args:

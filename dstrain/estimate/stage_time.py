@@ -1,4 +1,4 @@
-"""How long each layer and each stage take beside the others, in FLOPs: an estimate.
+"""Estimates the relative time of layers and stages, in FLOPs.
 
 Matrix multiplications are counted, at one rate for all; norms, activation functions, the optimizer and what is sent
 are not.

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: computing, waiting, sending, updating. An estimate whose assumptions are named."""
+"""Estimates the time of an optimizer step: computation, waiting, communication, update."""
 
 from __future__ import annotations
 
@@ -309,34 +309,32 @@ def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str
     found = [
         f"layers compute at {device.utilisation:.0%} of {device.name}'s {peak:,.4g} TFLOP/s in {config.precision}"
         f" ({device.source})",
-        f"links and memory give {REACHED:.0%} of their nominal bandwidth, and nothing else uses them",
+        f"links and memory reach {REACHED:.0%} of their nominal bandwidth, and nothing else uses them",
     ]
     if device.kind == "cpu":
         found.append("the ranks of a host share its cores, its memory and the loopback device evenly")
         most = max(host.slots for host in layout.hosts)
         if layout.pipeline > 1 and most > device.gpus_per_node:
-            found.append(f"{most} ranks share {device.gpus_per_node} cores: while one waits, others use them")
+            found.append(f"{most} ranks share {device.gpus_per_node} cores: while one waits, others compute")
     else:
         found.append(
             f"a layer launches its kernels in {device.layer_overhead * 1e6:.0f} us, ahead of the work"
         )
     if layout.data_parallel > 1:
         if config.zero == 3 and layout.pipeline == 1 and device.kind == "cuda":
-            found.append("ZeRO-3 gathers and reduces behind the computing, but for the first layer of a pass")
+            found.append("ZeRO-3 gathers and reduces while computing, except for the first layer of a pass")
         else:
-            found.append("nothing hides what replicas send each other")
+            found.append("communication between replicas does not overlap with computation")
     if layout.pipeline > 1:
-        found.append("a stage does not compute while it sends to its neighbours or receives from them")
+        found.append("a stage does not compute while it sends to or receives from adjacent stages")
         if layout.schedule == "dualpipev":
-            found.append("with dualpipev what is sent and received at once takes the time of one")
+            found.append("with dualpipev, a simultaneous send and receive takes the time of one")
     if len(layout.hosts) > 1:
         found.append(
-            f"each device has {device.between.bandwidth / 1e9:,.3g} GB/s of the network between the hosts for itself"
+            f"each device has {device.between.bandwidth / 1e9:,.3g} GB/s of network bandwidth between hosts to itself"
         )
         if layout.data_parallel > 1 and layout.hosts[0].slots > 1:
-            found.append(
-                "what replicas send from host to host goes over the cards of all ranks there side by side"
-            )
+            found.append("traffic of replicas between hosts uses the network cards of all ranks in parallel")
     if config.offload != "none" and device.kind == "cuda":
         found.append(
             f"the ranks of a host share its memory's {device.host_memory_bandwidth / 1e9:,.0f} GB/s for the"
@@ -344,5 +342,5 @@ def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str
         )
     if config.offload == "nvme":
         found.append(f"they share a disk of {device.disk_bandwidth / 1e9:,.3g} GB/s")
-    found.append("validation losses, checkpoints, and waiting for data or for slower machines are left out")
+    found.append("validation, checkpoints, and waiting for data or for slower machines are not included")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""What travels in one optimizer step: every collective and message that the engines send, in bytes.
+"""Estimates the traffic of an optimizer step: every collective and message, in bytes.
 
 The formulas say what DeepSpeed 0.19.8 does with the JSON that a plan composes; tests/distributed/test_traffic.py
 holds them to the bytes of real runs. A ring of n ranks sends (n - 1) / n of a tensor from each rank for a
@@ -289,7 +289,7 @@ def _replicas_meet(slots: tuple[int, ...], pipeline: int, replicas: int, stage: 
 
 @lru_cache(maxsize=4096)
 def _crosses(slots: tuple[int, ...], pipeline: int, replicas: int, stage: int) -> bool:
-    """Whether a neighbour of this stage lies on another host, in any replica."""
+    """Whether an adjacent stage lies on another host, in any replica."""
     layout = _on(slots, pipeline, replicas)
     return any(
         layout.host(layout.rank(at, replica)) != layout.host(layout.rank(at + 1, replica))

@@ -1,1 +1,1 @@
-"""From a run's checkpoint to a Hugging Face folder, and a look at what came out."""
+"""Exports a run's checkpoint as a Hugging Face folder, and checks the result."""

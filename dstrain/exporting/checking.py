@@ -1,4 +1,4 @@
-"""Whether an exported folder holds the trained model: file by file, name by name, and by its validation loss."""
+"""Checks that an exported folder contains the trained model: files, names and validation loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_files(folder: Path, files: list[str], tensors: ExportedTensors) -> Non
                 found[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
     if place.keys() != tensors.files.keys():
         odd = sorted(place.keys() ^ tensors.files.keys())
-        raise _wrong(f"the files hold other tensors than the model: {odd[0]}", folder)
+        raise _wrong(f"the files contain other tensors than the model: {odd[0]}", folder)
     progress = Progress("comparing it with the checkpoint", tensors.bytes, "bytes")
     done = 0
     for part in tensors.parts():
@@ -48,12 +48,12 @@ def check_files(folder: Path, files: list[str], tensors: ExportedTensors) -> Non
             with safe_open(folder / file, framework="pt") as opened:
                 for name in (name for name in part if place[name] == file):
                     if not _same_bits(opened.get_tensor(name), part[name]):
-                        raise _wrong(f"{name} is not what the checkpoint holds", folder / file)
+                        raise _wrong(f"{name} differs from the checkpoint", folder / file)
                     done += part[name].nbytes
         progress.update(done)
     config = load_config(folder)
     if getattr(config, "quantization_config", None):
-        raise _wrong("its config.json has a quantization_config, and the weights are not quantized", folder)
+        raise _wrong("its config.json has a quantization_config, but the weights are not quantized", folder)
     if wrong := refused_keys(config, found):
         raise _wrong(f"from_pretrained would not find the model in these files: {wrong[0]}", folder)
 
@@ -62,7 +62,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Raises DstrainError (exit code 1) if the folder's tokenizer does not give the ids that were trained on."""
     exported = load_tokenizer(str(folder))
     if not np.array_equal(exported.encode(_TEXT), tokenizer.encode(_TEXT)):
-        raise _wrong("the exported tokenizer gives other ids than the one that was trained with", folder)
+        raise _wrong("the exported tokenizer produces other ids than the one used in training", folder)
 
 
 def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -73,7 +73,7 @@ def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTraine
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if told.get(what):
-            raise _wrong(f"from_pretrained tells of {what}: {sorted(map(str, told[what]))[0]}", folder)
+            raise _wrong(f"from_pretrained reports {what}: {sorted(map(str, told[what]))[0]}", folder)
     return model.eval()
 
 
@@ -82,9 +82,7 @@ def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
     written = set(tensors.names())
     for name, parameter in model.named_parameters():
         if name in written and not _same_bits(parameter.detach(), tensors.value(name).to(parameter.dtype)):
-            raise _wrong(
-                f"{name} is loaded with other values than the checkpoint holds", Path(model.name_or_path)
-            )
+            raise _wrong(f"{name} loads with other values than the checkpoint's", Path(model.name_or_path))
 
 
 @torch.no_grad()

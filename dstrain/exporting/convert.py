@@ -1,4 +1,4 @@
-"""``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: a run's checkpoint becomes a model folder.
+"""``python -m dstrain.exporting.convert REQUEST.json ANSWER.json``: converts a checkpoint to a model folder.
 
 Runs on a CPU, with one block and one file of the model in memory; only the validation loss loads the whole.
 """
@@ -107,7 +107,7 @@ def _writing(out: Path) -> Iterator[None]:
         raise DstrainError(
             f"this folder can't be written: {error.strerror or error}{what}",
             where=str(out),
-            hint="name a folder that can be made",
+            hint="name a folder that can be created",
         ) from error
 
 
@@ -119,7 +119,7 @@ def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
             raise DstrainError(
                 "the model's configuration has changed since the checkpoint was written",
                 where=str(path),
-                hint="put the file back as it was",
+                hint="restore the original file",
             )
     return load_config(path)
 

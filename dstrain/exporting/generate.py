@@ -1,4 +1,4 @@
-"""``python -m dstrain.exporting.generate REQUEST.json ANSWER.json``: a model folder continues a prompt."""
+"""``python -m dstrain.exporting.generate REQUEST.json ANSWER.json``: generates text with a model folder."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _load_tokenizer(folder: Path) -> Any:
         raise DstrainError(
             f"the tokenizer can't be loaded: {_in_a_line(error)}",
             where=str(folder),
-            hint="put its tokenizer files there again",
+            hint="restore its tokenizer files",
         ) from error
 
 
@@ -90,13 +90,14 @@ def _tokens_that_fit(config: PretrainedConfig, prompt: int, wanted: int) -> int:
         return wanted
     if prompt >= positions:
         raise DstrainError(
-            f"the prompt has {prompt:,} tokens, and with the model's {positions:,} positions nothing fits behind it",
+            f"the prompt has {prompt:,} tokens, which leaves no room for a continuation within the"
+            f" model's {positions:,} positions",
             where="PROMPT",
-            hint="shorten it",
+            hint="shorten the prompt",
         )
     print(  # as progress is told: the command line passes this on
-        f"dstrain: --tokens {wanted} is cut to {positions - prompt}: the model has {positions:,} positions, "
-        f"and the prompt takes {prompt:,}",
+        f"dstrain: --tokens {wanted} is reduced to {positions - prompt}: the model has {positions:,}"
+        f" positions, and the prompt takes {prompt:,}",
         file=sys.stderr,
     )
     return positions - prompt

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as they go into a model folder: one precision, the family's names on disk."""
+"""A checkpoint's tensors in the form of a model folder: one precision, the family's names on disk."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ExportedTensors:
         rounded = value.to(wanted.dtype)
         if rounded.dtype == torch.float16 and not exact and (rounded.isinf() & value.isfinite()).any():
             raise DstrainError(
-                f"{name} holds a number of {value.abs().max():.3g}, and fp16 ends at 65504",
+                f"{name} contains the value {value.abs().max():.3g}, and the largest fp16 value is 65504",
                 where="--dtype",
                 hint="--dtype bf16",
             )

@@ -1,4 +1,4 @@
-"""Safetensors files and their index, written a few gigabytes at a time."""
+"""Writes safetensors files and their index, a few gigabytes at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _ROOM:
         raise DstrainError(
-            f"the model takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on this disk",
+            f"the model needs {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free on this disk",
             where=str(folder),
             hint="choose OUT on another disk, or --dtype bf16",
         )

@@ -1,1 +1,1 @@
-"""What is optional beside a training, each as a hook: trackers, the profiler."""
+"""Built-in hooks: experiment trackers and the profiler."""

@@ -1,4 +1,4 @@
-"""MLflow: a tracking server where one is named, else a database in the run folder (``mlflow.db``)."""
+"""MLflow tracker: a tracking server, or a database in the run folder (``mlflow.db``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.profiler around some steps: ``profile: {steps: [10, 13]}``; a trace for each rank that was asked for."""
+"""torch.profiler hook: ``profile: {steps: [10, 13]}``; one trace per requested rank."""
 
 from __future__ import annotations
 

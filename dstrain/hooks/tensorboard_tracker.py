@@ -1,4 +1,4 @@
-"""TensorBoard: event files in ``tensorboard/`` of the run folder. ``tensorboard --logdir runs`` shows all runs."""
+"""TensorBoard tracker: event files in ``tensorboard/`` of the run folder."""
 
 from __future__ import annotations
 

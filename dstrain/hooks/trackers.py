@@ -1,4 +1,4 @@
-"""What all trackers have in common: metrics go to a library or a server, and never hold up or end a run.
+"""The base of all trackers: sends metrics to a library or server without delaying or ending a run.
 
 The training's thread only puts records into a bounded queue. A thread of the tracker's own opens the library, writes
 what has come, a batch at a time, and tries again after a failure. What hangs is left behind at the end.
@@ -116,7 +116,7 @@ class Tracker(Hook):
         if len(self._queue) == LIMIT:
             self._dropped += 1
             if self._dropped == 1:
-                self.tell(f"can't keep up: of {LIMIT} steps that wait, the oldest are dropped from now on")
+                self.tell(f"can't keep up: {LIMIT} steps are waiting, and from now on the oldest are dropped")
         self._queue.append((time.time(), dict(record)))
 
     def _end(self, state: State) -> None:
@@ -204,7 +204,7 @@ class Tracker(Hook):
             self._said_failure = True
             lines = str(error).strip().splitlines()
             reason = ": ".join([type(error).__name__, *(line[:_LONGEST_TEXT] for line in lines[:1])])
-            self.tell(f"failed: {reason}; the run goes on, and it is tried again")
+            self.tell(f"failed: {reason}; the run continues, and the tracker will be retried")
 
     def _leave_behind(self, *, hangs: bool) -> None:
         """Say what is not written, once, and end what would outlive this process."""

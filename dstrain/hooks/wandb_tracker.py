@@ -1,4 +1,4 @@
-"""Weights & Biases: online where rank 0's host has an API key, else offline in ``wandb/`` of the run folder."""
+"""Weights & Biases tracker: online if rank 0's host has an API key, else offline in the run folder."""
 
 from __future__ import annotations
 

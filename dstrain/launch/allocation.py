@@ -1,4 +1,4 @@
-"""The Slurm allocation that this process stands in: its hosts, and how many ranks each may hold."""
+"""Reads the Slurm allocation of this process: its hosts, and the number of ranks on each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names_of(node_list: str) -> list[str]:
     if which("scontrol") is None:
         raise DstrainError(
             "SLURM_JOB_ID is set, but Slurm's scontrol is not in PATH",
-            hint="put Slurm's commands into PATH; --launcher local stays on this machine",
+            hint="add Slurm's commands to PATH, or use --launcher local to stay on this machine",
         )
     import subprocess
 
@@ -38,7 +38,7 @@ def names_of(node_list: str) -> list[str]:
     if said.returncode:
         raise DstrainError(
             f"scontrol does not know the hosts of this job: {said.stderr.strip()}",
-            hint="is SLURM_JOB_NODELIST what Slurm has set?",
+            hint="check that SLURM_JOB_NODELIST was set by Slurm",
         )
     return said.stdout.split()
 
@@ -61,7 +61,7 @@ def slurm_allocation(
     if not node_list:
         raise DstrainError(
             "SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not",
-            hint="type the command inside sbatch or salloc, or unset SLURM_JOB_ID if this is no job",
+            hint="run the command inside sbatch or salloc, or unset SLURM_JOB_ID if this is not a Slurm job",
         )
     # One host needs no tool of Slurm, which a container inside a job may lack.
     hosts = [node_list] if _ONE_NAME.fullmatch(node_list) else names(node_list)
@@ -71,9 +71,9 @@ def slurm_allocation(
         tasks = [int(gpus)] * len(hosts)
     if len(tasks) != len(hosts):
         raise DstrainError(
-            f"Slurm names {len(hosts)} hosts and the tasks of {len(tasks)}",
-            hint="type the command in the shell of salloc or in the batch script, and not under srun, which sets"
-            " SLURM_TASKS_PER_NODE anew; or name the hosts in a --hostfile",
+            f"Slurm lists {len(hosts)} hosts, but task counts for {len(tasks)}",
+            hint="run the command in the shell of salloc or in the batch script, not under srun, which"
+            " overwrites SLURM_TASKS_PER_NODE; or name the hosts in a --hostfile",
         )
     return Allocation(job, tuple(Host(name, slots) for name, slots in zip(hosts, tasks, strict=True)))
 
@@ -84,6 +84,8 @@ def _tasks(text: str) -> list[int]:
     for group in text.split(","):
         match = _GROUP.fullmatch(group)
         if match is None:
-            raise DstrainError(f"SLURM_TASKS_PER_NODE is {text!r}", hint="unset it if this is no Slurm job")
+            raise DstrainError(
+                f"SLURM_TASKS_PER_NODE is {text!r}", hint="unset it if this is not a Slurm job"
+            )
         found += [int(match[1])] * int(match[2] or 1)
     return found

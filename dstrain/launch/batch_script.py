@@ -1,4 +1,4 @@
-"""launch.sbatch: the batch script of a Slurm job that trains a run folder, and comes back when its time is over."""
+"""launch.sbatch: the batch script of a Slurm job that trains a run and requeues itself."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _quoted(path: Path) -> str:
     text = str(path)
     if any(sign in text for sign in "\"'\\\n"):
         raise DstrainError(
-            f"sbatch would not understand the path of the run folder: {text!r}",
-            hint="--name and runs_dir without quotes, backslashes and line ends",
+            f"sbatch can't handle the path of the run folder: {text!r}",
+            hint="use a --name and runs_dir without quotes, backslashes and newlines",
         )
     return '"' + text.replace("%", "%%") + '"'
 
@@ -75,7 +75,9 @@ def _quoted(path: Path) -> str:
 def _checked(option: str) -> str:
     if not option.startswith("-") or "\n" in option:
         raise DstrainError(
-            f"{option!r} is no option of sbatch", where="--sbatch", hint="as in --sbatch --time=04:00:00"
+            f"{option!r} is not an sbatch option",
+            where="--sbatch",
+            hint="for example --sbatch --time=04:00:00",
         )
     return option
 
@@ -85,7 +87,7 @@ _SCRIPT = """\
 {directives}
 
 # Written by `dstrain submit`. It trains what config.yaml beside it says, from the newest checkpoint if there is one.
-# It may be edited, and submitted again by hand: sbatch {script}
+# It may be edited and submitted again: sbatch {script}
 
 cd -- {directory} || exit 1
 

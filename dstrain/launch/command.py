@@ -1,4 +1,4 @@
-"""The command that starts the ranks, spelled out in launch.sh so that a person can run it."""
+"""The command that starts the ranks, written to launch.sh so that a person can run it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_launch_files(request: LaunchSpec) -> None:
     exported = dict(sorted((request.environment | _rendezvous(request)).items()))
     lines = [
         "#!/usr/bin/env bash",
-        "# Starts this run: written by dstrain, works by hand from any folder.",
+        "# Starts this run: written by dstrain; can be run manually from any folder.",
         "set -eu",
         f"cd -- {shlex.quote(str(request.directory.absolute()))}",
         forgetting(remote=remote),
@@ -70,7 +70,7 @@ def write_launch_files(request: LaunchSpec) -> None:
 
 def supervised_environment(request: LaunchSpec, control: str) -> dict[str, str]:
     """What the supervisor sets for launch.sh: where the ranks find it. It stands in no file of the run that a
-    person would start again by hand. Raises DstrainError where the file for other hosts can't be written."""
+    person would start again manually. Raises DstrainError where the file for other hosts can't be written."""
     told = {ADDRESS: control, NODE_RANK: str(request.node)}
     if request.over_ssh:
         travelling = RunFolder(request.run_folder).supervised_environment
@@ -125,5 +125,5 @@ def free_port() -> int:
             return port
     raise DstrainError(
         f"no free TCP port was found from {_PORTS.start} to {_PORTS.stop - 1}.",
-        hint="name one that the ranks may use",
+        hint="set --master-port to one that the ranks may use",
     )

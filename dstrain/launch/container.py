@@ -1,4 +1,4 @@
-"""A dstrain command in the container image, as ``launch/docker.sh`` starts it."""
+"""Runs a dstrain command in the container image, as ``launch/docker.sh`` does."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def in_image(
         raise DstrainError(
             "neither docker nor podman is installed",
             where="--image",
-            hint="install one, or leave --image out",
+            hint="install one, or remove --image",
         )
     missing = _why_not(engine, image)
     if missing is not None:
         raise DstrainError(
             f"{engine} has no image {image}: {missing}",
             where="--image",
-            hint="bring it here (docker pull, docker load, docker build), or --image NAME for another one",
+            hint="get it (docker pull, docker load, docker build), or choose another with --image NAME",
         )
     return ["bash", str(container_script()), *arguments], {**environ, "DOCKER": engine, "IMAGE": image}
 
@@ -52,9 +52,9 @@ def refuse_unseen(paths: Mapping[str, str], environ: Mapping[str, str] = os.envi
         path = Path(value).expanduser()
         if path.is_absolute() and not any(path.is_relative_to(place) for place in mounted):
             raise DstrainError(
-                f"the container does not see {path}",
+                f"the container can't see {path}",
                 where=key,
-                hint=f"MOUNT={path.parent} in front of the command shows it that folder",
+                hint=f"put MOUNT={path.parent} in front of the command to mount that folder",
             )
 
 

@@ -1,4 +1,4 @@
-"""What this machine computes on: found without torch, so that a plan needs no CUDA context and no import."""
+"""Finds this machine's devices without importing torch or creating a CUDA context."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
     if wanted == "cuda":
         raise DstrainError(
             "DS_ACCELERATOR=cuda asks for GPUs, but none is visible.",
-            hint="see `nvidia-smi` and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu",
+            hint="check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu",
             where="DS_ACCELERATOR",
         )
     precisions = ("fp32", "bf16", "fp16") if _has_half_precision() else ("fp32", "bf16")
@@ -163,7 +163,7 @@ def _visible(gpus: list[_Gpu], chosen: str | None) -> list[_Gpu]:
         if entry.startswith("MIG-"):
             raise DstrainError(
                 "DeepSpeed's launcher names GPUs by number and can't address a MIG slice.",
-                hint="give whole GPUs: CUDA_VISIBLE_DEVICES=0,1",
+                hint="use whole GPUs: CUDA_VISIBLE_DEVICES=0,1",
                 where="CUDA_VISIBLE_DEVICES",
             )
         if entry.startswith("GPU-"):

@@ -1,4 +1,4 @@
-"""The environment that the ranks need, and the file in which it travels to other hosts."""
+"""The environment of the ranks, and the file that carries it to other hosts."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def check_environment(environment: Mapping[str, str], *, remote: bool) -> None:
     for name, value in environment.items():
         if not _NAME.fullmatch(name):
             raise DstrainError(
-                f"{name!r} is not the name of an environment variable.",
+                f"{name!r} is not a valid name of an environment variable",
                 hint="use letters, digits and _",
                 where="environment",
             )
         if any(sign in value for sign in "\n\r\0"):
             raise DstrainError(
-                f"the value of {name} holds a line end, which can't travel in an environment file.",
+                f"the value of {name} contains a newline, which an environment file can't hold",
                 hint="write it into a file on every host and pass the file's path",
                 where=f"environment: {name}",
             )
@@ -127,7 +127,7 @@ def check_environment(environment: Mapping[str, str], *, remote: bool) -> None:
         if remote and (altered or value != value.strip()):
             what = " ".join(altered) or "spaces at its ends"
             raise DstrainError(
-                f"the value of {name} holds {what}, which DeepSpeed's way over ssh does not keep.",
+                f"the value of {name} contains {what}, which DeepSpeed's launch over ssh does not preserve",
                 hint="write it into a file on every host and pass the file's path",
                 where=f"environment: {name}",
             )

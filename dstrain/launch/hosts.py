@@ -1,4 +1,4 @@
-"""The hostfile: which machines a run may use, and how many processes each takes.
+"""Reads the hostfile: the machines of a run, and the number of processes on each.
 
 The format is DeepSpeed's own (``name slots=N``), read more strictly: what DeepSpeed accepts and then
 gets wrong (a bare host, ``slots=0``, trailing words) is refused here with its line.
@@ -36,8 +36,8 @@ def numbered_hosts(path: str | os.PathLike[str]) -> dict[Host, int]:
     """The hosts of `read_hostfile` with their lines, counted from 1. Raises DstrainError as that does."""
     if not Path(path).exists():
         raise DstrainError(
-            "there is no such hostfile.",
-            hint="write one line a machine: `name slots=N`, N being its number of GPUs",
+            "hostfile not found",
+            hint="write one line per host: `name slots=N`, where N is its number of GPUs",
             where=shown(path),
         )
     text = read_text(Path(path), where="the hostfile")
@@ -53,14 +53,14 @@ def numbered_hosts(path: str | os.PathLike[str]) -> dict[Host, int]:
             if _one_name(host.name, other.name):
                 alias = "" if host.name == other.name else f", as {other.name}"
                 raise DstrainError(
-                    f"host {host.name} stands in line {line} already{alias}.",
+                    f"duplicate host {host.name} (first listed on line {line}{alias})",
                     hint="give each host one line, with all of its slots",
                     where=where,
                 )
         hosts[host] = number
     if not hosts:
         raise DstrainError(
-            "the hostfile names no host.", hint="write one line a machine: `name slots=N`", where=f"{path}:1"
+            "the hostfile lists no hosts", hint="write one line per host: `name slots=N`", where=f"{path}:1"
         )
     return hosts
 
@@ -75,26 +75,28 @@ def _parse(words: list[str], where: str) -> Host:
             hint = (
                 "pdsh takes no colon: give an IPv6 address a name, and a port to ~/.ssh/config (`Port ...`)"
             )
-        raise DstrainError(f"{name!r} is not a host name.", hint=hint, where=where)
+        raise DstrainError(f"{name!r} is not a host name", hint=hint, where=where)
     if len(words) == 1:
         raise DstrainError(
-            f"host {name} has no slots.", hint=f"write `{name} slots=N`, N being its GPUs", where=where
+            f"host {name} has no slots",
+            hint=f"write `{name} slots=N`, where N is its number of GPUs",
+            where=where,
         )
     key, equals, value = words[1].partition("=")
     if key != "slots" or not equals:
         raise DstrainError(
-            f"{words[1]!r} stands where slots=N belongs.", hint=f"write `{name} slots=N`", where=where
+            f"expected slots=N, found {words[1]!r}", hint=f"write `{name} slots=N`", where=where
         )
     if not _SLOTS.fullmatch(value) or int(value) == 0:
         raise DstrainError(
-            f"slots={value} is not a number of processes.",
-            hint=f"write a whole number from 1 on without spaces: `{name} slots=8`",
+            f"slots={value} is not a number of processes",
+            hint=f"write a whole number, 1 or more, without spaces: `{name} slots=8`",
             where=where,
         )
     if len(words) > 2:
         raise DstrainError(
-            f"{' '.join(words[2:])!r} means nothing here.",
-            hint=f"write `{name} slots={int(value)}` alone; `#` starts a comment",
+            f"unexpected text {' '.join(words[2:])!r}",
+            hint=f"write `{name} slots={int(value)}` and nothing else; `#` starts a comment",
             where=where,
         )
     return Host(name, int(value))

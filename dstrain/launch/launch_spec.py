@@ -1,4 +1,4 @@
-"""What a launch depends on, whichever launcher does it."""
+"""What a launch depends on, for any launcher."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def check_slots(request: LaunchSpec) -> None:
         if host.slots < request.processes_per_host:
             count = request.processes_per_host
             raise DstrainError(
-                f"host {host.name} has {host.slots} slots, and {count} processes a host are asked for.",
-                hint=f"ask for at most {host.slots} processes a host, or raise the host's slots",
+                f"host {host.name} has {host.slots} slots, but {count} processes per host were requested",
+                hint=f"request at most {host.slots} processes per host, or raise the host's slots",
             )
 
 
@@ -114,8 +114,8 @@ def check_remote(request: LaunchSpec) -> None:
         request.master_addr == "localhost" or request.master_addr.startswith(("127.", "::1"))
     ):
         raise DstrainError(
-            f"the other hosts can't reach rank 0 at {request.master_addr}.",
-            hint="give an address of the first host that the others reach",
+            f"the other hosts can't reach rank 0 at {request.master_addr}",
+            hint="set --master-addr to an address of the first host that the others can reach",
             where="master_addr",
         )
     for what, path in (
@@ -125,8 +125,8 @@ def check_remote(request: LaunchSpec) -> None:
     ):
         if not is_plain(path):
             raise DstrainError(
-                f"the path of the {what} would not survive the remote shell: {path!r}.",
-                hint="use letters, digits and @ + = : , . _ / - only",
+                f"the path of the {what} would not survive the remote shell: {path!r}",
+                hint="use only letters, digits and @ + = : , . _ / -",
             )
 
 

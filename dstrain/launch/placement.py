@@ -1,4 +1,4 @@
-"""Where a run's ranks are to run, and what starts them there: the one place that decides it."""
+"""Decides where a run's ranks are placed, and which launcher starts them."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ def find_placement(
     for key in ("nodes", "processes"):
         if getattr(config, key) is not None:
             raise DstrainError(
-                f"{key} is for --launcher none, where dstrain is typed on every node",
+                f"{key} is only for --launcher none, where you start dstrain on every node",
                 where=str(resolved.origin(key)),
-                hint="name the hosts in a --hostfile, use a Slurm allocation (dstrain submit), or --launcher none;"
-                " dstrain plan --device NAME is for nodes that are not here",
+                hint="list the hosts in a --hostfile, use a Slurm allocation (dstrain submit), or use"
+                " --launcher none; to plan for other nodes, use dstrain plan --device NAME",
             )
     if config.hostfile is not None and config.launcher == "slurm":
         raise DstrainError(
-            "with --launcher slurm the hosts are those of the job, in Slurm's order, and a hostfile names others",
+            "--launcher slurm can't be used with a hostfile: the hosts are those of the job, in Slurm's order",
             where=str(resolved.origin("hostfile")),
-            hint="leave it out, or leave --launcher slurm out: the hosts are reached over ssh then",
+            hint="remove the hostfile, or remove --launcher slurm to reach the hosts over ssh",
         )
     if config.hostfile is not None:
         hosts = read_hostfile(config.hostfile)
         return Placement(hosts, config.launcher or ("local" if runs_here(hosts) else "pdsh"))
     if config.launcher in ("pdsh", "openmpi"):
         raise DstrainError(
-            f"{config.launcher} starts ranks on other machines, and no hostfile names them",
+            f"--launcher {config.launcher} requires a hostfile: it starts ranks on other machines",
             where=str(resolved.origin("launcher")),
-            hint="--hostfile FILE, or leave --launcher out",
+            hint="add --hostfile FILE, or remove --launcher",
         )
     if config.launcher not in (None, "slurm"):
         return Placement((), config.launcher)
@@ -84,9 +84,9 @@ def find_placement(
 
 def no_allocation(where: str) -> DstrainError:
     return DstrainError(
-        "there is no Slurm allocation here (SLURM_JOB_ID is not set)",
+        "no Slurm allocation found (SLURM_JOB_ID is not set)",
         where=where,
-        hint="`dstrain submit` writes and submits a job; or call dstrain run inside sbatch or salloc",
+        hint="`dstrain submit` writes and submits a job; or run dstrain inside sbatch or salloc",
     )
 
 
@@ -101,22 +101,22 @@ def _nodes(resolved: ResolvedConfig, devices: Devices) -> Placement:
     config = resolved.config
     if config.hostfile is not None:
         raise DstrainError(
-            "with --launcher none the hosts are those on which dstrain is typed, and a hostfile names others",
+            "--launcher none can't be used with a hostfile: the hosts are those on which you start dstrain",
             where=str(resolved.origin("hostfile")),
-            hint="leave it out and say --nodes N, or leave --launcher none out",
+            hint="remove the hostfile and set --nodes N, or remove --launcher none",
         )
     nodes = config.nodes or 1
     if nodes > 1 and config.master_addr is None:
         raise DstrainError(
-            f"how do {nodes} nodes find the first one?",
+            f"--launcher none with {nodes} nodes requires --master-addr",
             where=str(resolved.origin("launcher")),
-            hint="--master-addr HOST, a name or address of node 0 that all others reach",
+            hint="set --master-addr to a name or address of node 0 that all others can reach",
         )
     processes = config.processes or devices.count
     if not processes:
         raise DstrainError(
-            "how many ranks does each node hold? There is no GPU here to count",
+            "--launcher none requires --processes on machines without GPUs",
             where=str(resolved.origin("launcher")),
-            hint="--processes N",
+            hint="--processes N sets the number of ranks per node",
         )
     return Placement(tuple(Host(f"node-{number}", processes) for number in range(nodes)), "none")

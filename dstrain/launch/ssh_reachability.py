@@ -1,4 +1,4 @@
-"""Which hosts answer over ssh, and what to do about one that does not."""
+"""Checks which hosts answer over ssh, with a fix for each that does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a host did not do what it was asked to, and how that is mended."""
+    """Why a host did not do what it was asked to, and how to fix it."""
 
     message: str
     fix: str
@@ -46,7 +46,7 @@ def silent_hosts(hosts: Sequence[Host]) -> dict[str, str]:
 def trouble(host: str, code: int, errors: str, python: str) -> Trouble:
     """What an ssh that ended with ``code`` and said ``errors`` means; ``python`` is what it had to start there."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"it ended with exit code {code} and said nothing"
+    last = lines[-1] if lines else f"it ended with exit code {code} and no output"
     if code == _SSH_FAILED:
         return _ssh_trouble(host, last, errors)
     if "No module named" in last and "dstrain" in last:
@@ -57,7 +57,7 @@ def trouble(host: str, code: int, errors: str, python: str) -> Trouble:
     if code in (_NOT_FOUND, _NOT_EXECUTABLE) or "No such file" in last or "not found" in last:
         return Trouble(
             f"there is no python at {python} ({last})",
-            f"make the same virtual environment at the same path on {host}, or put it on a shared disk",
+            f"create the same virtual environment at the same path on {host}, or put it on a shared disk",
         )
     return Trouble(
         f"dstrain does not start there: {last}", f"try it: ssh {host} {python} -m dstrain.cli.main"
@@ -68,19 +68,19 @@ def _ssh_trouble(host: str, last: str, errors: str) -> Trouble:
     """ssh's own words, and their remedy; compared in small letters."""
     said, last = errors.lower(), last.removeprefix("ssh: ")
     if "could not resolve hostname" in said:
-        fix = f"correct the name {host}, or make it known here (DNS, /etc/hosts, or `HostName` in ~/.ssh/config)"
+        fix = f"correct the name {host}, or make it resolvable here (DNS, /etc/hosts, or `HostName` in ~/.ssh/config)"
     elif "remote host identification has changed" in said:
-        last = f"the key of {host} is not the one that this machine knows: it was installed anew, or it is another"
-        fix = f"if that is right: ssh-keygen -R {host}; then ssh {host} once by hand, and compare its key"
+        last = f"the host key of {host} has changed: it was reinstalled, or it is another machine"
+        fix = f"if that is expected: ssh-keygen -R {host}; then ssh {host} once manually, and compare its key"
     elif "host key verification failed" in said:
         last = f"this machine does not know the key of {host} ({last})"
-        fix = f"ssh {host} once by hand, compare its key and say yes"
+        fix = f"ssh {host} once manually, compare its key and accept it"
     elif "permission denied" in said:
         fix = f"let this user log in without a password: ssh-copy-id {host} (ssh-keygen first, where there is no key)"
     elif "connection refused" in said:
         fix = f"start sshd on {host}; for another port than 22: `Port` in ~/.ssh/config"
     elif any(words in said for words in ("timed out", "no route to host", "network is unreachable")):
-        fix = f"see whether {host} is on and in the network, and whether a firewall lets port 22 through"
+        fix = f"check that {host} is running and on the network, and that no firewall blocks port 22"
     else:
         fix = f"try it: ssh -oBatchMode=yes {host} true"
     return Trouble(last, fix)

@@ -1,1 +1,1 @@
-"""Hugging Face causal language models as pipeline layers: their parts, initial weights, loss and measures."""
+"""Hugging Face causal language models as pipeline layers: structure, initial weights, loss and measurements."""

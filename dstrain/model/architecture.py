@@ -1,4 +1,4 @@
-"""From a folder or a JSON file to the Hugging Face configuration of a causal language model."""
+"""Loads the Hugging Face configuration of a causal language model from a folder or JSON file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _parse(values: dict[str, Any], *, where: str) -> PretrainedConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         raise DstrainError(
-            "the configuration has no model_type", hint='for instance "model_type": "llama"', where=where
+            "the configuration has no model_type", hint='for example "model_type": "llama"', where=where
         )
     if kind not in CONFIG_MAPPING:
         import difflib
@@ -98,8 +98,8 @@ def _parse(values: dict[str, Any], *, where: str) -> PretrainedConfig:
         near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
         custom = " Models with their own code (auto_map) are not supported." if "auto_map" in values else ""
         raise DstrainError(
-            f"unknown model_type {kind!r}: this transformers does not have it.{custom}",
-            hint=f"did you mean {near[0]!r}?" if near else "a newer transformers may have it",
+            f"unknown model_type {kind!r}: this version of transformers does not have it.{custom}",
+            hint=f"did you mean {near[0]!r}?" if near else "a newer version of transformers may have it",
             where=where,
         )
     try:

@@ -1,4 +1,4 @@
-"""Buffers keep their precision when a module is cast."""
+"""Keeps the precision of buffers when a module is cast."""
 
 from __future__ import annotations
 

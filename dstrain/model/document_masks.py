@@ -1,4 +1,4 @@
-"""Packed documents are kept apart in families that would forget to, and by flash attention in several rows at once.
+"""Separates packed documents in families that don't, and for flash attention over several rows.
 
 Masks: Hugging Face's mask functions see documents where position ids jump, but only if the family hands these on, and
 hands on no mask of its own. Some families (falcon, opt, gpt_oss) call them without position ids: each document would

@@ -1,4 +1,4 @@
-"""What the end of a model is asked for: its loss, the logits of one position, or all logits."""
+"""What is requested of the model's head: the loss, the logits of one position, or all logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random initial weights that depend on (seed, parameter name) only, never on the layout."""
+"""Random initial weights that depend only on (seed, parameter name), never on the layout."""
 
 from __future__ import annotations
 

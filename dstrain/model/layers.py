@@ -1,4 +1,4 @@
-"""The layers of a pipeline: each runs its share of a Hugging Face model's own forward."""
+"""Pipeline layers: each runs its part of a Hugging Face model's own forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model as the layers of a pipeline: ``[embed, block 0, ..., head]``."""
+"""A Hugging Face causal language model as pipeline layers: ``[embed, block 0, ..., head]``."""
 
 from __future__ import annotations
 

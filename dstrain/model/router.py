@@ -1,4 +1,4 @@
-"""The router loss of a mixture of experts, over blocks that lie on several stages.
+"""The router loss of a mixture of experts, over blocks on several stages.
 
 Hugging Face multiplies two means over all tokens and all blocks (ModuleStub Transformer, arXiv 2101.03961, equations 4
 to 6): a sum of losses per block would be another number. So each block adds to two sums, which travel with the

@@ -1,4 +1,4 @@
-"""A causal language model in one piece, for families that cannot be split into pipeline layers."""
+"""A causal language model as a single layer, for families that can't be split into pipeline layers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What will run: the layout, the batch arithmetic, the DeepSpeed JSON and the launch, as pure data."""
+"""Planning: layout, batch arithmetic, partition, DeepSpeed JSON and checks, as pure data and functions."""

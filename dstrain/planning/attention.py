@@ -1,4 +1,4 @@
-"""Which attention implementations there are, and where they run: anything else is refused with the plan."""
+"""Attention implementations, and the devices and precisions that each supports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refuse_attention(resolved: ResolvedConfig) -> None:
     if attention not in ATTENTIONS:
         near = difflib.get_close_matches(attention.strip().lower(), ATTENTIONS, n=1, cutoff=0.5)
         raise DstrainError(
-            f"{attention!r} is no way to compute attention",
+            f"unknown attention implementation {attention!r}",
             where=str(resolved.origin("attention")),
             hint=f"did you mean {near[0]}?" if near else f"one of: {', '.join(ATTENTIONS)}",
         )
@@ -43,13 +43,13 @@ def check_attention(resolved: ResolvedConfig, accelerator: str, packages: Sequen
     where = str(resolved.origin("attention"))
     if accelerator != "cuda":
         raise DstrainError(
-            f"{config.attention} has kernels for CUDA devices only, and the run is on {accelerator}",
+            f"{config.attention} has kernels for CUDA devices only, but the run is on {accelerator}",
             where=where,
             hint="--set attention=auto",
         )
     if config.precision == "fp32":
         raise DstrainError(
-            f"{config.attention} has kernels for bf16 and fp16 only, and the run is in fp32",
+            f"{config.attention} has kernels for bf16 and fp16 only, but the run is in fp32",
             where=where,
             hint="--precision bf16, or --set attention=auto",
         )

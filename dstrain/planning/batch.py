@@ -30,10 +30,10 @@ class Batch:
     def describe(self) -> str:
         """The arithmetic in one line that can be checked by hand."""
         return (
-            f"{self.global_batch} samples a step = {self.micro_batch} a micro-batch"
+            f"{self.global_batch} samples per step = {self.micro_batch} per micro-batch"
             f" x {format_count(self.accumulation, 'micro-batch')} x {self.data_parallel} replica"
             f"{'s' if self.data_parallel > 1 else ''};"
-            f" {self.global_batch} x {self.seq_len} = {self.tokens:,} tokens a step"
+            f" {self.global_batch} x {self.seq_len} = {self.tokens:,} tokens per step"
         )
 
 
@@ -64,7 +64,7 @@ def make_batch(
         lower = global_batch - global_batch % unit
         sizes = [str(size) for size in (lower, lower + unit) if size]
         raise DstrainError(
-            f"a global batch of {global_batch} can't be shared by {data_parallel} replicas",
+            f"a global batch of {global_batch} can't be divided evenly among {data_parallel} replicas",
             where=where_global or where,
             hint=f"--global-batch {' or '.join(sizes)}",
         )
@@ -76,8 +76,8 @@ def make_batch(
     if share % micro_batch:
         fitting = [str(size) for size in range(1, min(share, _MOST_TRIED) + 1) if share % size == 0]
         raise DstrainError(
-            f"each of {data_parallel} replica(s) gets {share} samples a step, which micro-batches of"
-            f" {micro_batch} do not divide",
+            f"each of {data_parallel} replica(s) gets {share} samples per step, which is not a multiple"
+            f" of the micro-batch {micro_batch}",
             where=where,
             hint=f"--micro-batch {', '.join(fitting[:12])}; or another --global-batch",
         )

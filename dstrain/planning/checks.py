@@ -1,4 +1,4 @@
-"""What can't be trained rightly is refused here, with the reason and the nearest thing that works."""
+"""Refuses what can't be trained correctly, with the reason and the nearest thing that works."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ def refusal_of(
         )
     if schedule == "dualpipev" and pipeline == 1:
         return Refusal(
-            "dualpipev is an order of work between stages, and there is one stage",
+            "--schedule dualpipev requires --pipeline 2 or more",
             "--pipeline 2 or more, or --schedule 1f1b",
             "schedule",
         )
     if schedule == "dualpipev" and zero == 3:
         return Refusal(
-            "dualpipev runs the backward passes of a rank's two stages in turn, and DeepSpeed's ZeRO-3 takes"
-            " the first one of a step to start the gradients of both",
+            "dualpipev alternates the backward passes of a rank's two stages, but DeepSpeed's ZeRO-3"
+            " initialises the gradients of both in the first one of a step",
             "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
             "schedule",
         )
     if schedule == "dualpipev" and zero == 2 and offload != "none":
         return Refusal(
-            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a step,"
-            " and with dualpipev that one is of one of a rank's two stages only",
+            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a"
+            " step, which with dualpipev covers only one of a rank's two stages",
             "--zero 1 with dualpipev and offload, or --schedule 1f1b",
             "offload",
         )
@@ -83,14 +83,14 @@ def refusal_of(
         )
     if offload == "nvme" and zero != 3:
         return Refusal(
-            "DeepSpeed keeps optimizer states on disk for ZeRO-3 only",
+            "DeepSpeed can offload optimizer states to disk with ZeRO-3 only",
             "--zero 3, or --offload cpu",
             "offload",
         )
     if offload == "nvme" and pipeline > 1:
         return Refusal(
-            "with stages, the gradients of tied weights and the whole model's norm would have to be read back"
-            " from the disk at each step",
+            "with a pipeline, gradients would have to be read back from disk in each step for tied"
+            " weights and the gradient norm",
             "--offload cpu, or --pipeline 1",
             "offload",
         )
@@ -113,7 +113,7 @@ def refusals(resolved: ResolvedConfig) -> list[DstrainError]:
 
 
 def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
-    """Those of them that no other layout would mend."""
+    """Those of them that no other layout would fix."""
     of_choices = _raised(
         resolved,
         _refuse_keep_every,
@@ -150,7 +150,7 @@ def _refuse_combination(resolved: ResolvedConfig) -> None:
 
 
 def refuse_batch(resolved: ResolvedConfig) -> None:
-    """Where the number of replicas is chosen, the batch can be shared out without a look at the machines.
+    """Where the number of replicas is chosen, the batch can be divided without knowing the machines.
 
     A plan looks at the machines first: whether they hold so many replicas matters more. Raises DstrainError.
     """
@@ -171,7 +171,7 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.offload == "nvme" and not config.nvme_path:
         raise DstrainError(
-            "nvme needs a folder on a local disk",
+            "--offload nvme requires nvme_path, a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
         )
@@ -196,7 +196,7 @@ def _refuse_optimizer_options(resolved: ResolvedConfig) -> None:
         raise DstrainError(
             f"{twice[0]} is passed to {config.optimizer} by dstrain, and can't stand in optimizer_options",
             where=str(resolved.origin("optimizer_options", twice[0])),
-            hint="leave it out" if twice[0] == "params" else f"the config's own key: --set {twice[0]}=...",
+            hint="remove it" if twice[0] == "params" else f"the config's own key: --set {twice[0]}=...",
         )
 
 
@@ -204,9 +204,9 @@ def _refuse_keep_every(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.keep_every and not config.saves:
         raise DstrainError(
-            "checkpoints of every so many steps are to be kept, and none is made (save_every: never)",
+            "--keep-every can't be combined with save_every: never, which makes no checkpoints",
             where=str(resolved.origin("keep_every")),
-            hint="--save-every 0 makes those and the last one; or leave --keep-every out",
+            hint="--save-every 0 saves only those and the last one; or remove --keep-every",
         )
 
 
@@ -214,9 +214,9 @@ def _refuse_elastic(resolved: ResolvedConfig) -> None:
     config = resolved.config
     if config.elastic and not config.restarts:
         raise DstrainError(
-            "elastic is how a run that failed starts again, and it is not to start again",
+            "--elastic requires --restarts N",
             where=str(resolved.origin("elastic")),
-            hint="--restarts N as well",
+            hint="add --restarts N",
         )
 
 
@@ -230,7 +230,7 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if blocks is None:
         near = difflib.get_close_matches(config.partition.strip().lower(), WORDS, n=1)
         raise DstrainError(
-            f"{config.partition!r} is no way to cut a model",
+            f"unknown partition {config.partition!r}",
             where=where,
             hint=(
                 f"did you mean {near[0]}?"
@@ -242,14 +242,14 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
     if len(blocks) != chunks:
         each = "two a rank with dualpipev" if chunks > config.pipeline else "one a stage"
         raise DstrainError(
-            f"{config.partition} has {_numbers(len(blocks))}, and --pipeline {config.pipeline} needs {chunks} ({each})",
+            f"{config.partition} has {_numbers(len(blocks))}, but --pipeline {config.pipeline} needs {chunks} ({each})",
             where=where,
             hint=f"--partition {','.join(['4'] * chunks)} for {4 * chunks} blocks, or --partition auto",
         )
     empty = [chunk for chunk in range(1, chunks - 1) if blocks[chunk] == 0]
     if empty:
         raise DstrainError(
-            f"{config.partition} leaves number {empty[0] + 1} of {chunks} without a layer",
+            f"{config.partition} leaves stage {empty[0] + 1} of {chunks} without a layer",
             where=where,
             hint="only the first, which holds the embedding, and the last, which holds the head, may have 0 blocks",
         )
@@ -266,9 +266,9 @@ def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
     if asked is not None and sum(asked) != blocks:
         example = ",".join(map(str, even_blocks(blocks, len(asked))))
         raise DstrainError(
-            f"{resolved.config.partition} makes {sum(asked)} blocks, and the model has {blocks}",
+            f"{resolved.config.partition} has {sum(asked)} blocks in total, but the model has {blocks}",
             where=str(resolved.origin("partition")),
-            hint=f"--partition {example}, for instance (embedding and head are not counted), or --partition auto",
+            hint=f"for example --partition {example} (embedding and head are not counted), or --partition auto",
         )
 
 
@@ -287,8 +287,8 @@ def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout)
     """Refuse replicas that would each drop other layers. Raises DstrainError."""
     if shape.layerdrop and layout.data_parallel > 1:
         raise DstrainError(
-            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), each replica others:"
-            " they would not reduce the same gradients",
+            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), and each"
+            " replica drops others: they would not reduce the same gradients",
             where=str(resolved.origin("data_parallel")),
             hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
         )
@@ -300,8 +300,8 @@ def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
     needed = 2 * config.pipeline
     if config.schedule == "dualpipev" and batch.accumulation < needed:
         raise DstrainError(
-            f"dualpipev over {config.pipeline} stages needs {needed} micro-batches a step,"
-            f" and there are {batch.accumulation}",
+            f"dualpipev over {config.pipeline} stages requires {needed} micro-batches per step, but there"
+            f" are {batch.accumulation}",
             where=str(resolved.origin("schedule")),
             hint=f"--global-batch {needed * batch.micro_batch * batch.data_parallel} or more,"
             " a smaller --micro-batch, or --schedule 1f1b",
@@ -323,7 +323,7 @@ def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
         raise DstrainError(
             f"documents can't share a sample: {leak}",
             where=str(resolved.origin("model")),
-            hint="--no-pack, which gives each document samples of its own"
+            hint="--no-pack, which gives each document its own samples"
             + (", or --set attention=auto" if flash and not shape.packing_leak else ""),
         )
 
@@ -350,14 +350,14 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
     _refuse_unseparated(shape, resolved)
     if data_vocabulary > shape.vocab_size:
         raise DstrainError(
-            f"the tokenizer has {data_vocabulary} tokens and the model's embedding {shape.vocab_size}",
+            f"the tokenizer has {data_vocabulary} tokens, but the model's embedding only {shape.vocab_size}",
             where=str(resolved.origin("tokenizer")),
             hint=f"raise vocab_size in the model's config.json to {data_vocabulary} or more,"
             " or name the model's own tokenizer",
         )
     if shape.max_positions is not None and config.seq_len > shape.max_positions:
         raise DstrainError(
-            f"seq_len {config.seq_len} is more than the model's {shape.max_positions} positions",
+            f"seq_len {config.seq_len} exceeds the model's {shape.max_positions} positions",
             where=str(resolved.origin("seq_len")),
             hint=f"--seq-len {shape.max_positions} or less",
         )

@@ -1,4 +1,4 @@
-"""What a key does, which value it has in a plan, why, and where that came from: DeepSpeed's keys and dstrain's own."""
+"""Explains a config key: what it does, its value in a plan, why, and where it came from."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def keys_meant(name: str) -> list[str]:
     if len(homes) > 1:
         places = ", ".join(".".join(home) for home in homes[:8])
         raise DstrainError(
-            f"{of_deepspeed!r} stands in several blocks of DeepSpeed's",
+            f"{of_deepspeed!r} occurs in several DeepSpeed blocks",
             where="--explain",
             hint=f"name one: {places}{' ...' if len(homes) > 8 else ''}",
         )
@@ -113,7 +113,7 @@ def _of_deepspeed(plan: Plan, path: KeyPath) -> Explanation:
     origin = origins.get(dotted) or ", ".join(within) or "DeepSpeed's default"
     return Explanation(
         key=_PREFIX + dotted,
-        does=str(node.get("description", "DeepSpeed does not say")),
+        does=str(node.get("description", "not documented by DeepSpeed")),
         takes=_takes(node),
         default=node.get("default"),
         set=is_set,
@@ -134,7 +134,7 @@ def _why(dotted: str, origin: str, *, is_set: bool, is_block: bool) -> str:
     if not is_set:
         return "neither dstrain nor you set it"
     if is_block:
-        return "each of its keys has a reason of its own"
+        return "see the reason of each of its keys"
     if origin.startswith("ds_configs/"):
         return why(tuple(dotted.split(".")))
     if origin == "DeepSpeed's default":
@@ -158,7 +158,7 @@ def _takes(node: Mapping[str, Any]) -> str:
 
 def _of_dstrain(plan: Plan, key: str) -> Explanation:
     field = RunConfig.model_fields[key]
-    value, why = plan.config[key], "it is the default: nobody chose it"
+    value, why = plan.config[key], "it is the default"
     origin = plan.origins[key]
     if origin != "default":
         why = "it was chosen there"
@@ -166,9 +166,9 @@ def _of_dstrain(plan: Plan, key: str) -> Explanation:
         derived = {
             "micro_batch": (
                 plan.batch.micro_batch,
-                "the largest that divides a replica's share, at most 8, and leaves four micro-batches a stage",
+                "the largest that divides a replica's share, at most 8, and leaves four micro-batches per stage",
             ),
-            "data_parallel": (plan.layout.data_parallel, "what the devices allow"),
+            "data_parallel": (plan.layout.data_parallel, "as many as the devices allow"),
         }
         value, why = derived.get(key, (None, why))
     return Explanation(

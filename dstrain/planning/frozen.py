@@ -38,9 +38,9 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
             raise DstrainError(
-                f"no parameter of {shape.model_type} is called {pattern!r}",
+                f"no parameter of {shape.model_type} matches {pattern!r}",
                 where=where,
-                hint=f"names are like {near[0] if near else names[0]}; * stands for anything",
+                hint=f"names look like {near[0] if near else names[0]}; * matches anything",
             )
     frozen = frozen_names(shape, resolved.config.freeze)
     for stage in range(layout.pipeline):
@@ -49,7 +49,7 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
         ]
         if held and frozen.issuperset(held):
             raise DstrainError(
-                f"stage {stage} would hold only frozen parameters, and DeepSpeed needs one to train on each",
+                f"stage {stage} would have only frozen parameters, and DeepSpeed needs a trainable one on each stage",
                 where=where,
-                hint="fewer --pipeline stages, so that each has a layer that is trained, or freeze less",
+                hint="fewer --pipeline stages, so that each has a trainable layer, or freeze less",
             )

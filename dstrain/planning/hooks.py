@@ -1,4 +1,4 @@
-"""Which hooks a run has: those that its config names, and those that the short forms of it stand for."""
+"""The hooks of a run: those listed in the config, and those that its short forms stand for."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def refuse_profile(resolved: ResolvedConfig) -> None:
     profile, steps = resolved.config.profile, resolved.config.steps
     if profile is not None and profile.steps[1] > steps:
         raise DstrainError(
-            f"steps {profile.steps[0]} to {profile.steps[1]} are to be profiled, and the run has {steps}",
+            f"profile covers steps {profile.steps[0]} to {profile.steps[1]}, but the run has only {steps}",
             where=str(resolved.origin("profile", "steps")),
             hint=f"profile: {{steps: [{max(1, steps - 3)}, {steps}]}}, or more --steps",
         )
@@ -92,7 +92,7 @@ def check_profiled_ranks(resolved: ResolvedConfig, layout: Layout) -> None:
     profile = resolved.config.profile
     if profile is not None and max(profile.ranks) >= layout.world_size:
         raise DstrainError(
-            f"rank {max(profile.ranks)} is to be profiled, and the ranks are 0 to {layout.world_size - 1}",
+            f"profile names rank {max(profile.ranks)}, but the ranks are 0 to {layout.world_size - 1}",
             where=str(resolved.origin("profile", "ranks")),
             hint=f"profile: {{ranks: [{layout.world_size - 1}]}}",
         )
@@ -133,7 +133,7 @@ def _refuse_password(environ: Mapping[str, str]) -> None:
     """An address stands in logs and messages. Raises DstrainError where it holds more than that."""
     if "@" in environ.get(MLFLOW_URI, "").partition("//")[2].partition("/")[0]:
         raise DstrainError(
-            f"{MLFLOW_URI} holds a user or a password, and addresses are written to logs",
+            f"{MLFLOW_URI} contains a user name or password, and addresses are written to logs",
             where=MLFLOW_URI,
-            hint="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
+            hint="use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
         )

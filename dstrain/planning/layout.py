@@ -1,4 +1,4 @@
-"""The one owner of ranks: (host, local rank) -> rank -> (stage, replica).
+"""The layout, the single owner of ranks: (host, local rank) -> rank -> (stage, replica).
 
 Stages of one replica have neighbouring ranks, so that a pipeline stays inside one machine as long as
 it fits there, and the replicas, which meet less often, lie on different machines.
@@ -130,7 +130,7 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
         where: origin of the number of stages, for messages.
 
     Raises:
-        DstrainError: the devices don't hold the layout, or can't be shared out evenly.
+        DstrainError: the devices don't hold the layout, or can't be divided evenly.
     """
     if devices is None:
         return data_parallel or 1
@@ -138,7 +138,7 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
         needed = pipeline * data_parallel
         if needed > devices:
             raise DstrainError(
-                f"{pipeline} stages x {data_parallel} replicas need {needed} devices, and there are {devices}",
+                f"{pipeline} stages x {data_parallel} replicas need {needed} devices, but there are {devices}",
                 where=where,
                 hint=_smaller_layouts(pipeline, data_parallel, devices),
             )
@@ -147,7 +147,9 @@ def choose_data_parallel(pipeline: int, data_parallel: int | None, devices: int 
         hint = _layouts_that_fit(devices)
         if pipeline < devices:
             hint += f"; or --data-parallel {devices // pipeline} to leave {devices % pipeline} idle"
-        raise DstrainError(f"{pipeline} stages can't share {devices} devices evenly", where=where, hint=hint)
+        raise DstrainError(
+            f"{devices} devices can't be divided evenly into {pipeline} stages", where=where, hint=hint
+        )
     return devices // pipeline
 
 

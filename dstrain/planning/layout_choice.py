@@ -1,4 +1,4 @@
-"""Layouts by name, as ``zero2-pp2-dp2-dualpipev-cpu``, and those that so many ranks can hold."""
+"""Layouts by name, such as ``zero2-pp2-dp2-dualpipev-cpu``, and the layouts possible for a number of ranks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LayoutChoice:
         match = _NAME.fullmatch(name.strip())
         if not match:
             raise DstrainError(
-                f"{name!r} is no layout",
+                f"{name!r} is not a layout",
                 where="--layouts",
-                hint="zeroZ-ppP-dpD, for example zero2-pp4 or zero1-pp2-dp2-dualpipev",
+                hint="write zeroZ-ppP-dpD, for example zero2-pp4 or zero1-pp2-dp2-dualpipev",
             )
         return cls(
             zero=int(match["zero"]),

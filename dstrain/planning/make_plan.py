@@ -282,7 +282,8 @@ def _fill_hosts(machines: Machines, ranks: int) -> tuple[Host, ...]:
     if len({host.slots for host in hosts}) > 1:
         used = ", ".join(f"{host.name} {host.slots}" for host in hosts)
         raise DstrainError(
-            f"{ranks} ranks would fill the hosts unevenly ({used}), which DeepSpeed's launcher numbers wrongly",
+            f"{ranks} ranks would fill the hosts unevenly ({used}), and DeepSpeed's launcher numbers such"
+            " ranks wrongly",
             where="--hostfile",
             hint="give each host the same number of slots, or choose a layout that fills whole hosts",
         )

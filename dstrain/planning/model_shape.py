@@ -1,4 +1,4 @@
-"""A model's shape: layers, parameters and FLOPs, as measured once by ``dstrain.model.measuring.measure``."""
+"""A model's shape: layers, parameters and FLOPs, as measured by `dstrain.model.measuring.measure`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Where the layers are cut into chunks: as ``partition`` says, or the slowest stage as fast as can be, among the cuts
-that fit in memory.
+"""Partitions layers into chunks: minimises the slowest stage's time within the memory limit.
 
 With 1f1b a stage is a chunk. With dualpipev a stage is two chunks, the first and the last, the second and the last
 but one, ...: what counts is their sum.
@@ -161,7 +160,7 @@ def cut_folded(
         chunks = [range(*pair) for pair in pairwise(cut)]
         way_back = leg(cut[stages], len(costs), range(stages)[::-1], chunks[stages - 1 :: -1])
         cut = (*cut[:stages], *(way_back or cut[stages:]))
-        # The last stage's chunks are neighbours: where one ends and the other begins changes no sum.
+        # The last stage's chunks are adjacent: where one ends and the other begins changes no sum.
         out, back = cut[stages - 1], cut[stages + 1]
         middle = min(range(out + 1, back), key=lambda at: abs(sum(costs[out:at]) - sum(costs[at:back])))
         cut = (*cut[:stages], middle, *cut[stages + 1 :])

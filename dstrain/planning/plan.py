@@ -232,7 +232,7 @@ class Plan:
         if record.get("format") == _FORMAT_OF_0_1:
             record = _from_0_1(record)
         if record.get("format") != FORMAT:
-            raise DstrainError(f"the plan is of format {record.get('format')}, this dstrain reads {FORMAT}")
+            raise DstrainError(f"the plan has format {record.get('format')}, and this dstrain reads {FORMAT}")
         layout = record["layout"]
         hosts = tuple(Host(host["name"], host["slots"]) for host in layout["hosts"])
         return cls(

@@ -1,4 +1,4 @@
-"""What is accepted, but may not be what was meant: said with the plan, each with its reason."""
+"""Warnings of a plan: configs that are valid but probably not intended, each with its reason."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ def warnings_about(
         found += _about_the_pipeline(config, layout, batch, shape, time)
     if config.warmup_steps >= config.steps:
         found.append(
-            f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): lr never falls"
+            f"the warm-up ({config.warmup_steps} steps) is as long as the run ({config.steps}): the"
+            " learning rate never decays"
         )
     if config.zero and layout.data_parallel == 1:
-        found.append(f"ZeRO-{config.zero} shares memory between replicas, and there is only one")
+        found.append(f"ZeRO-{config.zero} shards memory across replicas, but there is only one")
     if shape.dropout:
         found.append(
-            f"the model drops activations at random (up to {shape.dropout:g}): which ones depends on the layout,"
-            " so that layouts agree on average only; dropout 0 in its config.json makes them equal"
+            f"the model uses dropout (up to {shape.dropout:g}), which depends on the layout: layouts"
+            " agree only on average; set dropout to 0 in its config.json to make them equal"
         )
     if shape.router_loss and config.micro_batch is None:
         found.append(
-            "the router loss of its experts is taken over a micro-batch: set --micro-batch to compare layouts"
-            f" (here {batch.micro_batch}, which follows from the layout)"
+            "the experts' router loss is computed per micro-batch: set --micro-batch to compare layouts"
+            f" (here {batch.micro_batch}, derived from the layout)"
         )
     if data.padding >= 0.005:
         found.append(
-            f"{data.padding:.0%} of the tokens are padding: with --no-pack a sample holds one document, and the"
-            " rest of it costs time but teaches nothing"
+            f"{data.padding:.0%} of the tokens are padding: with --no-pack each sample holds one"
+            " document, and its padding costs time without training anything"
         )
     epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1:
@@ -85,12 +86,12 @@ def warnings_about_determinism(config: RunConfig, accelerator: str) -> list[str]
         return []
     if accelerator == "cpu":
         return [
-            "deterministic: memory is filled before it is used; on CPUs a layout's runs are bit-equal without it"
+            "deterministic: memory is filled before use; on CPUs, runs in one layout are bit-equal without it"
         ]
     return [
-        "deterministic: kernels that add in one order take the place of faster ones (attention's and the embedding's"
-        " backward pass, matrix products), memory is filled before it is used, and what has no such kernel stops the"
-        " run with its name; the estimated time knows nothing of it"
+        "deterministic: kernels with a fixed order of summation replace faster ones (backward passes of"
+        " attention and embedding, matrix products), memory is filled before use, and an operation"
+        " without such a kernel stops the run with its name; the time estimate does not include this"
     ]
 
 
@@ -113,19 +114,19 @@ def _about_the_pipeline(
         more = gradients - gradients / batch.accumulation
         yield (
             f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation} micro-batches,"
-            f" {_size(more)} a step from each rank more than --zero 1, which reduces them once a step, but holds a"
-            f" stage's gradients whole and not 1/{layout.data_parallel} of them"
+            f" {_size(more)} more per step and rank than --zero 1, which reduces them once per step, but"
+            f" holds a stage's gradients in full instead of 1/{layout.data_parallel} of them"
         )
     if config.zero == 3 and layout.data_parallel > 1:
         yield (
             f"ZeRO-3 with a pipeline gathers each stage's parameters for each of the {batch.accumulation}"
-            f" micro-batches, forward and backward: {_size(sent['weights'].bytes)} a step; --zero 2 gathers"
-            f" the updated ones once, and a stage's weights are 1/{layout.pipeline} of the model's already"
+            f" micro-batches, forward and backward: {_size(sent['weights'].bytes)} per step; --zero 2"
+            f" gathers the updated ones once, and a stage already holds only 1/{layout.pipeline} of the model's weights"
         )
     if len(layout.hosts) > 1 and any(host.slots % layout.pipeline for host in layout.hosts):
         yield (
-            f"pipelines cross from host to host ({layout.hosts[0].slots} ranks on each, {layout.pipeline} stages):"
-            f" {_size(sent['activations'].bytes)} of a rank's activations go over the network in a step"
+            f"pipelines span several hosts ({layout.hosts[0].slots} ranks on each, {layout.pipeline} stages):"
+            f" {_size(sent['activations'].bytes)} of each rank's activations cross the network per step"
         )
 
 
@@ -198,9 +199,9 @@ def _what_helps(
     # No other cut was found, or none was looked for: on CPUs ranks share the memory.
     if layout.pipeline > 1 and accelerator != "cpu":
         if config.partition == "auto":
-            takes = f"no cut that fits was found; {takes}"
+            takes = f"no partition that fits was found; {takes}"
         else:
-            ways.append("--partition auto, which looks for a cut that fits")
+            ways.append("--partition auto, which searches for a partition that fits")
     ways = ways or ["more or larger devices, a smaller --seq-len or a smaller model"]
     return f"{takes}: {' or '.join(ways)} helps"
 
@@ -215,8 +216,8 @@ def warnings_about_balance(config: RunConfig, imbalance: float, without_limit: f
     if config.partition != "auto" or imbalance < 1.2 * without_limit:
         return []
     return [
-        f"memory keeps the cut from being even: the slowest stage takes {imbalance:.2f} x the mean, and could take"
-        f" {without_limit:.2f} x; a smaller --micro-batch or --activation-checkpointing frees some"
+        f"memory limits prevent an even partition: the slowest stage takes {imbalance:.2f} x the mean"
+        f" instead of {without_limit:.2f} x; a smaller --micro-batch or --activation-checkpointing frees memory"
     ]
 
 
@@ -231,22 +232,23 @@ def warnings_about_time(
     if config.zero == 3 and lost > 0.05 and any(part.link == "between" for part in among):
         stages = " and stages inside each host (--pipeline)" if shape.pipeline_refusal is None else ""
         found.append(
-            f"ZeRO-3 sends {_size(sum(part.bytes for part in among))} a step from each rank between hosts, and"
-            f" {lost:.0%} of the time is lost to it; --zero 1{stages} sends less of it, and once a step"
+            f"ZeRO-3 sends {_size(sum(part.bytes for part in among))} per step and rank between hosts,"
+            f" which costs {lost:.0%} of the time; --zero 1{stages} sends less, and once per step"
         )
     talking = time.pipeline + time.data_parallel
     if talking > max(time.compute, 0.1 * time.total):
         if config.zero >= 2 and batch.accumulation > 1 and layout.data_parallel > 1:
-            helps = "--zero 1 reduces gradients once a step, and a larger --micro-batch less often"
+            helps = "--zero 1 reduces gradients once per step, a larger --micro-batch less often"
         else:
-            helps = "a larger --global-batch computes more between two reductions"
+            helps = "a larger --global-batch means more computation per reduction"
         found.append(
-            f"a step is expected to send for {_seconds(talking)} and to compute for {_seconds(time.compute)}; {helps}"
+            f"a step is expected to communicate for {_seconds(talking)} and to compute for"
+            f" {_seconds(time.compute)}; {helps}"
         )
     if config.offload != "none" and time.optimizer > 0.3 * time.total:
         found.append(
             f"the offloaded update is expected to take {_seconds(time.optimizer)} of a step's {_seconds(time.total)};"
-            " a larger --global-batch computes more between two updates"
+            " a larger --global-batch means more computation per update"
         )
     return found
 
@@ -255,11 +257,11 @@ def warnings_about_devices(names: Sequence[str], device: Device | None, precisio
     """Where no time can be estimated: what is not known."""
     if device is None and names and names[0]:
         return [
-            f"how fast {' and '.join(dict.fromkeys(names))} computes is not known, so that no time is estimated;"
-            " dstrain plan --device FILE takes its numbers"
+            f"no time estimate: the speed of {' and '.join(dict.fromkeys(names))} is unknown; describe it"
+            " with dstrain plan --device FILE"
         ]
     if device is not None and precision not in device.flops:
-        return [f"how fast {device.name} computes in {precision} is not known, so that no time is estimated"]
+        return [f"no time estimate: the speed of {device.name} in {precision} is unknown"]
     return []
 
 

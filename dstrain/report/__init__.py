@@ -1,1 +1,1 @@
-"""What happened: from a run folder to lines, pictures and pages."""
+"""Reports on run folders: comparisons and differences."""

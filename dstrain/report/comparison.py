@@ -1,4 +1,4 @@
-"""Two runs side by side: how far their losses, gradient norms and last weights are apart."""
+"""Compares two runs: losses, gradient norms and final weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare_runs(run: RunFolder, reference: RunFolder) -> Difference:
     pairs = [(steps[step], wanted[step]) for step in wanted]
     weights, wanted_weights = _weights(run), _weights(reference)
     if weights.keys() != wanted_weights.keys():
-        raise ValueError(f"{run.name} holds other weights than {reference.name}")
+        raise ValueError(f"{run.name} has other weights than {reference.name}")
     return Difference(
         loss=max(_relative(a["loss"], b["loss"]) for a, b in pairs),
         grad_norm=max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in pairs),

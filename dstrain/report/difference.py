@@ -1,4 +1,4 @@
-"""What differs between two runs: the keys that were chosen, and what followed from them."""
+"""The differences between two runs: config keys, and what was derived from them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
         side["versions", "dstrain"] = Value(plan["dstrain"])
     except (KeyError, AttributeError, TypeError, ValueError):
         raise DstrainError(
-            "this is no plan",
+            "this is not a plan",
             where=str(folder.plan),
             hint="the run folder is damaged: compare its config.yaml",
         ) from None

@@ -1,1 +1,1 @@
-"""The run folder: its files, what ranks and supervisor say to each other, checkpoints and records."""
+"""The run folder: its files, the messages between supervisor and ranks, checkpoints and records."""

@@ -1,4 +1,4 @@
-"""Which of this machine's addresses lead where. The kernel is asked for its choice; nothing is sent."""
+"""Which of this machine's addresses leads to a host, according to the kernel's routing table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the kernel killed a process for want of memory: its own words, where they may be read."""
+"""Detects processes that the kernel killed for lack of memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OutOfMemory:
                 return f"the kernel says: {match['line'].strip()}"
         now = _kills_in_own_group()
         if now is not None and self._counted is not None and now > self._counted:
-            return "its control group counts a kill for want of memory"
+            return "its control group counts an out-of-memory kill"
         return None
 
     def _may_be(self, match: re.Match[str]) -> bool:

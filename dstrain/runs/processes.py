@@ -1,4 +1,4 @@
-"""What /proc tells of a process. Where there is no /proc, nothing is known of any."""
+"""Reads process information from /proc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The messages between the supervisor and the ranks, and how they stand on the wire.
+"""The messages between supervisor and ranks, and their wire format.
 
 A message is a frozen dataclass here and one line of JSON there, whose key ``type`` names it. `encode` and
 `MessageReader` (which uses `decode`) are the only ways from one to the other, for both sides
@@ -360,7 +360,7 @@ class ControlAddress:
         launch, _, places = text.partition("@")
         hosts, _, port = places.rpartition(":")
         if not launch or not hosts or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
-            raise ProtocolError(f"it is no address of a supervisor: {text[:200]!r}")
+            raise ProtocolError(f"not a supervisor address: {text[:200]!r}")
         return cls(launch, tuple(hosts.split(",")), int(port))
 
 

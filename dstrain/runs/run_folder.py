@@ -1,4 +1,4 @@
-"""The run folder: where everything of one run lies, and the words that its ranks leave there.
+"""The run folder: the paths of all files of a run, and the status files of its ranks.
 
 ``runs/<name>/`` alone is enough to resume, report or repeat the run. This file is the one owner of
 the names inside it.
@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def launch_script(self) -> Path:
-        """The exact launch command; works when run by hand."""
+        """The exact launch command; can be run manually."""
         return self.path / "launch.sh"
 
     @property

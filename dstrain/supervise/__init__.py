@@ -1,1 +1,1 @@
-"""While a run goes on and how it ends: one cause, in words, and nothing left running on any host. No torch here."""
+"""Supervises a run: monitors its ranks, finds the cause of a failure, and leaves nothing running. No torch."""

@@ -1,4 +1,4 @@
-"""The supervisor's connections to all ranks, on whatever host and however they were started.
+"""The supervisor's connections to all ranks, on any host and with any launcher.
 
 Each rank connects over TCP (`dstrain.train.control_client`), says what it does, and ends when its connection does. So
 a rank that dies is known at once, on every host; and a run whose supervisor, host or cable is gone ends by itself
@@ -113,7 +113,7 @@ class ControlServer:
 
     def __init__(self, world_size: int, plan: str = "", *, only_here: bool = False) -> None:
         if decode(encode(Welcome(plan))) != Welcome(plan):
-            raise ValueError("the plan is too long to be sent, or no text")
+            raise ValueError("the plan is too long to be sent, or not text")
         _have_room_for(world_size)
         # What a rank must name to be heard: one of an earlier launch that lives on somewhere is not.
         self.launch = secrets.token_hex(8)
@@ -253,7 +253,7 @@ class ControlServer:
             case Status():
                 told, known = message.status, sender.status
                 if (told.rank, told.host, told.pid) != (known.rank, known.host, known.pid):
-                    raise ProtocolError("a rank speaks for itself alone")
+                    raise ProtocolError("a rank can report only for itself")
                 sender.status = replace(told, time=time.time())
                 sender.log_tail = message.log_tail or sender.log_tail
             case Step():
@@ -280,7 +280,7 @@ class ControlServer:
         """Another rank of the sender's host. Raises ProtocolError for any other."""
         found = self.ranks.get(rank)
         if found is None or found is sender or found.status.host != sender.status.host:
-            raise ProtocolError(f"rank {rank} is not another one of {sender.status.host}")
+            raise ProtocolError(f"rank {rank} is not another rank of {sender.status.host}")
         return found
 
     def _send(self, connection: socket.socket, *messages: SupervisorMessage) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run goes on: a hang is a step that takes far longer than those before it, or a rank that is stopped."""
+"""Detects hangs: a step that takes far longer than those before, or a stopped rank."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class HangWatch:
             return None
         if waited is not None:
             return self._sign(f"no step for {waited:.0f} s (hang_after: {self._progress.bound:.0f} s)")
-        return self._sign(f"no step is possible since {stopped:.0f} s")
+        return self._sign(f"no progress possible for {stopped:.0f} s")
 
     def _stopped_seconds(self, now: float) -> float | None:
         """How long a rank has been stopped, once that is too long; else None."""

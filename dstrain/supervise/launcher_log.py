@@ -1,4 +1,4 @@
-"""The launcher's log: the output of whatever started the ranks, and what the guard writes beside it.
+"""The launcher's log: the output of the launcher and of the subreaper.
 
 What a launcher's own lines mean stands with the launcher (`dstrain.launch.launchers`).
 """
@@ -36,13 +36,13 @@ def telling_line(log: Iterable[str]) -> str:
 
 
 def left_behind_in(log: Iterable[str]) -> tuple[str, float] | None:
-    """What the guard wrote when the launcher ended before its ranks, and when that was."""
+    """What the subreaper wrote when the launcher ended before its ranks, and when that was."""
     for line in log:
         words, at, moment = line.rpartition(" at ")
         if at and words.startswith(LEFT_BEHIND):
             reason = words.removeprefix("dstrain: ")
             if "exit code 0," in reason:  # DeepSpeed's answer where what it waited for was killed
-                reason += ": a process that it had started was killed, probably"
+                reason += ": a process that it started was probably killed"
             return reason, datetime.fromisoformat(moment).timestamp()
     return None
 

@@ -1,4 +1,4 @@
-"""How a run ended, and the one cause where it failed."""
+"""How a run ended, and the single cause if it failed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def judge(
     if own_end and not watch.unfinished() and (code == 0 or find_lost_host(log) is not None):
         if watch.stopped_after() is None:
             return Outcome(ok=True, exit_code=0, cause=None)
-        # Where they left only after the launcher's end, the guard has told them to, and nobody else.
+        # Where they left only after the launcher's end, the subreaper has told them to, and nobody else.
         if left_behind is None or watch.last_word_at() <= left_behind[1]:
             return Outcome(False, RESUMABLE, None, watch.stopped_after())
     sign = watch.first_failure()
@@ -104,15 +104,15 @@ def _blame(
         )
     if not watch.spoke():
         telling = telling_line(log)
-        reason = f"the launcher {_ended(code)} before any rank spoke" + (f": {telling}" if telling else "")
+        reason = f"the launcher {_ended(code)} before any rank reported" + (f": {telling}" if telling else "")
         return None, None, reason
     unfinished = watch.unfinished()
     if not unfinished:
-        return None, None, f"all ranks are done, but the launcher {_ended(code)}"
+        return None, None, f"all ranks have finished, but the launcher {_ended(code)}"
     rank = unfinished[0] if len(unfinished) == 1 else None
     names = ", ".join(map(str, unfinished[:8])) + (", ..." if len(unfinished) > 8 else "")
     status = watch.status(rank) if rank is not None else None
-    reason = f"the launcher {_ended(code)}, and no word of done came from rank {names}"
+    reason = f"the launcher {_ended(code)}, but rank {names} did not report that it had finished"
     return rank, status.host if status else None, reason
 
 
@@ -128,7 +128,7 @@ def _how_it_ended(sign: Sign, killed: KilledRank | None, watch: RankWatch) -> st
 
 
 def _ended(code: int) -> str:
-    """``ended with exit code 1``, or ``was killed by SIGKILL`` for 137, as the guard says it, and -9 of the guard."""
+    """``ended with exit code 1``, or ``was killed by SIGKILL`` for 137, as the subreaper reports it, and -9."""
     if code < 0:
         return f"was killed by {signal_name(-code)}"
     if code > 128 and code - 128 in signal.valid_signals():
@@ -137,8 +137,8 @@ def _ended(code: int) -> str:
 
 
 def _follows_the_launcher(sign: Sign, launcher_ended: float) -> bool:
-    """Whether a rank ended because its launcher had: by the guard's SIGTERM, by its SIGKILL seconds later, or for want
-    of what was cut off; and not by itself before."""
+    """Whether a rank ended because its launcher had: by the subreaper's SIGTERM, by its SIGKILL seconds later, or for
+    want of what was cut off; and not by itself before."""
     if sign.quiet:
         return False  # a hang or a lost host: the launcher was ended for that
     if sign.follows or sign.of_host:

@@ -1,4 +1,4 @@
-"""Which processes are ours. Nothing here finds a process by its name."""
+"""Finds the processes of a run, never by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def describe_signal(number: int) -> str:
         "SIGKILL": " (probably out of memory)",
         "SIGSEGV": " (a crash in native code)",
         "SIGBUS": " (probably /dev/shm or the disk is full)",
-        "SIGABRT": " (native code gave up; see the log)",
+        "SIGABRT": " (native code aborted; see the log)",
         "SIGILL": " (native code built for another processor)",
     }
     return name + hints.get(name, "")

@@ -1,4 +1,4 @@
-"""What the ranks say and whether they live.
+"""Tracks the status of all ranks and whether they are alive.
 
 Asked are their connections, their status files and, on this host, their processes.
 """
@@ -227,12 +227,12 @@ class RankWatch:
         if self._last.get(rank, connection.status).state != "running":
             return
         if connection.by_silence:
-            reason = f"nothing was heard of {host} any more: it lost its power or its network"
+            reason = f"no contact with {host} any more: it lost power or network"
             self._signs[rank] = Sign(
                 rank, host, reason, connection.lost_at, killed=True, of_host=True, quiet=True
             )
         else:
-            reason = "ended without a word: crashed, or killed by a signal (SIGKILL where memory ran out)"
+            reason = "ended without a message: crashed, or killed by a signal (SIGKILL if memory ran out)"
             self._signs[rank] = Sign(rank, host, reason, connection.lost_at, killed=True)
 
     def _before_the_stop(self, moment: float) -> bool:
@@ -272,10 +272,10 @@ class RankWatch:
         if signal_number:
             reason = f"killed by {describe_signal(signal_number)}"
         elif status > 0:
-            reason = f"ended with exit code {os.waitstatus_to_exitcode(status)} without a word"
+            reason = f"ended with exit code {os.waitstatus_to_exitcode(status)} without a message"
         else:
             # Its launcher took the exit code before we looked. A rank says why it fails, if it still can.
-            reason = "ended without a word: crashed, or killed by a signal (SIGKILL where memory ran out)"
+            reason = "ended without a message: crashed, or killed by a signal (SIGKILL if memory ran out)"
         return Sign(
             rank,
             self._last[rank].host,

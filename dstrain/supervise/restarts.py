@@ -1,4 +1,4 @@
-"""Whether a run that failed is started again, and how long to wait before."""
+"""Whether a failed run is restarted, and how long to wait before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GiveUp:
 class Restarts:
     """Asked after each failure.
 
-    The wait doubles from restart to restart, and begins anew after progress: a machine that comes back needs
+    The wait doubles from restart to restart, and is reset by progress: a machine that comes back needs
     time, and a run that fails now and then over weeks should not wait longer each time. The number of restarts is
     that of those in a row without a new checkpoint.
 
@@ -53,11 +53,11 @@ class Restarts:
         if progress:
             self._in_a_row = 0
         elif self._in_a_row and step == self._failed_at:
-            where = f"after step {step}" if step else "before a step was trained"
+            where = f"after step {step}" if step else "before the first step"
             return GiveUp(f"it failed again {where}, and no checkpoint was made in between")
         self._saved, self._failed_at = saved, step
         if self._in_a_row == self._most:
-            return GiveUp(f"it was started again {self._most} times without a new checkpoint")
+            return GiveUp(f"it was restarted {self._most} times without a new checkpoint")
         self._in_a_row += 1
         seconds = min(_FIRST_SECONDS * 2 ** (self._in_a_row - 1), _MOST_SECONDS)
         return Again(self._in_a_row, self._most, seconds)

@@ -1,4 +1,4 @@
-"""An end for ranks of other hosts that do not even notice that their connection has ended."""
+"""Ends ranks on other hosts that do not notice the end of their connection."""
 
 from __future__ import annotations
 

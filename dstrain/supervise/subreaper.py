@@ -1,6 +1,6 @@
-"""The process between the supervisor and the launcher: with it gone or not, nothing outlives a run.
+"""The process between supervisor and launcher that makes sure nothing outlives a run.
 
-DeepSpeed's launcher leaves its ranks behind when it is killed, and they belong to nobody then. The guard
+DeepSpeed's launcher leaves its ranks behind when it is killed, and they belong to nobody then. The subreaper
 leads the run's session and is the parent of whatever is orphaned in it (PR_SET_CHILD_SUBREAPER). It holds
 the read end of a pipe whose other end only the supervisor has: when that ends, by whatever signal, the run
 ends.
@@ -32,11 +32,11 @@ _TERMINATE, _LET_END = "terminate", "let-end"
 
 
 def guarded(command: list[str], *, terminate: bool = True) -> list[str]:
-    """``command`` run under a guard. To be started as a session leader, with a pipe as its standard input.
+    """``command`` run under a subreaper. To be started as a session leader, with a pipe as its standard input.
 
     ``terminate``: whether the launcher may get a SIGTERM, as `supervisor.supervise` has it.
     """
-    # -I: the guard itself takes nothing from PYTHONPATH or the current folder; what it starts still does.
+    # -I: the subreaper itself takes nothing from PYTHONPATH or the current folder; what it starts still does.
     root = str(Path(__file__).resolve().parents[2])
     code = (
         f"import sys; sys.path.insert(0, {root!r}); "

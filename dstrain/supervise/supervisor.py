@@ -1,4 +1,4 @@
-"""Watches a run from its start to its end: one cause, one line, and nothing left running."""
+"""Supervises a run from start to end: one cause, one line, nothing left running."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def supervise(
     settle_seconds: float = 5.0,
 ) -> Outcome:
     """Run the launcher until it and all ranks have ended. Nothing that it started runs on when this returns
-    or raises, nor (through the guard) when this process is killed.
+    or raises, nor (through the subreaper) when this process is killed.
 
     Args:
         command: the launcher's argv, as ``["bash", str(folder.launch_script)]``.
@@ -148,13 +148,13 @@ def supervise(
 
 
 class _Launcher:
-    """The launcher under its guard, which leads the session of the whole run."""
+    """The launcher under its subreaper, which leads the session of the whole run."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminate: bool
     ) -> None:
         with log.open("ab") as output:
-            self._guard = subprocess.Popen(
+            self._subreaper = subprocess.Popen(
                 guarded(list(command), terminate=terminate),
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
@@ -162,12 +162,12 @@ class _Launcher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.pid = self._guard.pid
+        self.pid = self._subreaper.pid
 
     def ended(self) -> bool:
-        """Whether the guard has ended, and with it all that it looked after. It is left unreaped, so that its
+        """Whether the subreaper has ended, and with it all that it looked after. It is left unreaped, so that its
         number can't be given to a stranger while it still serves to find our processes."""
-        if self._guard.returncode is not None:
+        if self._subreaper.returncode is not None:
             return True
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
@@ -188,10 +188,10 @@ class _Launcher:
             time.sleep(0.05)
         else:
             # Only a process inside the kernel (a dead disk or driver) outlives SIGKILL.
-            self._guard.kill()
-        if self._guard.stdin is not None:
-            self._guard.stdin.close()
-        return self._guard.wait()
+            self._subreaper.kill()
+        if self._subreaper.stdin is not None:
+            self._subreaper.stdin.close()
+        return self._subreaper.wait()
 
 
 @dataclass
@@ -203,8 +203,8 @@ class _Stops:
 def _stop_signals() -> Iterator[_Stops]:
     """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) instead of dying of them.
 
-    Only the main thread may set handlers; in another one they stay as they are, and the guard ends the run if they end
-    this process.
+    Only the main thread may set handlers; in another one they stay as they are, and the subreaper ends the run
+    if they end this process.
     """
     stops = _Stops()
 

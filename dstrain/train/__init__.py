@@ -1,1 +1,1 @@
-"""What each rank does: the worker, its loop, evaluation, checkpoints, metrics."""
+"""The code of each rank: worker, training loop, evaluation, checkpoints, metrics."""

@@ -1,4 +1,4 @@
-"""From sample numbers to the micro-batches of one replica."""
+"""Builds the micro-batches of one replica from sample numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """The same validation samples every time, shared out among the replicas.
+    """The same validation samples every time, divided among the replicas.
 
     Where they do not fill the last micro-batches, or ``fewest`` of them, rows without a label stand in:
     they add nothing.

@@ -1,4 +1,4 @@
-"""A rank's connection to the supervisor: it says what it does, and ends when nobody is there any more.
+"""A rank's connection to the supervisor: reports its status, and ends the rank when the supervisor is gone.
 
 `dstrain.runs.protocol` has the messages.
 """
@@ -52,7 +52,7 @@ _RECEIVE_BYTES = 64 * 1024
 
 
 class ControlClient:
-    """Without a supervisor (launch.sh typed by hand) nothing is sent and nothing is awaited.
+    """Without a supervisor (launch.sh started manually) nothing is sent and nothing is awaited.
 
     A thread listens, and looks at the processes beside this one. When the connection ends, or this rank's launcher, it
     ends this process: whatever the other threads wait for (a collective of a rank that is gone, a disk), it will not
@@ -141,9 +141,9 @@ class ControlClient:
         try:
             self._listen(connection, reader)
         except ProtocolError as error:
-            self._end(f"what the supervisor sent is no message for a rank ({error})")
+            self._end(f"the supervisor sent an invalid message ({error})")
         except OSError as error:
-            self._end(f"nothing came from the supervisor any more ({error.strerror or error})")
+            self._end(f"no contact with the supervisor any more ({error.strerror or error})")
         except BaseException as error:
             self._end(f"it can't listen to the supervisor any more ({type(error).__name__}: {error})")
 
@@ -158,7 +158,7 @@ class ControlClient:
                 continue
             received = connection.recv(_RECEIVE_BYTES)
             if not received:
-                self._end("the supervisor has ended the run, or is gone")
+                self._end("the supervisor has ended the run or exited")
                 return
             reader.feed(received)
 
@@ -178,7 +178,7 @@ class ControlClient:
         self._send(*self._local_ranks.changes())
         if self._local_ranks.launcher_is_gone():
             self._send(Orphaned())
-            self._end("its launcher is gone")
+            self._end("its launcher has exited")
 
     def _end(self, why: str) -> None:
         if self._connection is None:
@@ -204,7 +204,8 @@ def _connect(address: ControlAddress) -> socket.socket:
         return connection
     raise DstrainError(
         f"{socket.gethostname()} can't reach the supervisor at port {address.port} ({'; '.join(tried)})",
-        hint="open the way from this host to the machine that `dstrain run` was started on, or start launch.sh by hand",
+        hint="allow connections from this host to the machine on which `dstrain run` was started, or"
+        " start launch.sh manually",
     )
 
 
@@ -221,9 +222,9 @@ def _welcome(connection: socket.socket, reader: MessageReader) -> Welcome:
     except OSError as error:
         raise DstrainError(f"the supervisor does not answer {socket.gethostname()}: {error}") from error
     except ProtocolError as error:
-        raise DstrainError(f"what answers {socket.gethostname()} is no supervisor: {error}") from error
+        raise DstrainError(f"what answers {socket.gethostname()} is not a supervisor: {error}") from error
     if not isinstance(answer, Welcome):
-        raise DstrainError(f"what answers {socket.gethostname()} is no supervisor: it sent {answer.type}")
+        raise DstrainError(f"what answers {socket.gethostname()} is not a supervisor: it sent {answer.type}")
     connection.settimeout(None)
     return answer
 

@@ -1,4 +1,4 @@
-"""``deterministic: true``: the same bits each time, or an error that names the operation that can't."""
+"""``deterministic: true``: bit-identical results, or an error that names the operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving in order: end the current step, save, and go, because a signal, the user or the clock asks for it."""
+"""Graceful shutdown: finishes the current step, saves and exits, on a signal or at the time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks: what happens beside the training. The interface, and the one that calls them.
+"""The hook interface, and the caller of all hooks.
 
 A hook is a class with at most six methods, all optional, which get plain data. It is named in the config
 (``hooks: ["my_module:MyHook"]``), made once a launch with its options as keyword arguments, and called on rank 0; with
@@ -134,7 +134,7 @@ class Hook:
     """Base of hooks; any class with some of these methods will do.
 
     Attributes:
-        optional: where it raises, this is said once and the run goes on without it.
+        optional: where it raises, this is said once and the run continues without it.
         every_rank: it is made and called on all ranks.
         returns_at_once: ``on_step`` takes no time that a supervisor would have to know of.
         say: tells the user a line: in the rank's log, and for rank 0 on the terminal too.
@@ -302,9 +302,9 @@ class Hooks:
             what = error.message if isinstance(error, DstrainError) else f"{type(error).__name__}: {error}"
             reason = f"hook {name} failed in {where}: {what}"
         if not optional:
-            hint = "its traceback stands in this rank's log; with `optional: true` a run goes on without it"
+            hint = "its traceback is in this rank's log; with `optional: true` a run continues without it"
             raise DstrainError(reason, hint=hint, exit_code=1) from error
-        self._say(f"{reason}; the run goes on without it")
+        self._say(f"{reason}; the run continues without it")
 
 
 def _wait(hooks: Sequence[_Named]) -> None:

@@ -1,6 +1,4 @@
-"""Whether the ranks' hosts agree: on the plan, the weights to start from, and a run folder that all share where the
-run needs one.
-"""
+"""Checks that all hosts agree on the plan, the initial weights and, where needed, a shared run folder."""
 
 from __future__ import annotations
 
@@ -42,10 +40,10 @@ def _refuse_other_plans(folder: RunFolder) -> None:
     if other:
         hosts = ", ".join(dict.fromkeys(seen[rank][0] for rank in other))
         raise DstrainError(
-            f"{hosts} would train by another plan than {seen[0][0]} (rank {other[0]})",
+            f"{hosts} has a different plan than {seen[0][0]} (rank {other[0]})",
             where=str(folder.plan),
-            hint="start the run with `dstrain run` or `dstrain resume`, which bring the plan to every host; with"
-            " --launcher none, type the same on every node",
+            hint="start the run with `dstrain run` or `dstrain resume`, which send the plan to every"
+            " host; with --launcher none, use the same arguments on every node",
         )
 
 
@@ -61,7 +59,7 @@ def _refuse_other_weights(model: str) -> None:
         if other:
             shown = ", ".join(other[:4]) + (", ..." if len(other) > 4 else "")
             raise DstrainError(
-                f"{host} lacks files of the model's weights that {first_host} has, or has others: {shown}",
+                f"the model's weight files on {host} are missing or differ from those on {first_host}: {shown}",
                 where=model,
                 hint=f"copy the folder from {first_host} to the same place there, or name one that all hosts share",
             )
@@ -72,12 +70,12 @@ def _shared_for(folder: RunFolder, plan: Plan) -> tuple[str, str] | None:
     told: list[tuple[str, str] | None] = [None]
     if distributed.get_rank() == 0:
         if named_checkpoints(folder.checkpoints):
-            told[0] = "all ranks read the checkpoint to go on from", ""
+            told[0] = "all ranks read the checkpoint to resume from", ""
         elif plan.run_config.saves:
             why = "all ranks write checkpoints and read them again"
             told[0] = why, "; or --save-every never, which trains without checkpoints"
         elif plan.run_config.save_weights:
-            told[0] = "all stages write the last weights", "; or --set save_weights=false"
+            told[0] = "all stages write the final weights", "; or --set save_weights=false"
     distributed.broadcast_object_list(told, src=0)
     return told[0]
 
@@ -97,7 +95,7 @@ def _refuse_own_folders(folder: RunFolder, needed_for: str, instead: str) -> Non
         raise DstrainError(
             f"{', '.join(blind)} {'does' if len(blind) == 1 else 'do'} not share the run folder of {seen[0][0]}"
             f" ({folder.path}), and {needed_for}",
-            hint="--set runs_dir=FOLDER, one that all hosts share" + instead,
+            hint="--set runs_dir=FOLDER on storage that all hosts share" + instead,
         )
 
 

@@ -1,4 +1,4 @@
-"""What only the ranks know of a launch, for the run's history: their devices, and the step that they begin with."""
+"""The part of a launch record that only ranks know: their devices, and the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank sees of the processes beside it: its launcher, and the other ranks of its host.
+"""What a rank observes of the other processes on its host: its launcher and the other ranks.
 
 A rank that is stopped or killed can't say so, and its launcher may be too far from the supervisor to ask.
 """

@@ -1,4 +1,4 @@
-"""The run folder on a rank's own host, which may be another one than the supervisor's at the same place.
+"""The run folder on a rank's own host, which may differ from the supervisor's.
 
 `dstrain.train.host_agreement` finds out whether the ranks share theirs. This is looked at before, and needs no torch.
 """
@@ -35,17 +35,17 @@ def keep_plan(folder: RunFolder, control: ControlClient, rank: int) -> None:
     """
     if rank == 0 and control.launch and not sees(folder.launch, control.launch):
         raise DstrainError(
-            f"the first host of the run, {socket.gethostname()}, does not see the run folder {folder.path}"
-            " of the machine that the run was started on: metrics, result and checkpoints would stay there",
-            hint="start the run on the first host; or --set runs_dir=FOLDER, one that both share",
+            f"the first host of the run, {socket.gethostname()}, can't see the run folder {folder.path}"
+            " on the machine where the run was started: metrics, result and checkpoints would stay there",
+            hint="start the run on the first host; or use --set runs_dir=FOLDER on storage that both share",
         )
     if control.plan is not None:
         write_atomically(folder.plan, control.plan)
     elif not folder.plan.exists():
         raise DstrainError(
             f"{socket.gethostname()} has no {folder.plan}",
-            hint="`dstrain run` and `dstrain resume` bring the plan to every host; by hand, launch.sh needs a run"
-            " folder that all hosts share",
+            hint="`dstrain run` and `dstrain resume` send the plan to every host; launch.sh, started"
+            " manually, needs a run folder that all hosts share",
         )
 
 

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function, so that resuming needs nothing but the step."""
+"""The learning rate of a step: a pure function of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory the fullest rank has used so far."""
+"""The peak memory of the fullest rank so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, without gaps and without doubles over resumes."""
+"""metrics.jsonl: one JSON object per step, without gaps or duplicates across resumes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ class MetricsFile:
         return DstrainError(
             f"the metrics could not be written: {error.strerror}",
             where=self._file.name,
-            hint="make room on this disk; `dstrain resume` then goes on from the newest checkpoint",
+            hint="make room on this disk; `dstrain resume` then continues from the newest checkpoint",
             exit_code=1,
         )

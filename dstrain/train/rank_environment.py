@@ -1,4 +1,4 @@
-"""What a rank learns from its environment and its command line, and what it must find out itself."""
+"""What a rank reads from its environment and command line, and what it finds out itself."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def refuse_another_world(ranks: int, folder: RunFolder, environ: Mapping[str, st
     started = int(environ["WORLD_SIZE"])
     if started != ranks:
         raise DstrainError(
-            f"the plan is for {ranks} ranks, and {started} were started",
+            f"the plan is for {ranks} ranks, but {started} were started",
             where=str(folder.plan),
-            hint=f"`bash {folder.launch_script}` starts those of the plan; its last line says how",
+            hint=f"`bash {folder.launch_script}` starts those of the plan; its last line shows how",
         )
 
 

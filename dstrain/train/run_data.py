@@ -1,4 +1,4 @@
-"""What every host must have for itself: the data of a run, and its model's config, as the plan has them.
+"""Checks that each host has the data and the model config that the plan was made for.
 
 A host without a disk in common with the others needs copies of the same files; it tokenizes them by itself.
 """
@@ -45,7 +45,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
     found = data.summary()["fingerprint"]
     if found != plan.data.fingerprint:
         raise DstrainError(
-            "the data are not those that the plan was made for"
+            "the data is not what the plan was made for"
             f" ({found} on {socket.gethostname()}, {plan.data.fingerprint} in the plan)",
             where=config.data,
             hint="start a new run for changed data" + _or_copy(plan),

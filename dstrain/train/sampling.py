@@ -1,4 +1,4 @@
-"""A continuation of a prompt by the model as it stands: seen, not measured, what it learned."""
+"""Generates a continuation of a prompt with the current model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop of one rank, read from top to bottom."""
+"""The training loop of one rank."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
         The last step, and whether it is the run's: the ranks may be asked to leave before.
 
     Raises:
-        DstrainError: what the user can mend (data that changed, a loss that is not a number, a hook that failed).
+        DstrainError: what the user can fix (data that changed, a loss that is not a number, a hook that failed).
     """
     hooks = Hooks(lambda line: _say(line, console), control.busy)
     try:
@@ -228,7 +228,7 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
         return
     what = f"the loss is {result.loss}"
     if math.isfinite(result.loss):
-        what = "the gradient is no number (inf or nan)"
+        what = "the gradient norm is not finite"
     raise DstrainError(
         f"{what} at step {step}",
         hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",

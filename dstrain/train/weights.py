@@ -1,4 +1,4 @@
-"""The last weights as safetensors: one file a stage, Hugging Face names, fp32."""
+"""Writes the final weights as safetensors: one file per stage, Hugging Face names, fp32."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def main(arguments: list[str]) -> int:
             os.environ.update(launch_variables(folder))
         except OSError:
             print(
-                f"error: {socket.gethostname()} has no {folder.environment}\n  hint: `dstrain run --prepare` fills a"
-                " run folder; all hosts must share it",
+                f"error: {socket.gethostname()} has no {folder.environment}\n  hint: `dstrain run"
+                " --prepare` creates a run folder; all hosts must share it",
                 file=sys.stderr,
             )
             return 2

@@ -192,10 +192,10 @@ def refused(faulty: Cluster, environment: dict[str, str]) -> Result:
         ("n2", "Permission denied (publickey)", "ssh-copy-id n2"),
         ("n3", "torch: 1.0, and 2.", "install the same on all hosts"),
         ("n4", "there is no python at ", "virtual environment at the same path on n4"),
-        ("n5", "does not know the key of n5", "ssh n5 once by hand"),
+        ("n5", "does not know the key of n5", "ssh n5 once manually"),
         ("n6", "can't connect to n1 at TCP port", "between n6 and n1"),
-        (NOWHERE, "No route to host", "is on and in the network"),
-        (SILENT, "Connection timed out", "is on and in the network"),
+        (NOWHERE, "No route to host", "is running and on the network"),
+        (SILENT, "Connection timed out", "is running and on the network"),
         ("n9", "Could not resolve hostname", "correct the name n9"),
     ],
 )

@@ -70,7 +70,9 @@ def test_it_goes_on_with_two_hosts_and_then_with_three(
     end = command.wait(300)
     assert end.code == 0, end
 
-    assert "elastic on n1, n2: 12 samples a step = 2 a micro-batch x 3 micro-batches x 2 replicas" in end.out
+    assert (
+        "elastic on n1, n2: 12 samples per step = 2 per micro-batch x 3 micro-batches x 2 replicas" in end.out
+    )
     assert "without n3: " in end.out
     statuses = [folder.read_status(rank) for rank in range(3)]
     assert [(status.host, status.state) for status in statuses if status] == [

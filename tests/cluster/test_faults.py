@@ -104,7 +104,7 @@ class Fault:
 
 LAUNCHER, RUNNER = "deepspeed.launcher.launch", "deepspeed.launcher.runner"
 KILLED = "killed by SIGKILL (probably out of memory)"
-LOST = "nothing was heard of n2 any more: it lost its power or its network"
+LOST = "no contact with n2 any more: it lost power or network"
 LEFT = "the launcher ended before its ranks "
 
 RANK_HERE = Fault(lambda run: run.strike_rank(1), KILLED, 1, "n1")

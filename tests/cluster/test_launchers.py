@@ -175,9 +175,7 @@ def test_what_is_said_to_be_typed_is_typed(site: Placement, local: list[dict[str
         return [command.wait(200) for command in running]
 
     for refused in type_on_each("", " --lr 0.5"):
-        assert refused.code not in (0, None) and "n2 would train by another plan than n1" in refused.err, (
-            refused
-        )
+        assert refused.code not in (0, None) and "n2 has a different plan than n1" in refused.err, refused
     assert site.numbers("typed") == []
     for trained in type_on_each("", ""):
         assert trained.code == 0, f"{trained}\n{site.log('typed')}"

@@ -44,7 +44,7 @@ class Jobs:
         assert said.code == 0, said
         first, *lines = said.out.splitlines()
         job = first.split()[1]
-        assert first == f"job {job} is submitted: nodes 2, ranks on each 2"
+        assert first == f"job {job} submitted: nodes 2, ranks per node 2"
         assert [line.split()[0] for line in lines] == ["state", "follow", "stop", "script"]
         return job
 

@@ -122,7 +122,7 @@ def test_missing_paths_are_refused(tmp_path):
     assert "no such file" in refused("roneneldan/TinyStories").message
     assert "nothing is downloaded" in refused("roneneldan/TinyStories").hint
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    assert "leads nowhere" in refused(tmp_path / "link").message
+    assert "broken link" in refused(tmp_path / "link").message
     assert "no data source" in refused(" ").message
     assert "can't be read" in refused("a\0b").message
 

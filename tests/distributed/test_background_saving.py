@@ -238,7 +238,7 @@ def test_what_finds_no_room_is_written_in_the_step(room: int, tmp_path: Path) ->
     if room == 2_000_000:
         assert (len(behind), len(of_the_other), said) == (2, 2, [])
     else:
-        line = "host memory has no room for a copy of 0.0 GB: checkpoints are written in the step"
+        line = "host memory has no room for a copy of 0.0 GB: checkpoints are written while training waits"
         assert (behind, of_the_other, said) == ([], [], [line])
 
 
@@ -308,7 +308,7 @@ def test_a_write_that_fails_is_an_error(way: str, failing: int, told: str, tmp_p
         assert other.startswith("DstrainError: ") and WAYS[way][1].rpartition(": ")[2] in other, other
     for line in said:
         if line.startswith("DstrainError"):
-            assert "hint: step-000001 is whole and can be resumed from" in line
+            assert "hint: step-000001 is complete and can be resumed from" in line
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"], "half of it is gone"
     assert steps_in(tmp_path) == [1]
 

@@ -189,7 +189,7 @@ def test_a_weight_beyond_fp16_is_refused(
     assert tensors.value("model.norm.weight").dtype == torch.float16
     read = SavedTensor.read
     monkeypatch.setattr(SavedTensor, "read", lambda self: read(self) * 1e6)
-    with pytest.raises(DstrainError, match="fp16 ends at 65504"):
+    with pytest.raises(DstrainError, match="the largest fp16 value is 65504"):
         tensors.value("model.norm.weight")
 
 

@@ -50,7 +50,7 @@ def folders(place: Path, *, shared: bool, plans: tuple[str, str] = ("a plan", "a
     [
         (True, True, True, None),
         (False, True, False, ("all ranks write checkpoints", "--save-every never")),
-        (False, False, True, ("all stages write the last weights", "--set save_weights=false")),
+        (False, False, True, ("all stages write the final weights", "--set save_weights=false")),
         (False, False, False, None),
     ],
 )
@@ -88,13 +88,11 @@ def test_other_weights_to_start_from_are_refused(there: bytes | None, tmp_path: 
     if there is not None:
         (tmp_path / "n2" / "model-2.safetensors").write_bytes(there)
     for place, text in zip(places, run(3, agree, places, choices), strict=True):
-        assert text is not None and text.startswith(
-            f"{place}: n2 lacks files of the model's weights that n1 has"
-        )
-        assert "or has others: model-2.safetensors\n" in text
+        assert text is not None and text.startswith(f"{place}: the model's weight files on n2 are missing or")
+        assert "differ from those on n1: model-2.safetensors\n" in text
 
 
 def test_another_plan_is_refused(tmp_path: Path) -> None:
     places = folders(tmp_path, shared=False, plans=("a plan", "another plan"))
     said = run(3, agree, places, {"saves": False, "save_weights": False})
-    assert said[0] is not None and "n2 would train by another plan than n1 (rank 2)" in said[0]
+    assert said[0] is not None and "n2 has a different plan than n1 (rank 2)" in said[0]

@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(
     shutil.copytree(other_run / NEWEST, folder / NEWEST)
     chosen, said = run(2, look_at, str(folder))[0]
     assert chosen == BEFORE
-    why = f"it was made by another run ({OTHER_RUN}, this one is {RUN})"
+    why = f"it belongs to another run ({OTHER_RUN}, this one is {RUN})"
     assert said == [f"{NEWEST} is not used: {why}; the run goes on from {BEFORE}"]
 
 
@@ -307,7 +307,7 @@ def test_a_disk_that_takes_no_more_is_one_error(healthy: tuple[Path, Any], tmp_p
     run(1, train, case, str(folder))
     said = run(1, train_until_full, case, str(folder), 100_000)[0]
     assert "the checkpoint of step 8 could not be written: " in said
-    assert f"hint: {NEWEST} is whole and can be resumed from" in said
+    assert f"hint: {NEWEST} is complete and can be resumed from" in said
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["step-000002", BEFORE, NEWEST], "what was written of the new one is gone"
     assert run(1, look_at, str(folder))[0] == (NEWEST, [])

@@ -90,15 +90,15 @@ def test_frozen_parameters(case: Case) -> None:
 
 def test_a_tied_weight_frozen_by_one_name_is_frozen_on_every_stage() -> None:
     case = Case(pipeline=4, layers=2, freeze=("model.embed_tokens.*",))
-    with pytest.raises(DstrainError, match="stage 0 would hold only frozen parameters"):
+    with pytest.raises(DstrainError, match="stage 0 would have only frozen parameters"):
         make_case_plan(case)
-    with pytest.raises(DstrainError, match="stage 3 would hold only frozen parameters"):
+    with pytest.raises(DstrainError, match="stage 3 would have only frozen parameters"):
         make_case_plan(replace(case, freeze=("lm_head.*", "model.norm.*"), pipeline=4, layers=3))
 
 
 def test_a_stage_with_only_frozen_parameters_is_refused() -> None:
     case = Case(pipeline=4, layers=2, tied=False, freeze=("model.layers.0.*",))
-    with pytest.raises(DstrainError, match="stage 1 would hold only frozen parameters"):
+    with pytest.raises(DstrainError, match="stage 1 would have only frozen parameters"):
         make_case_plan(case)
 
 

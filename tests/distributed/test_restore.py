@@ -178,7 +178,7 @@ def another_name(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (forget_names, "does not tell the optimizer's exp_avg and exp_avg_sq of"),
+        (forget_names, "does not say which optimizer state (exp_avg and exp_avg_sq) belongs to"),
         (another_shape, "up_proj.weight of [64, 32], and the checkpoint has one of [64, 31]"),
         (another_name, "up_proj.weight of [64, 32], and the checkpoint does not hold it"),
     ],

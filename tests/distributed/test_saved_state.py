@@ -147,7 +147,7 @@ def poison(path: Path) -> None:
         ("mp_rank_01_model_states.pt", Path.unlink, "some stages are missing"),
         ("zero_pp_rank_0_mp_rank_01_optim_states.pt", cut_in_half, "can't be read"),
         ("layer_02-model_states.pt", cut_in_half, "can't be read"),
-        ("mp_rank_00_model_states.pt", poison, "no part of a checkpoint"),
+        ("mp_rank_00_model_states.pt", poison, "does not belong in a checkpoint"),
         ("offloaded_tensors", Path.mkdir, "swap files"),
     ],
 )

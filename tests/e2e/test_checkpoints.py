@@ -90,8 +90,8 @@ def test_verify_finds_what_sizes_do_not_tell_and_notes_it(
     assert dstrain_here("checkpoints", "saved").code == 0
     said = dstrain_here("checkpoints", "saved", "--verify")
     assert said.code == 1
-    assert "damaged: state/optimizer.pt holds other bytes than were saved" in " ".join(said.out.split())
-    assert "step 6 holds files that its manifest does not name, and that are ignored: note.txt" in said.out
+    assert "damaged: state/optimizer.pt does not match its checksum" in " ".join(said.out.split())
+    assert "step 6 contains files that are not in its manifest and are ignored: note.txt" in said.out
     assert dstrain_here("checkpoints", "saved").code == 1, "it was noted"
 
     flip_a_bit(newest / "state" / "optimizer.pt")
@@ -123,7 +123,7 @@ def test_what_is_damaged_is_said_without_reading(
 def test_of_another_run(saved: Path, dstrain_here: Callable[..., Said]) -> None:
     (saved / "run-id").write_text("f" * 16)
     said = dstrain_here("checkpoints", "saved", "--json")
-    assert said.code == 1 and "made by another run" in state(said)[6]["why"]
+    assert said.code == 1 and "belongs to another run" in state(said)[6]["why"]
 
 
 def test_none_yet(place: Path, dstrain_here: Callable[..., Said]) -> None:
@@ -139,7 +139,9 @@ def test_resume_never_starts_anew_in_silence(saved: Path, dstrain_here: Callable
     assert dstrain_here("checkpoints", "saved", "--verify").code == 1
     said = dstrain_here("resume", "saved", "--dry-run")
     assert said.code == 2 and "no checkpoint of this run is usable" in said.err
-    assert all(f"step-{step:06d}: state/model.pt holds other bytes" in said.err for step in (2, 4, 6))
+    assert all(
+        f"step-{step:06d}: state/model.pt does not match its checksum" in said.err for step in (2, 4, 6)
+    )
     assert "hint: " in said.err and "Traceback" not in said.err
 
 
@@ -150,7 +152,7 @@ def test_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 1_500_000))
     arguments = ("--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--name", "x", "--dry-run")
     said = dstrain_here("run", *arguments, "--save-every", "1", "--keep", "9", "--verbose")
-    assert said.code == 2 and "are left for them" in said.err and "hint: --keep " in said.err, said.err
+    assert said.code == 2 and "are free for them" in said.err and "hint: --keep " in said.err, said.err
     assert "disk    about " in said.out and "(10 at once: keep 9, and the one being written)" in said.out
     assert dstrain_here("run", *arguments, "--save-every", "0", "--keep", "1").code == 0
 
@@ -176,7 +178,7 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(
     said = dstrain("resume", "hurt", "--steps", "8")
     assert said.code == 0, said.out + said.err
     notes = [line for line in said.out.splitlines() if line.startswith("note   step-000006 is not used: ")]
-    assert len(notes) == 1 and "holds other bytes than were saved" in notes[0], said.out
+    assert len(notes) == 1 and "does not match its checksum" in notes[0], said.out
     assert "step-000006 is not used: " in (folder / "logs" / "rank-0.log").read_text()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(9))

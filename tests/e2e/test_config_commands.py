@@ -29,7 +29,7 @@ PLAN = ("--model", "model", "--data", "text.jsonl", "--seq-len", "32")
 def test_what_init_writes_passes_check_and_means_the_defaults(place: Path, dstrain_here: Dstrain) -> None:
     said = dstrain_here("config", "init", "my.yaml")
     assert said.code == 0 and "config check my.yaml" in said.out
-    assert dstrain_here("config", "check", "my.yaml") == Said(0, "my.yaml: no mistake\n", "")
+    assert dstrain_here("config", "check", "my.yaml") == Said(0, "my.yaml: no errors\n", "")
     assert load_config(config_file="my.yaml").config == RunConfig()
     text = (place / "my.yaml").read_text()
     for key, field in RunConfig.model_fields.items():
@@ -87,7 +87,7 @@ def test_check_finds_all_mistakes_at_once(place: Path, dstrain_here: Dstrain) ->
     said = dstrain_here("config", "check", "bad.yaml")
     assert said.code == 2 and not said.out
     assert re.findall(r"error: bad\.yaml:(\d+): ", said.err) == ["1", "2", "6", "7", "9"]
-    for words in ("did you mean steps?", "must be a number", "did you mean gradient_clipping?", "5 mistakes"):
+    for words in ("did you mean steps?", "must be a number", "did you mean gradient_clipping?", "5 errors"):
         assert words in said.err
     record = json.loads(dstrain_here("config", "check", "bad.yaml", "--json").out)
     assert [each["where"] for each in record] == [f"bad.yaml:{line}" for line in (1, 2, 6, 7, 9)]
@@ -110,7 +110,7 @@ def test_check_finds_what_can_not_work_together(place: Path, dstrain_here: Dstra
         "timer",
     ):
         assert words in said.err
-    assert "7 mistakes" in said.err
+    assert "7 errors" in said.err
 
 
 def test_check_with_a_recipe_below(place: Path, dstrain_here: Dstrain) -> None:
@@ -143,7 +143,7 @@ def test_check_reads_the_deepspeed_file_too(place: Path, dstrain_here: Dstrain) 
     assert "d.json" in dstrain_here("config", "check", "own.yaml").err
     (place / "d.json").write_text('{"zero_optimization": {\n"stage": 3},\n"typo": 1}')
     said = dstrain_here("config", "check", "own.yaml")
-    assert "d.json:2" in said.err and "d.json:3" in said.err and "2 mistakes" in said.err
+    assert "d.json:2" in said.err and "d.json:3" in said.err and "2 errors" in said.err
 
 
 # --- schema
@@ -227,7 +227,7 @@ def test_diff_of_files(place: Path, dstrain_here: Dstrain) -> None:
         "part": "config", "key": "zero",
         "a": {"value": 1, "origin": "a.yaml:1"}, "b": {"value": 2, "origin": "b.yaml:3"},
     }  # fmt: skip
-    assert dstrain_here("config", "diff", "a.yaml", "a.yaml") == Said(0, "no difference\n", "")
+    assert dstrain_here("config", "diff", "a.yaml", "a.yaml") == Said(0, "no differences\n", "")
 
 
 def test_diff_of_runs_shows_what_followed(place: Path, dstrain_here: Dstrain) -> None:

@@ -215,10 +215,10 @@ def test_without_its_data_a_run_is_exported_all_the_same(
         data.unlink(missing_ok=True)
         aside.rename(data)
     assert said.code == 0, said.err
-    [line] = [line for line in said.out.splitlines() if line.startswith("validation loss: not taken: ")]
+    [line] = [line for line in said.out.splitlines() if line.startswith("validation loss: not computed: ")]
     assert "text.jsonl" in line
     assert told_losses(said) == pytest.approx([losses(bench)[6]], abs=1e-6), "the run's own stands there"
-    assert changed["loss"] is None and "the data are not those" in changed["no_loss_because"]
+    assert changed["loss"] is None and "the data is not what" in changed["no_loss_because"]
     weights = (bench.place / "out" / "model.safetensors").read_bytes()
     for name in ("dataless", "changed"):
         assert (bench.place / name / "model.safetensors").read_bytes() == weights
@@ -261,7 +261,10 @@ def test_generate_ends_with_the_positions(tmp_path: Path, capsys: pytest.Capture
     assert many.err.endswith(
         "dstrain: --tokens 200 is cut to 4: the model has 64 positions, and the prompt takes 60\n"
     )
-    with pytest.raises(DstrainError, match="64 tokens, and with the model's 64 positions nothing fits"):
+    with pytest.raises(
+        DstrainError,
+        match="64 tokens, which leaves no room for a continuation within the model's 64 positions",
+    ):
         generate(tmp_path, "x" * 64, tokens=1, temperature=0, seed=0)
     assert not capsys.readouterr().out
 
@@ -300,16 +303,16 @@ def check(said: Said, *words: str) -> None:
 
 # Arguments, and what the message must hold.
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "no such run": (["export", "none", "out"], ["RUN", "'none' is no run folder", "hint"]),
+    "no such run": (["export", "none", "out"], ["RUN", "'none' is not a run folder", "hint"]),
     "no OUT": (["export", "run"], ["OUT", "Missing argument"]),
     "no checkpoint": (["export", "run", "out"], ["run has no complete checkpoint", "dstrain resume run"]),
     "OUT is full": (["export", "saved", "full"], ["OUT: full is not empty", "hint"]),
     "OUT is a file": (["export", "saved", "file"], ["OUT: file is a file", "hint"]),
-    "OUT below a file": (["export", "saved", "file/er/out"], ["OUT: file/er/out can't be made", "file is a file"]),
+    "OUT below a file": (["export", "saved", "file/er/out"], ["OUT: file/er/out can't be created", "file is a file"]),
     "step that is none": (["export", "saved", "out", "--step", "7"], ["--step", "step 7", "there are: 3, 12"]),
     "step in words": (["export", "saved", "out", "--step", "last"], ["--step", "'last'"]),
     "dtype that is none": (["export", "saved", "out", "--dtype", "int8"], ["--dtype", "'bf16'"]),
-    "generate from nothing": (["generate", "none", "x"], ["FOLDER", "none is no model folder", "dstrain export"]),
+    "generate from nothing": (["generate", "none", "x"], ["FOLDER", "none is not a model folder", "dstrain export"]),
     "generate without prompt": (["generate", "full"], ["PROMPT", "Missing argument"]),
     "generate no tokens": (["generate", "full", "x", "--tokens", "0"], ["--tokens", "x>=1"]),
     "generate with a cold wind": (["generate", "full", "x", "--temperature", "-1"], ["--temperature", "x>=0"]),

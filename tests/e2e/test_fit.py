@@ -97,8 +97,8 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would_help(
     said = dstrain_here(*arguments, "--micro-batch", "256")
     assert said.code == 0, said.err
     words = " ".join(said.out.split())
-    assert "nothing fits. The nearest needs" in words
-    assert "Without --micro-batch 256 there is one that fits" in words
+    assert "nothing fits. The closest layout needs" in words
+    assert "A layout fits without --micro-batch 256" in words
     found = record(dstrain_here(*arguments, "--micro-batch", "256", "--json"))
     assert not found["fits"] and found["helps"] == ["--micro-batch 256"]
     assert found["rows"][0]["memory_bytes"] > found["limit_bytes"] > 0
@@ -116,4 +116,4 @@ def test_no_layout_is_cut_off_in_80_columns(
 
 def test_one_thing_at_a_time(dstrain_here: Callable[..., Said]) -> None:
     said = dstrain_here("plan", *COMMON, "--fit", "--explain", "zero")
-    assert said.code == 2 and "--explain is about one" in said.err
+    assert said.code == 2 and "--explain describes one" in said.err

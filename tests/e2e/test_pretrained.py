@@ -95,7 +95,7 @@ def test_a_name_on_the_hub_is_its_folder_in_the_cache(
 
 
 def test_a_name_that_the_cache_lacks(hub: Path, dstrain_here: Callable[..., Said]) -> None:
-    words = ["--model", "'tiny/other' is no folder", "HF_HUB_OFFLINE", "hint"]
+    words = ["--model", "'tiny/other' is not a local folder", "HF_HUB_OFFLINE", "hint"]
     one_message(dstrain_here("plan", *GOOD, "--model", "tiny/other"), words)
     one_message(
         dstrain_here("plan", *GOOD, "--model", "tiny/llama@v9"), ["'tiny/llama@v9'", "HF_HUB_OFFLINE"]
@@ -108,7 +108,7 @@ def test_a_hub_that_can_not_be_reached(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens at the discard port
     said = dstrain_here("plan", *GOOD, "--model", "tiny/other")
-    one_message(said, ["--model", "'tiny/other' is no folder here", "can't be reached", "127.0.0.1:9"])
+    one_message(said, ["--model", "'tiny/other' is not a local folder", "can't be reached", "127.0.0.1:9"])
     # What the cache holds is used all the same.
     assert dstrain_here("plan", *GOOD, "--model", "tiny/llama").code == 0
 
@@ -138,7 +138,7 @@ def test_damaged_weights_start_nothing(
 
 def test_a_built_in_shape_has_no_weights(dstrain_here: Callable[..., Said]) -> None:
     said = dstrain_here("plan", *GOOD, "--model", "quickstart", "--init", "pretrained")
-    one_message(said, ["--init", "quickstart is a shape without weights", "--init random"])
+    one_message(said, ["--init", "quickstart is a built-in shape, which has no weights", "--init random"])
 
 
 def test_superfluous_tensors_are_named_in_one_line(trained: Path, dstrain_here: Callable[..., Said]) -> None:

@@ -52,6 +52,6 @@ def test_checkpoints_that_are_all_damaged_are_not_tried_for_ever(
     said = dstrain("resume", "again", "--steps", "6", change=SOON)
     assert said.code == 1, said
     assert "restart 1 of 5 in 0 s" in said.out
-    assert "restart no: it failed again before a step was trained" in said.out
+    assert "restart no: it failed again before the first step" in said.out
     assert "no checkpoint of this run is usable" in said.err
     assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2, 3, 4]

@@ -85,10 +85,10 @@ def test_a_run_is_repeated_to_the_bit_and_what_is_changed_is_named(
 def test_runs_without_a_record_are_refused(place: Path, dstrain_here: Callable[..., Said]) -> None:
     said = dstrain_here("reproduce", "nothing")
     assert said.code == 2
-    assert "'nothing' is no run folder" in said.err
+    assert "'nothing' is not a run folder" in said.err
     old = place / "runs" / "old"
     old.mkdir(parents=True)
     (old / "config.yaml").write_text("zero: 1\n")
     said = dstrain_here("reproduce", "old")
     assert said.code == 2
-    assert "the run has no record of what it was made of" in said.err
+    assert "the run has no record of its environment" in said.err

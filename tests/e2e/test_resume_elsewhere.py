@@ -51,9 +51,9 @@ def test_a_run_goes_on_in_another_layout(
 
     elsewhere = ["--zero", "3", "--pipeline", "1", "--data-parallel", "2"]
     for wrong, words in (
-        (["--precision", "bf16"], "precision = fp32, and this run has bf16"),
-        (["--global-batch", "16"], "global_batch = 8, and this run has 16"),
-        (["--pipeline", "2", "--schedule", "dualpipev"], "dualpipev runs the backward passes"),
+        (["--precision", "bf16"], "precision = fp32, but this run has bf16"),
+        (["--global-batch", "16"], "global_batch = 8, but this run has 16"),
+        (["--pipeline", "2", "--schedule", "dualpipev"], "dualpipev alternates the backward passes"),
         (["--data-parallel", "3"], "can't be shared by 3 replicas"),
     ):
         refused = dstrain_here("resume", "moved", "--steps", "6", *elsewhere, *wrong, "--dry-run")
@@ -62,7 +62,7 @@ def test_a_run_goes_on_in_another_layout(
 
     said = dstrain("resume", "moved", "--steps", "6", *elsewhere)
     assert said.code == 0, said.out + said.err
-    assert "zero1-pp2-dp1 -> zero3-pp1-dp2: the same training goes on" in said.out
+    assert "zero1-pp2-dp1 -> zero3-pp1-dp2: the same training continues" in said.out
     moved, unbroken = records(place, "moved"), records(place, "whole")
     assert [record["step"] for record in moved] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(moved, unbroken, strict=True):
@@ -121,7 +121,7 @@ def test_code_in_a_checkpoint_is_never_run(place: Path, dstrain: Callable[..., S
     ):
         said = dstrain(*command)
         assert said.code, said.out
-        assert said.err.count("names posix.system, which is no part of a checkpoint") == 1, said.err
+        assert said.err.count("refers to posix.system, which does not belong in a checkpoint") == 1, said.err
         assert "step-000001/state/mp_rank_00_model_states.pt: this checkpoint file" in said.err
         assert "Traceback" not in said.err and "goes on from step-000001" not in said.err, said.err
         assert not marker.exists(), f"{command} has run what the checkpoint names"

@@ -225,7 +225,7 @@ def test_a_finished_run_is_not_run_again(workshop: Workshop, calm: Said) -> None
 def test_resume_refuses_another_training(workshop: Workshop, calm: Said) -> None:
     said = workshop.run("resume", "calm", "--steps", str(STEPS + 1), "--seed", "5")
     assert said.code == 2
-    assert "and this run has 5" in said.err and "hint: resume with the same seed" in said.err
+    assert "but this run has 5" in said.err and "hint: resume with the same seed" in said.err
 
 
 @pytest.mark.parametrize("command", ["run", "resume"])

@@ -115,10 +115,10 @@ def test_what_is_fetched(name: str, what: str, wanted: set[str], endpoint: str, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tiny/none", ["'tiny/none' is no folder here", "no model on the hub"]),
-        ("tiny/gated", ["tiny/gated is given only", "hf auth login", "HF_TOKEN"]),
+        ("tiny/none", ["'tiny/none' is neither a local folder", "nor a model on the hub"]),
+        ("tiny/gated", ["tiny/gated is a gated repository", "hf auth login", "HF_TOKEN"]),
         ("tiny/safe@v9", ["tiny/safe has no revision 'v9'", "tree/main"]),
-        ("ti--ny/safe", ["no name on the hub"]),
+        ("ti--ny/safe", ["nor a valid name on the hub"]),
     ],
 )
 def test_what_the_hub_does_not_give(name: str, words: list[str], endpoint: str, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def empty_file(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "truncated shard": (truncate, ["cut off", "header tells of", ".safetensors"]),
+    "truncated shard": (truncate, ["cut off", "header describes", ".safetensors"]),
     "missing shard": (lambda f: (f / shard_of(f, Q)).unlink(), ["is missing", "model.safetensors.index.json"]),
     "tensor not where the index says": (drop_tensor, ["does not hold " + Q, "index.json", "do not belong together"]),
     "tensor nowhere": (drop_everywhere, ["do not hold " + Q, "the model needs"]),
@@ -299,10 +299,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "wrong shape": (other_shape, [Q, "[8, 32]", "[32, 32]"]),
     "another vocabulary": (other_vocabulary, ["[99, 32]", "[120, 32]", "config.json"]),
-    "unreadable header": (overwrite_header, ["no safetensors file", "damaged"]),
-    "header longer than the file": (huge_header, ["no safetensors file", "header would take"]),
-    "empty shard": (empty_file, ["no safetensors file"]),
-    "a pointer in place of the weights": (text_for_weights, ["no safetensors file"]),
+    "unreadable header": (overwrite_header, ["not a safetensors file", "damaged"]),
+    "header longer than the file": (huge_header, ["not a safetensors file", "header would take"]),
+    "empty shard": (empty_file, ["not a safetensors file"]),
+    "a pointer in place of the weights": (text_for_weights, ["not a safetensors file"]),
     "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["index can't be read"]),
     "index without a map": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ["weight_map"]
@@ -363,7 +363,7 @@ def test_two_values_for_one_weight(tmp_path: Path) -> None:
     edit(folder, "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": same.clone()}))
     check_weights(folder / "config.json", folder)
     edit(folder, "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": same + 1}))
-    with pytest.raises(DstrainError, match="one weight by the config, and two"):
+    with pytest.raises(DstrainError, match="tied by the config, but differ"):
         check_weights(folder / "config.json", folder)
 
 

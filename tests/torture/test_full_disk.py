@@ -36,7 +36,7 @@ def test_files_that_may_not_grow(place: Path, unbroken: Callable[[Layout], Run])
         signs=[
             "rank 0",
             "could not be written: ",
-            f"step-{run.newest():06d} is whole and can be resumed from",
+            f"step-{run.newest():06d} is complete and can be resumed from",
         ],
     )
     assert not list(run.folder.checkpoints.glob(".step-*")), "what was written of it is gone"
@@ -51,7 +51,7 @@ def test_a_small_disk(place: Path, unbroken: Callable[[Layout], Run]) -> None:
         run.fail(
             signs=[
                 "the checkpoint of step 15 could not be written: No space left on device",
-                "step-000010 is whole and can be resumed from",
+                "step-000010 is complete and can be resumed from",
             ]
         )
         assert run.newest() == 10

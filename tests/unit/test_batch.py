@@ -101,7 +101,7 @@ def test_refusals_name_what_works(
 def test_in_words_can_be_checked_by_hand() -> None:
     words = make(32, 4, 2).describe()
     assert words == (
-        "32 samples a step = 4 a micro-batch x 4 micro-batches x 2 replicas; 32 x 128 = 4,096 tokens a step"
+        "32 samples per step = 4 per micro-batch x 4 micro-batches x 2 replicas; 32 x 128 = 4,096 tokens per step"
     )
     assert "1 replica;" in make(32, 4, 1).describe()
 
@@ -114,7 +114,7 @@ def test_the_refused_choice_is_blamed(flags: dict[str, int], where: str) -> None
 
 
 def test_dualpipev_needs_two_micro_batches_a_stage() -> None:
-    with pytest.raises(DstrainError, match="needs 4 micro-batches") as caught:
+    with pytest.raises(DstrainError, match="requires 4 micro-batches") as caught:
         plan(pipeline=2, schedule="dualpipev", global_batch=8, micro_batch=4)
     number = int(re.findall(r"--global-batch (\d+)", caught.value.hint or "")[0])
     made = plan(pipeline=2, schedule="dualpipev", global_batch=number, micro_batch=4)

@@ -55,9 +55,9 @@ def test_what_the_container_would_not_see(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     refuse_unseen({"data": "mine.jsonl", "model": "/work/model", "tokenizer": "bytes"}, {})
     refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models:/texts"})
-    with pytest.raises(DstrainError, match="data: the container does not see "):
+    with pytest.raises(DstrainError, match="data: the container can't see "):
         refuse_unseen({"data": str(tmp_path / "mine.jsonl")}, {})
-    with pytest.raises(DstrainError, match="data: the container does not see /texts/mine"):
+    with pytest.raises(DstrainError, match="data: the container can't see /texts/mine"):
         refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models"})
 
 

@@ -120,7 +120,7 @@ def test_what_the_table_derives_is_what_the_fragments_leave_open() -> None:
         ("zero_optimization.zeropp_loco_param", "LoCo-Zero++ has been removed"),
         ("zero_optimization.stage3_gather_fp16_weights_on_model_save", "use gather_16bit_weights_on_model_save"),
         ("bf16.check_overflow", "its name is check_grad_overflow"),
-        ("gradient_clipping.x", "gradient_clipping takes a number, and no keys of its own"),
+        ("gradient_clipping.x", "gradient_clipping takes a number, not a block of keys"),
     ],
 )  # fmt: skip
 def test_a_key_that_there_is_not(key: str, words: str) -> None:
@@ -149,8 +149,8 @@ def test_a_key_that_there_is_not(key: str, words: str) -> None:
         ("wall_clock_breakdown", 1, "must be a boolean"),
         ("communication_data_type", "fp8", "must be one of fp32, fp16, bf16"),
         ("checkpoint.tag_validation", "loud", "must be one of Warn, Ignore, Fail"),
-        ("checkpoint", [], "stands where checkpoint holds keys of its own"),
-        ("fp16", None, "stands where fp16 holds keys of its own"),
+        ("checkpoint", [], "checkpoint must be a block of keys, not []"),
+        ("fp16", None, "fp16 must be a block of keys, not null"),
         ("comms_logger.prof_ops", "all_reduce", "must be a list"),
         ("tensor_parallel.dtype", "fp16", "takes a Python object"),
     ],
@@ -310,15 +310,15 @@ def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[st
     ("setting", "words"),
     [
         ("gradient_allreduce_op=sum", "grow with the number of replicas"),
-        ("managed_gradient_accumulation=false", "each micro-batch would be a step"),
+        ("managed_gradient_accumulation=false", "each micro-batch would become an optimizer step"),
         ("checkpoint.load_universal=true", "universal"),
-        ("tensor_parallel.autotp_size=2", "stages and replicas alone"),
-        ("compile.deepcompile=1", "compiles nothing"),
+        ("tensor_parallel.autotp_size=2", "pipeline stages and replicas only"),
+        ("compile.deepcompile=1", "without compiling anything"),
         ('hybrid_engine.enabled="1"', "builds its engines itself"),
-        ("sequence_parallel_size=2", "stages and replicas alone"),
+        ("sequence_parallel_size=2", "pipeline stages and replicas only"),
         ("zero_optimization.zenflow.topk_ratio=0.2", "ZenFlow"),
         ("data_efficiency.enabled=true", "reads the data itself"),
-        ("datastates_ckpt={a: 1}", "returns before"),
+        ("datastates_ckpt={a: 1}", "returns earlier"),
     ],
 )
 def test_what_would_break_the_plans_word(setting: str, words: str) -> None:

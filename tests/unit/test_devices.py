@@ -77,7 +77,7 @@ def test_device_like(names: list[str], expected: str | None) -> None:
     ],
 )
 def test_unknown_device(name: str, hint: str) -> None:
-    with pytest.raises(DstrainError, match="there is no device") as caught:
+    with pytest.raises(DstrainError, match="unknown device") as caught:
         find_device(name, "--device")
     assert caught.value.where == "--device" and hint in (caught.value.hint or "")
 
@@ -109,7 +109,7 @@ def test_a_file_for_cpus(tmp_path: Path) -> None:
     made = plan(machines=found, pipeline=2, global_batch=32)
     assert made.time is not None and made.layout.data_parallel == 4
     assert "the ranks of a host need" in made.memory_verdict
-    with pytest.raises(DstrainError, match="kind is cuda, or cpu"):
+    with pytest.raises(DstrainError, match="kind must be cuda, or cpu"):
         find_device(str(device_file(tmp_path, {"kind": "tpu"})), "--device")
 
 
@@ -130,10 +130,10 @@ def test_a_file_for_cpus(tmp_path: Path) -> None:
             "between.latency_microseconds = -1: must be a number above 0",
             "",
         ),
-        ({"utilisation": 45}, "utilisation is a fraction", "0.45"),
-        ({"inside": 450}, "inside holds gigabytes_per_second, latency_microseconds", "indent"),
+        ({"utilisation": 45}, "utilisation must be a fraction", "0.45"),
+        ({"inside": 450}, "inside must contain gigabytes_per_second, latency_microseconds", "indent"),
         ({"names": "H200"}, "names = 'H200': must be a list", ""),
-        ({"teraflops": {}}, "teraflops names no precision", "fp32"),
+        ({"teraflops": {}}, "teraflops lists no precision", "fp32"),
         ({"source": 3}, "source = 3: must be a text", ""),
     ],
 )
@@ -198,18 +198,18 @@ def test_a_hostfile_of_machines_that_are_not_here(tmp_path: Path) -> None:
     assert found.hosts == (Host("alpha", 4), Host("beta", 4))
     for more, flag in (({"nodes": 2}, "--nodes 2"), ({}, "--gpus-per-node 8")):
         described = Elsewhere("h200", None if more else 8)
-        with pytest.raises(DstrainError, match=f"names the hosts and their slots, and {flag} does so too"):
+        with pytest.raises(DstrainError, match=f"and {flag} both set the hosts and their slots"):
             machines_of(described, hostfile=str(hostfile), **more)
 
 
 @pytest.mark.parametrize(
     ("described", "flags", "message", "where"),
     [
-        (Elsewhere("cpu"), {}, "how fast a CPU is differs", "--device"),
-        (Elsewhere("h200"), {"processes": 4, "launcher": "none"}, "each GPU holds a rank", "--processes"),
-        (Elsewhere("h200"), {"nodes": 50_000}, "more than the 100,000", "--nodes"),
-        (Elsewhere("h200", 10**6), {}, "more than the 100,000", "--gpus-per-node"),
-        (None, {"nodes": 2}, "nodes is for --launcher none", "--nodes"),
+        (Elsewhere("cpu"), {}, "the speed of CPUs varies", "--device"),
+        (Elsewhere("h200"), {"processes": 4, "launcher": "none"}, "one rank on each GPU", "--processes"),
+        (Elsewhere("h200"), {"nodes": 50_000}, "exceed the limit of 100,000 devices", "--nodes"),
+        (Elsewhere("h200", 10**6), {}, "exceed the limit of 100,000 devices", "--gpus-per-node"),
+        (None, {"nodes": 2}, "nodes is only for --launcher none", "--nodes"),
     ],
 )
 def test_machines_that_contradict(
@@ -223,7 +223,7 @@ def test_machines_that_contradict(
 def test_flags_of_machines_go_together() -> None:
     assert elsewhere(None, None) is None
     assert elsewhere("h200", 4) == Elsewhere("h200", 4)
-    with pytest.raises(DstrainError, match="which GPUs does each node have"):
+    with pytest.raises(DstrainError, match="--gpus-per-node requires --device"):
         elsewhere(None, 4)
 
 

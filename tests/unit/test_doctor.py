@@ -85,14 +85,14 @@ ODD: dict[str, tuple[dict[str, Any], int, str, str, str, str]] = {
     "no deepspeed": (versions(deepspeed=None), 4, "deepspeed", FAILED, "not installed", "deepspeed 0.19.8"),
     "other transformers": (versions(transformers="6"), 4, "transformers", FAILED, "6, and 5.23", "the same"),
     "other driver": ({"driver": "535.2"}, 4, "driver", WARNING, "535.2, and 570.1 here", "the same"),
-    "too few GPUs": ({}, 8, "devices", FAILED, "slots=8, and 4 GPUs", "`n1 slots=4`"),
-    "no GPU where others have some": (CPU, 4, "devices", FAILED, "no GPU is seen", "nvidia-smi"),
+    "too few GPUs": ({}, 8, "devices", FAILED, "slots=8, but it has 4 GPUs", "`n1 slots=4`"),
+    "no GPU where others have some": (CPU, 4, "devices", FAILED, "no GPU found", "nvidia-smi"),
     "nonsense for devices": (
         {"devices": None, "devices_error": "CUDA_VISIBLE_DEVICES: can't\n  hint: x"},
         *(4, "devices", FAILED, "CUDA_VISIBLE_DEVICES: can't hint: x", "nvidia-smi"),
     ),
-    "little memory": ({"memory": 10**9}, 4, "memory", WARNING, "1 GB free: little", "fewer slots"),
-    "little disk": ({"disk": 10**9}, 4, "disk", WARNING, "1 GB free: little", "make room"),
+    "little memory": ({"memory": 10**9}, 4, "memory", WARNING, "1 GB free: low", "fewer slots"),
+    "little disk": ({"disk": 10**9}, 4, "disk", WARNING, "1 GB free: low", "free some space"),
     "disk not known": ({"disk": None}, 4, "disk", WARNING, "not known", ""),
     "a container's /dev/shm": (
         {"shared_memory": 2**26},
@@ -104,14 +104,14 @@ ODD: dict[str, tuple[dict[str, Any], int, str, str, str, str]] = {
     ),
     "Debian's own name": (
         {"own_addresses": ["127.0.1.1"]},
-        *(4, "own name", WARNING, "n1 is 127.0.1.1 to itself", "/etc/hosts of n1"),
+        *(4, "own name", WARNING, "n1 resolves to 127.0.1.1 on itself", "/etc/hosts of n1"),
     ),
     "a name without address": (
         {"own_addresses": []},
         4,
         "own name",
         WARNING,
-        "n1 has no address",
+        "n1 does not resolve",
         "/etc/hosts",
     ),
 }
@@ -140,7 +140,7 @@ def test_folders_that_are_not_shared() -> None:
     facts = {**FACTS, "directory": False, "sees_runs": False}
     folder, runs = judge_folders("n2", "/w", "/w/runs", facts)
     assert folder.status == runs.status == WARNING
-    assert "there is no /w" in folder.message
+    assert "/w, the folder where the run is started, does not exist" in folder.message
     assert "checkpoints" in runs.message and "--save-every never" in runs.fix
 
 
@@ -195,7 +195,7 @@ def test_an_exchange_that_went_well() -> None:
 
 FAILURES = {
     "no torch": ({"said": [], "error": "no libcudart.so"}, "all-reduce", "torch did not start: no libcudart"),
-    "no meeting": (rank(error="timed out"), "all-reduce", "it did not meet the others at n1: timed out"),
+    "no meeting": (rank(error="timed out"), "all-reduce", "rendezvous at n1 failed: timed out"),
     "no sum": (rank(REDUCING, error="wait timeout"), "all-reduce", "the all-reduce: wait timeout"),
     "a pair": (
         rank(REDUCING, REDUCED, sending(0), error="connection closed"),
@@ -224,11 +224,11 @@ TROUBLES = {
         "Permission denied (publickey)",
         "ssh-copy-id n2",
     ),
-    "key not known": (255, "Host key verification failed.\r\n", "does not know the key", "once by hand"),
+    "key not known": (255, "Host key verification failed.\r\n", "does not know the key", "once manually"),
     "other key": (
         255,
         "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.\n",
-        *("not the one that this machine knows", "ssh-keygen -R n2"),
+        *("has changed", "ssh-keygen -R n2"),
     ),
     "no such name": (
         255,
@@ -236,8 +236,8 @@ TROUBLES = {
         *("Could not resolve", "correct the name n2"),
     ),
     "refused": (255, "ssh: connect to host n2 port 22: Connection refused\n", "refused", "start sshd on n2"),
-    "silent": (255, "ssh: connect to host n2 port 22: Connection timed out\n", "timed out", "n2 is on"),
-    "no way": (255, "ssh: connect to host n2 port 22: No route to host\n", "No route", "n2 is on"),
+    "silent": (255, "ssh: connect to host n2 port 22: Connection timed out\n", "timed out", "n2 is running"),
+    "no way": (255, "ssh: connect to host n2 port 22: No route to host\n", "No route", "n2 is running"),
     "something else": (255, "Too many authentication failures\n", "Too many", "ssh -oBatchMode=yes n2 true"),
     "no python": (
         127,
@@ -423,7 +423,7 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
         return [
             Check("192.0.2.1", "ssh", OK, "answers"),
             Check("192.0.2.1", "clock", WARNING, "late", "wind it"),
-            Check("192.0.2.2", "devices", FAILED, "slots=8, and 4 GPUs are there", "`192.0.2.2 slots=4`"),
+            Check("192.0.2.2", "devices", FAILED, "slots=8, but it has 4 GPUs", "`192.0.2.2 slots=4`"),
         ]
 
     monkeypatch.setattr(quick_check, "examine_hosts", examined)
@@ -433,7 +433,7 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
     assert caught.value.where == f"{tmp_path}/hosts:3"
     assert caught.value.message == (
         "1 of 2 hosts can't take part in this run\n"
-        "  192.0.2.2: devices: slots=8, and 4 GPUs are there\n    fix: `192.0.2.2 slots=4`"
+        "  192.0.2.2: devices: slots=8, but it has 4 GPUs\n    fix: `192.0.2.2 slots=4`"
     )
 
 

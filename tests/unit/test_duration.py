@@ -19,7 +19,7 @@ def test_seconds(text: str, wanted: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0s", "5", "m", "1.5h", "5m3h", "-5m", "5 m", "3:50"])
 def test_no_duration(text: str) -> None:
-    with pytest.raises(ValueError, match="no duration"):
+    with pytest.raises(ValueError, match="not a duration"):
         seconds(text)
 
 

@@ -97,7 +97,7 @@ def test_another_training_is_refused(
     [(3, "--data-parallel 2 or 4"), (12, "--data-parallel 8 or 16"), (20, "--data-parallel 16")],
 )
 def test_replicas_that_do_not_share_the_batch(replicas: int, hint: str, checkpoint: Path) -> None:
-    with pytest.raises(DstrainError, match="and stays what it was") as error:
+    with pytest.raises(DstrainError, match="and can't change on resume") as error:
         refuse_other_batch(checkpoint, global_batch=16, data_parallel=replicas)
     assert error.value.hint == hint
 
@@ -105,7 +105,7 @@ def test_replicas_that_do_not_share_the_batch(replicas: int, hint: str, checkpoi
 def test_another_batch_is_refused_before_the_plan(checkpoint: Path) -> None:
     for replicas in (None, 1, 8, 16):
         refuse_other_batch(checkpoint, global_batch=16, data_parallel=replicas)
-    with pytest.raises(DstrainError, match="made with global_batch = 16, and this run has 12"):
+    with pytest.raises(DstrainError, match="made with global_batch = 16, but this run has 12"):
         refuse_other_batch(checkpoint, global_batch=12, data_parallel=3)
 
 

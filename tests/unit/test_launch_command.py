@@ -89,7 +89,7 @@ def test_torchrun_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         THERE, launcher="torchrun", run_folder=tmp_path / "run", python=str(python), directory=tmp_path
     )
     request = replace(request, environment={"A": "two words; $HOME"})
-    with pytest.raises(DstrainError, match="does not keep"):
+    with pytest.raises(DstrainError, match="does not preserve"):
         write_launch_files(request)
     write_launch_files(replace(request, environment={"A": "two words"}))
     for control in ("", "ab12@10.0.0.1,127.0.0.1:4711"):
@@ -231,7 +231,7 @@ def test_deepspeed_typed_by_hand_is_known_by_the_argument_that_it_adds(tmp_path:
 
 def test_another_number_of_ranks_than_the_plans_is_refused(tmp_path: Path) -> None:
     refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "4"})
-    with pytest.raises(DstrainError, match="the plan is for 4 ranks, and 2 were started"):
+    with pytest.raises(DstrainError, match="the plan is for 4 ranks, but 2 were started"):
         refuse_another_world(4, RunFolder(tmp_path), {"WORLD_SIZE": "2"})
 
 
@@ -338,8 +338,8 @@ def test_files_for_hosts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "remote", "message"),
     [
-        ({"A": "x\ny"}, False, "line end"),
-        ({"A": "x\r"}, False, "line end"),
+        ({"A": "x\ny"}, False, "newline"),
+        ({"A": "x\r"}, False, "newline"),
         ({"A B": "x"}, False, "name of an environment variable"),
         ({"": "x"}, False, "name of an environment variable"),
         ({"A": 'say "x"'}, True, "over ssh"),

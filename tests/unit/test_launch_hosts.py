@@ -39,12 +39,12 @@ def test_good(case: str, tmp_path: Path) -> None:
 
 # bytes, line, part of the message, part of the hint
 BAD = {
-    "empty": (b"", 1, "names no host", "slots=N"),
-    "only comments": (b"# n1 slots=4\n\n", 1, "names no host", "slots=N"),
+    "empty": (b"", 1, "lists no hosts", "slots=N"),
+    "only comments": (b"# n1 slots=4\n\n", 1, "lists no hosts", "slots=N"),
     "bare host": (b"n1 slots=4\nn2\n", 2, "n2 has no slots", "n2 slots=N"),
     "bare host with comment": (b"n1 # slots=4\n", 1, "n1 has no slots", "n1 slots=N"),
-    "zero": (b"n1 slots=0\n", 1, "slots=0", "from 1 on"),
-    "negative": (b"n1 slots=-1\n", 1, "slots=-1", "from 1 on"),
+    "zero": (b"n1 slots=0\n", 1, "slots=0", "1 or more"),
+    "negative": (b"n1 slots=-1\n", 1, "slots=-1", "1 or more"),
     "fraction": (b"n1 slots=1.5\n", 1, "slots=1.5", "whole number"),
     "word": (b"n1 slots=all\n", 1, "slots=all", "whole number"),
     "no number": (b"n1 slots=\n", 1, "slots=", "whole number"),
@@ -61,10 +61,15 @@ BAD = {
     "duplicate, short and full": (
         b"n1 slots=4\nn1.example.com slots=4\n",
         2,
-        "line 1 already, as n1.",
+        "first listed on line 1, as n1)",
         "one line",
     ),
-    "duplicate, full and short": (b"N1.example.com slots=4\nn1 slots=4\n", 2, "line 1 already", "one line"),
+    "duplicate, full and short": (
+        b"N1.example.com slots=4\nn1 slots=4\n",
+        2,
+        "first listed on line 1",
+        "one line",
+    ),
     "option": (b"-oProxyCommand=x slots=4\n", 1, "not a host name", "letter or digit at the start"),
     "dot": (b".. slots=4\n", 1, "not a host name", "letter or digit at the start"),
     # To pdsh `exec:n2` is: run the command here, with "n2" for %h.
@@ -79,7 +84,7 @@ BAD = {
     "file for pdsh": (b"^/etc/hosts slots=4\n", 1, "not a host name", "letters"),
     "percent": (b"n%h slots=4\n", 1, "not a host name", "letters"),
     "pipe": (b"n1|sh slots=4\n", 1, "not a host name", "letters"),
-    "a space in a name": (b"node 1 slots=4\n", 1, "'1' stands where slots=N", "node slots=N"),
+    "a space in a name": (b"node 1 slots=4\n", 1, "expected slots=N, found '1'", "node slots=N"),
     "a space that is none": ("n1\u200b slots=4\n".encode(), 1, "not a host name", "letters"),
     "letters from elsewhere": ("n\u0661 slots=4\n".encode(), 1, "not a host name", "letters"),
     "utf-16": ("n1 slots=4\n".encode("utf-16"), 1, "UTF-16, not UTF-8", "iconv"),
@@ -87,7 +92,7 @@ BAD = {
     "plus": (b"n1 slots=+4\n", 1, "slots=+4", "whole number"),
     "hexadecimal": (b"n1 slots=0x8\n", 1, "slots=0x8", "whole number"),
     "a list": (b"n1 slots=0,1,2\n", 1, "slots=0,1,2", "whole number"),
-    "twice": (b"n1 slots=4 slots=2\n", 1, "'slots=2' means nothing", "n1 slots=4"),
+    "twice": (b"n1 slots=4 slots=2\n", 1, "unexpected text 'slots=2'", "n1 slots=4"),
     "shell after slots": (b"n1 slots=4;reboot\n", 1, "slots=4;reboot", "whole number"),
     "user": (b"me@n1 slots=4\n", 1, "not a host name", ".ssh/config"),
     "semicolon": (b"n1;reboot slots=4\n", 1, "not a host name", "letters"),
@@ -95,7 +100,7 @@ BAD = {
     "two names": (b"n1,n2 slots=4\n", 1, "not a host name", "letters"),
     "pdsh range": (b"n[1-4] slots=4\n", 1, "not a host name", "letters"),
     "slots first": (b"slots=4 n1\n", 1, "not a host name", "letters"),
-    "nul": (b"n\x001 slots=4\n", 1, "binary, not text", "another file"),
+    "nul": (b"n\x001 slots=4\n", 1, "binary file, not text", "the right file"),
     "no utf-8": (b"n1 slots=4\nn\xff slots=4\n", 2, "not UTF-8", "iconv"),
 }
 
@@ -118,7 +123,7 @@ def test_lines_are_known(tmp_path: Path) -> None:
 
 
 def test_missing_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(DstrainError, match="no such hostfile"):
+    with pytest.raises(DstrainError, match="hostfile not found"):
         read_hostfile(tmp_path / "nowhere")
     with pytest.raises(DstrainError, match="is a folder"):
         read_hostfile(tmp_path)

@@ -139,7 +139,7 @@ def hints(text: str) -> dict[str, list[int]]:
 def test_three_stages_on_four_devices_say_both_ways_out() -> None:
     with pytest.raises(DstrainError) as caught:
         choose_data_parallel(3, None, 4, where="--pipeline")
-    assert caught.value.message == "3 stages can't share 4 devices evenly"
+    assert caught.value.message == "4 devices can't be divided evenly into 3 stages"
     assert hints(caught.value.hint or "") == {"--pipeline": [1, 2, 4], "--data-parallel": [1]}
 
 

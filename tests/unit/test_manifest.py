@@ -78,7 +78,7 @@ def test_a_file_that_is_missing_or_cut_off_makes_it_incomplete(maker: Any, tmp_p
     (tmp_path / "step-next").mkdir()
     assert complete_checkpoints(tmp_path) == [whole]
     assert half_written(tmp_path) == [tmp_path / ".step-000005.partial"]
-    assert damage_of(cut) == "state/weights.pt has 2 bytes and should have 3"
+    assert damage_of(cut) == "state/weights.pt has 2 bytes instead of 3"
     assert damage_of(missing) == "state/weights.pt is missing"
     assert str(damage_of(half)).startswith("its manifest is damaged (")
 
@@ -107,10 +107,10 @@ def test_a_manifest_that_was_changed_is_found(key: str, tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(manifest | {key: "else"}))
-    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum is not right)"
+    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum does not match)"
     del manifest[key]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum is not right)"
+    assert damage_of(checkpoint) == "its manifest is damaged (its own checksum does not match)"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_is_no_manifest(text: str, tmp_path: Path) -> None:
 
 def test_a_folder_under_another_steps_name(tmp_path: Path) -> None:
     make(tmp_path, 7).rename(tmp_path / "step-000008")
-    assert damage_of(tmp_path / "step-000008") == "its manifest is that of step 7"
+    assert damage_of(tmp_path / "step-000008") == "its manifest belongs to step 7"
 
 
 def test_wrong_bytes_of_the_right_size_are_found_by_reading(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_wrong_bytes_of_the_right_size_are_found_by_reading(tmp_path: Path) -> N
     (checkpoint / "script.py").unlink()
     assert damage_of(checkpoint) == "script.py is missing"
     assert wrong_files(checkpoint, files, files) == {
-        "state/weights.pt": "state/weights.pt holds other bytes than were saved",
+        "state/weights.pt": "state/weights.pt does not match its checksum",
         "script.py": "script.py is missing",
     }
     assert wrong_files(checkpoint, files, ["state/optimizer.pt"]) == {}
@@ -154,8 +154,8 @@ def test_an_earlier_manifest_has_sizes_alone(tmp_path: Path) -> None:
 
 def test_damage_that_was_found_is_remembered_until_it_is_taken_back(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7)
-    note_damage(checkpoint, "state/weights.pt holds other bytes than were saved")
-    assert damage_of(checkpoint) == "state/weights.pt holds other bytes than were saved"
+    note_damage(checkpoint, "state/weights.pt does not match its checksum")
+    assert damage_of(checkpoint) == "state/weights.pt does not match its checksum"
     assert damage_of(checkpoint, noted=False) is None
     assert unknown_files(checkpoint) == []
     forget_damage(checkpoint)
@@ -171,7 +171,7 @@ def test_the_newest_usable_one_is_chosen_and_the_others_named(tmp_path: Path) ->
     choice = choose_newest(tmp_path, RUN, {"step-000002": "seen"})
     assert choice.checkpoint == tmp_path / "step-000001"
     assert choice.passed == (
-        ("step-000004", f"it was made by another run ({'f' * 16}, this one is {RUN})"),
+        ("step-000004", f"it belongs to another run ({'f' * 16}, this one is {RUN})"),
         ("step-000003", "it has no manifest"),
         ("step-000002", "seen"),
     )

@@ -75,4 +75,4 @@ def test_the_control_group_counts(
     asked = OutOfMemory(str(tmp_path / "none"))
     assert asked.words(77) is None
     files[path] = text.format(3)
-    assert asked.words(77) == "its control group counts a kill for want of memory"
+    assert asked.words(77) == "its control group counts an out-of-memory kill"

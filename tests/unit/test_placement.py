@@ -48,7 +48,7 @@ def test_slots_of_an_allocation(variables: dict[str, str], slots: list[int]) -> 
     ("variables", "message"),
     [
         ({"SLURM_JOB_ID": "7"}, "SLURM_JOB_NODELIST is not"),
-        (JOB | {"SLURM_TASKS_PER_NODE": "2(x2)"}, "names 3 hosts and the tasks of 2"),
+        (JOB | {"SLURM_TASKS_PER_NODE": "2(x2)"}, "lists 3 hosts, but task counts for 2"),
         (JOB | {"SLURM_TASKS_PER_NODE": "two"}, "SLURM_TASKS_PER_NODE is 'two'"),
     ],
 )
@@ -115,13 +115,13 @@ def test_nodes_are_the_same_whoever_asks() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"launcher": "pdsh"}, "no hostfile names them"),
-        ({"launcher": "openmpi"}, "no hostfile names them"),
-        ({"nodes": 2}, "nodes is for --launcher none"),
-        ({"processes": 2, "launcher": "pdsh"}, "processes is for --launcher none"),
-        ({"launcher": "none", "nodes": 2, "processes": 2}, "find the first one"),
-        ({"launcher": "none"}, "no GPU here to count"),
-        ({"launcher": "none", "hostfile": "hosts"}, "a hostfile names others"),
+        ({"launcher": "pdsh"}, "requires a hostfile"),
+        ({"launcher": "openmpi"}, "requires a hostfile"),
+        ({"nodes": 2}, "nodes is only for --launcher none"),
+        ({"processes": 2, "launcher": "pdsh"}, "processes is only for --launcher none"),
+        ({"launcher": "none", "nodes": 2, "processes": 2}, "requires --master-addr"),
+        ({"launcher": "none"}, "on machines without GPUs"),
+        ({"launcher": "none", "hostfile": "hosts"}, "can't be used with a hostfile"),
         ({"launcher": "none", "processes": 2, "master_addr": "-oProxyCommand=x"}, "master_addr"),
         ({"launcher": "none", "processes": 2, "master_addr": "a;b"}, "master_addr"),
         ({"master_port": 65536}, "master_port"),
@@ -137,8 +137,8 @@ def test_choices_that_contradict_each_other(flags: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("flags", "rank", "message"),
     [
-        ({"launcher": "none"}, 0, "by the same name"),
-        ({"name": "x"}, 0, "is for --launcher none"),
+        ({"launcher": "none"}, 0, "the same run name"),
+        ({"name": "x"}, 0, "is only for --launcher none"),
         ({"launcher": "none", "name": "x", "nodes": 2}, 2, "no node 2 among 2"),
     ],
 )

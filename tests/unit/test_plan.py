@@ -150,7 +150,7 @@ def test_imbalance_is_that_of_the_slowest_stage() -> None:
     [
         ({"pipeline": 4, "global_batch": 4, "micro_batch": 1}, "idle for 43%"),
         ({"pipeline": 2, "zero": 2, "data_parallel": 2}, "--zero 1"),
-        ({"steps": 10, "warmup_steps": 10}, "lr never falls"),
+        ({"steps": 10, "warmup_steps": 10}, "the learning rate never decays"),
         ({"zero": 1}, "there is only one"),
         ({"steps": 100, "global_batch": 39}, "10.0 times"),
     ],
@@ -170,12 +170,12 @@ def on(device: str, nodes: int, slots: int) -> Machines:
     ("device", "nodes", "slots", "flags", "words"),
     [
         # 6 blocks in 2 stages: 2 replicas all-reduce 351,200 parameters, 7 micro-batches more than once
-        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "9.8 MB a step from each rank more than"),
-        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB a step"),
-        ("h100-80g", 2, 2, {"pipeline": 4}, "pipelines cross from host to host (2 ranks on each, 4 stages): 6.6 MB"),
-        ("t4", 4, 1, {"zero": 3, "micro_batch": 1}, "of the time is lost to it; --zero 1 and stages inside each host"),
-        ("t4", 8, 1, {"zero": 2, "micro_batch": 1}, "--zero 1 reduces gradients once a step"),
-        ("t4", 8, 1, {"zero": 1}, "a larger --global-batch computes more between two reductions"),
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "9.8 MB more per step and rank than"),
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB per step"),
+        ("h100-80g", 2, 2, {"pipeline": 4}, "pipelines span several hosts (2 ranks on each, 4 stages): 6.6 MB"),
+        ("t4", 4, 1, {"zero": 3, "micro_batch": 1}, "of the time; --zero 1 and stages inside each host"),
+        ("t4", 8, 1, {"zero": 2, "micro_batch": 1}, "--zero 1 reduces gradients once per step"),
+        ("t4", 8, 1, {"zero": 1}, "a larger --global-batch means more computation per reduction"),
         ("h100-80g", 1, 1, {"zero": 1, "offload": "cpu", "global_batch": 1}, "the offloaded update is expected"),
     ],
 )  # fmt: skip
@@ -221,7 +221,7 @@ def test_nothing_to_warn_of() -> None:
 def test_a_pipeline_across_hosts_is_told(accelerator: str) -> None:
     machines = Machines((Host("a", 3), Host("b", 3)), accelerator)
     found = plan(machines=machines, pipeline=2, global_batch=48).warnings
-    assert sum("pipelines cross from host to host" in warning for warning in found) == 1
+    assert sum("pipelines span several hosts" in warning for warning in found) == 1
 
 
 # --- what the model or the data can't do
@@ -235,7 +235,7 @@ def test_a_pipeline_across_hosts_is_told(accelerator: str) -> None:
             {"tokenizer": "bytes"},
             {"vocab_size": 256},
             "--tokenizer",
-            "257 tokens and the model's embedding 256",
+            "257 tokens, but the model's embedding only 256",
         ),
         ({"pipeline": 2}, {"pipeline_refusal": "it shares a cache"}, "--pipeline", "it shares a cache"),
     ],

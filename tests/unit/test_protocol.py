@@ -688,7 +688,7 @@ def test_a_rank_ends_when_its_supervisor_sends_garbage() -> None:
             assert processes[number].stdout.readline() == "connected\n"  # type: ignore[union-attr]
             connection.sendall(encode(LocalRank(0, 1)) + content + b"\n")
             assert processes[number].wait(20) == 1
-            assert "this rank ends: what the supervisor sent is no message for a rank (" in (
+            assert "this rank ends: the supervisor sent an invalid message (" in (
                 processes[number].stderr.read()  # type: ignore[union-attr]
             )
             connection.close()

@@ -218,7 +218,7 @@ def test_what_does_not_reach_the_numbers_is_not_named(launch: dict[str, Any], ke
 
 
 def test_no_record(tmp_path: Path) -> None:
-    with pytest.raises(DstrainError, match="no record of what it was made of"):
+    with pytest.raises(DstrainError, match="no record of its environment"):
         read_launches(RunFolder(tmp_path))
 
 
@@ -235,9 +235,9 @@ def test_a_run_that_an_earlier_dstrain_began(tmp_path: Path, launch: dict[str, A
     assert first_launch([launch, {**launch, "first_step": 3}], folder) is launch
     again = {**launch}
     assert first_launch([launch, again], folder) is again, "the last that began with step 1"
-    with pytest.raises(DstrainError, match="trained by an earlier dstrain"):
+    with pytest.raises(DstrainError, match="trained by an older dstrain"):
         first_launch([{**launch, "first_step": 3}], folder)
-    with pytest.raises(DstrainError, match="knew only its own part"):
+    with pytest.raises(DstrainError, match="recorded only its own part"):
         first_launch([{"first_step": 1, "format": 1}], folder)
 
 
@@ -245,13 +245,13 @@ def test_the_cause_is_what_changed_before_the_first_number_that_differs(launch: 
     second = changed(changed(launch, "config", "seed", to=5), "first_step", to=3)
     now = changed(launch, "packages", "torch", to="0.1")
     found = differences(launch, now)
-    assert cause(2, [launch, second], launch, found).startswith("what is another than then: torch: ")
+    assert cause(2, [launch, second], launch, found).startswith("differences from the original run: torch: ")
     changed_then = "the run itself changed at step 3: seed: 1234 -> 5"
     assert cause(3, [launch, second], launch, []) == changed_then
     told = cause(3, [launch, second], launch, found)
-    assert told.startswith(f"{changed_then}; what is another than then: torch: ")
+    assert told.startswith(f"{changed_then}; differences now: torch: ")
     nothing = cause(2, [launch, second], launch, [])
-    assert "nothing that was recorded" in nothing and "--deterministic" in nothing
+    assert "no recorded condition differs" in nothing and "--deterministic" in nothing
     calm = changed(launch, "config", "deterministic", to=True)
     assert "--deterministic" not in cause(2, [calm], calm, [])
 

@@ -50,7 +50,7 @@ def test_save_every_is_steps_or_time(
     "value", ["500", "", "20", "m", "0m", "-5m", "20 m", "often", -1, 1.5, True, None, []]
 )
 def test_what_save_every_is_not(value: Any) -> None:
-    with pytest.raises(DstrainError, match="a number of steps, 0 or more, or a length of time like 20m"):
+    with pytest.raises(DstrainError, match=r"a number of steps \(0 or more\), a duration such as 20m"):
         load_config(flags={"save_every": value})
 
 
@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers() -> None:
         check_disk(needed=6 * one, one=one, free=2 * one, held=one, where="runs/x")
     text = str(error.value)
     assert text.startswith("runs/x: the checkpoints need 12 GB at most (2 GB each,")
-    assert "6 GB are left for them" in text and "--keep 2 without --keep-every fits" in text
+    assert "6 GB are free for them" in text and "--keep 2 without --keep-every fits" in text
     with pytest.raises(DstrainError) as error:
         check_disk(needed=2 * one, one=one, free=one // 2, held=0, where="runs/x")
     assert "--keep" not in str(error.value.hint) and "runs_dir=FOLDER" in str(error.value.hint)

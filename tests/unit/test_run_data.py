@@ -54,7 +54,7 @@ def test_other_data_are_refused_with_their_host(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("the quick brown fox. " * 200)
     one = plan(settings=(f"data={data}", "validation=0", "seq_len=32"))
-    with pytest.raises(DstrainError, match="the data are not those that the plan was made for") as error:
+    with pytest.raises(DstrainError, match="the data is not what the plan was made for") as error:
         prepare_run_data(one)
     assert f"on {HERE}, " in str(error.value)
     assert "copy" not in str(error.value)

@@ -32,7 +32,7 @@ def test_a_run_that_left_in_order_can_be_resumed(tmp_path: Path) -> None:
 def test_without_checkpoints_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
     error = shown(result_of(STOPPED, RunFolder(tmp_path), saves=False))
     assert error.exit_code == 1, "whoever starts it again on 75 would do so for ever"
-    assert "nothing is saved (save_every: never)" in str(error) and "begins anew" in str(error)
+    assert "nothing is saved (save_every: never)" in str(error) and "starts again from step 0" in str(error)
 
 
 def test_a_log_on_another_hosts_disk_is_looked_for_there(tmp_path: Path) -> None:

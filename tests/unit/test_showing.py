@@ -70,8 +70,8 @@ def test_a_picture_in_full() -> None:
         "       │ replica 1 │ replica 1 │",
         "       │ embed-b2  │ b3-head   │",
         "       └───────────┴───────────┘",
-        "a replica's micro-batches go from stage to stage and back; replicas add up the",
-        "gradients of the same stage",
+        "each replica's micro-batches pass through the stages and back; replicas of a",
+        "stage sum their gradients",
     ]
 
 
@@ -92,7 +92,7 @@ def test_with_dualpipev_both_spans_stand_on_a_device() -> None:
 
 def test_hosts_and_devices_that_are_alike_are_left_out() -> None:
     text = drawn(plan(machines=gpus(16, 8), pipeline=4, global_batch=128), 120)
-    assert "... and 14 more hosts like these, the last one node-15 with the ranks 120 to 127" in text
+    assert "... and 14 more hosts like these, the last one node-15 with ranks 120 to 127" in text
     assert text.count("rank ") == 16
     many = drawn(plan(data_parallel=40, global_batch=40, micro_batch=1), 120)
     assert "... up to cpu:39 with rank 39" in many
@@ -109,7 +109,7 @@ def test_the_whole_plan_fits_the_line_and_says_each_part() -> None:
         "batch ",
         "disk ",
         "of a rank",
-        "a step, estimated",
+        "per step, estimated",
         "tokens/s",
         "assumes",
         "choice",

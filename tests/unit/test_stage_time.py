@@ -170,11 +170,11 @@ def test_one_stage_holds_all(partition: str) -> None:
     [
         ("unifrom", {}, "'unifrom'", "did you mean uniform?"),
         ("5;5;5;1", {}, "'5;5;5;1'", "5,5,5,1"),
-        ("5,5,6", {}, "3 numbers, and --pipeline 4 needs 4", "4,4,4,4"),
+        ("5,5,6", {}, "3 numbers, but --pipeline 4 needs 4", "4,4,4,4"),
         ("8,8", {"pipeline": 2, "schedule": "dualpipev"}, "needs 4 (two a rank with dualpipev)", "4,4,4,4"),
-        ("8,0,7,1", {}, "leaves number 2 of 4 without a layer", "may have 0 blocks"),
-        ("5,5,5,2", {}, "makes 17 blocks, and the model has 16", "--partition 4,4,4,4"),
-        ("16", {}, "1 number, and", "4,4,4,4"),
+        ("8,0,7,1", {}, "leaves stage 2 of 4 without a layer", "may have 0 blocks"),
+        ("5,5,5,2", {}, "has 17 blocks in total, but the model has 16", "--partition 4,4,4,4"),
+        ("16", {}, "1 number, but", "4,4,4,4"),
     ],
 )
 def test_partitions_that_do_not_fit_the_model(
@@ -261,7 +261,7 @@ def test_less_memory_moves_the_cut_and_too_little_is_told(flags: dict[str, Any])
         assert warned == (fullest_rank(made) > limit)
         if warned:
             assert made.layout.cut == free.layout.cut
-            assert any("no cut that fits was found" in warning for warning in made.warnings)
+            assert any("no partition that fits was found" in warning for warning in made.warnings)
         else:
             assert made.imbalance >= slowest - 1e-9
             slowest, moved = made.imbalance, moved or made.layout.cut != free.layout.cut
@@ -281,4 +281,4 @@ def test_cpus_share_a_machine_s_memory_so_that_no_cut_is_ruled_out() -> None:
     assert made.layout.cut == llama().layout.cut
     assert made.memory_verdict.startswith("does not fit: the ranks of a host need about")
     [warning] = [warning for warning in made.warnings if "most of the memory" in warning]
-    assert "no cut that fits" not in warning
+    assert "no partition that fits" not in warning

@@ -177,7 +177,7 @@ def test_gpt3_takes_34_days_on_1024_a100() -> None:
     days = 8 * tokens * shape.total_parameters / (gpus * rate) / 86400
     assert days == pytest.approx(34, abs=0.5)
     even = found.compute * config.steps / 86400
-    # 98 layers do not fill 64 stages evenly: the slowest has 2 blocks where the mean is 1.5.
+    # 98 layers do not fill 64 stages: the slowest has 2 blocks where the mean is 1.5.
     assert even == pytest.approx(days * 2 / 1.5, rel=0.06)
 
 

@@ -229,7 +229,7 @@ def print_checkpoints(length: int, **_: Any) -> Shown:
     ]
     values += [
         *(record.unknown_files[0] for record in records),
-        "complete (of an earlier dstrain, without checksums: sizes only)",
+        "complete (written by an older dstrain without checksums: sizes only)",
     ]
     return Shown((*numbers, "123 GB", "damaged:"), tuple(values), long_lines=True)
 

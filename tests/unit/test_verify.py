@@ -46,7 +46,7 @@ def test_layout_names_round_trip(name: str) -> None:
     "name", ["", "zero4", "pp2", "zero1-pp", "zero2-dp2-pp2", "zero1-pp2-nvme", "zero1-pp0"]
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(DstrainError, match="is no layout"):
+    with pytest.raises(DstrainError, match="is not a layout"):
         LayoutChoice.parse(name)
 
 

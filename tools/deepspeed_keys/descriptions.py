@@ -46,7 +46,7 @@ scheduler.type: its name: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRR
 scheduler.params: what its constructor is given
 pipeline: settings of the pipeline engine
 pipeline.stages: number of stages, "auto": as the module was built
-pipeline.partition: how layers are shared out, "best": as the module was built
+pipeline.partition: how layers are partitioned, "best": as the module was built
 pipeline.seed_layers: seed each layer before it is built
 pipeline.activation_checkpoint_interval: layers between recomputed activations; 0 keeps all
 pipeline.pipe_partitioned: share activations out among model-parallel ranks while they travel
@@ -82,13 +82,13 @@ checkpoint.load_universal: read DeepSpeed's universal format
 checkpoint.use_node_local_storage: each node writes to a disk of its own
 checkpoint.checkpoint_serialization: write torch's zip format; false: the older one
 checkpoint.parallel_write: which ranks write
-checkpoint.parallel_write.pipeline_stage: the replicas of a stage share out its layers' files
+checkpoint.parallel_write.pipeline_stage: divide the files of a stage's layers among its replicas
 checkpoint.writer: FastPersist, the writer for NVMe disks
 checkpoint.writer.type: which writer
 checkpoint.writer.io_buffer_size: bytes of its buffer
 checkpoint.writer.io_buffer_double: two buffers, one filled while the other is written
 checkpoint.writer.show_statistics: print what it wrote and how fast
-checkpoint.writer.data_parallel: which ranks share out the writing
+checkpoint.writer.data_parallel: the ranks among which writing is divided
 checkpoint.writer.decoupled: write behind the training
 checkpoint.writer.io_multiplier: writers a rank
 aio: reading and writing NVMe disks, for offload
@@ -113,9 +113,9 @@ data_efficiency.data_routing: random layer-wise token dropping
 autotuning: DeepSpeed's own search for a configuration, started by `deepspeed --autotuning`
 autotuning.enabled: switch it on
 hybrid_engine: one engine that trains and generates, for reinforcement learning
-expert_parallel: experts shared out among ranks (AutoEP)
+expert_parallel: experts sharded across ranks (AutoEP)
 expert_parallel.enabled: switch it on
-expert_parallel.autoep_size: ranks that share out the experts
+expert_parallel.autoep_size: number of ranks over which experts are sharded
 tensor_parallel.tp.tp_group: the process group; can't be given in JSON
 tensor_parallel.injection_policy_tuple: names of the layers that are reduced, for models without a policy
 weight_quantization.num_bits: bits of a weight

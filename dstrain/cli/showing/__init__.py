@@ -1,1 +1,1 @@
-"""A plan for the eyes: what `dstrain plan` and `dstrain run` show of it."""
+"""Terminal output: plans, progress and results."""

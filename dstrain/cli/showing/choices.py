@@ -1,4 +1,4 @@
-"""The choices that a plan was made from, each with the place that it comes from."""
+"""The table of config values in a plan, each with its origin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choices(plan: Plan) -> FoldingTable:
     for key in (*_SHOWN, *separate, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
-            table.add_row(key, str(plan.layout.data_parallel), "what the devices allow")
+            table.add_row(key, str(plan.layout.data_parallel), "as many as the devices allow")
         elif key == "micro_batch" and value is None:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
         elif key == "tokenizer" and value == "auto":

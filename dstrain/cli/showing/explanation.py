@@ -1,4 +1,4 @@
-"""``dstrain plan --explain KEY``: a key of DeepSpeed's or dstrain's, for the eyes or as JSON."""
+"""``dstrain plan --explain KEY``: explains a key of dstrain's or DeepSpeed's, as text or JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def format_explanation(found: Explanation, in_all: int = _WIDTH) -> str:
         ("from", found.origin),
     ]
     if found.decided_by:
-        rows.append(("change", f"dstrain decides it by {found.decided_by}"))
+        rows.append(("change", f"set {found.decided_by} instead"))
     rows += [
         ("decides" if number == 0 else "", f"deepspeed.{key} = {_value(value)}")
         for number, (key, value) in enumerate(found.decides)

@@ -1,4 +1,4 @@
-"""The best layouts as a table, what to type for each, and why the others fell."""
+"""The output of ``dstrain plan --fit``: the best layouts, their flags, and why others were rejected."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def show_fit(fitted: FitResult, *, as_json: bool) -> None:
         console.print()
     console.print(_table(fitted))
     if fit.limit is not None:
-        console.print(
-            Text(f"100% of the memory is what may be filled: {format_bytes(fit.limit)}", style="dim")
-        )
-    console.print(Text("times within 2 % count as equal: the simpler layout comes first", style="dim"))
+        console.print(Text(f"100% of memory means {format_bytes(fit.limit)}, the usable part", style="dim"))
+    console.print(Text("times within 2 % count as equal; the simpler layout comes first", style="dim"))
     console.print()
-    console.print(headed("type", "the same arguments, and for"))
+    console.print(headed("type", "the same arguments, plus for"))
     for number, row in enumerate(fitted.rows, start=1):
-        flags = row.flags or "nothing more: it is what you have chosen"
+        flags = row.flags or "nothing: this is your current layout"
         console.print(headed(f"{number:>7}", f"{flags}  ({row.scored.binds})"))
     console.print()
     console.print(
-        headed("found", f"among {format_count(fit.looked_at, 'candidate')}; the others fell:", "dim")
+        headed(
+            "found",
+            f"among {format_count(fit.looked_at, 'candidate')}; reasons for rejecting the others:",
+            "dim",
+        )
     )
     for reason, number in fit.fallen.items():
         console.print(headed(f"{number:>7,}", reason, "dim"))
@@ -83,9 +85,9 @@ def _nothing_fits(fitted: FitResult) -> str:
     limit = fit.limit or 0.0
     on = "on a host" if nearest.plan.accelerator == "cpu" else "on a rank"
     text = (
-        f"nothing fits. The nearest needs {format_bytes(nearest.scored.memory)} {on}, and {format_bytes(limit)} may be"
-        f" filled: {format_bytes(nearest.scored.memory - limit)} more. "
+        f"nothing fits. The closest layout needs {format_bytes(nearest.scored.memory)} {on}, but only"
+        f" {format_bytes(limit)} is usable: {format_bytes(nearest.scored.memory - limit)} too much. "
     )
     if fitted.helps:
-        return text + f"Without {' or without '.join(fitted.helps)} there is one that fits."
+        return text + f"A layout fits without {' or without '.join(fitted.helps)}."
     return text + "More or larger devices help, a smaller --seq-len, or a smaller model."

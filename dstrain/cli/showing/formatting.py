@@ -1,4 +1,4 @@
-"""Numbers and layers in words, as all parts of a shown plan write them."""
+"""Formatting of durations, headings and layers in a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout as a picture: hosts x devices, and on each device its rank, stage, replica and layers."""
+"""The layout as a picture: hosts and devices, each with its rank, stage, replica and layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def picture(plan: Plan, console: Console) -> RenderableType:
             Text(
                 f"... and {format_count(len(by_host) - len(shown), 'more host')} like these, the last one"
                 f" {last[0].host}"
-                f" with the ranks {last[0].rank} to {last[-1].rank}"
+                f" with ranks {last[0].rank} to {last[-1].rank}"
             )
         )
     parts.append(Text(_legend(plan), style="dim"))
@@ -122,9 +122,9 @@ def _legend(plan: Plan) -> str:
     layout: Layout = plan.layout
     said = []
     if layout.pipeline > 1:
-        said.append("a replica's micro-batches go from stage to stage and back")
+        said.append("each replica's micro-batches pass through the stages and back")
     if layout.data_parallel > 1:
-        said.append("replicas add up the gradients of the same stage")
+        said.append("replicas of a stage sum their gradients")
     if layout.world_size == 1:
         said.append("one process trains the whole model")
     return "; ".join(said)

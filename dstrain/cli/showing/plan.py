@@ -1,4 +1,4 @@
-"""A plan for the eyes: in short before a run, and part by part: arithmetic, picture, memory, time, choices, notes."""
+"""A plan on the terminal: a summary, or all parts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _show_summary(plan: Plan, console: Console) -> None:
         console.print(
             headed(
                 "time",
-                f"{format_duration(plan.time.total)} a step, {format_duration(plan.time.run_seconds)} for"
-                f" {format_count(steps, 'step')}, estimated; {plan.time.tokens_per_second:,.0f} tokens/s",
+                f"{format_duration(plan.time.total)} per step, {format_duration(plan.time.run_seconds)}"
+                f" for {format_count(steps, 'step')}, estimated; {plan.time.tokens_per_second:,.0f} tokens/s",
             )
         )
     for warning in plan.warnings[:_SUMMARY_NOTES]:
@@ -45,7 +45,7 @@ def _show_summary(plan: Plan, console: Console) -> None:
     console.print(
         headed(
             "",
-            f"{more}stages, memory, traffic and the origin of each choice: dstrain plan, or --verbose",
+            f"{more}stages, memory, traffic and the origin of each choice: see dstrain plan, or use --verbose",
             "dim",
         )
     )
@@ -112,12 +112,12 @@ def _disk(plan: Plan) -> str:
     """What a checkpoint takes, and all of them at once."""
     config = plan.run_config
     if not config.saves:
-        weights = f" (the last weights: {format_bytes(plan.disk_bytes)})" if config.save_weights else ""
-        return f"no checkpoint (save_every: never): what fails or is stopped begins anew{weights}"
+        weights = f" (the final weights: {format_bytes(plan.disk_bytes)})" if config.save_weights else ""
+        return f"no checkpoint (save_every: never): a run that fails or is stopped starts again from step 0{weights}"
     number = most_checkpoints(config)
-    for_good = f", every {config.keep_every:,}th step's for good" if config.keep_every else ""
-    weights = ", and the last weights" if config.save_weights else ""
+    for_good = f", and every {config.keep_every:,}th step permanently" if config.keep_every else ""
+    weights = ", and the final weights" if config.save_weights else ""
     return (
-        f"about {format_bytes(plan.checkpoint_bytes)} a checkpoint, {format_bytes(plan.disk_bytes)} at most"
+        f"about {format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.disk_bytes)} at most"
         f" ({number:,} at once: keep {config.keep}{for_good}, and the one being written{weights})"
     )

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: one live line on a terminal, plain lines elsewhere."""
+"""Progress of a run on the terminal: one live line, or plain lines without a terminal."""
 
 from __future__ import annotations
 

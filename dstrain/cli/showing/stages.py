@@ -1,4 +1,4 @@
-"""The stages as a table: layers, parameters, share of the time; and the bytes that a rank of each needs."""
+"""The tables of stages: layers, parameters and time of each, and memory per rank."""
 
 from __future__ import annotations
 
@@ -66,9 +66,12 @@ def memory(plan: Plan) -> RenderableType:
             continue
         need = plan.stage_memory[stage]
         table.add_row(f"stage {stage}", *(_bytes(getattr(need, name)) for name in used), _bytes(need.total))
-    notes = ["each class at its own fullest moment; total: the most at any one moment, less than their sum"]
+    notes = [
+        "each column is the peak of its class; total is the peak of their sum at any one moment, and"
+        " so less than the sum of the peaks"
+    ]
     if host := max(need.host for need in plan.stage_memory):
-        notes.append(f"and up to {format_bytes(host)} of its host's memory for what is offloaded")
+        notes.append(f"plus up to {format_bytes(host)} of host memory for offloaded states")
     return Group(table, Text("\n".join(notes), style="dim"))
 
 

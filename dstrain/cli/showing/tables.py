@@ -1,4 +1,4 @@
-"""Every table of the command line, and the console that prints them: what goes in can be read, at any width.
+"""Tables for the command line that fold instead of cutting text, at any width.
 
 rich's own tables cut a word that is wider than its column and put an ellipsis in its place, and they take room from
 all columns alike. Here a cell folds instead, and paths and free text give way before numbers and short words do. So

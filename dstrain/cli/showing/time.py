@@ -1,4 +1,4 @@
-"""How long a step and the run are expected to take, what travels, and what that assumes."""
+"""The time estimate of a plan: parts of a step, traffic, assumptions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
 
 _PARTS = {
-    "compute": "computing",
-    "overhead": "launching and waiting for messages",
-    "bubble": "idle in the bubble",
-    "pipeline": "between stages",
-    "data_parallel": "between replicas",
-    "optimizer": "updating weights",
+    "compute": "compute",
+    "overhead": "launch and message latency",
+    "bubble": "pipeline bubble",
+    "pipeline": "communication between stages",
+    "data_parallel": "communication between replicas",
+    "optimizer": "optimizer update",
 }
-_LINKS = {"inside": "inside a host", "between": "between hosts", "host": "to the host's memory"}
+_LINKS = {"inside": "inside a host", "between": "between hosts", "host": "to host memory"}
 
 
 def time(plan: Plan, step: StepTime) -> RenderableType:
     """The parts of a step, what they make of the run, the traffic, and the assumptions."""
     steps = plan.run_config.steps
     lines: list[RenderableType] = [
-        headed("time", f"{format_duration(step.total)} a step, estimated: {_parts(plan, step)}"),
+        headed("time", f"{format_duration(step.total)} per step, estimated: {_parts(plan, step)}"),
         headed(
             "",
             f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} of the peak;"
@@ -56,7 +56,7 @@ def _traffic(step: StepTime) -> FoldingTable:
         Column("traffic of a step", gives=True),
         Column("over the link", gives=True),
         Column("of a rank", right=True),
-        Column("because", gives=True, style="dim"),
+        Column("reason", gives=True, style="dim"),
     )
     for traffic in step.traffic:
         table.add_row(traffic.what, _LINKS[traffic.link], format_bytes(traffic.bytes), traffic.reason)

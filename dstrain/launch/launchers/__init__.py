@@ -1,4 +1,4 @@
-"""The ways to start the ranks: one file each, with the argv of its launcher and what the launcher's output means."""
+"""The launchers: one file each, with its command line and the meaning of its output."""
 
 from __future__ import annotations
 

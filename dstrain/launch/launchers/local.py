@@ -1,4 +1,4 @@
-"""This machine alone: DeepSpeed's own launcher, without ssh."""
+"""Launcher for this machine: DeepSpeed's own launcher, without ssh."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def command(request: LaunchSpec) -> list[str]:
     """
     if not request.runs_here:
         raise DstrainError(
-            "the hostfile names other machines than this one, and the launcher is local",
+            "--launcher local can't be used with a hostfile that lists other machines",
             where="--launcher",
-            hint="--launcher pdsh, or leave --launcher out",
+            hint="use --launcher pdsh, or remove --launcher",
         )
     check_slots(request)
     # Without --hostfile DeepSpeed takes /job/hostfile where a machine has one. /dev/null is its "no hostfile";
@@ -49,8 +49,8 @@ def _devices(request: LaunchSpec) -> list[str]:
         return ["--num_gpus", str(count)]
     if len(request.device_ids) < count:
         raise DstrainError(
-            f"{count} processes need a GPU each, and {len(request.device_ids)} are visible.",
-            hint=f"ask for at most {len(request.device_ids)} processes a host, or see CUDA_VISIBLE_DEVICES",
+            f"{count} processes need a GPU each, but only {len(request.device_ids)} are visible",
+            hint=f"request at most {len(request.device_ids)} processes per host, or check CUDA_VISIBLE_DEVICES",
         )
     chosen = sorted(request.device_ids[:count])
     if chosen == list(range(count)):

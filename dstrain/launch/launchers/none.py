@@ -1,4 +1,4 @@
-"""dstrain is typed on each node, as Kubernetes does it: this node's ranks alone, started by torchrun."""
+"""``launcher: none``: dstrain is started on each node, as Kubernetes does, and starts its ranks with torchrun."""
 
 from __future__ import annotations
 

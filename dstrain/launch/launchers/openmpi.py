@@ -1,4 +1,4 @@
-"""Several machines by Open MPI: DeepSpeed's own launcher with mpirun. The ranks still talk through torch."""
+"""Launcher for several machines: DeepSpeed's own launcher with Open MPI's mpirun."""
 
 from __future__ import annotations
 

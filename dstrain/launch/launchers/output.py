@@ -1,4 +1,4 @@
-"""What launchers write about ranks that they lost."""
+"""Recognises lost ranks in the output of launchers."""
 
 from __future__ import annotations
 

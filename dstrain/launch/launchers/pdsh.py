@@ -1,4 +1,4 @@
-"""Several machines over ssh: DeepSpeed's own launcher with pdsh."""
+"""Launcher for several machines over ssh: DeepSpeed's own launcher with pdsh."""
 
 from __future__ import annotations
 

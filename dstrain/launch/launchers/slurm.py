@@ -1,4 +1,4 @@
-"""Inside a Slurm allocation: srun, one task a rank."""
+"""Launcher inside a Slurm allocation: srun, one task per rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's own launcher: on this machine, or one agent a host started by pdsh."""
+"""torchrun: on this machine, or one agent per host started by pdsh."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(request: LaunchSpec) -> list[str]:
         raise DstrainError(
             "pdsh, which starts torchrun on each host, is not installed here",
             where="--launcher",
-            hint="install it (Debian: apt-get install pdsh), or start launch.sh's command on each host by hand",
+            hint="install it (Debian: apt-get install pdsh), or start launch.sh's command on each host manually",
         )
     # pdsh puts the number of the host, from 0 in the order of -w, in place of %n.
     started = shlex.join(agent(request, request.master_addr, node_rank="%n", nodes=len(request.hosts)))

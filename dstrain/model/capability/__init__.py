@@ -1,1 +1,1 @@
-"""What a family does, found out by trying a small copy of it."""
+"""Tests what a model family supports on a small model of it."""

@@ -1,4 +1,4 @@
-"""Whether a family computes packed documents as if each stood alone: found out by trying."""
+"""Tests whether a family computes packed documents as if each were alone."""
 
 from __future__ import annotations
 

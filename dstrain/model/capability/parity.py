@@ -1,4 +1,4 @@
-"""Whether the layers of a model compute what Hugging Face's own model computes, cut into stages and in one piece."""
+"""Tests whether a model's layers compute the same as Hugging Face's model, split and unsplit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same kind of model, a few thousand parameters small: to try out what a family does, not how well.
+"""Builds a small model of a family, to test what the family does.
 
 What a model *is* stays: the family, the kinds of its blocks, its attention, its options. What only makes it large
 shrinks: widths, heads, experts, vocabulary, and the number of blocks to four, chosen so that each kind is

@@ -1,4 +1,4 @@
-"""The sizes of a small model, by the names that configurations give them.
+"""The sizes of a small model, by the names used in model configurations.
 
 A table, no code: a family whose values must fit together in its own way gets a line here.
 """

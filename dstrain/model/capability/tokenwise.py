@@ -1,4 +1,4 @@
-"""Whether a model's head looks at each token by itself, so that its loss may be computed in chunks of tokens."""
+"""Tests whether a model's head treats each token separately, so that its loss can be computed in chunks."""
 
 from __future__ import annotations
 

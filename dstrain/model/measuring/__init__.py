@@ -1,1 +1,1 @@
-"""A model in numbers for the plan: parameters, FLOPs, and what its backward pass keeps."""
+"""Measures a model for the plan: parameters, FLOPs, and activation memory."""

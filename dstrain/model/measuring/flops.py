@@ -1,4 +1,4 @@
-"""FLOPs of the layers' forward passes, counted on meta: no weights, no memory."""
+"""Counts the FLOPs of each layer's forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class _Counted(ProbeRun):
         self.flops = {"before": 0, "after": 0}
 
     def on_meta(self, *args: Any) -> Any:
-        # Around the twin only: around the whole trial the counter's hooks would get between its stand-ins.
+        # Around the stand-in only: around the whole trial the counter's hooks would get between its stand-ins.
         with FlopCounterMode(display=False) as counter:
             output = super().on_meta(*args)
         self.flops["after" if self.calls else "before"] += counter.get_total_flops()

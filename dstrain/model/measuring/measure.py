@@ -1,4 +1,4 @@
-"""The shape of a model: parameters and FLOPs of each layer, without its weights.
+"""Measures a model's shape: parameters and FLOPs of each layer, without its weights.
 
 ``python -m dstrain.model.measuring.measure SOURCE OUT.json`` writes what the plan reads.
 """

@@ -1,6 +1,4 @@
-"""What a layer's forward pass keeps for its backward pass, and what both need for a moment beside it, in bytes,
-found on meta: no weights, no memory.
-"""
+"""Measures what each layer's forward pass saves for the backward pass, and temporary memory, on the meta device."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a family is taken apart: where its parts are, how its own forward is driven in parts, whether it can be cut."""
+"""Splits a model family into pipeline layers: finds its parts, runs its forward in parts, tests the split."""

@@ -1,4 +1,4 @@
-"""Run a block on the meta device: the shape of what it returns, and its FLOPs, without weights or memory."""
+"""Runs a block on the meta device: the shape of its output, and its FLOPs."""
 
 from __future__ import annotations
 

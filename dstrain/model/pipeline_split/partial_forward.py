@@ -1,4 +1,4 @@
-"""Drive a family's own forward in parts, so that each pipeline layer runs just its share of it.
+"""Runs a family's own forward in parts, so that each pipeline layer runs only its part.
 
 The modules of the skeleton that own weights are replaced by two kinds of stand-in, which the ``PartialForward`` tells
 what to do:
@@ -8,7 +8,7 @@ what to do:
   the last one returns the hidden state that arrived, and the family's own norm, head, scaling and
   soft-capping run.
 - ``ModuleStub`` in the place of each other module with weights. It calls the real module, or, where only shapes
-  matter, runs a weightless twin on meta and returns zeros of that shape.
+  matter, runs a weightless copy on meta and returns zeros of that shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a family can be split into layers that hand on nothing but the hidden state, found out by trying.
+"""Tests whether a family can be split into layers that pass on only the hidden state.
 
 The skeleton's forward runs on a tiny batch with stand-ins for all weights. Whatever depends on learned
 values is marked through autograd: each stand-in's output and each block's output is a leaf that requires a

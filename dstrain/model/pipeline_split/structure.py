@@ -1,4 +1,4 @@
-"""Where the parts of a Hugging Face model are: its blocks, its other weights, and what shares what."""
+"""The structure of a Hugging Face model: its blocks, its other weights, and shared weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weights on disk: from a model folder or the hub into layers, and back under their names on disk."""
+"""Weights on disk: loads them from a model folder or the hub, and writes them under their original names."""

@@ -1,4 +1,4 @@
-"""Whether a folder's weights are those of its model, told without reading them.
+"""Checks that a folder's weights match its model, without reading them.
 
 ``python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json`` goes the way that loading goes, with
 tensors that have a shape and no data, and writes what is worth knowing: ``unexpected`` (tensors that the model has

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: fetched into its cache, and used as a folder from there.
+"""Downloads models from the Hugging Face hub into its cache.
 
 ``python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json`` writes ``{"folder": ...}``. Only
 safetensors are fetched where there are any, else ``.bin``; configuration and tokenizer alone for ``config``.
@@ -83,31 +83,35 @@ def _explained(error: Exception, name: str) -> DstrainError:
     offline = "a folder with the model works without a network"
     if isinstance(error, GatedRepoError):
         return DstrainError(
-            f"{repository} is given only to those who have asked for it",
+            f"{repository} is a gated repository, and you have no access",
             hint=f"accept its terms on {page}, then `hf auth login`, or set HF_TOKEN",
         )
     if isinstance(error, RevisionNotFoundError):
         return DstrainError(
-            f"{repository} has no revision {revision!r}", hint=f"{page}/tree/main names branches and tags"
+            f"{repository} has no revision {revision!r}", hint=f"{page}/tree/main lists branches and tags"
         )
     if isinstance(error, RepositoryNotFoundError):
         return DstrainError(
-            f"{repository!r} is no folder here, and no model on the hub (or a private one)",
+            f"{repository!r} is neither a local folder nor a model on the hub (or it is private)",
             hint=f"check the name on {constants.ENDPOINT}; for a private model `hf auth login`, or set HF_TOKEN",
         )
     if isinstance(error, HFValidationError):
-        return DstrainError(f"{repository!r} is no folder here, and no name on the hub: {_describe(error)}")
+        return DstrainError(
+            f"{repository!r} is neither a local folder nor a valid name on the hub: {_describe(error)}"
+        )
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
         part = "only a part of it is" if isinstance(error, IncompleteSnapshotError) else "it is not"
         return DstrainError(
-            f"{name!r} is no folder here, HF_HUB_OFFLINE keeps the hub from being asked,"
-            f" and {part} in its cache {constants.HF_HUB_CACHE}",
+            f"{name!r} is not a local folder, HF_HUB_OFFLINE prevents access to the hub, and {part} in"
+            f" its cache {constants.HF_HUB_CACHE}",
             hint=f"unset HF_HUB_OFFLINE; {offline}",
         )
     if isinstance(error, HfHubHTTPError):
-        return DstrainError(f"the hub does not give {repository}: {_describe(error)}", hint=offline)
+        return DstrainError(
+            f"{repository} can't be downloaded from the hub: {_describe(error)}", hint=offline
+        )
     return DstrainError(
-        f"{name!r} is no folder here, and the hub can't be reached: {_describe(error.__cause__ or error)}",
+        f"{name!r} is not a local folder, and the hub can't be reached: {_describe(error.__cause__ or error)}",
         hint=f"check the network ({constants.ENDPOINT}); {offline}",
     )
 

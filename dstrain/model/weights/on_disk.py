@@ -1,4 +1,4 @@
-"""A model's tensors as its family has them on disk: transformers' own conversions, run backwards.
+"""A model's tensors in the family's format on disk: transformers' own conversions, reversed.
 
 In memory a family may fuse experts, or have other names than in its files. What is used here of transformers
 is private to it (5.23): `tests/model/test_model_on_disk.py` tries it with the families that convert.

@@ -1,4 +1,4 @@
-"""Pretrained weights, loaded into a weightless model part by part, in memory of their own.
+"""Loads pretrained weights into a weightless model, part by part.
 
 Renamed keys, fused experts and split matrices are transformers' business: its own loader is called, with tensors that
 are read only when it asks for them. These names are private to transformers, and stand here and in ``on_disk.py``.
@@ -72,7 +72,7 @@ class WeightLoader:
     ) -> None:
         if getattr(model.config, "quantization_config", None):
             raise DstrainError(
-                "these weights are quantized, and only those of 16 or 32 bits can be trained",
+                "these weights are quantized, and only 16-bit and 32-bit weights can be trained",
                 where=str(files.folder),
                 hint="name a folder with the model's unquantized weights, or --init random",
             )
@@ -142,7 +142,7 @@ class WeightLoader:
                 one, two = (self._stored(name) for name in (first, other))
                 if one and two and not one.same_as(two):
                     raise DstrainError(
-                        f"{first} and {other} are one weight by the config, and two by the weight files",
+                        f"{first} and {other} are tied by the config, but differ in the weight files",
                         where=str(self._files.folder),
                         hint="set tie_word_embeddings: false in config.json if they are meant to differ",
                     )
@@ -212,16 +212,16 @@ class WeightLoader:
         """The buffers that the files lack and the model has a first value for; all else is an error."""
         for name, found, expected in sorted(info.mismatched_keys):
             raise DstrainError(
-                f"{name} is {list(found)} in the weight files, and the model's config makes it {list(expected)}",
+                f"{name} is {list(found)} in the weight files, but {list(expected)} by the model's config",
                 where=self._place_of(name),
                 hint="config.json and the weights do not belong together",
             )
         for name, report in sorted(info.conversion_errors.items()):
             lines = [line.strip() for line in str(report).splitlines() if line.strip()]
             raise DstrainError(
-                f"{name} can't be made from the weight files: {lines[-2] if len(lines) > 1 else report}",
+                f"{name} can't be built from the weight files: {lines[-2] if len(lines) > 1 else report}",
                 where=self._place_of(name),
-                hint="what it is made of is incomplete, or of another shape; download or copy the model again",
+                hint="its source tensors are missing or have another shape; download or copy the model again",
             )
         absent = sorted(info.missing_keys)
         lost = [name for name in absent if not _has_first_value(_held(self._model, name))]
@@ -230,7 +230,7 @@ class WeightLoader:
             if lost[0] in self._files.unlisted:
                 more += " (it lies in a file, and the index does not name it)"
             raise DstrainError(
-                f"the weight files do not hold {lost[0]}{more}, which the model needs",
+                f"the weight files do not contain {lost[0]}{more}, which the model needs",
                 where=str(self._files.folder),
                 hint="download or copy the model again; config.json and the weights may not belong together",
             )

@@ -1,4 +1,4 @@
-"""The weight files of a model folder: what each tensor is called, and where it lies. Nothing is mapped into memory.
+"""The weight files of a model folder: the name and location of each tensor.
 
 Safetensors files begin with 8 bytes (the length of a header, little-endian) and that header, JSON with type, shape and
 place of each tensor: https://huggingface.co/docs/safetensors. Of a PyTorch file (``.bin``) torch tells the same without
@@ -136,7 +136,7 @@ class WeightFiles:
                 found = self.tensors.get(name)
                 if found is None or found.file.name != file:
                     raise DstrainError(
-                        f"{file} does not hold {name}, where {index.name} looks for it",
+                        f"{file} does not contain {name}, although {index.name} lists it there",
                         where=str(index),
                         hint="the index and its files do not belong together: download or save the model again",
                     )
@@ -149,7 +149,7 @@ def _weights_of(folder: Path) -> Path:
     raise DstrainError(
         "there are no weights in this folder",
         where=str(folder),
-        hint=f"looked for {', '.join(WEIGHTS)}; --init random starts without",
+        hint=f"looked for {', '.join(WEIGHTS)}; --init random starts without weights",
     )
 
 
@@ -163,7 +163,7 @@ def _files_of(folder: Path) -> list[Path]:
         raise DstrainError(
             f"{missing[0]} is missing"
             + (f" and {len(missing) - 1} more of the {len(names)} files" if len(missing) > 1 else "")
-            + f", which {first.name} names",
+            + f", which {first.name} lists",
             where=str(first),
             hint="download or copy the model again",
         )
@@ -197,7 +197,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=0)
     if end > size:
         raise DstrainError(
-            f"the file is cut off: its header tells of {end:,} bytes, and there are {size:,}",
+            f"the file is truncated: its header describes {end:,} bytes, but there are {size:,}",
             where=str(path),
             hint="download or copy it again",
         )
@@ -229,20 +229,20 @@ def _pytorch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise DstrainError("the file holds other things than tensors by name", where=str(path))
+        raise DstrainError("the file contains something other than named tensors", where=str(path))
     size = path.stat().st_size
     for name, value in content.items():
         start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not value.is_contiguous():
             raise DstrainError(
-                f"{name} does not lie in one piece in this file",
+                f"{name} is not contiguous in this file",
                 where=str(path),
                 hint="save the model as safetensors: model.save_pretrained(folder)",
             )
         offset = start + value.storage_offset() * value.dtype.itemsize
         tensor = StoredTensor(path, offset, value.dtype, tuple(value.shape))
         if offset + tensor.bytes > size:
-            raise DstrainError("the file is cut off", where=str(path), hint="download or copy it again")
+            raise DstrainError("the file is truncated", where=str(path), hint="download or copy it again")
         yield name, tensor
 
 
@@ -255,7 +255,7 @@ def _opened(path: Path) -> Any:
 
 def _broken(path: Path, reason: str) -> DstrainError:
     return DstrainError(
-        f"this is no safetensors file, or its header is damaged: {reason}",
+        f"not a safetensors file, or its header is damaged: {reason}",
         where=str(path),
         hint="download or copy it again",
     )

@@ -1,1 +1,1 @@
-"""The DeepSpeed JSON of a plan: composed from fragments, each key with its origin."""
+"""The DeepSpeed JSON of a plan, composed from fragments, with the origin of each key."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, composed from the fragments in ``ds_configs/``, each key with its origin.
+"""Composes the DeepSpeed JSON from the fragments in ``ds_configs/``, with the origin of each key.
 
 A fragment is DeepSpeed JSON in which ``"$name"`` stands for a value that the plan derives, as the table of keys says
 (`dstrain.planning.deepspeed.keys`). What the
@@ -146,9 +146,9 @@ def _is_decided(
         decided = decided.get(key) if isinstance(decided, dict) else None
     if isinstance(decided, dict) and not isinstance(value, dict):
         raise DstrainError(
-            f"{dotted} = {json.dumps(value)} stands where {dotted} holds keys of its own",
+            f"{dotted} must be a block of keys, not {json.dumps(value)}",
             where=origin,
-            hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes one of them",
+            hint=f"{dotted}: {{{next(iter(decided), 'KEY')}: ...}} changes a single key",
         )
     if value == {} and isinstance(decided, dict):
         return True
@@ -159,13 +159,13 @@ def _is_decided(
         return True
     choice = f"{owner} = {getattr(resolved.config, owner)} ({resolved.origin(owner)})"
     if decided is None:
-        reason = f"{dotted} = {json.dumps(value)} is not for DeepSpeed's JSON to say: {choice} decides it"
+        reason = f"{dotted} = {json.dumps(value)} can't be set in DeepSpeed's JSON: {choice} decides it"
     else:
         reason = (
             f"{dotted} = {json.dumps(value)} contradicts {json.dumps(decided)}, which follows from {choice}"
         )
     raise DstrainError(
-        reason, where=origin, hint=f"leave {dotted} out and choose {owner} (--set {owner}=..., or in YAML)"
+        reason, where=origin, hint=f"remove {dotted} and set {owner} instead (--set {owner}=..., or in YAML)"
     )
 
 

@@ -16,7 +16,7 @@ from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
 
-AS_DEFAULT = "it is DeepSpeed's default, written down so that another version can't change it"
+AS_DEFAULT = "DeepSpeed's default, written out so that another version can't change it"
 """Why a fragment sets a key for which the table has no reason."""
 
 
@@ -155,13 +155,15 @@ def _with_stages(config: RunConfig) -> bool:
 
 _BUCKET = _sized("bucket_size", bucket_size)
 _LIVE = _sized("live_parameters", lambda parameters: max(bucket_size(parameters), LIVE_PARAMETERS))
-_BOTH_WRITTEN = "both precisions are written, so that none is left to a default"
-_SHARED_BY_NOBODY = "it is for ranks that share a layer among them, and dstrain has none"
-_NO_OTHER_AXIS = "dstrain shares a model out among stages and replicas alone, and its ranks are numbered so"
-_NAMED_TOO_EARLY = (
-    "dstrain names a checkpoint when its files are on the disk, and this writer returns before they are"
+_BOTH_WRITTEN = "both precisions are written out, so that neither depends on a default"
+_SHARED_BY_NOBODY = "it is for tensor parallelism, which dstrain does not use"
+_NO_OTHER_AXIS = (
+    "dstrain splits a model over pipeline stages and replicas only, and numbers its ranks accordingly"
 )
-_BEHIND = "leave it out; background_save writes behind the training"
+_NAMED_TOO_EARLY = (
+    "dstrain completes a checkpoint when its files are on disk, but this writer returns earlier"
+)
+_BEHIND = "remove it; background_save writes checkpoints in the background"
 
 # Source of what is unfit: runs with DeepSpeed 0.19.8, or the code named.
 _TABLE: dict[str, Key] = {
@@ -176,8 +178,8 @@ _TABLE: dict[str, Key] = {
     "managed_gradient_accumulation": Key(
         unfit=Unfit(
             lambda value: value is False,
-            "then each micro-batch would be a step of the optimizer: dstrain lets DeepSpeed count micro-batches",
-            "leave it out; --micro-batch and --global-batch say how many there are",
+            "each micro-batch would become an optimizer step: dstrain lets DeepSpeed count micro-batches",
+            "remove it; --micro-batch and --global-batch decide the number",
         )
     ),
     # Gradients and the optimizer.
@@ -185,17 +187,22 @@ _TABLE: dict[str, Key] = {
     "gradient_allreduce_op": Key(
         unfit=Unfit(
             lambda value: str(value).lower() == "sum",
-            "then gradients grow with the number of replicas, and layouts no longer train the same model",
-            "leave it out, and raise --lr if a larger step is meant",
+            (
+                "gradients would grow with the number of replicas, and layouts would no longer train the"
+                " same model"
+            ),
+            "remove it, and raise --lr if you want larger steps",
         )
     ),
     "communication_data_type": Key(
         why="in the model's own precision the sum over replicas would be rounded, the more the more there are"
     ),
     "optimizer": Key(owner="optimizer"),
-    "optimizer.type": Key(why="it is what optimizer asks for"),
+    "optimizer.type": Key(why="set by optimizer"),
     **{f"optimizer.params.{key}": Key(derived=_chosen(key)) for key in ("lr", *option_keys())},
-    "optimizer.params.adam_w_mode": Key(why='DeepSpeed takes even "Adam" for AdamW: it is said aloud'),
+    "optimizer.params.adam_w_mode": Key(
+        why=('DeepSpeed treats even "Adam" as AdamW, so this is set explicitly')
+    ),
     "optimizer.params.torch_adam": Key(
         why="DeepSpeed's fused Adam has to be compiled for a GPU; torch's AdamW runs anywhere"
     ),
@@ -203,18 +210,18 @@ _TABLE: dict[str, Key] = {
     "zero_allow_untested_optimizer": Key(
         why="without it ZeRO refuses optimizers that are not on DeepSpeed's list, like SGD"
     ),
-    "zero_force_ds_cpu_optimizer": Key(why="with offload, DeepSpeed would refuse SGD, which is torch's own"),
+    "zero_force_ds_cpu_optimizer": Key(why="with offload, DeepSpeed would refuse torch's SGD"),
     # Precision.
     "fp16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
     "bf16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
-    "bf16.check_grad_overflow": Key(why="bf16 has the range of fp32: a step is not to be skipped in silence"),
+    "bf16.check_grad_overflow": Key(why="bf16 has the range of fp32: no step should be skipped silently"),
     "data_types": Key(owner="precision"),
     "data_types.grad_accum_dtype": Key(
         why="left out, DeepSpeed sums micro-batches in the model's precision: bf16 in bf16"
     ),
     "torch_autocast": Key(owner="precision"),
     "torch_autocast.enabled": Key(
-        why="precision says what is computed in; DeepSpeed would accept both without a word"
+        why="the precision key decides this; DeepSpeed would accept both without a warning"
     ),
     # ZeRO.
     "zero_optimization.stage": Key(owner="zero", derived=_chosen("zero")),
@@ -222,7 +229,7 @@ _TABLE: dict[str, Key] = {
     "zero_optimization.allgather_bucket_size": Key(derived=_BUCKET),
     "zero_optimization.overlap_comm": Key(
         derived=_on_cuda("overlap"),
-        why="DeepSpeed can't overlap below a pipeline; without stages you may switch it on",
+        why="DeepSpeed can't overlap within a pipeline; without a pipeline you can enable it",
     ),
     "zero_optimization.stage3_prefetch_bucket_size": Key(
         derived=_sized("prefetch_size", lambda parameters: min(bucket_size(parameters), PREFETCH_BUCKET))
@@ -236,24 +243,23 @@ _TABLE: dict[str, Key] = {
         derived=Derivation("sub_group_size", lambda decided: Derived(SUB_GROUP, "DeepSpeed's default"))
     ),
     "zero_optimization.offload_optimizer": Key(owner="offload"),
-    "zero_optimization.offload_optimizer.device": Key(why="it is what offload asks for"),
+    "zero_optimization.offload_optimizer.device": Key(why="set by offload"),
     "zero_optimization.offload_optimizer.pin_memory": Key(derived=_on_cuda("pin_memory")),
     "zero_optimization.offload_optimizer.nvme_path": Key(derived=_chosen("nvme_path")),
     "zero_optimization.offload_param": Key(owner="offload"),
-    "zero_optimization.cpu_offload": Key(
-        successor="offload_optimizer takes its place, and dstrain's offload sets that: --offload cpu"
-    ),
-    "zero_optimization.cpu_offload_param": Key(
-        successor="leave it out: dstrain keeps parameters on the device"
-    ),
+    "zero_optimization.cpu_offload": Key(successor="use --offload cpu, which sets offload_optimizer instead"),
+    "zero_optimization.cpu_offload_param": Key(successor="remove it: dstrain keeps parameters on the device"),
     "zero_optimization.cpu_offload_use_pin_memory": Key(
-        successor="leave it out: --offload cpu pins memory where there is a GPU"
+        successor="remove it: --offload cpu pins memory on machines with GPUs"
     ),
     "zero_optimization.zenflow": Key(
         unfit=Unfit(
             _is_on,
-            "ZenFlow updates most weights some steps late: it does not train what one process trains",
-            "leave it out; --offload cpu keeps the optimizer's states in host memory",
+            (
+                "ZenFlow updates most weights some steps late, so it does not train the same model as one"
+                " process"
+            ),
+            "remove it; --offload cpu keeps optimizer states in host memory",
         )
     ),
     # Stages, and other ways to share a model out.
@@ -267,11 +273,11 @@ _TABLE: dict[str, Key] = {
     "pipeline.pipe_partitioned": Key(why=_SHARED_BY_NOBODY),
     "pipeline.grad_partitioned": Key(why=_SHARED_BY_NOBODY),
     "tensor_parallel.autotp_size": Key(
-        unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the weights")
+        unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the weights")
     ),
-    "sequence_parallel_size": Key(unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "leave it out")),
+    "sequence_parallel_size": Key(unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "remove it")),
     "expert_parallel.enabled": Key(
-        unfit=Unfit(_is_on, _NO_OTHER_AXIS, "leave it out; --pipeline or --zero 3 share out the experts")
+        unfit=Unfit(_is_on, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the experts")
     ),
     # Checkpoints.
     "checkpoint.tag_validation": Key(
@@ -280,8 +286,8 @@ _TABLE: dict[str, Key] = {
     "checkpoint.load_universal": Key(
         unfit=Unfit(
             _is_on,
-            "DeepSpeed runs whatever the files of a universal checkpoint name",
-            "leave it out: `dstrain resume` reads checkpoints of any layout",
+            "DeepSpeed runs code that is named in the files of a universal checkpoint",
+            "remove it: `dstrain resume` reads checkpoints of any layout",
         )
     ),
     "checkpoint.writer.decoupled": Key(unfit=Unfit(_is_on, _NAMED_TOO_EARLY, _BEHIND)),
@@ -292,43 +298,47 @@ _TABLE: dict[str, Key] = {
         why="DeepSpeed's pipeline engine fails with it; metrics.jsonl has the time of every step",
         unfit=Unfit(
             _is_on,
-            "DeepSpeed's pipeline engine fails with it: it starts a timer that runs already",
-            "leave it out: metrics.jsonl has the time of every step",
+            "DeepSpeed's pipeline engine fails with it: it starts a timer that is already running",
+            "remove it: metrics.jsonl has the time of every step",
             _with_stages,
         ),
     ),
     "flops_profiler.enabled": Key(
         unfit=Unfit(
             _is_on,
-            "it switches wall_clock_breakdown on, with which DeepSpeed's pipeline engine fails",
-            "--pipeline 1, or leave it out: dstrain counts FLOPs itself",
+            "it enables wall_clock_breakdown, with which DeepSpeed's pipeline engine fails",
+            "--pipeline 1, or remove it: dstrain counts FLOPs itself",
             _with_stages,
         )
     ),
     "data_efficiency.enabled": Key(
         unfit=Unfit(
             _is_on,
-            "it works through DeepSpeed's data loader: dstrain reads the data itself, in one order for every layout",
-            "leave it out",
+            (
+                "it needs DeepSpeed's data loader, but dstrain reads the data itself, in the same order"
+                " for every layout"
+            ),
+            "remove it",
         )
     ),
     "autotuning.enabled": Key(
         unfit=Unfit(
             _is_on,
-            "it is started by DeepSpeed's own launcher alone",
-            "leave it out; `dstrain plan --fit` searches",
+            "only DeepSpeed's own launcher starts it",
+            "remove it; `dstrain plan --fit` searches for layouts",
         )
     ),
     "hybrid_engine.enabled": Key(
-        unfit=Unfit(
-            _is_on, "dstrain builds its engines itself, so that it would have no effect", "leave it out"
-        )
+        unfit=Unfit(_is_on, "it would have no effect: dstrain builds its engines itself", "remove it")
     ),
     "compile.deepcompile": Key(
         unfit=Unfit(
             _is_on,
-            "DeepSpeed accepts it and compiles nothing: that needs a call which dstrain does not make",
-            "leave it out",
+            (
+                "DeepSpeed accepts it without compiling anything, since that needs a call that dstrain"
+                " does not make"
+            ),
+            "remove it",
         )
     ),
 }

@@ -1,4 +1,4 @@
-"""The user's own DeepSpeed keys, from ``ds_config`` and ``deepspeed``: read, each with its place, and checked.
+"""DeepSpeed keys set by the user in ``ds_config`` and ``deepspeed``: read with their lines, and checked.
 
 What is checked here needs neither the model nor the data nor the machine: whether DeepSpeed knows the key, whether it
 takes the value, and whether it does with it in this run what its name says. What contradicts the plan is found when

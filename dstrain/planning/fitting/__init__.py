@@ -1,1 +1,1 @@
-"""Which layout to take: all that these devices can hold, the fastest of those that fit."""
+"""Layout search: the fastest layouts that fit on the given devices."""

@@ -1,4 +1,4 @@
-"""What `fit` chooses between: every layout, micro-batch and recomputation that trains the same model here."""
+"""The candidates of ``fit``: every valid layout, micro-batch and recomputation choice."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def find_candidates(
     for pipeline in fixed_or(fixed, "pipeline", range(1, _most_stages(shape, hosts) + 1)):
         replicas = _replicas(config.global_batch, pipeline, hosts, fixed.get("data_parallel"), shape)
         if replicas is None:
-            found.refused["no number of replicas shares the global batch and the hosts evenly"] += 1
+            found.refused["no number of replicas divides the global batch and the hosts evenly"] += 1
             continue
         sizes = _micro_batches(config.global_batch // replicas, fixed.get("micro_batch"))
         inner = list(product(sizes, recomputations))
@@ -106,7 +106,7 @@ def find_candidates(
             for micro_batch, again in inner if reason is None else ():
                 accumulation = config.global_batch // (replicas * micro_batch)
                 if schedule == "dualpipev" and accumulation < 2 * pipeline:
-                    found.refused["dualpipev needs two micro-batches a stage"] += 1
+                    found.refused["dualpipev needs two micro-batches per stage"] += 1
                 else:
                     found.accepted.append(Candidate(layout, micro_batch, again))
     return found
@@ -132,11 +132,9 @@ def _reason_against(layout: LayoutChoice, resolved: ResolvedConfig, shape: Model
         return "more stages than layers"
     blocks = blocks_of_chunks(resolved.config.partition)
     if blocks is not None and len(blocks) != chunks:
-        return f"partition {resolved.config.partition} is of another number of stages"
+        return f"partition {resolved.config.partition} has another number of stages"
     if blocks is not None and (sum(blocks) != len(shape.layers) - 2 or 0 in blocks[1:-1]):
-        return (
-            f"partition {resolved.config.partition} does not cut this model's {len(shape.layers) - 2} blocks"
-        )
+        return f"partition {resolved.config.partition} does not match this model's {len(shape.layers) - 2} blocks"
     if layout.pipeline > 1 and shape.pipeline_refusal:
         return f"{shape.model_type} can't be split into stages"
     return None

@@ -1,4 +1,4 @@
-"""What a candidate takes and needs: the cut, the time and the memory that `make_plan` would find for it."""
+"""The score of a candidate: its partition, time and memory, as `make_plan` would find them."""
 
 from __future__ import annotations
 

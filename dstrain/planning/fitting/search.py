@@ -1,4 +1,4 @@
-"""The fastest layouts that fit, found without looking closely at most of the others.
+"""Finds the fastest layouts that fit, without examining most candidates in detail.
 
 Candidates wait in a queue under a time that they can't beat. The one with the least is looked at more closely each
 time: its memory with the fastest cut, its time, and where it does not fit a slower cut. Whatever comes out
@@ -29,8 +29,8 @@ NEAR = 1.02
 PARTS = {
     "overhead": "launches and latencies",
     "bubble": "bubble",
-    "pipeline": "sending between stages",
-    "data_parallel": "sending between replicas",
+    "pipeline": "communication between stages",
+    "data_parallel": "communication between replicas",
     "optimizer": "updating weights",
 }
 """What a step spends its time on beside computing: fields of `StepTime`, and their names."""
@@ -120,10 +120,10 @@ def fit(
         layouts.add(replace(scored.candidate.layout, offload="none"))
         if len(layouts) == wanted:
             enough = min(enough, NEAR * scored.seconds)
-    fallen["slower, and not looked at closely"] += len(found.accepted) - len(queue.too_large) - len(fitting)
+    fallen["slower, not examined in detail"] += len(found.accepted) - len(queue.too_large) - len(fitting)
     best = choose(fitting, wanted) if fitting else nearest(queue.nearest, scores, wanted)
-    fallen["more memory than there is"] += len(queue.too_large) - (0 if fitting else len(best))
-    fallen["slower, looked at closely"] += len(fitting) - len(best) if fitting else 0
+    fallen["out of memory"] += len(queue.too_large) - (0 if fitting else len(best))
+    fallen["slower, examined in detail"] += len(fitting) - len(best) if fitting else 0
     return Fit(
         best=tuple(best),
         fits=bool(fitting),

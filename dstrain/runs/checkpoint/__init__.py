@@ -1,1 +1,1 @@
-"""What lies in checkpoints/ of a run folder: what makes one complete, whole, and ours. No torch."""
+"""The checkpoints of a run folder: completeness, integrity, identity. No torch."""

@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the run that goes on from it, and what may change in between.
+"""What must match between a checkpoint and the run that resumes from it, and what may change.
 
 Both are described by `Plan.identity`; a checkpoint's manifest holds that of the run that saved it.
 """
@@ -18,7 +18,7 @@ _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
 _WHY = {
-    "global_batch": " (which samples come next, and the learning rate, are counted in its steps)",
+    "global_batch": " (the next samples and the learning rate are counted in its steps)",
     "data": " (the same files, tokenizer and validation split)",
 }
 
@@ -35,7 +35,8 @@ def refuse_other_batch(checkpoint: Path, *, global_batch: int, data_parallel: in
     below = [number for number in fitting if number < data_parallel][-1:]
     above = [number for number in fitting if number > data_parallel][:1]
     raise DstrainError(
-        f"the run's global batch of {global_batch} can't be shared by {data_parallel} replicas, and stays what it was",
+        f"the run's global batch of {global_batch} can't be divided evenly among {data_parallel}"
+        " replicas, and can't change on resume",
         where="--data-parallel",
         hint=f"--data-parallel {' or '.join(map(str, below + above))}",
     )
@@ -52,8 +53,8 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             _refuse_another(key, value, saved, checkpoint)
     if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
         raise DstrainError(
-            f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights lie in swap"
-            " files of DeepSpeed, which only the ranks that wrote them can read",
+            f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights"
+            " are in DeepSpeed swap files, which only the ranks that wrote them can read",
             where=str(checkpoint),
             hint="resume in the layout that the checkpoint was made with, or start a new run under another --name",
         )
@@ -62,7 +63,7 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
     if saved.get(key) != value:
         raise DstrainError(
-            f"the checkpoint was made with {key} = {saved.get(key)}, and this run has {value}",
+            f"the checkpoint was made with {key} = {saved.get(key)}, but this run has {value}",
             where=str(checkpoint),
             hint=f"resume with the same {key}{_WHY.get(key, '')}, or start a new run under another --name",
         )
@@ -82,12 +83,12 @@ def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
         if before == after:
             before, after = f"{before} cut at {_cut(saved)}", f"at {_cut(identity)}"
         lines.append(
-            f"{before} -> {after}: the same training goes on; each rank reads its part of {checkpoint.name}"
+            f"{before} -> {after}: the same training continues; each rank reads its part of {checkpoint.name}"
         )
     old, new = saved.get("micro_batch"), identity.get("micro_batch")
     if old is not None and new is not None and old != new:
         lines.append(
-            f"micro-batches of {old} -> {new}: of all sums only a mixture of experts' router loss depends on it"
+            f"micro-batches of {old} -> {new}: only the router loss of a mixture of experts depends on it"
         )
     return lines
 
@@ -104,7 +105,7 @@ def _identity_of(checkpoint: Path) -> dict[str, Any]:
 def _name(identity: Mapping[str, Any]) -> str:
     """A layout's name, as ``zero1-pp2-dp2``."""
     if any(key not in identity for key in _NAMED):
-        return "a layout of an earlier dstrain"
+        return "a layout of an older dstrain"
     return LayoutChoice(**{key: identity[key] for key in _NAMED}).name
 
 

@@ -1,4 +1,4 @@
-"""Whether the bytes of a checkpoint are those that were written: checksums, shared out and compared."""
+"""Verifies the checksums of checkpoint files, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wrong_files(
             if why := record.wrong_size(name, path.stat().st_size):
                 found[name] = why
             elif checksum(path, on_bytes=on_bytes) != record.sha256 and record.sha256 is not None:
-                found[name] = f"{name} holds other bytes than were saved"
+                found[name] = f"{name} does not match its checksum"
         except FileNotFoundError:
             found[name] = f"{name} is missing"
         except OSError as error:

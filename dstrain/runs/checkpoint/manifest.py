@@ -1,4 +1,4 @@
-"""What makes a checkpoint complete: its manifest, and every file that this names."""
+"""The manifest that makes a checkpoint complete, and the files that it lists."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FileRecord:
 
     def wrong_size(self, name: str, size: int) -> str | None:
         """What to say of a file that has another size; None where it has this one."""
-        return None if size == self.size else f"{name} has {size:,} bytes and should have {self.size:,}"
+        return None if size == self.size else f"{name} has {size:,} bytes instead of {self.size:,}"
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where there is none, half of one, or one that was changed."""
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     if "sha256" in manifest or "format" in manifest:  # earlier ones have neither
         rest = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest.get("sha256") != digest(rest):
-            raise ValueError("its own checksum is not right")
+            raise ValueError("its own checksum does not match")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"it is of format {manifest['format']}, and this dstrain reads {FORMAT}")
+            raise ValueError(f"it has format {manifest['format']}, and this dstrain reads {FORMAT}")
     return manifest
 
 
@@ -103,7 +103,7 @@ def files_of(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
     """Every file that a manifest names. Raises ValueError where it names none."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
-        raise ValueError("it names no file")
+        raise ValueError("it lists no files")
     if "format" not in manifest:
         return {name: FileRecord(int(size), None) for name, size in files.items()}
     return {name: FileRecord(file["size"], file["sha256"]) for name, file in files.items()}
@@ -142,7 +142,7 @@ def damage_of(checkpoint: Path, *, noted: bool = True) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
         if manifest.get("step") != _step(checkpoint):
-            return f"its manifest is that of step {manifest.get('step')}"
+            return f"its manifest belongs to step {manifest.get('step')}"
         files = files_of(manifest)
     except FileNotFoundError:
         return "it has no manifest"
@@ -182,7 +182,7 @@ def forget_damage(checkpoint: Path) -> None:
 
 def _noted(checkpoint: Path) -> str | None:
     try:
-        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its bytes are wrong"
+        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its checksums do not match"
     except (OSError, ValueError):
         return None
 
@@ -196,7 +196,7 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
         known: why some are not usable, by name, found out otherwise.
 
     Raises:
-        DstrainError: there are checkpoints, and none is usable: a run does not start anew in silence.
+        DstrainError: there are checkpoints, and none is usable: a run does not silently start from scratch.
     """
     passed: list[tuple[str, str]] = []
     for checkpoint in reversed(named_checkpoints(folder)):
@@ -209,14 +209,14 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
         raise DstrainError(
             f"no checkpoint of this run is usable:\n{reasons}",
             where=str(folder),
-            hint="bring back the files from a copy; to train from the beginning, start a run under another --name",
+            hint="restore the files from a backup; to train from scratch, start a run under another --name",
         )
     return Choice(None)
 
 
 def passed_over(name: str, why: str, used: str) -> str:
     """The line that is said of a checkpoint that was not usable, and of the one that is used instead."""
-    return f"{name} is not used: {why}; the run goes on from {used}"
+    return f"{name} is skipped: {why}; the run continues from {used}"
 
 
 def of_another_run(checkpoint: Path, run: str | None) -> str | None:
@@ -224,7 +224,7 @@ def of_another_run(checkpoint: Path, run: str | None) -> str | None:
     made_by = read_manifest(checkpoint).get("run")
     if run is None or made_by is None or made_by == run:
         return None
-    return f"it was made by another run ({made_by}, this one is {run})"
+    return f"it belongs to another run ({made_by}, this one is {run})"
 
 
 def run_id(file: Path, checkpoints: Path) -> str | None:

@@ -1,1 +1,1 @@
-"""What decides a run's numbers: written into its folder at each launch, and compared when the run is repeated."""
+"""The record of what determines a run's numbers, written at each launch and compared by ``reproduce``."""

@@ -1,4 +1,4 @@
-"""What is another in a second launch than in the first, as far as it can change the numbers."""
+"""Differences between two launches that can change the numbers."""
 
 from __future__ import annotations
 

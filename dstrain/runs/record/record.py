@@ -1,4 +1,4 @@
-"""The record of a launch, and the history of a run's launches.
+"""The record of a launch's environment, and the history of a run's launches.
 
 Before the ranks start, ``record.json`` is written: what they will be made of. Rank 0 adds what only the ranks know,
 the step that they begin with and their devices, and appends it all to ``launches.jsonl``.
@@ -107,18 +107,17 @@ def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
                     launch["config"] = with_new_names(launch["config"], CONFIG_KEYS)
                 launches.append(launch)
     where = str(folder.launches)
-    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again, and compares nothing"
+    hint = f"`dstrain run --config {folder.config} --name NAME` trains it again without comparing"
     if not launches:
         raise DstrainError(
-            "the run has no record of what it was made of: it never came as far as to train, or an earlier dstrain"
-            " made it",
+            "the run has no record of its environment: it never started training, or an older dstrain made it",
             where=where,
             hint=hint,
         )
     formats = {launch.get("format") for launch in launches} - {FORMAT}
     if formats:
         raise DstrainError(
-            f"the record is of format {formats.pop()}, and this dstrain reads {FORMAT}",
+            f"the record has format {formats.pop()}, and this dstrain reads {FORMAT}",
             where=where,
             hint=hint,
         )
@@ -130,12 +129,12 @@ def first_launch(launches: Sequence[dict[str, Any]], folder: RunFolder) -> dict[
     found = [launch for launch in launches if launch["first_step"] == 1]
     if not found:
         raise DstrainError(
-            "its first steps were trained by an earlier dstrain, which did not record what they were made of",
+            "its first steps were trained by an older dstrain, which did not record its environment",
             where=str(folder.launches),
         )
     if "config" not in found[-1]:
         raise DstrainError(
-            "its rank 0 did not see the folder that the run was started from, and knew only its own part",
+            "its rank 0 could not see the folder from which the run was started, and recorded only its own part",
             where=str(folder.launches),
         )
     return found[-1]

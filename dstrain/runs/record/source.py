@@ -1,4 +1,4 @@
-"""The user's own folder under git: its revision, and what stands there but is not committed."""
+"""The git state of the user's folder: its revision and uncommitted changes."""
 
 from __future__ import annotations
 

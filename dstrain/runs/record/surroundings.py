@@ -1,4 +1,4 @@
-"""What lies around a run and can change its numbers: environment variables, and the image that it runs in."""
+"""The surroundings of a run that can change its numbers: environment variables and container image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which software a run is made with: every package, Python, and dstrain's own source."""
+"""The software versions of a run: every package, Python, and dstrain's own source."""
 
 from __future__ import annotations
 

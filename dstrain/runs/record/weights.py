@@ -1,4 +1,4 @@
-"""Which weights a pretrained run begins with, without reading all of them."""
+"""Identifies the pretrained weights that a run starts from, without reading all of them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a run is saved while it trains, and which checkpoint it goes on from."""
+"""Saves checkpoints during training, and chooses the one to resume from."""

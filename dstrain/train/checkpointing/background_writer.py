@@ -1,4 +1,4 @@
-"""A checkpoint is written behind the training: by one thread of each rank, which meet in files alone."""
+"""Writes checkpoints in the background: one thread per rank, synchronised only through files."""
 
 from __future__ import annotations
 

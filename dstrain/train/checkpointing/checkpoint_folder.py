@@ -1,4 +1,4 @@
-"""``checkpoints/`` on the disk: what is written aside gets its manifest and its name, and old ones go."""
+"""The ``checkpoints/`` folder: publishes finished checkpoints, and removes old ones."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_manifest(
     flush_folders(aside)
     why = missing_or_cut(aside, files_of(read_manifest(aside)))
     if why is not None:
-        raise OSError(f"what was written is not what lies on the disk: {why}")
+        raise OSError(f"the files on disk differ from what was written: {why}")
 
 
 def give_name(aside: Path, final: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, flushed, checked, then named by one rename; complete or invisible."""
+"""Saves checkpoints: written aside, flushed, verified, published by one rename; complete or invisible."""
 
 from __future__ import annotations
 
@@ -205,7 +205,8 @@ class Checkpoints:
         if self._rank == 0 and not self._said_no_room:
             self._said_no_room = True
             self._say(
-                f"host memory has no room for a copy of {size / 1e9:.1f} GB: checkpoints are written in the step"
+                f"host memory has no room for a copy of {size / 1e9:.1f} GB: checkpoints are written"
+                " while training waits"
             )
 
     def _error(self, step: int, failure: Failure) -> Exception:
@@ -213,7 +214,9 @@ class Checkpoints:
 
     def _not_written(self, step: int, reason: str) -> DstrainError:
         usable = newest_complete(self.folder)
-        kept = f"{usable.name} is whole and can be resumed from" if usable else "no checkpoint was made yet"
+        kept = (
+            f"{usable.name} is complete and can be resumed from" if usable else "no checkpoint was made yet"
+        )
         return DstrainError(
             f"the checkpoint of step {step} could not be written: {reason}",
             where=str(self.folder),

@@ -1,4 +1,4 @@
-"""How much of this host's memory a rank may take for a copy of what it saves."""
+"""How much host memory a rank may use for a copy of its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: all ranks choose alike, and every byte of it is read."""
+"""Chooses the checkpoint to resume from: the same on all ranks, with every byte verified."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_newest_usable(
             try:
                 note_damage(checkpoint, why)
             except OSError as error:  # a disk that is full, or can't be written: it is said all the same
-                print(f"{checkpoint}: no note of its damage was left: {error}")
+                print(f"{checkpoint}: its damage could not be recorded: {error}")
 
 
 def _choose(folder: Path, run: str, damaged: dict[str, str]) -> Choice:
@@ -77,7 +77,7 @@ def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     files = files_of(read_manifest(checkpoint))
     if rank == 0 and any(file.sha256 is None for file in files.values()):
-        say(f"{checkpoint.name} was saved by an earlier dstrain, without checksums: only sizes are checked")
+        say(f"{checkpoint.name} was saved by an older dstrain, without checksums: only sizes are checked")
     share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
     parts: list[dict[str, str]] = [{} for _ in range(ranks)]
     distributed.all_gather_object(parts, wrong_files(checkpoint, files, share))

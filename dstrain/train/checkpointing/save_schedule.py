@@ -15,7 +15,7 @@ class SaveSchedule:
     """Asked after each step, by all ranks together.
 
     The last step is always due, and so is every multiple of ``keep_every``: what is to be kept for good must
-    be saved. With a length of time the clock starts anew at each save. With ``never`` no step is due.
+    be saved. With a length of time the clock restarts at each save. With ``never`` no step is due.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SaveSchedule:
         return due or (self._seconds is not None and self._time_is_up())
 
     def saved(self) -> None:
-        """Begin to count the time anew: a save has ended."""
+        """Restart the clock: a save has ended."""
         self._saved_at = self._clock()
 
     def _time_is_up(self) -> bool:

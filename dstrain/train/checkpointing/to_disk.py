@@ -1,4 +1,4 @@
-"""Bringing what was written to the disk itself, and why a disk takes no more."""
+"""Flushes files to disk, and finds out why a write failed."""
 
 from __future__ import annotations
 

@@ -12,15 +12,16 @@ LAYOUTS = {
     # --- devices
     "3 stages on 4 slots": run(
         "--hostfile", "h", "--pipeline", "3", files=_FOUR,
-        place="--pipeline", reason="3 stages can't share 4 devices", hint="--pipeline 1 or 2 or 4 uses all 4",
+        place="--pipeline", reason="4 devices can't be divided evenly into 3 stages",
+        hint="--pipeline 1 or 2 or 4 uses all 4",
     ),
     "too many replicas": run(
         "--hostfile", "h", "--pipeline", "2", "--data-parallel", "3", files=_FOUR,
-        place="--pipeline", reason="2 stages x 3 replicas need 6 devices, and there are 4", hint="--data-parallel 2",
+        place="--pipeline", reason="2 stages x 3 replicas need 6 devices, but there are 4", hint="--data-parallel 2",
     ),
     "far too many replicas": run(
         "--hostfile", "h", "--data-parallel", "1000000", files=_FOUR,
-        place="default", reason="need 1000000 devices, and there are 4", hint="--data-parallel 4",
+        place="default", reason="need 1000000 devices, but there are 4", hint="--data-parallel 4",
     ),
     "uneven hosts": run(
         "--hostfile", "h", "--global-batch", "12", files={"h": "a slots=4\nb slots=2\n"},
@@ -29,15 +30,15 @@ LAYOUTS = {
     # --- a search that has nothing left
     "fit: a partition of another model": bare(
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--pipeline", "2", "--partition", "9,9",
-        place="--partition", reason="makes 18 blocks, and the model has", hint="--partition 1,1",
+        place="--partition", reason="has 18 blocks in total, but the model has", hint="--partition 1,1",
     ),
     "fit: a partition with an empty stage": bare(
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--pipeline", "3", "--partition", "1,0,1",
-        place="--partition", reason="leaves number 2 of 3 without a layer", hint="may have 0 blocks",
+        place="--partition", reason="leaves stage 2 of 3 without a layer", hint="may have 0 blocks",
     ),
     "fit: a schedule that wants stages": bare(
         "plan", *GOOD[:-2], "--device", "l4", "--fit", "--schedule", "dualpipev", "--zero", "3",
-        place="--schedule", reason="DeepSpeed's ZeRO-3 takes the first one", hint="--zero 2 with dualpipev",
+        place="--schedule", reason="ZeRO-3 initialises the gradients of both", hint="--zero 2 with dualpipev",
     ),
     "fit: a DeepSpeed key that there is not": bare(
         "plan", *GOOD[:-2], "--fit", "--set", "deepspeed.gradient_cliping=1",
@@ -61,7 +62,8 @@ LAYOUTS = {
     ),
     "dualpipev with too few micro-batches": run(
         "--schedule", "dualpipev", "--pipeline", "2", "--global-batch", "6", "--micro-batch", "2",
-        place="--schedule", reason="needs 4 micro-batches a step, and there are 3", hint="--global-batch 8 or more",
+        place="--schedule", reason="requires 4 micro-batches per step, but there are 3",
+        hint="--global-batch 8 or more",
     ),
     "dualpipev with ZeRO-3": run(
         "--schedule", "dualpipev", "--pipeline", "2", "--zero", "3",
@@ -72,14 +74,14 @@ LAYOUTS = {
         place="--offload", reason="ZeRO-2", hint="--zero 1 with dualpipev",
     ),
     "partition: a word that is none": run(
-        "--partition", "unifrom", place="--partition", reason="'unifrom' is no way to cut",
+        "--partition", "unifrom", place="--partition", reason="unknown partition 'unifrom'",
         hint="did you mean uniform?"
     ),
     "partition: numbers and words": run(
-        "--partition", "1,x", "--pipeline", "2", place="--partition", reason="'1,x' is no way", hint="5,5,5,1"
+        "--partition", "1,x", "--pipeline", "2", place="--partition", reason="unknown partition '1,x'", hint="5,5,5,1"
     ),
     "partition: negative": run(
-        "--partition", "3,-1", "--pipeline", "2", place="--partition", reason="'3,-1' is no way", hint="5,5,5,1"
+        "--partition", "3,-1", "--pipeline", "2", place="--partition", reason="unknown partition '3,-1'", hint="5,5,5,1"
     ),
     "partition: too few numbers": run(
         "--partition", "2", "--pipeline", "2", place="--partition", reason="--pipeline 2 needs 2",
@@ -128,7 +130,7 @@ LAYOUTS = {
         "--offload", "cpu", "--zero", "0", place="--offload", reason="only ZeRO's optimizers", hint="--zero 1"
     ),
     "nvme with ZeRO-1": run(
-        "--offload", "nvme", place="--offload", reason="for ZeRO-3 only", hint="--zero 3, or --offload cpu"
+        "--offload", "nvme", place="--offload", reason="with ZeRO-3 only", hint="--zero 3, or --offload cpu"
     ),
     "nvme with stages": run(
         "--offload", "nvme", "--zero", "3", "--pipeline", "2", place="--offload", reason="read back",
@@ -138,7 +140,7 @@ LAYOUTS = {
         "--offload", "nvme", "--zero", "3", place="--offload", reason="a folder on a local disk", hint="nvme_path="
     ),
     "an attention that is none": run(
-        "--set", "attention=spda", place="--set attention", reason="no way to compute attention",
+        "--set", "attention=spda", place="--set attention", reason="unknown attention implementation",
         hint="did you mean sdpa?"
     ),
     "flash attention on a CPU": run(
@@ -146,11 +148,11 @@ LAYOUTS = {
         hint="attention=auto"
     ),
     "checkpoints kept of none": run(
-        "--save-every", "never", "--keep-every", "5", place="--keep-every", reason="none is made",
+        "--save-every", "never", "--keep-every", "5", place="--keep-every", reason="--keep-every can't be combined",
         hint="--save-every 0"
     ),
     "elastic without restarts": run(
-        "--elastic", place="--elastic", reason="not to start again", hint="--restarts N"
+        "--elastic", place="--elastic", reason="--elastic requires --restarts N", hint="--restarts N"
     ),
     "freezing what there is not": run(
         "--set", "freeze=[model.layer.*]", place="--set freeze", reason="is called 'model.layer.*'",
@@ -161,34 +163,34 @@ LAYOUTS = {
     ),
     # --- places
     "pdsh without a hostfile": run(
-        "--launcher", "pdsh", place="--launcher", reason="no hostfile names them", hint="--hostfile FILE"
+        "--launcher", "pdsh", place="--launcher", reason="requires a hostfile", hint="--hostfile FILE"
     ),
     "openmpi without a hostfile": run(
-        "--launcher", "openmpi", place="--launcher", reason="no hostfile names them", hint="--hostfile FILE"
+        "--launcher", "openmpi", place="--launcher", reason="requires a hostfile", hint="--hostfile FILE"
     ),
     "nodes without the launcher none": run(
-        "--nodes", "2", place="--nodes", reason="nodes is for --launcher none", hint="--hostfile"
+        "--nodes", "2", place="--nodes", reason="nodes is only for --launcher none", hint="--hostfile"
     ),
     "processes without the launcher none": run(
-        "--processes", "2", place="--processes", reason="processes is for --launcher none", hint="--hostfile"
+        "--processes", "2", place="--processes", reason="processes is only for --launcher none", hint="--hostfile"
     ),
     "the launcher none with a hostfile": run(
         "--launcher", "none", "--hostfile", "h", "--processes", "2", files=_FOUR,
-        place="--hostfile", reason="a hostfile names others", hint="--nodes N",
+        place="--hostfile", reason="can't be used with a hostfile", hint="--nodes N",
     ),
     "the launcher none without an address": run(
         "--launcher", "none", "--nodes", "2", "--processes", "2",
-        place="--launcher", reason="how do 2 nodes find the first one", hint="--master-addr HOST",
+        place="--launcher", reason="2 nodes requires --master-addr", hint="set --master-addr",
     ),
     "the launcher none without ranks": run(
-        "--launcher", "none", place="--launcher", reason="how many ranks does each node hold", hint="--processes N"
+        "--launcher", "none", place="--launcher", reason="requires --processes", hint="--processes N"
     ),
     "the launcher none without a name": bare(
         "run", "--launcher", "none", "--processes", "2",
-        place="--launcher none", reason="by the same name", hint="--name NAME",
+        place="--launcher none", reason="the same run name", hint="--name NAME",
     ),
     "a node's number without the launcher none": run(
-        "--node-rank", "0", place="--node-rank", reason="for --launcher none", hint="leave it out"
+        "--node-rank", "0", place="--node-rank", reason="for --launcher none", hint="remove"
     ),
     "a node that there is not": run(
         "--launcher", "none", "--processes", "1", "--node-rank", "3",
@@ -196,14 +198,14 @@ LAYOUTS = {
     ),
     "nodes that would stay empty": run(
         "--launcher", "none", "--nodes", "3", "--processes", "2", "--master-addr", "a", "--data-parallel", "2",
-        place="--nodes", reason="2 ranks leave 2 of 3 nodes without any", hint="fewer --nodes",
+        place="--nodes", reason="2 ranks leave 2 of 3 nodes without a rank", hint="fewer --nodes",
     ),
     "slurm without an allocation": run(
         "--launcher", "slurm", place="--launcher", reason="no Slurm allocation", hint="dstrain submit"
     ),
     "slurm with a hostfile": run(
         "--launcher", "slurm", "--hostfile", "h", files=_FOUR, place="--hostfile", reason="in Slurm's order",
-        hint="leave it out"
+        hint="remove"
     ),
     "an allocation without hosts": run(
         environment={"SLURM_JOB_ID": "7"}, place="SLURM_JOB_ID", reason="SLURM_JOB_NODELIST is not",
@@ -215,7 +217,7 @@ LAYOUTS = {
     ),
     "an allocation of other numbers": run(
         environment={"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2(x3)"},
-        place="Slurm", reason="names 1 hosts and the tasks of 3", hint="salloc",
+        place="Slurm", reason="lists 1 hosts, but task counts for 3", hint="salloc",
     ),
     "an allocation that Slurm's tool is needed for": run(
         environment={"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/none"},
@@ -237,11 +239,11 @@ LAYOUTS = {
     ),
     "submit with a hostfile": bare(
         "submit", "--tasks-per-node", "2", "--hostfile", "h", files=_FOUR,
-        place="--hostfile", reason="the hosts that Slurm gives it", hint="--nodes N",
+        place="--hostfile", reason="Slurm chooses the hosts", hint="--nodes N",
     ),
     "submit with another launcher": bare(
         "submit", "--tasks-per-node", "2", "--launcher", "pdsh",
-        place="--launcher", reason="with srun", hint="leave --launcher out",
+        place="--launcher", reason="with srun", hint="remove --launcher",
     ),
     "submit more than the nodes hold": bare(
         "submit", "--tasks-per-node", "2", "--pipeline", "4",

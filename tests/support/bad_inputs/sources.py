@@ -18,7 +18,7 @@ MODELS = {
     "model: nothing of this name": run(
         "--model", "none", place="--model", reason="'none' is neither a folder nor a built-in", hint="quickstart"
     ),
-    "model: no name": run("--model", "", place="--model", reason="no model is named", hint="quickstart"),
+    "model: no name": run("--model", "", place="--model", reason="no model given", hint="quickstart"),
     "model: a file": run(
         "--model", "m", files={"m": "x"}, place="--model", reason="m is a file", hint="name its folder"
     ),
@@ -68,7 +68,7 @@ MODELS = {
     ),
     "tokenizer larger than the embedding": run(
         "--model", "m", files={"m/config.json": LLAMA | {"vocab_size": 200, "eos_token_id": 1}}, looked=MEASURED,
-        place="quickstart.yaml", reason="257 tokens and the model's embedding 200", hint="vocab_size",
+        place="quickstart.yaml", reason="257 tokens, but the model's embedding only 200", hint="vocab_size",
     ),
     "tokenizer: no folder": run(
         "--tokenizer", "none", place="none", reason="no tokenizer folder 'none'", hint="bytes"
@@ -99,13 +99,13 @@ DATA = {
     "data: a name on the hub": run(
         "--data", "roneneldan/TinyStories", place="TinyStories", reason="no such file", hint="nothing is downloaded"
     ),
-    "data: no name": run("--data", " ", place="data", reason="no data source is named", hint="stdlib"),
+    "data: no name": run("--data", " ", place="data", reason="no data source given", hint="stdlib"),
     "data: a NUL in its name": bare(
         "plan", "--model", "model", "--config", "c.yaml", files={"c.yaml": 'data: "a\\0b"\n'},
         place=r"a\x00b", reason="can't be read", hint="check the path",
     ),
     "data: a link that leads nowhere": run(
-        "--data", "l", files={"l": "-> gone"}, place="l", reason="leads nowhere", hint="remove it"
+        "--data", "l", files={"l": "-> gone"}, place="l", reason="broken link", hint="remove it"
     ),
     "data: a pipe": _data("p", FIFO, "p", "neither a file nor a folder", "write the text to a file"),
     "data: a device": run(
@@ -118,13 +118,13 @@ DATA = {
         "--data", "d", files={"d/a.png": b"x"}, place="d", reason=".png", hint=".txt"
     ),
     "data: a folder of empty files": run(
-        "--data", "d", files={"d/a.txt": b""}, place="d", reason="all 1 text files are empty", hint="copied whole"
+        "--data", "d", files={"d/a.txt": b""}, place="d", reason="all 1 text files are empty", hint="copied completely"
     ),
     "data: binary": _data("d.bin", bytes(range(256)) * 8, "d.bin", "binary", "UTF-8", looked=True),
     "data: Latin-1": _data("d.txt", "a\n\xe9t\xe9".encode("latin-1"), "d.txt:2", "0xe9", "iconv", looked=True),
     "data: UTF-16": _data("d.txt", "text".encode("utf-16"), "d.txt", "UTF-16", "iconv", looked=True),
-    "data: compressed": _data("d.txt", b"\x1f\x8b\x08", "d.txt", "compressed", "unpack it", looked=True),
-    "data: too little": _data("d.txt", "few", "d.txt", "and one row takes 32", "set seq_len to 3", looked=True),
+    "data: compressed": _data("d.txt", b"\x1f\x8b\x08", "d.txt", "compressed", "decompress it", looked=True),
+    "data: too little": _data("d.txt", "few", "d.txt", "but one row needs 32", "set seq_len to 3", looked=True),
     "data: JSON lines without text": _data(
         "d.jsonl", '{"text": "a"}\n{"body": "b"}\n', "d.jsonl:2", "no field 'text'", '{"text": "..."}', looked=True
     ),
@@ -134,44 +134,53 @@ DATA = {
     "data: JSON lines of numbers": _data(
         "d.jsonl", '{"text": 5}\n', "d.jsonl:1", "a number, not a string", '{"text": "..."}', looked=True
     ),
-    "data: no gzip": _data("d.jsonl.gz", b"no gzip", "d.jsonl.gz", "no complete gzip", "gzip -t", looked=True),
+    "data: no gzip": _data("d.jsonl.gz", b"no gzip", "d.jsonl.gz", "damaged gzip", "gzip -t", looked=True),
 }  # fmt: skip
 
 _RUN = {"runs/x/config.yaml": "steps: 3\n"}
 
 NAMES = {
-    "name: a path": run("--name", "a/b", place="--name", reason="'a/b' is no name", hint="runs_dir"),
-    "name: the folder above": run("--name", "..", place="--name", reason="'..' is no name", hint="no dot in front"),
-    "name: leaves the folder": run("--name", "../../x", place="--name", reason="is no name", hint="no slash"),
-    "name: absolute": run("--name", "/etc/x", place="--name", reason="is no name", hint="no slash"),
-    "name: hidden": run("--name", ".x", place="--name", reason="is no name", hint="no dot in front"),
-    "name: none": run("--name", "", place="--name", reason="is no name", hint="100 letters"),
-    "name: too long": run("--name", "n" * 300, place="--name", reason="is no name", hint="up to 100"),
-    "name: a line break": run("--name", "a\nb", place="--name", reason=r"'a\nb' is no name", hint="letters"),
+    "name: a path": run("--name", "a/b", place="--name", reason="'a/b' is not a valid folder name", hint="runs_dir"),
+    "name: the folder above": run("--name", "..", place="--name", reason="'..' is not a valid folder name",
+        hint="no leading dot"),
+    "name: leaves the folder": run("--name", "../../x", place="--name", reason="is not a valid folder name",
+        hint="no slash"),
+    "name: absolute": run("--name", "/etc/x", place="--name", reason="is not a valid folder name", hint="no slash"),
+    "name: hidden": run("--name", ".x", place="--name", reason="is not a valid folder name", hint="no leading dot"),
+    "name: none": run("--name", "", place="--name", reason="is not a valid folder name", hint="100 letters"),
+    "name: too long": run("--name", "n" * 300, place="--name", reason="is not a valid folder name", hint="up to 100"),
+    "name: a line break": run("--name", "a\nb", place="--name", reason=r"'a\nb' is not a valid folder name",
+        hint="letters"),
     "name: an escape sequence": run("--name", "\x1b[31mx", place="--name", reason=r"'\x1b[31mx'", hint="letters"),
-    "name: a tab": run("--name", "a\tb", place="--name", reason=r"'a\tb' is no name", hint="letters"),
+    "name: a tab": run("--name", "a\tb", place="--name", reason=r"'a\tb' is not a valid folder name", hint="letters"),
     "name: of a run that is there": run(
-        files={"runs/x": None}, place="--name", reason="runs/x exists", hint="`dstrain resume x` goes on with it"
+        files={"runs/x": None}, place="--name", reason="runs/x exists", hint="continue it with `dstrain resume x`"
     ),
     "runs_dir: a file": run(
-        "--set", "runs_dir=f", files={"f": "x"}, place="--set runs_dir", reason="f is a file", hint="another place"
+        "--set",
+        "runs_dir=f",
+        files={"f": "x"},
+        place="--set runs_dir",
+        reason="f is a file",
+        hint="choose another folder",
     ),
     "runs_dir: below a file": run(
         "--set", "runs_dir=f/runs", files={"f": "x"}, place="--set runs_dir", reason="f is a file",
-        hint="another place"
+        hint="choose another folder"
     ),
-    "resume: no name": bare("run", "--resume", place="--resume", reason="which run?", hint="dstrain resume"),
+    "resume: no name": bare("run", "--resume", place="--resume", reason="requires the name of the"
+    " run", hint="dstrain resume"),
     "resume: nothing there": bare(
-        "resume", "none", place="RUN", reason="'none' is no run folder", hint="dstrain run"
+        "resume", "none", place="RUN", reason="'none' is not a run folder", hint="dstrain run"
     ),
     "resume: another one is there": bare(
-        "resume", "y", files=_RUN, place="RUN", reason="'y' is no run folder", hint="there are: x"
+        "resume", "y", files=_RUN, place="RUN", reason="'y' is not a run folder", hint="there are: x"
     ),
-    "resume: a file": bare("resume", "f", files={"f": "x"}, place="RUN", reason="no run folder", hint="dstrain run"),
+    "resume: a file": bare("resume", "f", files={"f": "x"}, place="RUN", reason="not a run folder", hint="dstrain run"),
     "resume: no run": bare("resume", place="RUN", reason="Missing argument", hint="resume --help"),
     "resume: two runs": bare("resume", "x", "y", place="y", reason="unexpected extra argument", hint="resume --help"),
     "resume: another name": bare(
-        "resume", "x", "--name", "y", files=_RUN, place="--name", reason="keeps its name", hint="leave it out"
+        "resume", "x", "--name", "y", files=_RUN, place="--name", reason="can't be renamed", hint="remove --name"
     ),
     "resume: a spoilt config.yaml": bare(
         "resume", "x", files={"runs/x/config.yaml": "stpes: 3\n"},
@@ -181,13 +190,13 @@ NAMES = {
         "resume", "x", files={"runs/x/config.yaml": ""}, place="config.yaml", reason="empty", hint="KEY: VALUE"
     ),
     "resume: a name of 5,000 letters": bare(
-        "resume", "a" * 5000, place="RUN", reason="no run folder", hint="dstrain run"
+        "resume", "a" * 5000, place="RUN", reason="not a run folder", hint="dstrain run"
     ),
     "checkpoints: nothing there": bare(
-        "checkpoints", "none", place="RUN", reason="no run folder", hint="dstrain run"
+        "checkpoints", "none", place="RUN", reason="not a run folder", hint="dstrain run"
     ),
     "checkpoints: no run": bare("checkpoints", place="RUN", reason="Missing argument", hint="checkpoints --help"),
-    "export: nothing there": bare("export", "none", "out", place="RUN", reason="no run folder", hint="dstrain run"),
+    "export: nothing there": bare("export", "none", "out", place="RUN", reason="not a run folder", hint="dstrain run"),
     "export: nowhere": bare("export", "x", place="OUT", reason="Missing argument", hint="export --help"),
     "export: no checkpoint": bare(
         "export", "x", "out", files=_RUN, place="checkpoints", reason="no complete checkpoint",
@@ -200,7 +209,7 @@ NAMES = {
         "export", "x", "out", "--dtype", "int8", files=_RUN, place="--dtype", reason="'int8'", hint="'bf16'"
     ),
     "generate: nothing there": bare(
-        "generate", "none", "Hello", place="FOLDER", reason="no model folder", hint="dstrain export"
+        "generate", "none", "Hello", place="FOLDER", reason="not a model folder", hint="dstrain export"
     ),
     "generate: no prompt": bare(
         "generate", "model", place="PROMPT", reason="Missing argument", hint="generate --help"
@@ -212,7 +221,7 @@ NAMES = {
         "generate", "model", "x", "--temperature", "-1", place="--temperature", reason="x>=0", hint="generate --help"
     ),
     "doctor: no hostfile": bare(
-        "doctor", "--hostfile", "none", place="none", reason="no such hostfile", hint="name slots=N"
+        "doctor", "--hostfile", "none", place="none", reason="hostfile not found", hint="name slots=N"
     ),
     "doctor: a bad hostfile": bare(
         "doctor", "--hostfile", "h", files={"h": "n1\n"}, place="h:1", reason="n1 has no slots", hint="n1 slots=N"

@@ -8,9 +8,10 @@ _RUN = {"runs/x/config.yaml": "steps: 3\n"}
 
 DESCRIBED = {
     "device: mistyped": bare(
-        "plan", "--device", "h100-80", place="--device", reason="no device 'h100-80'", hint="did you mean h100-80g?"
+        "plan", "--device", "h100-80", place="--device", reason="unknown device"
+        " 'h100-80'", hint="did you mean h100-80g?"
     ),
-    "device: none": bare("plan", "--device", "", place="--device", reason="no device ''", hint="known: a100-40g"),
+    "device: none": bare("plan", "--device", "", place="--device", reason="unknown device ''", hint="known: a100-40g"),
     "device: no file": bare(
         "plan", "--device", "none.yaml", place="--device", reason="there is no file none.yaml", hint="check the path"
     ),
@@ -44,13 +45,13 @@ DESCRIBED = {
         "run", "--device", "h200", place="--device", reason="No such option", hint="run --help"
     ),
     "devices of a node without a device": bare(
-        "plan", "--gpus-per-node", "4", place="--gpus-per-node", reason="which GPUs", hint="--device NAME"
+        "plan", "--gpus-per-node", "4", place="--gpus-per-node", reason="requires --device", hint="--device NAME"
     ),
     "no devices of a node": bare(
         "plan", "--device", "h200", "--gpus-per-node", "0", place="--gpus-per-node", reason="x>=1", hint="plan --help"
     ),
     "devices, and a hostfile that is not there": bare(
-        "plan", "--device", "h200", "--hostfile", "none", place="none", reason="no such hostfile", hint="name slots=N"
+        "plan", "--device", "h200", "--hostfile", "none", place="none", reason="hostfile not found", hint="name slots=N"
     ),
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ CONFIGS = {
     ),
     "config init: over a file": bare(
         "config", "init", "c.yaml", files={"c.yaml": "steps: 3\n"},
-        place="FILE", reason="c.yaml exists", hint="another file",
+        place="FILE", reason="c.yaml already exists", hint="another file",
     ),
     "config init: in a folder that is not there": bare(
         "config", "init", "none/c.yaml", place="FILE", reason="none/c.yaml", hint="folder"
@@ -69,7 +70,7 @@ CONFIGS = {
     "config check: no file": bare("config", "check", place="FILE", reason="Missing argument", hint="check --help"),
     "config diff: one": bare("config", "diff", "x", files=_RUN, place="RUN_B", reason="Missing", hint="diff --help"),
     "config diff: nothing there": bare(
-        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is no run folder", hint="there are: x"
+        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is not a run folder", hint="there are: x"
     ),
     "config diff: a spoilt one": bare(
         "config", "diff", "c.yaml", "x", files=_RUN | {"c.yaml": "stpes: 3\n"},
