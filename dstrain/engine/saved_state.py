@@ -106,7 +106,8 @@ class SavedState:
     @property
     def ours(self) -> dict[str, Any]:
         """What dstrain's own saving left beside DeepSpeed's state."""
-        return self._first_model(0)["dstrain"]
+        ours: dict[str, Any] = self._first_model(0)["dstrain"]
+        return ours
 
     @property
     def counters(self) -> dict[str, int]:
@@ -259,7 +260,7 @@ class SavedState:
             record = self._files[path]["optimizer_state_dict"]
             for index, mapping in enumerate(record["param_slice_mappings"]):
                 state = record["base_optimizer_state"]["state"].get(index, {})
-                flat = {MASTER: ("single_partition_of_fp32_groups", index)}
+                flat: dict[str, tuple[Any, ...]] = {MASTER: ("single_partition_of_fp32_groups", index)}
                 flat |= {key: ("base_optimizer_state", "state", index, key) for key, _ in _tensors(state)}
                 for name, part in mapping.items():
                     for key, keys in flat.items():
@@ -278,7 +279,7 @@ class SavedState:
         record = self._files[paths[0]]["optimizer_state_dict"]
         for index, group in enumerate(self._first_model(stage)["param_shapes"]):
             state = record["optimizer_state_dict"]["state"].get(index, {})
-            flat = {MASTER: ("fp32_flat_groups", index)}
+            flat: dict[str, tuple[Any, ...]] = {MASTER: ("fp32_flat_groups", index)}
             flat |= {key: ("optimizer_state_dict", "state", index, key) for key, _ in _tensors(state)}
             start = 0
             for name, shape in group.items():

@@ -145,7 +145,7 @@ def _train(
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
             control.step_ended(step)
-            record = {
+            record: dict[str, Any] = {
                 "step": step,
                 "loss": result.loss,
                 "lr": lr_of(step),
