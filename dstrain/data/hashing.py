@@ -15,10 +15,11 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
     Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. NumPy's unsigned arrays wrap modulo
     2**64.
     """
-    z = values + np.uint64(_GOLDEN)
+    z: np.ndarray = values + np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = z ^ (z >> np.uint64(31))
+    return z
 
 
 def hash_words(*words: int) -> int:

@@ -89,4 +89,5 @@ def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     left, right = values >> shift, values & mask
     for key in keys:
         left, right = right, left ^ (splitmix64(right ^ key) & mask)
-    return (left << shift) | right
+    joined: np.ndarray = (left << shift) | right
+    return joined

@@ -86,7 +86,8 @@ class PackedRows:
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        return self._label_tokens[_checked(ids, self._rows)]
+        counts: np.ndarray = self._label_tokens[_checked(ids, self._rows)]
+        return counts
 
     @property
     def padding(self) -> float:
@@ -136,7 +137,8 @@ class SeparateRows:
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
         _, left = self._pieces(_checked(ids, self._rows))
-        return np.minimum(left - 1, self.seq_len)
+        counts: np.ndarray = np.minimum(left - 1, self.seq_len)
+        return counts
 
     @property
     def padding(self) -> float:

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import local_devices

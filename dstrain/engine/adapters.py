@@ -81,7 +81,8 @@ class _DeepSpeedAdapter(Engine):
         path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
-        return client_state["dstrain"]
+        state: dict[str, Any] = client_state["dstrain"]
+        return state
 
 
 class PipelineAdapter(_DeepSpeedAdapter):
@@ -116,7 +117,7 @@ class PipelineAdapter(_DeepSpeedAdapter):
             )
         source = engine._loss_stage_global_rank()
         vocabulary = torch.zeros(1, dtype=torch.int64, device=engine.device)
-        chosen = None
+        chosen: torch.Tensor | None = None
         if engine.global_rank == source:
             chosen = logits.detach().float().contiguous()
             vocabulary.fill_(chosen.numel())
@@ -141,7 +142,8 @@ class OneStageAdapter(_DeepSpeedAdapter):
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
         here = micro_batch.to(self.engine.device)
         with self.head.asked(target=(here.labels, here.weight)):
-            return self.engine((here.input_ids, here.position_ids))
+            loss: torch.Tensor = self.engine((here.input_ids, here.position_ids))
+            return loss
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         self._set_lr(lr)
@@ -167,10 +169,12 @@ class OneStageAdapter(_DeepSpeedAdapter):
         self.engine.eval()
         here = micro_batch.to(self.engine.device)
         with self.head.asked(position=(row, position)):
-            return self.engine((here.input_ids, here.position_ids)).float().cpu()
+            logits: torch.Tensor = self.engine((here.input_ids, here.position_ids))
+            return logits.float().cpu()
 
 
 def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
     value = value.clone()
     dist.all_reduce(value)
-    return value / dist.get_world_size()
+    mean: torch.Tensor = value / dist.get_world_size()
+    return mean

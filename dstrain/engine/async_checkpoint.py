@@ -13,7 +13,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 
-class AsyncCheckpointStage(CheckpointEngine):
+class AsyncCheckpointStage(CheckpointEngine):  # type: ignore[misc]
     """Copies what DeepSpeed saves to host memory, for `write` to write later, while the training goes on.
 
     A file that finds no room is written at once. So is what DeepSpeed writes without its checkpoint engine: its

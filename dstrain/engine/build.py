@@ -20,6 +20,7 @@ from dstrain.engine.pipeline_module import DualPipeVStagedModule, StagedModule
 from dstrain.engine.safe_reading import read_safely
 from dstrain.engine.single_stage import SingleStageModel
 from dstrain.engine.zero3_init import zero3_init
+from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.pipeline_model import PipelineModel, TiedWeight
 from dstrain.model.unsplit_model import UnsplitModel
 
@@ -58,6 +59,7 @@ def build_engine(
     tied = {f"{layer}.{path}" for weight in ties for layer, path in weight.owners}
     model.to(device)
     if pipeline > 1:
+        assert isinstance(model, PipelineModel), "a model in one piece has one stage"
         module_class, engine_class = {
             "1f1b": (StagedModule, StagedEngine),
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
@@ -72,13 +74,16 @@ def build_engine(
         return PipelineAdapter(
             _make(engine_class, staged, groups, deepspeed, staged.mpu(), optimizer), optimizer
         )
-    whole = head = model
+    whole: SingleStageModel | UnsplitModel
+    head: HeadOutputRequest
     if isinstance(model, PipelineModel):
         model.after_build = zero3_init(deepspeed)
         whole = SingleStageModel(model, activation_checkpointing=activation_checkpointing).to(device)
         head = whole.head
-    elif activation_checkpointing:
-        model.recompute_blocks()
+    else:
+        whole = head = model
+        if activation_checkpointing:
+            model.recompute_blocks()
     head.loss_chunk = loss_chunk
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from dstrain.engine.gradient_norm import clip_whole, is_copy, norm_over, partitioned_norm
 
 
-class PatchedEngine(DeepSpeedEngine):
+class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
     """Mixed into both engines, before DeepSpeed's own."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:

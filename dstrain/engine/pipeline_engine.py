@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -35,6 +35,11 @@ def _zero_stages_admitted() -> Iterator[None]:
 class _StagedMends(PatchedEngine):
     """What both schedules need, before DeepSpeed's own pipeline engine in the order of classes."""
 
+    # Attributes of DeepSpeed's engines, which have no types.
+    grad_layer: Any
+    micro_batches: int
+    num_stages: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._receive_buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         with _zero_stages_admitted():
@@ -54,7 +59,8 @@ class _StagedMends(PatchedEngine):
 
     def train_batch(self, data_iter: Any = None) -> torch.Tensor:
         self._backward_passes = 0
-        return super().train_batch(data_iter)
+        loss: torch.Tensor = super().train_batch(data_iter)
+        return loss
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream adds an evaluation's outputs to the total of the last training batch.
@@ -110,7 +116,7 @@ class _StagedMends(PatchedEngine):
             return
         floats = [tensor for tensor in outputs if tensor.is_floating_point()]
         gradients = self._take_gradients(buffer_id, **kwargs)
-        self.pipe_buffers["outputs"][buffer_id] = _Together.apply(gradients[1:], *floats)
+        self.pipe_buffers["outputs"][buffer_id] = _together(gradients[1:], *floats)
         try:
             yield
         finally:
@@ -118,7 +124,7 @@ class _StagedMends(PatchedEngine):
 
     def _take_gradients(self, buffer_id: int) -> list[torch.Tensor]:
         """The received gradients of all outputs; the first of them is left for the backward pass."""
-        gradients = self.grad_layer
+        gradients: list[torch.Tensor] = self.grad_layer
         self.grad_layer = gradients[0]
         return gradients
 
@@ -128,7 +134,7 @@ class _StagedMends(PatchedEngine):
 
     def _starts_at_loss(self) -> bool:
         """Whether a backward pass of this stage starts at the loss rather than at a received gradient."""
-        return self.is_last_stage()
+        return bool(self.is_last_stage())
 
     def _reentrant_activation_checkpointing(self) -> bool:
         return False
@@ -156,6 +162,7 @@ class _StagedMends(PatchedEngine):
         on every stage that holds a copy.
         """
         if not self.zero_optimization():
+            assert weight.grad is not None
             return [weight.grad]
         if self.zero_optimization_partition_weights():
             return [partition_of_gradient(self.optimizer, weight)]
@@ -184,6 +191,8 @@ class _Together(torch.autograd.Function):
         return None, gradient, *ctx.other_gradients
 
 
+_together: Callable[..., torch.Tensor] = _Together.apply
+
 _MENDED = {
     schedule.ForwardPass: _StagedMends._exec_forward_pass,
     schedule.BackwardPass: _StagedMends._exec_backward_pass,
@@ -192,7 +201,7 @@ _MENDED = {
 }
 
 
-class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):
+class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[misc]
     """``PipelineEngine`` (schedule 1F1B) with these changes, each shown by a test that fails without it:
 
     - ZeRO-2: gradients are reduced behind each micro-batch's backward pass, on every stage, and the
@@ -210,7 +219,7 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):
     }
 
 
-class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
+class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):  # type: ignore[misc]
     """``DualPipeVEngine`` with the same changes: each rank holds two stages and runs both backwards."""
 
     passes_per_micro_batch = 2
@@ -228,7 +237,7 @@ class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
             self.micro_batches = training
 
     def _starts_at_loss(self, phase: int) -> bool:  # type: ignore[override]
-        return self._is_loss_stage(phase)
+        return bool(self._is_loss_stage(phase))
 
     def _take_gradients(self, buffer_id: int, phase: int) -> list[torch.Tensor]:  # type: ignore[override]
         if self._is_last_rank() and phase == 0:  # the rank's second stage has left them at its inputs
@@ -236,7 +245,7 @@ class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):
             inputs = self.pipe_buffers["inputs"][turned]
             self.pipe_buffers["inputs"][turned] = inputs[0]
             return [tensor.grad for tensor in inputs if tensor.is_floating_point()]
-        gradients = self.pipe_buffers["grads"][buffer_id]
+        gradients: list[torch.Tensor] = self.pipe_buffers["grads"][buffer_id]
         self.pipe_buffers["grads"][buffer_id] = gradients[0]
         return gradients
 

@@ -17,7 +17,7 @@ from dstrain.model.layers import HeadLayer
 from dstrain.model.pipeline_model import PipelineModel
 
 
-class _LayerOf(LayerSpec):
+class _LayerOf(LayerSpec):  # type: ignore[misc]
     """The spec of one layer of a model: building it gives the model's own layer."""
 
     def __init__(self, model: PipelineModel, index: int) -> None:
@@ -34,7 +34,7 @@ def _given(outputs: torch.Tensor, labels: object) -> torch.Tensor:
     return outputs
 
 
-class StagedModule(PipelineModule):
+class StagedModule(PipelineModule):  # type: ignore[misc]
     """The local stage of a `PipelineModel`.
 
     What it changes in PipelineModule: the cut comes from the plan (upstream's ``parameters`` method
@@ -76,9 +76,9 @@ class StagedModule(PipelineModule):
         self.parts = self._cut
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
-    def _index_tied_modules(self) -> dict:
+    def _index_tied_modules(self) -> dict[str, dict[str, Any]]:
         """The copies of each tied weight that lie on different stages, with their process group."""
-        comms = {}
+        comms: dict[str, dict[str, Any]] = {}
         for tied in self._tied:
             stages = sorted({self.stage_owner(layer) for layer, _ in tied.owners})
             if len(stages) == 1:
@@ -88,7 +88,7 @@ class StagedModule(PipelineModule):
                 group = dist.new_group(ranks=ranks)
                 if self.global_rank not in ranks:
                     continue
-                weight = self._local_weight(tied.owners)
+                weight: Any = self._local_weight(tied.owners)
                 weight.ds_pipe_replicated = self.global_rank != ranks[0]
                 comms[tied.key] = {
                     "ranks": ranks,
@@ -100,7 +100,7 @@ class StagedModule(PipelineModule):
 
     def _local_weight(self, owners: Sequence[tuple[int, str]]) -> nn.Parameter:
         """This stage's copy of a tied weight."""
-        local = dict(self.named_parameters(remove_duplicate=False))
+        local: dict[str, nn.Parameter] = dict(self.named_parameters(remove_duplicate=False))
         for layer, path in owners:
             if f"{layer}.{path}" in local:
                 return local[f"{layer}.{path}"]
@@ -110,7 +110,7 @@ class StagedModule(PipelineModule):
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 
-class DualPipeVStagedModule(DualPipeVModule, StagedModule):
+class DualPipeVStagedModule(DualPipeVModule, StagedModule):  # type: ignore[misc]
     """The same for DualPipeV, where rank r holds stages r and 2 x ranks - 1 - r; ``cut`` has all of these.
 
     The first and the last stage share rank 0: their tied weights are one parameter there.

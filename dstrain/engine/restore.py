@@ -209,11 +209,17 @@ def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched, say
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
     for parameter, held in matched.items():
         if not parameter.requires_grad:
-            _shard(parameter, held, 0).into(parameter.ds_tensor, held.weight)
+            _shard(parameter, held, 0).into(_partition(parameter), held.weight)
     optimizer.checkpoint_event_epilogue()
 
 
-def _shard(parameter: nn.Parameter, saved: SavedParameter, at: int) -> _Share:
+def _partition(parameter: Any) -> torch.Tensor:
+    """This rank's share of a parameter that DeepSpeed has cut; torch's class does not know this attribute."""
+    share: torch.Tensor = parameter.ds_tensor
+    return share
+
+
+def _shard(parameter: Any, saved: SavedParameter, at: int) -> _Share:
     """The last shares are padded, and may be padding alone."""
     room = parameter.partition_numel()
     start = min(room * dist.get_rank(group=parameter.ds_process_group), parameter.ds_numel)
@@ -232,7 +238,7 @@ def _fill(
         flat: what the optimizer takes for a parameter; what no share covers is padding.
         members: all parameters of its group, those included of which this rank has no share.
     """
-    states = {
+    states: dict[str, Any] = {
         key: torch.zeros_like(flat)
         for key in sorted({key for member in members for key in member.states} - {MASTER})
     }

@@ -19,7 +19,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from dstrain.errors import DstrainError
 
 
-def _member(kind: type, name: str) -> ZeroStageEnum:
+def _member(kind: Any, name: str) -> ZeroStageEnum:
     """Stands in for `getattr`: Python 3.11.0 to 3.11.3 write a member of an enumeration as a call of it."""
     if kind is not ZeroStageEnum:
         raise ValueError("Unsupported class getattr")

@@ -110,7 +110,8 @@ class SavedState:
     @property
     def ours(self) -> dict[str, Any]:
         """What dstrain's own saving left beside DeepSpeed's state."""
-        return self._first_model(0)["dstrain"]
+        ours: dict[str, Any] = self._first_model(0)["dstrain"]
+        return ours
 
     @property
     def counters(self) -> dict[str, int]:
@@ -263,7 +264,7 @@ class SavedState:
                 state = record["base_optimizer_state"]["state"].get(index, {})
                 # The master is saved without the padding at its end, the states with it.
                 shared = _shared(state, record["single_partition_of_fp32_groups"][index].numel())
-                flat = {MASTER: ("single_partition_of_fp32_groups", index)}
+                flat: dict[str, tuple[Any, ...]] = {MASTER: ("single_partition_of_fp32_groups", index)}
                 flat |= {key: ("base_optimizer_state", "state", index, key) for key in shared}
                 for name, part in mapping.items():
                     for key, keys in flat.items():
@@ -281,7 +282,7 @@ class SavedState:
         for index, group in enumerate(self._first_model(stage)["param_shapes"]):
             state = record["optimizer_state_dict"]["state"].get(index, {})
             shared = _shared(state, record["fp32_flat_groups"][index].numel())
-            flat = {MASTER: ("fp32_flat_groups", index)}
+            flat: dict[str, tuple[Any, ...]] = {MASTER: ("fp32_flat_groups", index)}
             flat |= {key: ("optimizer_state_dict", "state", index, key) for key in shared}
             start = 0
             for name, shape in group.items():

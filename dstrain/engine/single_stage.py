@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,13 +30,16 @@ class SingleStageModel(nn.Module):
 
     @property
     def head(self) -> HeadOutputRequest:
-        return self._modules[str(len(self._modules) - 1)]
+        last = self._modules[str(len(self._modules) - 1)]
+        assert isinstance(last, HeadOutputRequest)
+        return last
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        state = inputs
+        state: Any = inputs
         for layer in self.children():
             if self.activation_checkpointing and self.training and isinstance(layer, BlockLayer):
                 state = recompute(layer, state)
             else:
                 state = layer(state)
-        return state
+        output: torch.Tensor = state
+        return output

@@ -66,8 +66,10 @@ def partition_of_gradient(
     """
     for index, parameters in enumerate(optimizer.fp16_groups):
         if any(parameter is weight for parameter in parameters):
+            gradient: torch.Tensor
             if optimizer.offload_optimizer:
-                return optimizer.fp32_partitioned_groups_flat[index].grad
-            [gradient] = optimizer.averaged_gradients[index]
+                gradient = optimizer.fp32_partitioned_groups_flat[index].grad
+            else:
+                [gradient] = optimizer.averaged_gradients[index]
             return gradient
     raise ValueError("the weight belongs to no parameter group")

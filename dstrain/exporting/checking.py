@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dstrain.data.packing import PackedRows
+from dstrain.data.packing import Rows
 from dstrain.data.progress import Progress
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
@@ -68,13 +69,16 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model as a user loads it. Raises DstrainError (exit code 1) if weights were left out."""
     options = {} if attention == "auto" else {"attn_implementation": attention}
-    model, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
     )
+    model: PreTrainedModel
+    model, told = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if told.get(what):
             raise _wrong(f"from_pretrained reports {what}: {sorted(map(str, told[what]))[0]}", folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
@@ -82,11 +86,13 @@ def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
     written = set(tensors.names())
     for name, parameter in model.named_parameters():
         if name in written and not _same_bits(parameter.detach(), tensors.value(name).to(parameter.dtype)):
-            raise _wrong(f"{name} loads with other values than the checkpoint's", Path(model.name_or_path))
+            raise _wrong(
+                f"{name} loads with other values than the checkpoint's", Path(model.name_or_path or "")
+            )
 
 
 @torch.no_grad()
-def validation_loss(model: PreTrainedModel, rows: PackedRows, samples: int) -> float:
+def validation_loss(model: PreTrainedModel, rows: Rows, samples: int) -> float:
     """Mean cross-entropy over the label tokens of the first ``samples`` rows, as during the training."""
     with_positions, documents = takes_positions(model), Documents(model)
     total, count = 0.0, 0

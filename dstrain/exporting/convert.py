@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
+from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.engine.precision import DTYPES
 from dstrain.engine.saved_state import SavedState
@@ -59,10 +60,10 @@ def export(
     """
     plan = Plan.from_record(json.loads(run.plan.read_text(encoding="utf-8")))
     identity = read_manifest(checkpoint)["identity"]
-    config = _model_config(plan, identity)
+    config = _model_config(_model_file(plan, run), identity)
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
-    tokenizer = load_tokenizer(plan.data.tokenizer)
+    tokenizer = load_tokenizer(_tokenizer(plan, run))
     aside = out.with_name(f".{out.name}.partial")
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +112,20 @@ def _writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _model_config(plan: Plan, identity: dict[str, Any]) -> PretrainedConfig:
-    path = Path(plan.model.file)
+def _model_file(plan: Plan, run: RunFolder) -> Path:
+    """The model's config, or the copy in the run folder where it is gone: the run was moved to another machine."""
+    path, kept = Path(plan.model.file), run.model / "config.json"
+    return path if path.is_file() or not kept.is_file() else kept
+
+
+def _tokenizer(plan: Plan, run: RunFolder) -> str:
+    """The tokenizer's folder, or the copy in the run folder where it is gone."""
+    named = plan.data.tokenizer
+    moved = named != BYTES and not Path(named).expanduser().exists() and run.model.is_dir()
+    return str(run.model) if moved else named
+
+
+def _model_config(path: Path, identity: dict[str, Any]) -> PretrainedConfig:
     if path.is_file() and identity["model"]:
         found = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         if found != identity["model"]:
@@ -132,7 +145,7 @@ def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
     if plan.run_config.init != "pretrained":
         return None
     try:
-        stored = WeightFiles(plan.model.folder).tensors
+        stored = WeightFiles(plan.model.weights_folder).tensors
     except DstrainError:  # deleted since then, all or some of them
         return None
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}

@@ -32,7 +32,7 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
     config = load_config(folder)  # says in one line what is wrong with a config.json
     tokenizer = _load_tokenizer(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except Exception as error:  # damaged files raise nearly anything
         raise DstrainError(f"this model can't be loaded: {_in_a_line(error)}", where=str(folder)) from error
     if torch.cuda.is_available():

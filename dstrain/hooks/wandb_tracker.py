@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from dstrain.hooks.trackers import Record, State, Tracker, flat_config, numbers_in, origins_of
 from dstrain.train.hooks import StartInfo

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
+Result = TypeVar("Result")
 
-def keep_buffer_types(module: nn.Module, apply: Callable[[], Any]) -> Any:
+
+def keep_buffer_types(module: nn.Module, apply: Callable[[], Result]) -> Result:
     """Run ``apply`` (a move or a cast of ``module``) without rounding its float buffers.
 
     ``module.to(torch.bfloat16)``, as DeepSpeed's engines call it, would round rotary tables, embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,9 +19,15 @@ def module_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def initialisers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+class Initialiser(Protocol):
+    """What gives the modules below it their initial values: a Hugging Face model, or what stands for one."""
+
+    def _init_weights(self, module: nn.Module) -> None: ...
+
+
+def initialisers(model: PreTrainedModel) -> dict[str, Initialiser]:
     """Which (sub)model's ``_init_weights`` is responsible for each module, by module path."""
-    owners: dict[str, PreTrainedModel] = {}
+    owners: dict[str, Initialiser] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         parent = owners.get(path.rpartition(".")[0], model)
         owners[path] = module if isinstance(module, PreTrainedModel) else parent
@@ -45,8 +52,8 @@ def materialise(module: nn.Module) -> None:
                         else constructed.clone()
                     )
                     fresh[id(param)] = nn.Parameter(value, requires_grad=param.requires_grad)
-                    fresh[id(param)].constructed = constructed is not None
-                    fresh[id(param)].draw = getattr(param, "draw", None)
+                    fresh[id(param)].__dict__["constructed"] = constructed is not None
+                    fresh[id(param)].__dict__["draw"] = getattr(param, "draw", None)
                 child._parameters[name] = fresh[id(param)]
 
 
@@ -54,7 +61,7 @@ def materialise(module: nn.Module) -> None:
 def initialise(
     path: str,
     module: nn.Module,
-    owners: dict[str, PreTrainedModel],
+    owners: dict[str, Initialiser],
     seed: int,
     *,
     without: Collection[str] = (),
@@ -98,7 +105,7 @@ def initialise(
 
 
 @torch.no_grad()
-def uninitialised(model: PreTrainedModel, owners: dict[str, PreTrainedModel]) -> list[str]:
+def uninitialised(model: PreTrainedModel, owners: dict[str, Initialiser]) -> list[str]:
     """What ``initialise`` would find missing, told from the weightless model itself."""
     before = {name: param._version for name, param in model.named_parameters()}
     with untouched_rng():

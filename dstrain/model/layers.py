@@ -39,7 +39,8 @@ class Layer(nn.Module):
             parent.add_module(name, module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        return keep_buffer_types(self, lambda: super(Layer, self)._apply(fn, recurse))
+        apply: Callable[..., Layer] = super()._apply
+        return keep_buffer_types(self, lambda: apply(fn, recurse))
 
 
 class EmbedLayer(Layer):
@@ -62,6 +63,8 @@ class EmbedLayer(Layer):
 class BlockLayer(Layer):
     """State -> State."""
 
+    _block: nn.Module
+
     def __init__(
         self, modules: dict[str, nn.Module], number: int, arguments: ArgumentsCache, router: RouterLoss | None
     ) -> None:
@@ -76,15 +79,16 @@ class BlockLayer(Layer):
     def forward(self, state: State) -> State:
         hidden, position_ids, *sums = state
         call = self._arguments(hidden, position_ids)[self._number]
-        if self._router is None:
+        if self._router is None or self._router_logits is None:
             return _hidden_of(call.apply(self._block, hidden)), position_ids
         with self._router_logits.capture() as logits:
             output = call.apply(self._block, hidden)
-        return _hidden_of(output), position_ids, *self._router.add(tuple(sums), logits)
+        return _hidden_of(output), position_ids, *self._router.add((sums[0], sums[1]), logits)
 
 
 def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
 
 
 class HeadLayer(HeadOutputRequest, Layer):
@@ -105,7 +109,7 @@ class HeadLayer(HeadOutputRequest, Layer):
         hidden, position_ids, *sums = state
         if self.target is not None:
             loss = self._token_loss(hidden, position_ids, *self.target)
-            return loss + self._router.loss(tuple(sums)) if self._router and self.training else loss
+            return loss + self._router.loss((sums[0], sums[1])) if self._router and self.training else loss
         if self.position is not None:
             row, place = self.position
             one = slice(row, row + 1), slice(place, place + 1)

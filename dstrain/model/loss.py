@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return gradient, None
 
 
+_summed_cross_entropy: Callable[[Tensor, Tensor], Tensor] = _SummedCrossEntropy.apply
+
+
 class TokenLoss:
     """The loss function of a pipeline's last stage, or of a whole model.
 
@@ -66,7 +69,7 @@ class TokenLoss:
 
     def __call__(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         labels, weight = target
-        total = _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten())
+        total = _summed_cross_entropy(logits.flatten(0, -2), labels.flatten())
         return total * weight.to(torch.float32).reshape(())
 
 

@@ -140,7 +140,7 @@ class PipelineModel:
         if path is not None:
             return modules[path].get_parameter(key[len(path) + 1 :])
         path = next(p for p in self._structure.module_stubs if key.startswith(p + "."))
-        stranger = copy.deepcopy(self._structure.module_stubs[path].stub_twin)
+        stranger: nn.Module = copy.deepcopy(self._structure.module_stubs[path].stub_twin)
         self._fill(path, stranger)
         return stranger.get_parameter(key[len(path) + 1 :])
 

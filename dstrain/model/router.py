@@ -106,7 +106,7 @@ def router_loss_of(model: PreTrainedModel, config: PretrainedConfig) -> RouterLo
     if family is None:  # transformers itself adds nothing to the loss of such a family
         return None
     recorders = _recorders(model)
-    values = (
+    values: tuple[Any, ...] = (  # attributes of any type, looked at below
         router_coefficient(model),
         *(getattr(model, n, None) for n in ("num_experts", "num_experts_per_tok")),
     )
@@ -126,7 +126,8 @@ def router_coefficient(model: PreTrainedModel) -> float | None:
 
 
 def _recorders(model: PreTrainedModel) -> tuple[OutputRecorder, ...]:
-    found = model.base_model.can_record_outputs.get("router_logits", [])
+    base: Any = model.base_model
+    found = base.can_record_outputs.get("router_logits", [])
     found = found if isinstance(found, list) else [found]
     return tuple(
         each if isinstance(each, OutputRecorder) else OutputRecorder(each, index=1) for each in found

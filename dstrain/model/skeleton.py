@@ -63,11 +63,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     original = nn.Module.register_parameter
     functions = {name: getattr(nn.init, name) for name in TORCH_INIT_FUNCTIONS}
+    draws: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
 
     def noted(name: str) -> Any:
         def note(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if tensor.is_meta:
-                tensor.draw = lambda real: TORCH_INIT_FUNCTIONS[name](real, *args, **kwargs)
+                tensor.__dict__["draw"] = lambda real: draws[name](real, *args, **kwargs)
             return tensor
 
         return note
@@ -78,17 +79,17 @@ def _parameters_on_meta() -> Iterator[None]:
             empty = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
             empty.__dict__.update(param.__dict__)
             if param.numel() <= KEPT and not param.data.isnan().any():
-                empty.constructed = param.data.clone()
+                empty.__dict__["constructed"] = param.data.clone()
             module._parameters[name] = empty
 
-    nn.Module.register_parameter = register
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     for name in functions:
         setattr(nn.init, name, noted(name))
     try:
         with _MarkUninitialised():
             yield
     finally:
-        nn.Module.register_parameter = original
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
         for name, function in functions.items():
             setattr(nn.init, name, function)
 
@@ -109,7 +110,7 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
         with untouched_rng(), no_init_weights(), _parameters_on_meta():
             # Constructors that draw values shall draw the same on every rank.
             torch.default_generator.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     except Exception as error:  # families raise what they like for values that do not fit together
         text = " ".join(str(error).split())
         if options and "attention" in text.lower():
@@ -119,4 +120,5 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
             hint = None
         raise DstrainError(f"the {config.model_type} model cannot be built: {text}", hint=hint) from error
     model.tie_weights()
-    return model.train()
+    model.train()
+    return model

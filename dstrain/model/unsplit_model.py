@@ -16,7 +16,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.buffers import keep_buffer_types
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
-from dstrain.model.initialise import cast, initialise, initialisers, materialise
+from dstrain.model.initialise import Initialiser, cast, initialise, initialisers, materialise
 from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
 from dstrain.model.router import router_coefficient
@@ -39,6 +39,8 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         DstrainError: the model cannot be built, or is an encoder-decoder, or asks for a loss that is not
             logits'.
     """
+
+    _model: PreTrainedModel
 
     def __init__(
         self,
@@ -80,9 +82,10 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
             options["output_router_logits"] = True
         with self._documents.apart(position_ids) as lengths:
             output = self._model(input_ids=input_ids, use_cache=False, **options, **lengths)
+        logits: Tensor = output.logits
         if self.target is None:
-            return output.logits if self.position is None else output.logits[self.position]
-        loss = self._loss(output.logits, self.target)
+            return logits if self.position is None else logits[self.position]
+        loss = self._loss(logits, self.target)
         added = output.aux_loss if routed else None  # None too where the model has no experts after all
         return loss if added is None else loss + self._router_coefficient * added
 
@@ -115,7 +118,8 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnsplitModel:
-        return keep_buffer_types(self, lambda: super(UnsplitModel, self)._apply(fn, recurse))
+        apply: Callable[..., UnsplitModel] = super()._apply
+        return keep_buffer_types(self, lambda: apply(fn, recurse))
 
 
 def initialise_unsplit(
@@ -152,7 +156,7 @@ def initialise_unsplit(
 
 @torch.no_grad()
 def _set_from_outside(
-    model: PreTrainedModel, owners: dict[str, PreTrainedModel], blocks: dict[str, nn.Module]
+    model: PreTrainedModel, owners: dict[str, Initialiser], blocks: dict[str, nn.Module]
 ) -> bool:
     """Whether the family sets values in a block when a container of all of them is initialised."""
     before = [parameter._version for parameter in model.parameters()]

@@ -81,6 +81,13 @@ class PlannedModel:
     tied: tuple[str, ...]
     pipelines: bool
 
+    @property
+    def weights_folder(self) -> str:
+        """Where the pretrained weights lie. Raises ValueError for a built-in shape, which has none."""
+        if self.folder is None:
+            raise ValueError(f"{self.file} is a shape without weights")
+        return self.folder
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedModel:
         """From a plan's JSON."""

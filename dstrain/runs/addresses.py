@@ -22,7 +22,7 @@ def address_towards(family: int, place: str) -> str | None:
 
 def own_addresses() -> list[str]:
     """This machine's IPv4 addresses, that of the way to the outside first; 127.0.0.1 at the end."""
-    import psutil  # type: ignore[import-untyped]  # here: a plan asks for no more than `address_towards`
+    import psutil  # here: a plan asks for no more than `address_towards`
 
     outward = address_towards(socket.AF_INET, OUTSIDE)
     cards = psutil.net_if_addrs().values()

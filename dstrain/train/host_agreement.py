@@ -28,7 +28,7 @@ def check_hosts_agree(folder: RunFolder, plan: Plan) -> None:
         return
     _refuse_other_plans(folder)
     if plan.run_config.init == "pretrained":
-        _refuse_other_weights(plan.model.folder)
+        _refuse_other_weights(plan.model.weights_folder)
     needed_for = _shared_for(folder, plan)
     if needed_for:
         _refuse_own_folders(folder, *needed_for)

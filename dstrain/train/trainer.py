@@ -150,7 +150,7 @@ def _train(
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
             control.step_ended(step)
-            record = {
+            record: dict[str, Any] = {
                 "step": step,
                 "loss": result.loss,
                 "lr": lr_of(step),
@@ -248,7 +248,7 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device, optimizer: Clien
         "seed": config.seed,
         "attention": config.attention,
         "dtype": DTYPES[config.precision],
-        "weights": PretrainedWeights(plan.model.folder) if config.init == "pretrained" else None,
+        "weights": PretrainedWeights(plan.model.weights_folder) if config.init == "pretrained" else None,
     }
     model_config = load_model_config(plan.model.file)
     model: PipelineModel | UnsplitModel

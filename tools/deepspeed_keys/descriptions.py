@@ -127,7 +127,4 @@ zero_optimization.leaf_module.name_suffixes: how the names of modules end that a
 hybrid_engine.enabled: switch it on
 hybrid_engine.max_out_tokens: most tokens that are generated
 """
-DESCRIPTIONS: dict[str, str] = dict(
-    line.split(": ", 1)
-    for line in inspect.cleandoc(_WORDS).splitlines()  # type: ignore[misc]
-)
+DESCRIPTIONS: dict[str, str] = dict(line.split(": ", 1) for line in inspect.cleandoc(_WORDS).splitlines())

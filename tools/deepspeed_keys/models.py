@@ -54,7 +54,7 @@ def model_of(path: Path) -> type[DeepSpeedConfigModel] | None:
     return model
 
 
-def _subclasses(model: type) -> Iterator[type]:
+def _subclasses(model: type[Any]) -> Iterator[type[Any]]:
     for each in model.__subclasses__():
         yield each
         yield from _subclasses(each)

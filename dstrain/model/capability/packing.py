@@ -144,7 +144,8 @@ def _tokens(model: UnsplitModel, seed: int) -> Tensor:
 @torch.no_grad()
 def _logits(model: UnsplitModel, ids: Tensor, positions: Tensor) -> Tensor:
     try:
-        return model((ids, positions))
+        logits: Tensor = model((ids, positions))
+        return logits
     except Exception as error:  # whatever the family's code runs into
         text = " ".join(str(error).split())[:200]
         raise DstrainError(f"it does not run ({type(error).__name__}: {text})") from error
@@ -254,8 +255,10 @@ def attention_by_document(
     """
     rows, heads, length, width = query.shape
     if cu_seq_lens_q is None:
-        one_row = rows == 1 and position_ids is not None
-        places = position_ids if one_row else torch.arange(length, device=query.device).expand(rows, length)
+        if rows == 1 and position_ids is not None:
+            places = position_ids
+        else:
+            places = torch.arange(length, device=query.device).expand(rows, length)
         cu_seq_lens_q = document_lengths(places)["cu_seq_lens_q"]
 
     def laid_end_to_end(states: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ def reference(config: PretrainedConfig, weights: dict[str, list[nn.Parameter]]) 
         AssertionError: its parameters have other names, or initial values of another size.
     """
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).train()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32
+    ).train()
     own = dict(model.named_parameters(remove_duplicate=False))
     assert set(own) == set(weights), f"other names: {sorted(set(own) ^ set(weights))}"
     with torch.no_grad():
@@ -99,7 +101,7 @@ def _batch(config: PretrainedConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, torch.arange(LENGTH).repeat(ROWS, 1), labels, torch.tensor([1 / (ROWS * (LENGTH - 1))])
 
 
-def _run_unsplit(model: nn.Module, forward: Any) -> Outcome:
+def _run_unsplit(model: PreTrainedModel | UnsplitModel, forward: Any) -> Outcome:
     ids, positions, labels, weight = _batch(model.config)
     torch.manual_seed(SEED)
     logits = forward(ids, positions)
@@ -111,7 +113,8 @@ def _run_unsplit(model: nn.Module, forward: Any) -> Outcome:
 def _run_reference(model: PreTrainedModel) -> Outcome:
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         options = {"position_ids": positions} if takes_positions(model) else {}
-        return model(input_ids=ids, use_cache=False, **options).logits
+        logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits
+        return logits
 
     return _run_unsplit(model, forward)
 

@@ -176,8 +176,8 @@ def _size(name: str, value: Any, values: dict[str, Any]) -> Any:
 
 def _depth(values: dict[str, Any]) -> int | None:
     for name in DEPTH:
-        if isinstance(values.get(name), int):
-            return values[name]
+        if isinstance(found := values.get(name), int):
+            return found
     kinds = values.get("layers_block_type")
     return len(kinds) if kinds else None
 
@@ -215,8 +215,8 @@ def _per_layer(values: dict[str, Any], small: dict[str, Any], kept: list[int]) -
 
 def _head_width(small: dict[str, Any]) -> int:
     for name in ("qk_rope_head_dim", "head_dim"):
-        if isinstance(small.get(name), int):
-            return small[name]
+        if isinstance(found := small.get(name), int):
+            return found
     return HEAD
 
 

@@ -49,7 +49,8 @@ def _count(structure: ModelStructure, index: int, length: int) -> int:
     call = ProbeRun(
         structure, extras=structure.partial_forward.extras, rows=1, length=length, stop_at=index
     ).run()[index]
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with counter:
         run_on_meta(copy.deepcopy(block), call, structure.hidden, 1, length)
     return counter.get_total_flops()
 

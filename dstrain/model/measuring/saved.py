@@ -126,12 +126,15 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
+_fused_attention: Callable[..., Tensor] = _FusedAttention.apply
+
+
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value")
-            return _FusedAttention.apply(*args[:3], *(kwargs[name] for name in names[len(args[:3]) :]))
+            return _fused_attention(*args[:3], *(kwargs[name] for name in names[len(args[:3]) :]))
         return func(*args, **kwargs)
 
 
@@ -143,10 +146,10 @@ class _Alive(TorchDispatchMode):
     """
 
     def __init__(self, shapes: set[torch.Size]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._shapes = shapes
-        self._known: dict[int, weakref.ref] = {}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def leave_out(self, tensors: Any) -> None:
         for tensor in tensors:
@@ -251,4 +254,4 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 def _storage(tensor: Tensor) -> int:
     """Which storage a tensor looks at: on meta there are no addresses to compare."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

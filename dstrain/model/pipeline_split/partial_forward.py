@@ -186,7 +186,8 @@ class PartialForward:
         try:
             self.run(PROLOGUE, input_ids, position_ids)
         except Reached as done:
-            return done.value
+            reached: Tensor = done.value
+            return reached
         raise RuntimeError("the model's forward did not call its first block")
 
     @torch.no_grad()
@@ -209,7 +210,8 @@ class PartialForward:
         self._epilogue_training = training
         self.hidden = hidden
         try:
-            return self.run(EPILOGUE, torch.zeros_like(position_ids), position_ids).logits
+            logits: Tensor = self.run(EPILOGUE, torch.zeros_like(position_ids), position_ids).logits
+            return logits
         finally:
             self.hidden = None
 

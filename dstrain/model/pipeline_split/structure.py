@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dstrain.model.initialise import initialisers, uninitialised
+from dstrain.model.initialise import Initialiser, initialisers, uninitialised
 from dstrain.model.pipeline_split.partial_forward import BlockStub, ModuleStub, PartialForward
 from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng
@@ -28,7 +28,7 @@ class OuterInitialiser:
     those of layers that are not here, use no random numbers.
     """
 
-    def __init__(self, inner: Any, outer: PreTrainedModel, container: nn.Module) -> None:
+    def __init__(self, inner: Initialiser, outer: Initialiser, container: nn.Module) -> None:
         self._inner, self._outer, self._container = inner, outer, container
 
     def _init_weights(self, module: nn.Module) -> None:

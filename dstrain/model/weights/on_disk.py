@@ -66,7 +66,8 @@ class OnDisk:
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of whole parts, by their names in memory -> by their names on disk."""
-        return revert_weight_conversion(self.model, dict(tensors))
+        converted: dict[str, Tensor] = revert_weight_conversion(self.model, dict(tensors))
+        return converted
 
     def _shapes(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -101,7 +102,7 @@ def _load_shapes(config: PretrainedConfig, files: Mapping[str, Tensor]) -> tuple
     plan = LoadStateDictConfig(
         device_map={"": "meta"},
         dtype=torch.float32,
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
     return model, convert_and_load_state_dict_in_model(model, dict(files), plan)[0]
 

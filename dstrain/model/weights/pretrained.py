@@ -112,7 +112,9 @@ class WeightLoader:
                 tensor.data = tensor.data.contiguous()
         for alias, name in aliases.items():
             parent, _, last = alias.rpartition(".")
-            self._model.get_submodule(parent)._parameters[last] = _held(self._model, name)
+            tied = _held(self._model, name)
+            assert isinstance(tied, nn.Parameter)
+            self._model.get_submodule(parent)._parameters[last] = tied
         return absent
 
     def take(self, names: Collection[str]) -> nn.Parameter:
@@ -123,6 +125,7 @@ class WeightLoader:
         loaded = _held(self._model, name)
         for name, empty in before.items():
             parent, _, last = name.rpartition(".")
+            assert isinstance(empty, nn.Parameter)
             self._model.get_submodule(parent)._parameters[last] = empty
         assert isinstance(loaded, nn.Parameter)
         return loaded
@@ -187,7 +190,7 @@ class WeightLoader:
             if isinstance(tensor, nn.Parameter):
                 uses.setdefault(id(tensor), []).append(name)
         canonical = set(getattr(self._model, "all_tied_weights_keys", {}).values())
-        aliases = {}
+        aliases: dict[str, str] = {}
         for group in uses.values():
             chosen = min(group, key=lambda name: (name not in self._sources, name not in canonical))
             aliases |= {name: chosen for name in group if name != chosen}
@@ -201,8 +204,11 @@ class WeightLoader:
             for key in self._sources.get(name, ())
         }
         options = LoadStateDictConfig(
-            dtype=self._dtype, device_map={"": self._device}, weight_mapping=self._conversions
+            dtype=self._dtype,
+            device_map={"": self._device},
+            weight_mapping=self._conversions,  # type: ignore[arg-type]
         )
+        info: LoadStateDictInfo
         with _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, options)
         info.missing_keys &= set(wanted)
@@ -259,7 +265,9 @@ def _held(model: nn.Module, name: str) -> torch.Tensor:
     parent, _, last = name.rpartition(".")
     module = model.get_submodule(parent)
     found = module._parameters.get(last)
-    return found if found is not None else module._buffers[last]
+    held = found if found is not None else module._buffers[last]
+    assert held is not None, name
+    return held
 
 
 def _has_first_value(tensor: torch.Tensor) -> bool:

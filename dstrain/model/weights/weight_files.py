@@ -104,7 +104,7 @@ class StoredTensor:
         return True
 
     def _read_into(self, file: Any, flat: torch.Tensor) -> None:
-        if flat.numel() and file.readinto(memoryview(flat.view(torch.uint8).numpy())) != flat.nbytes:
+        if flat.numel() and file.readinto(flat.view(torch.uint8).numpy().data) != flat.nbytes:
             raise DstrainError("the file ends in the middle of a tensor", where=str(self.file))
 
 
@@ -179,7 +179,7 @@ def _read_index(path: Path) -> dict[str, str]:
     # A name with a folder in it could reach files outside.
     if not named or not entries or any(Path(name).name != name for name in entries.values()):
         raise DstrainError("the index has no weight_map from tensors to file names", where=str(path))
-    return entries
+    return dict(entries)
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.files import flush
 from dstrain.runs.checkpoint.integrity import checksum
 from dstrain.runs.checkpoint.manifest import FileRecord
-from dstrain.train.checkpointing.to_disk import flush, why_not_written
+from dstrain.train.checkpointing.to_disk import why_not_written
 
 WORDS = "words"
 """The folder in a checkpoint that is being written where each rank leaves its word; removed before the manifest."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dstrain.files import flush
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -22,7 +23,7 @@ from dstrain.runs.checkpoint.manifest import (
     missing_or_cut,
     read_manifest,
 )
-from dstrain.train.checkpointing.to_disk import flush, flush_folders
+from dstrain.train.checkpointing.to_disk import flush_folders
 from dstrain.version import __version__
 
 

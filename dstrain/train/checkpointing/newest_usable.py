@@ -65,6 +65,7 @@ def _choose(folder: Path, run: str, damaged: dict[str, str]) -> Choice:
         except DstrainError as error:
             told[1] = (error.message, error.hint, error.where)
     distributed.broadcast_object_list(told, src=0)
+    choice: Choice  # unless there is a refusal
     choice, refusal = told
     if refusal is not None:
         message, hint, where = refusal
