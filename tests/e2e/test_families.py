@@ -22,7 +22,7 @@ from dstrain.model.pipeline_model import PipelineModel
 from dstrain.planning.batch import make_batch
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(300)
 

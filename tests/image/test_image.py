@@ -20,12 +20,9 @@ import pytest
 import dstrain
 from dstrain.runs.record.record import read_launches
 from dstrain.runs.run_folder import RunFolder
-from tests.e2e.conftest import materials, repository_root
 from tests.support.cluster.runs import numbers
 from tests.support.cluster.waiting import wait_until
 from tests.support.image.engine import Engine, NoEngineError, engine
-
-__all__ = ["materials", "repository_root"]  # fixtures of the command line's tests, of use here too
 
 # Of a build: an hour on a machine that does ten other things.
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
@@ -54,8 +51,8 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def image(docker: Engine, repository_root: Path) -> str:
-    docker.build(repository_root, IMAGE, "--build-arg", f"REVISION={REVISION}")
+def image(docker: Engine, repository: Path) -> str:
+    docker.build(repository, IMAGE, "--build-arg", f"REVISION={REVISION}")
     return IMAGE
 
 
@@ -77,11 +74,11 @@ def reachable(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def script(docker: Engine, image: str, repository_root: Path, place: Path) -> Any:
+def script(docker: Engine, image: str, repository: Path, place: Path) -> Any:
     """launch/docker.sh, typed in ``place``."""
 
     def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [str(repository_root / "launch" / "docker.sh"), *words]
+        command = [str(repository / "launch" / "docker.sh"), *words]
         return docker.call(
             command, cwd=place, **{"DOCKER": "docker", "IMAGE": image, "SHM_SIZE": "1g"} | more
         )
@@ -158,7 +155,7 @@ def near(script: Any, place: Path) -> RunFolder:
 
 
 def test_a_run_is_repeated_in_its_image(
-    docker: Engine, image: str, near: RunFolder, place: Path, repository_root: Path
+    docker: Engine, image: str, near: RunFolder, place: Path, repository: Path
 ) -> None:
     """Typed outside, where another dstrain may be installed, or none that could train."""
     [launch] = read_launches(near)
@@ -170,7 +167,7 @@ def test_a_run_is_repeated_in_its_image(
         cwd=place,
         DOCKER="docker",
         DOCKER_OPTIONS=" ".join(ONE_THREAD),
-        PYTHONPATH=str(repository_root),
+        PYTHONPATH=str(repository),
         SHM_SIZE="1g",
     )
     assert "bit-equal: all 6 steps of near" in said(done)
@@ -279,7 +276,7 @@ def packages(docker: Engine, image: str) -> list[str]:
 
 
 def test_a_second_build_holds_the_same_packages(
-    docker: Engine, image: str, repository_root: Path, tmp_path: Path
+    docker: Engine, image: str, repository: Path, tmp_path: Path
 ) -> None:
     """Each is the one of constraints.txt.
 
@@ -289,7 +286,7 @@ def test_a_second_build_holds_the_same_packages(
     again, other_base = "localhost/dstrain:again", "localhost/dstrain:other-base"
     (tmp_path / "Dockerfile").write_text(f"FROM {docker.base}\nCOPY Dockerfile /again\n")
     docker.build(tmp_path, other_base)
-    docker.build(repository_root, again, "--build-arg", f"REVISION={REVISION}", base=other_base)
+    docker.build(repository, again, "--build-arg", f"REVISION={REVISION}", base=other_base)
     made = ("--format=%Y", "/opt/dstrain/pyvenv.cfg", "/var/lib/dpkg/info/pdsh.list")
     first, second = (
         docker.run("run", "--rm", "--network", "none", "--entrypoint", "stat", one, *made).split()
@@ -298,7 +295,7 @@ def test_a_second_build_holds_the_same_packages(
     assert first[0] < second[0] and first[1] < second[1], "steps of the first build stand in the second"
     found = packages(docker, image)
     assert packages(docker, again) == found
-    text = (repository_root / "constraints.txt").read_text().lower().replace("_", "-")
+    text = (repository / "constraints.txt").read_text().lower().replace("_", "-")
     wanted = dict(line.split("==") for line in text.splitlines() if "==" in line)
     installed = dict(line.lower().replace("_", "-").split("==") for line in found if "==" in line)
     del installed["pip"]  # comes with the base's Python

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from tests.support.cluster.needs import tool
 from tests.support.cluster.processes import children, leads_session, send
 from tests.support.forking.becoming import is_python
 from tests.support.forking.program import Program, may_fork
+
+
+def dstrain_argv(*arguments: str) -> list[str]:
+    """The command line of this checkout, with the python of the tests."""
+    return [sys.executable, "-m", "dstrain.cli.main", *arguments]
 
 
 @dataclass(frozen=True)
