@@ -1,6 +1,6 @@
-"""The image, really built and really run. One build and one more, and six short trainings, serve all tests.
+"""The image, really built and really run. One build and six short trainings serve all tests.
 
-All of them stand in one file, so that one worker builds and runs them with one engine.
+All of them stand in one file, so that one worker builds the image and runs it with one engine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from dstrain.runs.record.record import read_launches
 from dstrain.runs.run_folder import RunFolder
 from tests.support.cluster.runs import numbers
 from tests.support.cluster.waiting import wait_until
-from tests.support.image.engine import Engine, NoEngineError, engine
+from tests.support.image.engine import REVISION, Engine
 
 # Of a build: an hour on a machine that does ten other things.
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 
-IMAGE = "localhost/dstrain:test"
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Of this run of the tests: a killed one may have left others.
 SUBNET = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}.0/24"
 NETWORK, NODES = f"dstrain-test-{os.getpid()}", [f"node{number}-{os.getpid()}" for number in (1, 2)]
@@ -39,21 +37,6 @@ SMALL = [
 ]
 TWO_STAGES = ["--zero", "2", "--pipeline", "2"]
 ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
-
-
-@pytest.fixture(scope="module")
-def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    try:
-        with engine(tmp_path_factory.mktemp("docker")) as found:
-            yield found
-    except NoEngineError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def image(docker: Engine, repository: Path) -> str:
-    docker.build(repository, IMAGE, "--build-arg", f"REVISION={REVISION}")
-    return IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -269,34 +252,10 @@ def test_two_nodes_by_hostfile(docker: Engine, nodes: list[str], near: RunFolder
         os.kill(process, signal.SIGCONT)
 
 
-def packages(docker: Engine, image: str) -> list[str]:
-    look = "/opt/dstrain/bin/pip freeze --all && dpkg-query --show && python --version"
-    words = ("--rm", "--network", "none", "--entrypoint", "sh", image, "-c", look)
-    return sorted(docker.run("run", *words).splitlines())
-
-
-def test_a_second_build_holds_the_same_packages(
-    docker: Engine, image: str, repository: Path, tmp_path: Path
-) -> None:
-    """Each is the one of constraints.txt.
-
-    On a base with one more file no step is taken from the first build. What its mounts keep is used again, fetched
-    packages and compiled operators; `--no-cache` would throw that away, and compile for minutes.
-    """
-    again, other_base = "localhost/dstrain:again", "localhost/dstrain:other-base"
-    (tmp_path / "Dockerfile").write_text(f"FROM {docker.base}\nCOPY Dockerfile /again\n")
-    docker.build(tmp_path, other_base)
-    docker.build(repository, again, "--build-arg", f"REVISION={REVISION}", base=other_base)
-    made = ("--format=%Y", "/opt/dstrain/pyvenv.cfg", "/var/lib/dpkg/info/pdsh.list")
-    first, second = (
-        docker.run("run", "--rm", "--network", "none", "--entrypoint", "stat", one, *made).split()
-        for one in (image, again)
-    )
-    assert first[0] < second[0] and first[1] < second[1], "steps of the first build stand in the second"
-    found = packages(docker, image)
-    assert packages(docker, again) == found
+def test_each_package_is_the_one_of_constraints_txt(docker: Engine, image: str, repository: Path) -> None:
     text = (repository / "constraints.txt").read_text().lower().replace("_", "-")
     wanted = dict(line.split("==") for line in text.splitlines() if "==" in line)
+    found = docker.packages(image)
     installed = dict(line.lower().replace("_", "-").split("==") for line in found if "==" in line)
     del installed["pip"]  # comes with the base's Python
     assert len(installed) > 40
