@@ -7,6 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.support.materials import write_materials
+
 # No test measures speed: on a busy machine an example may take any time.
 hypothesis.settings.register_profile("any speed", deadline=None)
 hypothesis.settings.load_profile("any speed")
@@ -20,9 +22,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         patch.setenv(name, "1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model/`` (a Llama of 4 layers) and ``text.jsonl`` (40 documents of 200 bytes)."""
+    folder = tmp_path_factory.mktemp("materials")
+    write_materials(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data and measured shapes, shared by all tests that run the command line."""
+    return tmp_path_factory.mktemp("shared-cache")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import cache, materials
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.plain_path import plain_python, plain_root
 from tests.support.cluster.runs import lay_out
 from tests.support.forking.program import HOOK
-
-__all__ = ["cache", "materials"]  # fixtures of the command line's tests, of use here too
-
-
-@pytest.fixture(scope="session")
-def repository_root() -> Path:
-    return plain_root()
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +30,13 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def real_environment(session_cluster: Cluster, cache: Path, repository_root: Path) -> dict[str, str]:
+def real_environment(session_cluster: Cluster, cache: Path, repository: Path) -> dict[str, str]:
     """What a user of n1 has set, to run this checkout on CPUs. Nothing of it is there behind an ssh."""
     login = session_cluster.login_environment()
     return {
         **login,
         "PATH": os.pathsep.join([os.path.dirname(plain_python()), login["PATH"]]),
-        "PYTHONPATH": str(repository_root),
+        "PYTHONPATH": str(plain_root()),
         "DSTRAIN_CACHE": str(cache),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -67,8 +59,3 @@ def shared_place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     place = tmp_path_factory.mktemp("site")
     lay_out(materials, place)
     return place
-
-
-def dstrain_argv(*arguments: str) -> list[str]:
-    """The command line of this checkout, with the python of the tests."""
-    return [plain_python(), "-m", "dstrain.cli.main", *arguments]

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
-from tests.cluster.conftest import dstrain_argv
-from tests.support.cluster.commands import Result
+from tests.support.cluster.commands import Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.runs import lay_out, numbers

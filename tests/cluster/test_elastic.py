@@ -10,8 +10,7 @@ import pytest
 
 from dstrain.runs.checkpoint.manifest import newest_complete, read_manifest
 from dstrain.runs.run_folder import RunFolder, read_metrics
-from tests.cluster.conftest import dstrain_argv
-from tests.support.cluster.commands import Command
+from tests.support.cluster.commands import Command, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.runs import lay_out
 from tests.support.cluster.waiting import wait_until

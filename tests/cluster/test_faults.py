@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
-from tests.cluster.conftest import dstrain_argv
-from tests.support.cluster.commands import Command, Result
+from tests.support.cluster.commands import Command, Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.plain_path import plain_python
 from tests.support.cluster.runs import END_SECONDS, numbers
@@ -161,7 +160,7 @@ REAL = {
 
 @pytest.fixture
 def small(
-    cluster: Cluster, environment: dict[str, str], repository_root: Path, tmp_path: Path
+    cluster: Cluster, environment: dict[str, str], repository: Path, tmp_path: Path
 ) -> Callable[..., Run]:
     """Start a small run of so many steps, and wait until its ranks are at work."""
 
@@ -169,7 +168,7 @@ def small(
         argv = small_argv("command", str(tmp_path / "run"), str(steps), str(hang_after))
         run = Run(
             cluster,
-            cluster.start("n1", argv, env=environment, cwd=repository_root),
+            cluster.start("n1", argv, env=environment, cwd=repository),
             RunFolder(tmp_path / "run"),
         )
         wait_until(lambda: len(run.pids()) == 4 or not run.command.running(), 60, what="the start")

@@ -17,8 +17,7 @@ import pytest
 
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import RunFolder
-from tests.cluster.conftest import dstrain_argv
-from tests.support.cluster.commands import Command, Result
+from tests.support.cluster.commands import Command, Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.plain_path import plain_script
 from tests.support.cluster.processes import Process

@@ -210,12 +210,12 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_hosts_end_with_the_process_that_made_them(
-    number: signal.Signals, tmp_path: Path, repository_root: Path
+    number: signal.Signals, tmp_path: Path, repository: Path
 ) -> None:
     require_cluster()
     before = machine()
     command = [sys.executable, "-c", MAKER, str(tmp_path / "cluster")]
-    env = {**os.environ, "PYTHONPATH": str(repository_root)}
+    env = {**os.environ, "PYTHONPATH": str(repository)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as maker:
         assert maker.stdout is not None
         namespaces = json.loads(maker.stdout.readline())

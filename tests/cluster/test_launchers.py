@@ -20,8 +20,7 @@ import yaml
 from dstrain.errors import RESUMABLE
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import RunFolder
-from tests.cluster.conftest import dstrain_argv
-from tests.support.cluster.commands import Command, Result
+from tests.support.cluster.commands import Command, Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.runs import END_SECONDS, lay_out, numbers
@@ -302,7 +301,7 @@ class Pods:
 def test_kubernetes_yaml(
     environment: dict[str, str],
     materials: Path,
-    repository_root: Path,
+    repository: Path,
     tmp_path: Path,
 ) -> None:
     """Both pods end, on both hosts, when one loses a rank or is evicted; those that replace them go on."""
@@ -315,7 +314,7 @@ def test_kubernetes_yaml(
     path = f"{bin_}{os.pathsep}{environment['PATH']}"
     with Cluster(tmp_path / "cluster", 2) as cluster:
         site = Placement(cluster, None, {**environment, "PATH": path}, volume)
-        pods = Pods(site, repository_root, volume)
+        pods = Pods(site, repository, volume)
         running = [pods.start(number) for number in (1, 0)]
         folder = site.folder("train")
         wait_until(
@@ -356,7 +355,7 @@ def test_kubernetes_yaml(
 
 
 @pytest.mark.heavy
-def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], repository_root: Path) -> None:
+def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], repository: Path) -> None:
     """launch/slurm.sbatch as it stands there; only the numbers of ranks and GPUs are those of these hosts."""
     slurm, place = slurm_site.slurm, slurm_site.place
     assert slurm is not None
@@ -364,7 +363,7 @@ def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], reposi
     (place / "venv" / "bin").mkdir(parents=True)
     write_dstrain(place / "venv" / "bin")
     (place / "venv" / "bin" / "activate").write_text(f"PATH={place}/venv/bin:$PATH\n")
-    script = shutil.copy(repository_root / "launch" / "slurm.sbatch", place)
+    script = shutil.copy(repository / "launch" / "slurm.sbatch", place)
     argv = ["sbatch", "--parsable", "--ntasks-per-node=2", "--gpus-per-node=2", script]
     said = slurm.run(argv, env=slurm_site.environment, cwd=place)
     assert said.code == 0, said

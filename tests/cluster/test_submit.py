@@ -10,7 +10,7 @@ import pytest
 
 from dstrain.errors import RESUMABLE
 from dstrain.runs.run_folder import RunFolder, read_metrics
-from tests.cluster.conftest import dstrain_argv
+from tests.support.cluster.commands import dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.plain_path import plain_python

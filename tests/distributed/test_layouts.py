@@ -12,13 +12,15 @@ import pytest
 
 from dstrain.launch.devices import has_async_io
 from tests.support.distributed.compare import assert_equal, difference, reference
-from tests.support.distributed.covering import STRENGTH, candidates, covering_set, tuples_of
+from tests.support.distributed.covering import candidates, covering_set, tuples_of
 from tests.support.distributed.training import Case, train_in_layout
 from tests.support.distributed.workers import run
 from tests.support.distributed.yardsticks import train_in_ddp
 from tools.layouts_page import markdown, rows
 
-COVERING = covering_set(candidates(), STRENGTH)
+PAIRS = covering_set(candidates(), 2)
+TRIPLES = covering_set(candidates(), 3, PAIRS)
+COVERING = PAIRS + TRIPLES
 
 
 def accepted_rows() -> list[Case]:
@@ -41,27 +43,14 @@ def accepted_rows() -> list[Case]:
     return found
 
 
-def first_that_meet_every_pair() -> int:
-    """So many of the covering set, which meets every triple, are for ``make test``; the others are heavy."""
-    every = set().union(*(tuples_of(case, 2) for case in COVERING))
-    met: set[object] = set()
-    for number, case in enumerate(COVERING):
-        if met == every:
-            return number
-        met |= tuples_of(case, 2)
-    return len(COVERING)
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_every_pair_of_choices(case: Case) -> None:
+    assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
-def covering_cases() -> list[object]:
-    light = first_that_meet_every_pair()
-    return [
-        pytest.param(case, id=str(case), marks=[] if number < light else pytest.mark.heavy)
-        for number, case in enumerate(COVERING)
-    ]
-
-
-@pytest.mark.parametrize("case", covering_cases())
-def test_covering_set(case: Case) -> None:
+@pytest.mark.heavy
+@pytest.mark.parametrize("case", TRIPLES, ids=str)
+def test_every_three_choices(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
@@ -74,6 +63,7 @@ def test_accepted_row_of_the_layout_table(case: Case) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("case", candidates(), ids=str)
 def test_full_product(case: Case) -> None:
+    case = replace(case, steps=20)
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
@@ -88,9 +78,13 @@ def test_optimizer_states_on_disk(precision: str, tmp_path: Path) -> None:
     assert_equal(replace(case, nvme_path=""), run(2, train_in_layout, case, timeout=1100))
 
 
-def test_covering_set_meets_every_pair_and_is_large_enough() -> None:
-    every = set().union(*(tuples_of(case, 2) for case in candidates()))
-    assert set().union(*(tuples_of(case, 2) for case in COVERING)) == every
+@pytest.mark.parametrize(("strength", "cases"), [(2, PAIRS), (3, COVERING)], ids=["pairs", "triples"])
+def test_every_combination_is_met(strength: int, cases: list[Case]) -> None:
+    every = set().union(*(tuples_of(case, strength) for case in candidates()))
+    assert set().union(*(tuples_of(case, strength) for case in cases)) == every
+
+
+def test_there_are_enough() -> None:
     assert len(COVERING) + len(accepted_rows()) >= 60
 
 

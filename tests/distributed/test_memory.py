@@ -12,66 +12,66 @@ import pytest
 from dstrain.estimate.memory import stage_memory
 from tests.support.distributed import workers
 from tests.support.distributed.memory_count import CLASSES
-from tests.support.distributed.memory_run import Counting, count, plan_of
+from tests.support.distributed.memory_run import MemoryCase, count, plan_of
 
 FLOOR = 64_000
 
 CASES = [
-    Counting(zero=0),
-    Counting(zero=0, data_parallel=2, optimizer="sgd", tied=True),
-    Counting(zero=0, pipeline=2, tied=True),
-    Counting(zero=0, family="gpt2", checkpointing=True),
-    Counting(zero=1, precision="bf16"),
-    Counting(zero=1, data_parallel=2, optimizer="sgd"),
-    Counting(zero=1, data_parallel=2, precision="bf16", tied=True, accumulation=1),
-    Counting(zero=1, pipeline=2, precision="bf16", tied=True),
-    Counting(zero=1, pipeline=4, layers=6, accumulation=6),
-    Counting(zero=1, pipeline=2, schedule="dualpipev", layers=6, precision="bf16", accumulation=6),
-    Counting(zero=1, freeze=("*embed*", "*layers.0.*"), precision="bf16"),
-    Counting(zero=1, tied=True, checkpointing=True, family="gpt2", precision="bf16"),
-    Counting(zero=1, pipeline=2, data_parallel=2, checkpointing=True),
-    Counting(zero=2),
-    Counting(zero=2, data_parallel=2, precision="bf16", checkpointing=True),
-    Counting(zero=2, data_parallel=2, accumulation=1, tied=True),
-    Counting(zero=2, pipeline=2, checkpointing=True, optimizer="sgd"),
-    Counting(zero=2, pipeline=2, data_parallel=2, precision="bf16"),
-    Counting(zero=2, pipeline=2, schedule="dualpipev", layers=6, precision="bf16"),
-    Counting(zero=3, precision="bf16"),
-    Counting(zero=3, data_parallel=2),
-    Counting(zero=3, data_parallel=2, precision="bf16", checkpointing=True),
-    Counting(zero=3, pipeline=2, data_parallel=2, precision="bf16"),
-    Counting(zero=3, data_parallel=2, optimizer="sgd", tied=True),
-    Counting(zero=1, precision="bf16", loss_chunk=64),
-    Counting(zero=1, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
-    Counting(zero=2, data_parallel=2, optimizer="sgd", offload="cpu"),
-    Counting(zero=3, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
-    Counting(zero=2, data_parallel=2, precision="bf16", family="gpt2", tied=True),
+    MemoryCase(zero=0),
+    MemoryCase(zero=0, data_parallel=2, optimizer="sgd", tied=True),
+    MemoryCase(zero=0, pipeline=2, tied=True),
+    MemoryCase(zero=0, family="gpt2", checkpointing=True),
+    MemoryCase(zero=1, precision="bf16"),
+    MemoryCase(zero=1, data_parallel=2, optimizer="sgd"),
+    MemoryCase(zero=1, data_parallel=2, precision="bf16", tied=True, accumulation=1),
+    MemoryCase(zero=1, pipeline=2, precision="bf16", tied=True),
+    MemoryCase(zero=1, pipeline=4, layers=6, accumulation=6),
+    MemoryCase(zero=1, pipeline=2, schedule="dualpipev", layers=6, precision="bf16", accumulation=6),
+    MemoryCase(zero=1, freeze=("*embed*", "*layers.0.*"), precision="bf16"),
+    MemoryCase(zero=1, tied=True, checkpointing=True, family="gpt2", precision="bf16"),
+    MemoryCase(zero=1, pipeline=2, data_parallel=2, checkpointing=True),
+    MemoryCase(zero=2),
+    MemoryCase(zero=2, data_parallel=2, precision="bf16", checkpointing=True),
+    MemoryCase(zero=2, data_parallel=2, accumulation=1, tied=True),
+    MemoryCase(zero=2, pipeline=2, checkpointing=True, optimizer="sgd"),
+    MemoryCase(zero=2, pipeline=2, data_parallel=2, precision="bf16"),
+    MemoryCase(zero=2, pipeline=2, schedule="dualpipev", layers=6, precision="bf16"),
+    MemoryCase(zero=3, precision="bf16"),
+    MemoryCase(zero=3, data_parallel=2),
+    MemoryCase(zero=3, data_parallel=2, precision="bf16", checkpointing=True),
+    MemoryCase(zero=3, pipeline=2, data_parallel=2, precision="bf16"),
+    MemoryCase(zero=3, data_parallel=2, optimizer="sgd", tied=True),
+    MemoryCase(zero=1, precision="bf16", loss_chunk=64),
+    MemoryCase(zero=1, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=2, data_parallel=2, optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=3, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=2, data_parallel=2, precision="bf16", family="gpt2", tied=True),
     # rows so long that masks weigh: a tenth and more of the activations
-    Counting(zero=0, seq_len=640),
-    Counting(zero=0, seq_len=640, pack=False),
-    Counting(zero=0, seq_len=640, checkpointing=True),
-    Counting(zero=1, seq_len=640, pipeline=2, precision="bf16"),
+    MemoryCase(zero=0, seq_len=640),
+    MemoryCase(zero=0, seq_len=640, pack=False),
+    MemoryCase(zero=0, seq_len=640, checkpointing=True),
+    MemoryCase(zero=1, seq_len=640, pipeline=2, precision="bf16"),
 ]
 
 HEAVY = [
-    Counting(zero=0, pipeline=4, layers=6, optimizer="sgd"),
-    Counting(zero=0, pipeline=2, data_parallel=2, checkpointing=True),
-    Counting(zero=1, data_parallel=2),
-    Counting(zero=1, data_parallel=2, precision="bf16"),
-    Counting(zero=1, pipeline=2, schedule="dualpipev", layers=6, tied=True),
-    Counting(zero=1, pipeline=4, layers=6, precision="bf16"),
-    Counting(zero=2, precision="bf16", tied=True),
-    Counting(zero=2, pipeline=4, layers=6, precision="bf16"),
-    Counting(zero=2, pipeline=2, schedule="dualpipev", layers=6, data_parallel=2, precision="bf16"),
-    Counting(zero=3),
-    Counting(zero=3, pipeline=2, data_parallel=2, tied=True),
-    Counting(zero=3, precision="bf16", optimizer="sgd", checkpointing=True),
-    Counting(zero=1, optimizer="sgd", offload="cpu"),
-    Counting(zero=2, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=0, pipeline=4, layers=6, optimizer="sgd"),
+    MemoryCase(zero=0, pipeline=2, data_parallel=2, checkpointing=True),
+    MemoryCase(zero=1, data_parallel=2),
+    MemoryCase(zero=1, data_parallel=2, precision="bf16"),
+    MemoryCase(zero=1, pipeline=2, schedule="dualpipev", layers=6, tied=True),
+    MemoryCase(zero=1, pipeline=4, layers=6, precision="bf16"),
+    MemoryCase(zero=2, precision="bf16", tied=True),
+    MemoryCase(zero=2, pipeline=4, layers=6, precision="bf16"),
+    MemoryCase(zero=2, pipeline=2, schedule="dualpipev", layers=6, data_parallel=2, precision="bf16"),
+    MemoryCase(zero=3),
+    MemoryCase(zero=3, pipeline=2, data_parallel=2, tied=True),
+    MemoryCase(zero=3, precision="bf16", optimizer="sgd", checkpointing=True),
+    MemoryCase(zero=1, optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=2, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
 ]
 
 
-def check(case: Counting) -> None:
+def check(case: MemoryCase) -> None:
     found = workers.run(case.world_size, count, case)
     plan, shape = plan_of(case)
     with case.chunks():
@@ -92,11 +92,11 @@ def check(case: Counting) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_class_of_memory_is_predicted_within_5_percent(case: Counting) -> None:
+def test_each_class_of_memory_is_predicted_within_5_percent(case: MemoryCase) -> None:
     check(case)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", HEAVY, ids=str)
-def test_each_class_of_memory_in_more_layouts(case: Counting) -> None:
+def test_each_class_of_memory_in_more_layouts(case: MemoryCase) -> None:
     check(case)

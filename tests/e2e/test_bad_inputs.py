@@ -14,13 +14,13 @@ import pytest
 
 from dstrain.config.loader import load_config
 from dstrain.config.schema import field_names
-from tests.e2e.conftest import Child, Said, one_message
 from tests.support.bad_inputs.files import DEEPSPEED, HOSTFILES, JSON, NO_FILES, YAML
 from tests.support.bad_inputs.layouts import LAYOUTS
 from tests.support.bad_inputs.row import FIFO, GOOD, BadInput
 from tests.support.bad_inputs.sources import COMMANDS, DATA, MODELS, NAMES
 from tests.support.bad_inputs.tools import CONFIGS, DESCRIBED
 from tests.support.bad_inputs.values import KEYS_WITH_A_WRONG_TYPE, VALUES
+from tests.support.e2e import Child, Said, one_message
 
 TABLES = (
     COMMANDS,

@@ -15,7 +15,7 @@ import pytest
 
 from dstrain.runs.checkpoint.integrity import checksum
 from dstrain.runs.checkpoint.manifest import DAMAGED, MANIFEST, FileRecord, make_manifest
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 IDENTITY = {"zero": 2, "pipeline": 2, "data_parallel": 4, "schedule": "1f1b", "offload": "none"}
 RUN = "0123456789abcdef"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Said
 from tests.support.bad_inputs.row import GOOD
+from tests.support.e2e import Said
 
 
 def test_what_is_right_is_planned(place: Path, dstrain_here: Callable[..., Said]) -> None:

@@ -17,7 +17,7 @@ from dstrain.config.loader import load_config
 from dstrain.config.schema import RunConfig
 from dstrain.config.template import GROUPS
 from dstrain.config.yaml_reader import parse_yaml
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 Dstrain = Callable[..., Said]
 PLAN = ("--model", "model", "--data", "text.jsonl", "--seq-len", "32")

@@ -13,7 +13,8 @@ import pytest
 
 from dstrain.data.tokenizers import ByteTokenizer
 from dstrain.runs.run_folder import RunFolder, read_metrics
-from tests.e2e.conftest import LLAMA, Said, start
+from tests.support.e2e import Said, start
+from tests.support.materials import LLAMA
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,15 +42,13 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(
-    tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository_root: Path
-) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository: Path) -> Bench:
     place = tmp_path_factory.mktemp("export-here")
     (place / "own").mkdir()
     (place / "own" / "config.json").write_text(json.dumps(MODEL))
     (place / "own" / "generation_config.json").write_text(json.dumps(GENERATION))
     (place / "text.jsonl").symlink_to(materials / "text.jsonl")
-    path = os.pathsep.join(filter(None, [str(repository_root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     own = {"DSTRAIN_CACHE": str(cache), "DS_ACCELERATOR": "cpu", "COLUMNS": "200", "PYTHONPATH": path}
     bench = Bench(place, {**os.environ, **own})
     said = bench("run", *ARGUMENTS)

@@ -21,8 +21,8 @@ def blocks(page: Path, language: str) -> list[str]:
     )
 
 
-def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, repository_root: Path) -> None:
-    page = repository_root / "docs" / "extending.md"
+def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, repository: Path) -> None:
+    page = repository / "docs" / "extending.md"
     code, config = blocks(page, "python")[0], blocks(page, "yaml")[0]
     assert len(code.splitlines()) < 30, "short enough to be read at once"
     (place / "my_hooks.py").write_text(code)

@@ -13,7 +13,7 @@ import pytest
 
 from dstrain.estimate.memory import memory_needed
 from dstrain.planning.plan import Plan
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 COMMON = (
     "--model", "model", "--data", "text.jsonl", "--tokenizer", "bytes", "--seq-len", "32", "--global-batch", "16",
@@ -86,9 +86,9 @@ def test_a_precision_that_the_device_has_not_is_refused(dstrain_here: Callable[.
 
 
 def test_where_nothing_fits_it_says_by_how_much_and_what_would_help(
-    dstrain_here: Callable[..., Said], repository_root: Path, place: Path
+    dstrain_here: Callable[..., Said], repository: Path, place: Path
 ) -> None:
-    described = (repository_root / "ds_configs" / "devices" / "h100-80g.yaml").read_text()
+    described = (repository / "ds_configs" / "devices" / "h100-80g.yaml").read_text()
     (place / "small.yaml").write_text(re.sub(r"memory_mib: \d+", "memory_mib: 8", described))
     arguments = (
         "plan", *COMMON, "--global-batch", "256", "--device", "small.yaml", "--gpus-per-node", "1", "--fit",

@@ -121,14 +121,14 @@ class Workshop:
 
 @pytest.fixture(scope="module")
 def workshop(
-    tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository_root: Path
+    tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository: Path
 ) -> Workshop:
     place = tmp_path_factory.mktemp("hooks-here")
     for name in ("model", "text.jsonl"):
         (place / name).symlink_to(materials / name)
     (place / "configs").mkdir()
     (place / "configs" / "watching.py").write_text(WATCHING)
-    path = os.pathsep.join(filter(None, [str(repository_root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     own = {"DSTRAIN_CACHE": str(cache), "DS_ACCELERATOR": "cpu", "COLUMNS": "200", "PYTHONPATH": path}
     elsewhere = ("WANDB_", "MLFLOW_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(elsewhere)}

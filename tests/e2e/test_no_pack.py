@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 JAMBA = {
     "model_type": "jamba",

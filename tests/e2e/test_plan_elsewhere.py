@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.planning.plan import Plan
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 GOOD = ["plan", "--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "64"]
 

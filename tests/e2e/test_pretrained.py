@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import LLAMA, Said, one_message
+from tests.support.e2e import Said, one_message
+from tests.support.materials import LLAMA
 
 GOOD = ["--data", "text.jsonl", "--seq-len", "32", "--name", "x", "--global-batch", "4"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import RunFolder, read_metrics
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(300)
 

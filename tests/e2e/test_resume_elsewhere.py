@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dstrain.runs.checkpoint.manifest import MANIFEST, digest
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -24,7 +24,7 @@ from dstrain.errors import RESUMABLE
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import RunFolder
-from tests.e2e.conftest import CommandLine, Said, start
+from tests.support.e2e import CommandLine, Said, start
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -90,12 +90,12 @@ class Workshop:
 
 @pytest.fixture(scope="module")
 def workshop(
-    tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository_root: Path
+    tmp_path_factory: pytest.TempPathFactory, materials: Path, cache: Path, repository: Path
 ) -> Workshop:
     place = tmp_path_factory.mktemp("runs-here")
     for name in ("model", "text.jsonl"):
         (place / name).symlink_to(materials / name)
-    path = os.pathsep.join(filter(None, [str(repository_root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     own = {"DSTRAIN_CACHE": str(cache), "DS_ACCELERATOR": "cpu", "COLUMNS": "200", "PYTHONPATH": path}
     return Workshop(place, {**os.environ, **own})
 

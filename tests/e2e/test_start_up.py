@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.conftest import Said
 from tests.support.bad_inputs.row import GOOD
+from tests.support.e2e import Said
 
 # Each of them is paid for at every start; whoever adds one says what for (benchmarks/startup.py tells the price).
 ALLOWED = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Said
+from tests.support.e2e import Said
 
 
 @pytest.mark.heavy

@@ -55,9 +55,9 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def unpacked(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked."""
-    sdist = build(repository_root, tmp_path_factory.mktemp("sdist"), "sdist")
+    sdist = build(repository, tmp_path_factory.mktemp("sdist"), "sdist")
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -100,12 +100,12 @@ def run_installed(bin_folder: Path, tmp_path: Path, materials: Path) -> Run:
     return call
 
 
-def test_the_wheel_holds_the_package_and_its_data(wheel: Path, repository_root: Path) -> None:
+def test_the_wheel_holds_the_package_and_its_data(wheel: Path, repository: Path) -> None:
     """All of it: hatchling leaves out what .gitignore names, as it did with dstrain/runs for "runs/"."""
     names = set(contents(wheel))
-    package = repository_root / "dstrain"
+    package = repository / "dstrain"
     source = {
-        str(path.relative_to(repository_root))
+        str(path.relative_to(repository))
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -114,9 +114,9 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path, repository_root: 
     assert not [name for name in names if not name.startswith(ROOTS) or "__pycache__" in name]
 
 
-def test_the_wheel_of_the_checkout_is_the_same(wheel: Path, repository_root: Path, tmp_path: Path) -> None:
+def test_the_wheel_of_the_checkout_is_the_same(wheel: Path, repository: Path, tmp_path: Path) -> None:
     """So nothing is missing in the source distribution."""
-    assert contents(build(repository_root, tmp_path, "wheel")) == contents(wheel)
+    assert contents(build(repository, tmp_path, "wheel")) == contents(wheel)
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_built_from(unpacked: Path) -> None:

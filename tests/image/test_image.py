@@ -1,6 +1,6 @@
-"""The image, really built and really run. One build and one more, and six short trainings, serve all tests.
+"""The image, really built and really run. One build and six short trainings serve all tests.
 
-All of them stand in one file, so that one worker builds and runs them with one engine.
+All of them stand in one file, so that one worker builds the image and runs it with one engine.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ import pytest
 import dstrain
 from dstrain.runs.record.record import read_launches
 from dstrain.runs.run_folder import RunFolder
-from tests.e2e.conftest import materials, repository_root
 from tests.support.cluster.runs import numbers
 from tests.support.cluster.waiting import wait_until
-from tests.support.image.engine import Engine, NoEngineError, engine
+from tests.support.image.engine import REVISION, Engine
 from tests.support.pins import versions
-
-__all__ = ["materials", "repository_root"]  # fixtures of the command line's tests, of use here too
 
 # Of a build: an hour on a machine that does ten other things.
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 
-IMAGE = "localhost/dstrain:test"
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Of this run of the tests: a killed one may have left others.
 SUBNET = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}.0/24"
 NETWORK, NODES = f"dstrain-test-{os.getpid()}", [f"node{number}-{os.getpid()}" for number in (1, 2)]
@@ -43,21 +38,6 @@ SMALL = [
 ]
 TWO_STAGES = ["--zero", "2", "--pipeline", "2"]
 ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
-
-
-@pytest.fixture(scope="module")
-def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    try:
-        with engine(tmp_path_factory.mktemp("docker")) as found:
-            yield found
-    except NoEngineError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def image(docker: Engine, repository_root: Path) -> str:
-    docker.build(repository_root, IMAGE, "--build-arg", f"REVISION={REVISION}")
-    return IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +58,11 @@ def reachable(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def script(docker: Engine, image: str, repository_root: Path, place: Path) -> Any:
+def script(docker: Engine, image: str, repository: Path, place: Path) -> Any:
     """launch/docker.sh, typed in ``place``."""
 
     def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [str(repository_root / "launch" / "docker.sh"), *words]
+        command = [str(repository / "launch" / "docker.sh"), *words]
         return docker.call(
             command, cwd=place, **{"DOCKER": "docker", "IMAGE": image, "SHM_SIZE": "1g"} | more
         )
@@ -159,7 +139,7 @@ def near(script: Any, place: Path) -> RunFolder:
 
 
 def test_a_run_is_repeated_in_its_image(
-    docker: Engine, image: str, near: RunFolder, place: Path, repository_root: Path
+    docker: Engine, image: str, near: RunFolder, place: Path, repository: Path
 ) -> None:
     """Typed outside, where another dstrain may be installed, or none that could train."""
     [launch] = read_launches(near)
@@ -171,7 +151,7 @@ def test_a_run_is_repeated_in_its_image(
         cwd=place,
         DOCKER="docker",
         DOCKER_OPTIONS=" ".join(ONE_THREAD),
-        PYTHONPATH=str(repository_root),
+        PYTHONPATH=str(repository),
         SHM_SIZE="1g",
     )
     assert "bit-equal: all 6 steps of near" in said(done)
@@ -273,34 +253,10 @@ def test_two_nodes_by_hostfile(docker: Engine, nodes: list[str], near: RunFolder
         os.kill(process, signal.SIGCONT)
 
 
-def packages(docker: Engine, image: str) -> list[str]:
-    look = "/opt/dstrain/bin/pip freeze --all && dpkg-query --show && python --version"
-    words = ("--rm", "--network", "none", "--entrypoint", "sh", image, "-c", look)
-    return sorted(docker.run("run", *words).splitlines())
-
-
-def test_a_second_build_holds_the_same_packages(
-    docker: Engine, image: str, repository_root: Path, tmp_path: Path
-) -> None:
-    """Each is the one of constraints.txt.
-
-    On a base with one more file no step is taken from the first build. What its mounts keep is used again, fetched
-    packages and compiled operators; `--no-cache` would throw that away, and compile for minutes.
-    """
-    again, other_base = "localhost/dstrain:again", "localhost/dstrain:other-base"
-    (tmp_path / "Dockerfile").write_text(f"FROM {docker.base}\nCOPY Dockerfile /again\n")
-    docker.build(tmp_path, other_base)
-    docker.build(repository_root, again, "--build-arg", f"REVISION={REVISION}", base=other_base)
-    made = ("--format=%Y", "/opt/dstrain/pyvenv.cfg", "/var/lib/dpkg/info/pdsh.list")
-    first, second = (
-        docker.run("run", "--rm", "--network", "none", "--entrypoint", "stat", one, *made).split()
-        for one in (image, again)
-    )
-    assert first[0] < second[0] and first[1] < second[1], "steps of the first build stand in the second"
-    found = packages(docker, image)
-    assert packages(docker, again) == found
+def test_each_package_is_the_one_of_constraints_txt(docker: Engine, image: str, repository: Path) -> None:
     python = docker.run("run", "--rm", "--network", "none", "--entrypoint", "python", image, "--version")
-    wanted = versions(repository_root / "constraints.txt", python.split()[1].rpartition(".")[0])
+    wanted = versions(repository / "constraints.txt", python.split()[1].rpartition(".")[0])
+    found = docker.packages(image)
     installed = dict(line.lower().replace("_", "-").split("==") for line in found if "==" in line)
     del installed["pip"]  # comes with the base's Python
     assert len(installed) > 40

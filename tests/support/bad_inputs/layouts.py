@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import LLAMA
 from tests.support.bad_inputs.row import GOOD, BadInput, bare, run
+from tests.support.materials import LLAMA
 
 _FOUR = {"h": "localhost slots=4\n"}
 _MODEL = {"m/config.json": LLAMA | {"num_hidden_layers": 6}}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import LLAMA
 from tests.support.bad_inputs.row import FIFO, MEASURED, READ, BadInput, bare, run
+from tests.support.materials import LLAMA
 
 
 def _model(content: object, place: str, reason: str, hint: str, *, looked: bool = False) -> BadInput:

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.cluster.needs import tool
+from tests.support.cluster.plain_path import plain_python
 from tests.support.cluster.processes import children, leads_session, send
 from tests.support.forking.becoming import is_python
 from tests.support.forking.program import Program, may_fork
+
+
+def dstrain_argv(*arguments: str) -> list[str]:
+    """The command line of this checkout, with the python of the tests."""
+    return [plain_python(), "-m", "dstrain.cli.main", *arguments]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dstrain.runs.protocol import ADDRESS, RankState, RankStatus
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.supervisor import supervise
-from dstrain.train.control_client import ControlServer as RankLifeline
+from dstrain.train.control_client import ControlClient
 from tests.support.cluster.plain_path import plain_python
 
 _HOSTS = ("n1", "n2")
@@ -88,7 +88,7 @@ def rank(folder: str, steps: str, number: str) -> int:
     # The real one leaves after its step, which does not end without the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.write_status(status)
-    control = RankLifeline(os.environ, status)
+    control = ControlClient(os.environ, status)
     others = _Others(status.rank)
 
     def report(state: RankState, step: int, error: str | None = None) -> None:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule
 
-from dstrain.config.loader import load_config
 from dstrain.planning import sizes
 from dstrain.planning.frozen import is_frozen
-from dstrain.planning.layout import Host
-from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, PlannedData
+from dstrain.planning.plan import Plan
+from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 from tests.support.distributed.memory_count import Counted, MemoryCount
 from tests.support.distributed.training import measured
 
@@ -25,31 +23,15 @@ MICRO_BATCH = 2
 
 
 @dataclass(frozen=True)
-class Counting:
+class MemoryCase(LayoutCase):
     """One layout; the sizes are such that no two dimensions of the model or the batch are equal."""
 
-    zero: int = 0
-    pipeline: int = 1
-    data_parallel: int = 1
-    precision: str = "fp32"
-    optimizer: str = "adamw"
     tied: bool = False
-    accumulation: int = 4
-    checkpointing: bool = False
-    schedule: str = "1f1b"
-    offload: str = "none"
-    freeze: tuple[str, ...] = ()
-    loss_chunk: int = 0
-    momentum: float = 0.9
-    layers: int = 4
+    momentum: float = 0.9  # with optimizer sgd
     attention: str = "sdpa"
     family: str = "llama"
     seq_len: int = 96
     pack: bool = True
-
-    @property
-    def world_size(self) -> int:
-        return self.pipeline * self.data_parallel
 
     @contextmanager
     def chunks(self) -> Iterator[None]:
@@ -62,34 +44,8 @@ class Counting:
         finally:
             sizes.LOGITS = usual
 
-    def __str__(self) -> str:
-        parts = [
-            f"zero{self.zero}",
-            f"pp{self.pipeline}",
-            f"dp{self.data_parallel}",
-            self.precision,
-            self.optimizer,
-        ]
-        parts += ["tied" if self.tied else "untied", f"accum{self.accumulation}"]
-        plain = Counting()
-        for name in (
-            "checkpointing",
-            "schedule",
-            "offload",
-            "layers",
-            "freeze",
-            "loss_chunk",
-            "attention",
-            "family",
-            "seq_len",
-            "pack",
-        ):
-            if getattr(self, name) != getattr(plain, name):
-                parts.append(f"{name}={getattr(self, name)}")
-        return "-".join(parts)
 
-
-def model_config(case: Counting) -> Any:
+def model_config(case: MemoryCase) -> Any:
     from transformers import GPT2Config, LlamaConfig
 
     if case.family == "gpt2":
@@ -122,17 +78,9 @@ def model_config(case: Counting) -> Any:
     )
 
 
-def plan_of(case: Counting) -> tuple[Plan, ModelShape]:
+def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
     flags = {
-        "zero": case.zero,
-        "pipeline": case.pipeline,
-        "data_parallel": case.data_parallel,
-        "precision": case.precision,
-        "optimizer": case.optimizer,
-        "schedule": case.schedule,
-        "offload": case.offload,
-        "activation_checkpointing": case.checkpointing,
-        "freeze": list(case.freeze),
+        **case.flags(),
         "global_batch": MICRO_BATCH * case.accumulation * case.data_parallel,
         "micro_batch": MICRO_BATCH,
         "seq_len": case.seq_len,
@@ -145,13 +93,11 @@ def plan_of(case: Counting) -> tuple[Plan, ModelShape]:
         "momentum": case.momentum if case.optimizer == "sgd" else 0.0,
     }
     shape = ModelShape.from_record(measured(model_config(case)))
-    data = PlannedData(train_rows=10_000, validation_rows=100, vocab_size=VOCABULARY, fingerprint="test")
-    machines = Machines((Host("localhost", 0),), "cpu")
     with case.chunks():
-        return make_plan(load_config(flags=flags), machines, shape, data, "test"), shape
+        return plan_on_this_machine(flags, shape, VOCABULARY), shape
 
 
-def count(rank: int, case: Counting, traced: bool = False) -> Counted:
+def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     """This rank's tensors in the second step of a training, when the optimizer has its state."""
     from dstrain.engine.build import build_engine
     from dstrain.engine.communication import start_communication
@@ -196,7 +142,7 @@ def count(rank: int, case: Counting, traced: bool = False) -> Counted:
     return counter.counted(since)
 
 
-def positions(case: Counting) -> torch.Tensor:
+def positions(case: MemoryCase) -> torch.Tensor:
     """Of one micro-batch: two documents in each row, or with ``pack: false`` one."""
     found = torch.arange(case.seq_len).repeat(MICRO_BATCH, 1)
     if case.pack:

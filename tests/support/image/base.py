@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 # In order, each with the ones before it: what pip looks through for packages.
 _SOURCES = ("index-url", "extra-index-url", "find-links", "trusted-host")
 _CERTIFICATES = Path("/usr/local/share/ca-certificates")
+_RELEASE = Path("/etc/os-release")
+_APT = Path("/etc/apt")
 
 
 def make_base(tar: Path) -> None:
@@ -28,12 +31,9 @@ def make_base(tar: Path) -> None:
     Raises:
         RuntimeError: mmdebstrap failed.
     """
-    released = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
-    )
-    apt = Path("/etc/apt")
-    sources = [*apt.glob("sources.list"), *sorted(apt.glob("sources.list.d/*.*"))]
-    hooks = [f"--customize-hook=upload {file} {file}" for file in sorted(_CERTIFICATES.glob("*.crt"))]
+    released = dict(line.split("=", 1) for line in _RELEASE.read_text().splitlines() if "=" in line)
+    sources = _debian_sources()
+    hooks = [f"--customize-hook=upload {file} {file}" for file in _certificates()]
     hooks.append('--customize-hook=chroot "$1" update-ca-certificates >/dev/null 2>&1')
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates", *hooks]
     made = tar.with_suffix(".part.tar")
@@ -46,6 +46,20 @@ def make_base(tar: Path) -> None:
     if done.returncode:
         raise RuntimeError(f"mmdebstrap: {done.stderr[-2000:]}")
     made.rename(tar)
+
+
+def package_sources() -> list[str | bytes]:
+    """All that says, on this machine, where packages of Debian and of Python come from."""
+    files = [_RELEASE, *_debian_sources(), *_certificates()]
+    return [platform.machine(), *(path.read_bytes() for path in files), repr(sorted(_configured().items()))]
+
+
+def _debian_sources() -> list[Path]:
+    return [*_APT.glob("sources.list"), *sorted(_APT.glob("sources.list.d/*.*"))]
+
+
+def _certificates() -> list[Path]:
+    return sorted(_CERTIFICATES.glob("*.crt"))
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 The latter is Debian's dockerd, unpacked and not installed: its own socket, folder and networks, no rules for the
 machine's firewall. It needs root, and ``NEEDED``.
 
-``DSTRAIN_TEST_ENGINE=FOLDER`` keeps it and what it has built from one run of the tests to the next.
+Its programs, its base and the steps of its builds are kept from one run of the tests to the next: `tests.support.kept`.
+Docker knows by itself whether a step must be taken anew, by the step, by the content of what is copied, and by the
+image below. What it can't know stands in the folder's key: where packages come from here, and the week, since no file
+says which versions Debian has today.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.image.base import make_base, pip_sources
+from tests.support.image.base import make_base, package_sources, pip_sources
+from tests.support.kept import kept_folder, key_of
 
 # A tool or library, and the Debian package that it comes from.
 NEEDED = {
@@ -33,6 +37,10 @@ _UNPACKED = ("docker.io", "containerd", "tini")
 _BASE = "debian:bookworm-slim"
 _OWN_BASE = "localhost/base:own"
 _START_SECONDS = 60
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+"""Of the source, as the tests tell it to a build."""
+_KEPT_STEPS = "12GB"
+"""Of a build's steps, the oldest go: an image has 2 GB of packages for CPUs, 6 for GPUs."""
 
 
 class NoEngineError(Exception):
@@ -97,6 +105,12 @@ class Engine:
         assert said.returncode == 0, f"docker build: exit code {said.returncode}\n{said.stderr[-6000:]}"
         self._built.append(tag)
 
+    def packages(self, image: str) -> list[str]:
+        """All that an image of ours holds of Python's and of Debian's, with its version, in order."""
+        look = "/opt/dstrain/bin/pip freeze --all && dpkg-query --show && python --version"
+        words = ("--rm", "--network", "none", "--entrypoint", "sh", image, "-c", look)
+        return sorted(self.run("run", *words).splitlines())
+
     def forget_images(self) -> None:
         """What these tests have built."""
         if self._built:
@@ -123,27 +137,32 @@ def engine(folder: Path) -> Iterator[Engine]:
                 found.end_all()
                 found.forget_images()
             return
-    kept = os.environ.get("DSTRAIN_TEST_ENGINE")
-    place = Path(kept) if kept else folder / "engine"
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with _daemon(place) as environment:
-            made = Engine(environment, _OWN_BASE, folder)
-            if made.tried("image", "inspect", _OWN_BASE).returncode:
-                _import_base(made, place)
-            try:
-                yield made
-            finally:
-                made.end_all()
-    finally:
-        if not kept:
-            shutil.rmtree(place)
+    _refuse_what_lacks()
+    with kept_folder("engine", _key(), folder / "engine") as (place, kept), _daemon(place) as environment:
+        made = Engine(environment, _OWN_BASE, folder)
+        # Of tests that were killed.
+        if left := made.run("ps", "--all", "--quiet").split():
+            made.run("rm", "--force", *left)
+        made.run("network", "prune", "--force")
+        if made.tried("image", "inspect", _OWN_BASE).returncode:
+            _import_base(made, place)
+        try:
+            yield made
+        finally:
+            made.end_all()
+            if kept:
+                made.forget_images()
+                made.tried("builder", "prune", "--force", "--keep-storage", _KEPT_STEPS)
+
+
+def _key() -> str:
+    ours = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return key_of(*ours, *package_sources(), time.strftime("%G-%V"))
 
 
 @contextmanager
 def _daemon(place: Path) -> Iterator[dict[str, str]]:
     """Unpacks and starts dockerd, and ends it; yields the environment of its clients."""
-    _refuse_what_lacks()
     programs = _unpack(place)
     path = os.pathsep.join([*map(str, programs), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     environment = {
@@ -154,6 +173,7 @@ def _daemon(place: Path) -> Iterator[dict[str, str]]:
     }
     # The machine's own file may hold what contradicts ours.
     (place / "daemon.json").write_text("{}")
+    (place / "pid").unlink(missing_ok=True)  # of one that was killed: its number may be another's by now
     command = [
         *("setpriv", "--pdeathsig", "TERM"),  # it ends with the tests, however they end
         *("dockerd", "--config-file", str(place / "daemon.json"), "--host", environment["DOCKER_HOST"]),

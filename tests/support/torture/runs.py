@@ -15,7 +15,7 @@ import yaml
 from dstrain.runs.checkpoint.integrity import wrong_files
 from dstrain.runs.checkpoint.manifest import damage_of, files_of, named_checkpoints, read_manifest
 from dstrain.runs.run_folder import RunFolder
-from tests.e2e.conftest import LLAMA
+from tests.support.materials import LLAMA
 from tests.support.torture.attempt import ALL, Attempt
 from tests.support.torture.moments import START, STEP, Moment
 
