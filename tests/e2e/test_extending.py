@@ -41,3 +41,38 @@ def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, re
     assert json.loads((folder.path / "best-step.json").read_text()) == {"step": best, "loss": losses[best]}
     assert f"best validation loss so far: {losses[best]:.4f} at step {best}" in said.out
     assert best > 0 and "not covered by the equality proof: hook my_hooks:BestStep" in said.out
+
+
+def test_the_optimizer_of_the_page_trains_alike_in_two_layouts(
+    dstrain: Callable[..., Said], place: Path, repository: Path
+) -> None:
+    page = repository / "docs" / "extending.md"
+    code = next(block for block in blocks(page, "python") if "torch.optim.Optimizer" in block)
+    config = next(block for block in blocks(page, "yaml") if "optimizer:" in block)
+    assert len(code.splitlines()) < 30, "short enough to be read at once"
+    (place / "my_optimizers.py").write_text(code)
+    (place / "my.yaml").write_text(config)
+    small = [
+        *(
+            "--model",
+            "model",
+            "--data",
+            "text.jsonl",
+            "--steps",
+            "6",
+            "--seq-len",
+            "32",
+            "--global-batch",
+            "8",
+        ),
+        *("--micro-batch", "2", "--set", "eval_every=0", "--set", "sample_tokens=0", "--save-every", "never"),
+        *("--set", "warmup_steps=0", "--set", "lr_schedule=constant"),
+    ]
+    losses = []
+    for name, layout in {"one": ("--zero", "0"), "staged": ("--zero", "1", "--pipeline", "2")}.items():
+        said = dstrain("run", "--config", "my.yaml", *small, *layout, "--name", name)
+        assert said.code == 0, said.out + said.err
+        lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([record["loss"] for record in map(json.loads, lines) if record["step"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0], "it learns"
