@@ -28,6 +28,8 @@ def show_plan(plan: Plan, console: Console, *, verbose: bool) -> None:
 def _show_summary(plan: Plan, console: Console) -> None:
     _show_arithmetic(plan, console)
     console.print(headed("layout", _layout(plan)))
+    if not plan.run_config.saves:
+        console.print(headed("disk", _disk(plan)))
     _show_verdict(plan, console)
     if plan.time is not None:
         steps = plan.run_config.steps
