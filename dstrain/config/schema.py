@@ -221,7 +221,7 @@ class RunConfig(BaseModel):
         " started from",
     )
 
-    # DeepSpeed's own keys.
+    # DeepSpeed keys.
     ds_config: str | None = Field(
         None, description="DeepSpeed JSON file, applied on top of the generated config"
     )
