@@ -215,7 +215,7 @@ def test_threads_without_file_locks_still_agree(corpus, tmp_path, monkeypatch):
     ("text", "seq_len", "validation", "words", "advice"),
     [
         ("abc", 8, 0, "4 tokens, but one row needs 8", "set seq_len to 4 or less"),
-        ("a" * 99, 90, 0.5, "100 tokens, 50 of them to train on,", "set seq_len to 50 or less"),
+        ("a" * 99, 90, 0.5, "100 tokens (50 of them to train on)", "set seq_len to 50 or less"),
         ("a" * 99, 20, 0.05, "holds back 5 tokens", "set validation to 0.2, set validation to 0 (none)"),
         ("a" * 99, 60, 0.4, "holds back 40 tokens", "set validation to 0 (none)"),
         ("a" * 99, 0, 0, "seq_len is 0", None),

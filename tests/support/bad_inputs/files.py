@@ -169,7 +169,8 @@ JSON = {
         {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero="
     ),
     "ds-config: a block replaced": _json(
-        {"zero_optimization": None}, "d.json", "zero_optimization must be a block of keys, not null", "zero_optimization"
+        {"zero_optimization": None}, "d.json", "zero_optimization must be a block of keys, not null",
+        "zero_optimization"
     ),
     "ds-config: a typo": _json(
         '{\n "gradient_cliping": 1.0\n}', "d.json:2", "'gradient_cliping'", "did you mean gradient_clipping?"

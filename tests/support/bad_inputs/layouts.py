@@ -54,7 +54,8 @@ LAYOUTS = {
         hint="--pipeline 4 or less",
     ),
     "dualpipev with one stage": run(
-        "--schedule", "dualpipev", place="--schedule", reason="requires --pipeline 2 or more", hint="--pipeline 2 or more"
+        "--schedule", "dualpipev", place="--schedule", reason="requires --pipeline 2 or more",
+        hint="--pipeline 2 or more"
     ),
     "dualpipev with more spans than layers": run(
         "--schedule", "dualpipev", "--pipeline", "3", "--global-batch", "48",
@@ -88,7 +89,8 @@ LAYOUTS = {
         hint="--partition 4,4"
     ),
     "partition: too many blocks": run(
-        "--partition", "2,2", "--pipeline", "2", place="--partition", reason="has 4 blocks in total", hint="--partition 1,1"
+        "--partition", "2,2", "--pipeline", "2", place="--partition", reason="has 4 blocks in total",
+        hint="--partition 1,1"
     ),
     "partition: a stage in the middle without a block": run(
         "--partition", "1,0,1", "--pipeline", "3", place="--partition", reason="stage 2 of 3 without a layer",

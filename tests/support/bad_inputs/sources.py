@@ -154,7 +154,8 @@ NAMES = {
     "name: an escape sequence": run("--name", "\x1b[31mx", place="--name", reason=r"'\x1b[31mx'", hint="letters"),
     "name: a tab": run("--name", "a\tb", place="--name", reason=r"'a\tb' is not a valid folder name", hint="letters"),
     "name: of a run that is there": run(
-        files={"runs/x": None}, place="--name", reason="runs/x already exists", hint="continue it with `dstrain resume x`"
+        files={"runs/x": None}, place="--name", reason="runs/x already exists",
+        hint="continue it with `dstrain resume x`"
     ),
     "runs_dir: a file": run(
         "--set", "runs_dir=f", files={"f": "x"}, place="--set runs_dir", reason="f is a file",
