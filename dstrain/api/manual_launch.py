@@ -17,7 +17,7 @@ def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
     These ranks are not monitored: if one fails, the others may hang.
 
     Raises:
-        DstrainError: another training lies in the folder, or goes on in it; it can't be written; the disk is full.
+        DstrainError: the folder holds another run, or one that is still running; it can't be written; the disk is full.
     """
     folder = job.folder
     refuse_other_training(job.planned.plan, folder, events)

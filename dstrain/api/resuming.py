@@ -33,7 +33,7 @@ def resume(
     Args:
         run: a run folder, or a run's name below ``runs/``.
         changes: config keys that change, such as ``{"steps": 200}`` to train longer, or ``{"zero": 3, "pipeline": 1}``
-            to go on in another layout.
+            to continue in another layout.
         node_rank: as in `run`.
         events: told of what happens.
 

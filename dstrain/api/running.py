@@ -61,7 +61,7 @@ def run(
 
     Args:
         config: from `load_config`. ``name`` names the run folder; without one it is made from date and model.
-        resume: go on in the run folder of that name.
+        resume: resume the run of that name.
         node_rank: with ``launcher: none``, which node this is, from 0 on.
         events: told of what happens.
 

@@ -51,7 +51,7 @@ def slurm_job(
         gpus_per_node: GPUs of each node; a rank on each.
         tasks_per_node: ranks of each node, where there are no GPUs.
         options: further options of sbatch, such as ``--time=04:00:00``.
-        resume: go on in the run folder of the config's ``name``.
+        resume: resume the run of the config's ``name``.
 
     Raises:
         DstrainError: the config is refused, or names other places than Slurm's.

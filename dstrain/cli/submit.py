@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Write a Slurm batch script for a run, and submit it.
 
-    The job plans and trains when Slurm starts it. It saves and goes back into the queue when its time is over, and
-    goes on from there; so it does when it was preempted.
+    The job plans and trains when Slurm starts it. Before its time limit it saves and requeues itself, and
+    continues when it is scheduled again; likewise when it is preempted.
     """
     from dstrain.api.configuring import load_config
     from dstrain.api.submitting import slurm_job, submit

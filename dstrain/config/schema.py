@@ -174,8 +174,8 @@ class RunConfig(BaseModel):
     )
     launcher: Literal["local", "pdsh", "openmpi", "torchrun", "slurm", "none"] | None = Field(
         None,
-        description="how ranks are started; default: local, pdsh if a hostfile names other machines, slurm in a Slurm"
-        " job; none: you start dstrain on each node",
+        description="how ranks are started; default: local, pdsh if a hostfile names other machines,"
+        " slurm in a Slurm job with several nodes; none: you start dstrain on each node",
     )
     nodes: PositiveInt | None = Field(
         None, description="with launcher: none: number of nodes on which you start dstrain; default: 1"
@@ -245,7 +245,7 @@ class RunConfig(BaseModel):
         " started from",
     )
 
-    # DeepSpeed's own keys.
+    # DeepSpeed keys.
     ds_config: str | None = Field(
         None, description="DeepSpeed JSON file, applied on top of the generated config"
     )

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             tag = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"this is not a {tag}, as its tag (!) claims", node.start_mark
+                None, None, f"this is not a valid {tag}, although its tag (!) says so", node.start_mark
             ) from None
 
 

@@ -151,7 +151,7 @@ def _check_rows(
 ) -> None:
     if train.size < seq_len:
         total = f"{tokens.stream.size:,} tokens"
-        found = f"{total}, {train.size:,} of them to train on," if held is not None else total
+        found = f"{total} ({train.size:,} of them to train on)" if held is not None else total
         raise DstrainError(
             f"this source has {found}, but one row needs {seq_len:,}",
             hint=f"set seq_len to {train.size:,} or less, or add more text",

@@ -111,7 +111,7 @@ done
 # Its time is over, or it is preempted, of which Slurm tells the ranks alone. TERM says that somebody ends the job: who
 # requeues it needs no help, and who cancels it wants none.
 if [ "$code" = {resumable} ] && [ "$stopped_by" != TERM ]; then
-    echo "the run goes on when job $SLURM_JOB_ID gets its turn again"
+    echo "the run continues when job $SLURM_JOB_ID is scheduled again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -44,7 +44,7 @@ class HookSpec:
     Attributes:
         name: ``module:Class``.
         options: the keyword arguments that it is made with.
-        optional: whether the run goes on without it where it fails; None: as its class says.
+        optional: whether the run continues without it if it fails; None: as its class says.
     """
 
     name: str

@@ -24,7 +24,7 @@ class Deviation:
 
     def __str__(self) -> str:
         where = f"step {self.step}: {self.what}" if self.step else f"before training: {self.what}"
-        text = f"{where} was {self.was!r}, now {self.now!r}"
+        text = f"{where} was {self.was!r} and is {self.now!r}"
         if self.was is None or self.now is None:
             return text
         apart = abs(self.now - self.was) / max(abs(self.was), math.ulp(0.0))

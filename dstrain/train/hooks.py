@@ -39,7 +39,7 @@ class StartInfo:
         run_id: 16 hexadecimal digits, the same after a restart or a resume.
         config: every key of the run config, and ``origins``: where each value came from.
         plan: what was decided: model, parameters, layout, batch, device, world size.
-        first_step: the step that this launch begins with; above 1 the run goes on from a checkpoint.
+        first_step: the step that this launch begins with; above 1 the run resumes from a checkpoint.
         rank, world_size: of this process.
     """
 

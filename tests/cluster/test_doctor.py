@@ -189,7 +189,7 @@ def refused(faulty: Cluster, environment: dict[str, str]) -> Result:
     ("host", "message", "fix"),
     [
         ("n2", "Permission denied (publickey)", "ssh-copy-id n2"),
-        ("n3", "torch: 1.0, and 2.", "install the same on all hosts"),
+        ("n3", "torch: 1.0, and 2.", "install the same version on all hosts"),
         ("n4", "there is no python at ", "virtual environment at the same path on n4"),
         ("n5", "does not know the key of n5", "ssh n5 once manually"),
         ("n6", "can't connect to n1 at TCP port", "between n6 and n1"),

@@ -243,7 +243,7 @@ def test_a_killed_rank_of_a_job_ends_it_and_is_named(slurm_site: Placement) -> N
     slurm.wait_for(job, "FAILED", seconds=END_SECONDS)
     said = (slurm_site.place / f"job-{job}.log").read_text()
     assert "rank 3 on n2: " in said and "SIGKILL" in said
-    assert "goes on from step-" in said
+    assert "continues from step-" in said
     slurm_site.nothing_is_left()
 
 

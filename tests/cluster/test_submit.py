@@ -97,7 +97,7 @@ def test_a_job_whose_time_is_over_goes_on(jobs: Jobs, undisturbed: list[dict[str
     log = jobs.log("time")
     assert jobs.slurm.state(job) == "COMPLETED", log
     assert jobs.slurm.show(job)["Restarts"] == "1"
-    assert "the run goes on when job" in log and "goes on from step-" in log
+    assert "the run continues when job" in log and "continues from step-" in log
     assert jobs.numbers("time") == undisturbed
 
 
@@ -115,7 +115,7 @@ def test_a_preempted_job_goes_on(jobs: Jobs, undisturbed: list[dict[str, Any]]) 
     assert jobs.slurm.show(job)["Restarts"] == "1"
     seen = read_metrics(jobs.place / "seen")[-1]["step"]
     assert 0 < seen < STEPS
-    assert f"goes on from step-{seen:06d}" in jobs.log("preempted"), jobs.log("preempted")
+    assert f"continues from step-{seen:06d}" in jobs.log("preempted"), jobs.log("preempted")
     assert jobs.numbers("preempted") == undisturbed
 
 

@@ -80,7 +80,7 @@ def test_without_packing_a_row_holds_one_document(corpus, tmp_path):
 
 def test_documents_shorter_than_a_row_are_enough_without_packing(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(DstrainError, match="one row takes 64"):
+    with pytest.raises(DstrainError, match="one row needs 64"):
         prepare(str(tmp_path / "a.txt"), "bytes", 64, 0, tmp_path / "cache")
     data = prepare(str(tmp_path / "a.txt"), "bytes", 64, 0, tmp_path / "cache", pack=False)
     assert len(data.train) == 1 and data.train.label_tokens(np.array([0])).tolist() == [5]
@@ -215,13 +215,13 @@ def test_threads_without_file_locks_still_agree(corpus, tmp_path, monkeypatch):
     ("text", "seq_len", "validation", "words", "advice"),
     [
         ("abc", 8, 0, "4 tokens, but one row needs 8", "set seq_len to 4 or less"),
-        ("a" * 99, 90, 0.5, "100 tokens, 50 of them to train on,", "set seq_len to 50 or less"),
-        ("a" * 99, 20, 0.05, "keeps 5 tokens", "set validation to 0.2, set validation to 0 (none)"),
-        ("a" * 99, 60, 0.4, "keeps 40 tokens", "set validation to 0 (none)"),
+        ("a" * 99, 90, 0.5, "100 tokens (50 of them to train on)", "set seq_len to 50 or less"),
+        ("a" * 99, 20, 0.05, "holds back 5 tokens", "set validation to 0.2, set validation to 0 (none)"),
+        ("a" * 99, 60, 0.4, "holds back 40 tokens", "set validation to 0 (none)"),
         ("a" * 99, 0, 0, "seq_len is 0", None),
-        ("a" * 99, 8, 1, "validation is 1", "0.01 keeps"),
-        ("a" * 99, 8, -0.1, "validation is -0.1", "0.01 keeps"),
-        ("a" * 99, 8, float("nan"), "validation is nan", "0.01 keeps"),
+        ("a" * 99, 8, 1, "validation is 1", "0.01 holds back"),
+        ("a" * 99, 8, -0.1, "validation is -0.1", "0.01 holds back"),
+        ("a" * 99, 8, float("nan"), "validation is nan", "0.01 holds back"),
     ],
 )
 def test_too_little_text_and_senseless_shares_are_refused(tmp_path, text, seq_len, validation, words, advice):

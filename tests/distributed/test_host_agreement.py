@@ -73,7 +73,7 @@ def test_a_checkpoint_to_go_on_from_is_shared_even_if_no_other_is_made(tmp_path:
     places = folders(tmp_path, shared=False)
     (tmp_path / "n1" / "checkpoints" / "step-000002").mkdir(parents=True)
     said = run(3, agree, places, {"saves": False, "save_weights": False})
-    assert all(text is not None and "all ranks read the checkpoint to go on from" in text for text in said)
+    assert all(text is not None and "all ranks read the checkpoint to resume from" in text for text in said)
 
 
 @pytest.mark.parametrize("there", [None, b"shorter"])

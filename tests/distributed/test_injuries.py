@@ -226,7 +226,7 @@ def test_an_injury_is_found_and_the_one_before_is_used(injury: str, looked: list
     swapped = "swapped" in injury or "exchanged" in injury  # both of them are injured
     assert chosen == of_the_other == ("step-000002" if swapped else BEFORE)
     assert not silent, "rank 0 speaks"
-    lines = [line for line in said if line.startswith(f"{NEWEST} is not used: ")]
+    lines = [line for line in said if line.startswith(f"{NEWEST} is skipped: ")]
     assert len(lines) == 1 and "\n" not in lines[0], said
     file = injury.split(": ")[0]
     assert file in lines[0] or not file.endswith(".pt"), lines
@@ -250,7 +250,7 @@ def test_what_is_trained_after_an_injury_is_what_would_have_been_trained(
     shutil.copytree(healthy[0], folder)
     INJURIES["layer_03-model_states.pt: a bit in the middle"](folder)
     told = run(2, train, CASE, str(folder), RUN, 8)[0]
-    assert [line for line in told["said"] if line.startswith(f"{NEWEST} is not used: ")]
+    assert [line for line in told["said"] if line.startswith(f"{NEWEST} is skipped: ")]
     assert list(told["losses"]) == [5, 6, 7, 8]
     assert {step: told["losses"][step] for step in (5, 6)} == {
         step: unbroken["losses"][step] for step in (5, 6)
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(
     chosen, said = run(2, look_at, str(folder))[0]
     assert chosen == BEFORE
     why = f"it belongs to another run ({OTHER_RUN}, this one is {RUN})"
-    assert said == [f"{NEWEST} is not used: {why}; the run goes on from {BEFORE}"]
+    assert said == [f"{NEWEST} is skipped: {why}; the run continues from {BEFORE}"]
 
 
 def test_no_usable_one_left_is_an_error_and_no_new_start(healthy: tuple[Path, Any], tmp_path: Path) -> None:

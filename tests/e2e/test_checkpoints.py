@@ -177,9 +177,9 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(
     flip_a_bit(next((folder / "checkpoints" / "step-000006" / "state").glob("*optim_states.pt")))
     said = dstrain("resume", "hurt", "--steps", "8")
     assert said.code == 0, said.out + said.err
-    notes = [line for line in said.out.splitlines() if line.startswith("note   step-000006 is not used: ")]
+    notes = [line for line in said.out.splitlines() if line.startswith("note   step-000006 is skipped: ")]
     assert len(notes) == 1 and "does not match its checksum" in notes[0], said.out
-    assert "step-000006 is not used: " in (folder / "logs" / "rank-0.log").read_text()
+    assert "step-000006 is skipped: " in (folder / "logs" / "rank-0.log").read_text()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(9))
     losses = {record["step"]: record["loss"] for record in map(json.loads, before[1:])}

@@ -258,7 +258,7 @@ def test_generate_ends_with_the_positions(tmp_path: Path, capsys: pytest.Capture
     many = capsys.readouterr()
     assert many.out == four.out
     assert many.err.endswith(
-        "dstrain: --tokens 200 is cut to 4: the model has 64 positions, and the prompt takes 60\n"
+        "dstrain: --tokens 200 is reduced to 4: the model has 64 positions, and the prompt takes 60\n"
     )
     with pytest.raises(
         DstrainError,
@@ -288,7 +288,9 @@ def test_a_damaged_checkpoint_is_refused(bench: Bench) -> None:
     newest.unlink()
     older = copy / "checkpoints" / "step-000004" / "state" / "layer_01-model_states.pt"
     older.write_bytes(bytes(older.stat().st_size))
-    check(bench("export", "damaged", "other", "--step", "6"), "no checkpoint of step 6", "there are: 2, 4")
+    check(
+        bench("export", "damaged", "other", "--step", "6"), "no checkpoint of step 6", "available steps: 2, 4"
+    )
     check(bench("export", "damaged", "other"), "layer_01-model_states.pt", "can't be read")
     assert not (bench.place / "other").exists()
 
@@ -308,7 +310,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "OUT is full": (["export", "saved", "full"], ["OUT: full is not empty", "hint"]),
     "OUT is a file": (["export", "saved", "file"], ["OUT: file is a file", "hint"]),
     "OUT below a file": (["export", "saved", "file/er/out"], ["OUT: file/er/out can't be created", "file is a file"]),
-    "step that is none": (["export", "saved", "out", "--step", "7"], ["--step", "step 7", "there are: 3, 12"]),
+    "step that is none": (["export", "saved", "out", "--step", "7"], ["--step", "step 7", "available steps: 3, 12"]),
     "step in words": (["export", "saved", "out", "--step", "last"], ["--step", "'last'"]),
     "dtype that is none": (["export", "saved", "out", "--dtype", "int8"], ["--dtype", "'bf16'"]),
     "generate from nothing": (["generate", "none", "x"], ["FOLDER", "none is not a model folder", "dstrain export"]),

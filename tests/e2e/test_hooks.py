@@ -163,7 +163,7 @@ def tracked(workshop: Workshop) -> Iterator[RunFolder]:
     assert said.code == 0, said.out + said.err
     assert "not covered by the equality proof: hook watching:Watching, hook watching:Everywhere" in said.out
     [dropped] = [line for line in said.out.splitlines() if "OnlySteps failed" in line]
-    assert "in on_step: ValueError: the loss was" in dropped and "the run goes on without it" in dropped
+    assert "in on_step: ValueError: the loss was" in dropped and "the run continues without it" in dropped
     assert "left behind" not in said.out and not left_running(folder)
     place = workshop.place / "elsewhere"
     place.mkdir()

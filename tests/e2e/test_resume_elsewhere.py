@@ -123,5 +123,5 @@ def test_code_in_a_checkpoint_is_never_run(place: Path, dstrain: Callable[..., S
         assert said.code, said.out
         assert said.err.count("refers to posix.system, which does not belong in a checkpoint") == 1, said.err
         assert "step-000001/state/mp_rank_00_model_states.pt: this checkpoint file" in said.err
-        assert "Traceback" not in said.err and "goes on from step-000001" not in said.err, said.err
+        assert "Traceback" not in said.err and "continues from step-000001" not in said.err, said.err
         assert not marker.exists(), f"{command} has run what the checkpoint names"

@@ -178,7 +178,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(workshop: Workshop, 
     before = complete_checkpoints(folder.checkpoints)[-1].name
     said = workshop.run("resume", "killed")
     assert said.code == 0, said.out + said.err
-    assert f"goes on from {before}" in said.out
+    assert f"continues from {before}" in said.out
     assert_as_undisturbed(workshop, folder)
 
 

@@ -102,7 +102,7 @@ def test_mlflow_is_left_behind(fault: Fault, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         failed, left = launch(MlflowTracker, tmp_path, 1, 5, completed=True)
     assert asked or fault == "refuses"
-    assert "MlflowException" in failed and "the run goes on" in failed and KEY not in failed
+    assert "MlflowException" in failed and "the run continues" in failed and KEY not in failed
     assert "6 steps are not written" in left
     assert not holding_the_key(tmp_path)
 

@@ -104,7 +104,7 @@ def test_what_fails_is_tried_again_and_said_once(what: str, start: StartInfo) ->
     library.wait(60)
     assert [record["step"] for record in library.got] == list(range(1, 20))
     [line] = library.lines
-    assert "ConnectionError" in line and "the run goes on" in line and "second line" not in line
+    assert "ConnectionError" in line and "the run continues" in line and "second line" not in line
     assert "hunter22" not in line
 
 

@@ -290,12 +290,12 @@ def empty_file(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "truncated shard": (truncate, ["cut off", "header describes", ".safetensors"]),
+    "truncated shard": (truncate, ["truncated", "header describes", ".safetensors"]),
     "missing shard": (lambda f: (f / shard_of(f, Q)).unlink(), ["is missing", "model.safetensors.index.json"]),
-    "tensor not where the index says": (drop_tensor, ["does not hold " + Q, "index.json", "do not belong together"]),
-    "tensor nowhere": (drop_everywhere, ["do not hold " + Q, "the model needs"]),
+    "tensor not where the index says": (drop_tensor, ["does not contain " + Q, "index.json", "do not belong together"]),
+    "tensor nowhere": (drop_everywhere, ["do not contain " + Q, "the model needs"]),
     "missing index entry": (
-        lambda f: edit_index(f, lambda e: e.pop(Q)), ["do not hold " + Q, "the index does not name it"]
+        lambda f: edit_index(f, lambda e: e.pop(Q)), ["do not contain " + Q, "the index does not name it"]
     ),
     "wrong shape": (other_shape, [Q, "[8, 32]", "[32, 32]"]),
     "another vocabulary": (other_vocabulary, ["[99, 32]", "[120, 32]", "config.json"]),

@@ -76,7 +76,7 @@ time.sleep(1.4); os._exit(9)
     outcome = fake.run(TWO_RANKS, rank)
     assert outcome.cause is not None
     assert (outcome.cause.rank, outcome.cause.host) == (1, "n2")
-    assert "ended without a word" in outcome.cause.reason
+    assert "ended without a message" in outcome.cause.reason
 
 
 def test_ranks_notice_the_end_of_their_launcher(fake: Fake) -> None:

@@ -128,7 +128,7 @@ def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     assert restarting.next_attempt(DstrainError("a rank was killed"), trained=True) is before
     said = "\n".join(heard.notes)
-    assert "elastic: on n1, n2, n4: 24 samples a step" in said and "without n3: No route to host" in said
+    assert "elastic: on n1, n2, n4: 24 samples per step" in said and "without n3: No route to host" in said
     assert "restart: 2 of 3" in said
 
 

@@ -131,7 +131,7 @@ def test_a_tied_weight_that_is_frozen_counts_once(name: str) -> None:
 def test_the_key_is_said_once() -> None:
     assert str(refused(pipeline=2, partition="3,4")).startswith("--partition: 3,4 has 7 blocks")
     assert str(refused(pipeline=2, settings=("partition=3,4,5",))).startswith("--set partition: 3,4,5 has")
-    assert refused(zero=3, offload="nvme").message.startswith("requires nvme_path")
+    assert refused(zero=3, offload="nvme").message.startswith("--offload nvme requires nvme_path")
 
 
 def test_the_partition_counts_blocks() -> None:

@@ -97,7 +97,7 @@ def test_rank_0_must_see_the_supervisors_folder(tmp_path: Path, monkeypatch: pyt
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.launch.write_text("an earlier launch\n")
-    with pytest.raises(DstrainError, match=f"{HERE}, does not see the run folder"):
+    with pytest.raises(DstrainError, match=f"{HERE}, can't see the run folder"):
         keep_plan(folder, Line("the plan", "a launch"), rank=0)  # type: ignore[arg-type]
     assert not folder.plan.exists()
     folder.launch.write_text("a launch\n")

@@ -26,7 +26,7 @@ def test_a_run_that_left_in_order_can_be_resumed(tmp_path: Path) -> None:
     assert (result.step, result.completed, result.saved) == (3, False, True)
     error = shown(result)
     assert error.exit_code == result.exit_code == RESUMABLE
-    assert "stopped after step 3, which is saved" in str(error) and "goes on from there" in str(error)
+    assert "stopped after step 3, which is saved" in str(error) and "continues from there" in str(error)
 
 
 def test_without_checkpoints_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -41,13 +41,13 @@ def test_a_log_on_another_hosts_disk_is_looked_for_there(tmp_path: Path) -> None
     with pytest.raises(RunFailedError) as caught:
         result_of(outcome, folder, saves=True)
     text = str(caught.value)
-    assert f"The end of {folder.rank_log(3)} (on n2):\n  | Traceback ...\n  | its last line\n" in text
+    assert f"Last lines of {folder.rank_log(3)} (on n2):\n  | Traceback ...\n  | its last line\n" in text
     assert (caught.value.rank, caught.value.host, caught.value.reason) == (3, "n2", "ValueError: no")
     folder.logs.mkdir()
     folder.rank_log(3).touch()
     with pytest.raises(RunFailedError) as caught:
         result_of(outcome, folder, saves=True)
-    assert f"The end of {folder.rank_log(3)}:\n" in str(caught.value)
+    assert f"Last lines of {folder.rank_log(3)}:\n" in str(caught.value)
 
 
 def test_a_run_that_completed(tmp_path: Path) -> None:

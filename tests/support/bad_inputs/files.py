@@ -20,7 +20,7 @@ YAML = {
     ),
     "tab": config("steps: 3\n\tlr: 1\n", 2, "'\\t'", "spaces, not with tabs"),
     "tab inside": config("deepspeed:\n\taio: {}\n", 2, "'\\t'", "spaces, not with tabs"),
-    "two colons": config("steps: 3: 4\n", 1, "mapping values are not allowed", "into quotes"),
+    "two colons": config("steps: 3: 4\n", 1, "mapping values are not allowed", "quote a text"),
     "bracket left open": config(
         "steps: 3\nbetas: [0.1\nlr: 1\n", 3, "not valid YAML", "close the bracket [ of line 2"
     ),
@@ -43,10 +43,10 @@ YAML = {
     "an alias of nothing": config("steps: *many\n", 1, "undefined alias", "&NAME"),
     "a tag of Python": config("prompt: !!python/object:os.system x\n", 1, "not valid YAML", "remove the tag"),
     "a tag of its own": config("steps: !many 3\n", 1, "not valid YAML", "remove the tag"),
-    "a tag that is not true": config("steps: !!int many\n", 1, "no int", "remove the tag"),
-    "a tag of nothing": config("steps: !!int\n", 1, "no int", "remove the tag"),
-    "a date that is none": config("prompt: !!timestamp 2020-99-99\n", 1, "no timestamp", "remove the tag"),
-    "a truth that is none": config("pack: !!bool maybe\n", 1, "no bool", "remove the tag"),
+    "a tag that is not true": config("steps: !!int many\n", 1, "not a valid int", "remove the tag"),
+    "a tag of nothing": config("steps: !!int\n", 1, "not a valid int", "remove the tag"),
+    "a date that is none": config("prompt: !!timestamp 2020-99-99\n", 1, "not a valid timestamp", "remove the tag"),
+    "a truth that is none": config("pack: !!bool maybe\n", 1, "not a valid bool", "remove the tag"),
     "two documents": config("steps: 1\n--- \nsteps: 2\n", 2, "single document", "a file holds one config"),
     "a number of 5,000 digits": config("lr: 1\nsteps: " + "9" * 5000 + "\n", 2, "5,000 digits", "smaller number"),
     "5,000 hexadecimal digits": config("steps: 0x" + "f" * 5000 + "\n", 1, "5,002 digits", "smaller number"),
@@ -132,15 +132,15 @@ HOSTFILES = {
     "hostfile: empty": _hosts("", 1, "lists no hosts", "name slots=N"),
     "hostfile: only comments": _hosts("# n1 slots=4\n", 1, "lists no hosts", "name slots=N"),
     "hostfile: bare host": _hosts("# ours\nnode1\n", 2, "node1 has no slots", "node1 slots=N"),
-    "hostfile: host twice": _hosts("a slots=1\na slots=1\n", 2, "line 1 already", "one line"),
+    "hostfile: host twice": _hosts("a slots=1\na slots=1\n", 2, "first listed on line 1", "one line"),
     "hostfile: host twice, short and full": _hosts(
         "n1 slots=1\nn1.example.com slots=1\n", 2, "as n1", "one line"
     ),
     "hostfile: no host name": _hosts("n1;reboot slots=4\n", 1, "not a host name", "letters, digits"),
     "hostfile: a user": _hosts("me@n1 slots=4\n", 1, "not a host name", "~/.ssh/config"),
     "hostfile: IPv6": _hosts("2001:db8::1 slots=1\n", 1, "not a host name", "IPv6"),
-    "hostfile: another key": _hosts("n1 gpus=4\n", 1, "'gpus=4' stands where", "n1 slots=N"),
-    "hostfile: no slots": _hosts("n1 slots=0\n", 1, "slots=0 is not a number", "from 1 on"),
+    "hostfile: another key": _hosts("n1 gpus=4\n", 1, "expected slots=N, found 'gpus=4'", "n1 slots=N"),
+    "hostfile: no slots": _hosts("n1 slots=0\n", 1, "slots=0 is not a number", "1 or more"),
     "hostfile: slots in words": _hosts("n1 slots=all\n", 1, "slots=all is not a number", "whole number"),
     "hostfile: more than one thing": _hosts("n1 slots=4 max_slots=8\n", 1, "unexpected text", "n1 slots=4"),
     "hostfile: UTF-16": _hosts("n1 slots=4\n".encode("utf-16"), 1, "UTF-16", "iconv"),
@@ -169,7 +169,8 @@ JSON = {
         {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero="
     ),
     "ds-config: a block replaced": _json(
-        {"zero_optimization": None}, "d.json", "zero_optimization = null", "zero_optimization"
+        {"zero_optimization": None}, "d.json", "zero_optimization must be a block of keys, not null",
+        "zero_optimization"
     ),
     "ds-config: a typo": _json(
         '{\n "gradient_cliping": 1.0\n}', "d.json:2", "'gradient_cliping'", "did you mean gradient_clipping?"

@@ -54,7 +54,8 @@ LAYOUTS = {
         hint="--pipeline 4 or less",
     ),
     "dualpipev with one stage": run(
-        "--schedule", "dualpipev", place="--schedule", reason="there is one stage", hint="--pipeline 2 or more"
+        "--schedule", "dualpipev", place="--schedule", reason="requires --pipeline 2 or more",
+        hint="--pipeline 2 or more"
     ),
     "dualpipev with more spans than layers": run(
         "--schedule", "dualpipev", "--pipeline", "3", "--global-batch", "48",
@@ -88,10 +89,11 @@ LAYOUTS = {
         hint="--partition 4,4"
     ),
     "partition: too many blocks": run(
-        "--partition", "2,2", "--pipeline", "2", place="--partition", reason="makes 4 blocks", hint="--partition 1,1"
+        "--partition", "2,2", "--pipeline", "2", place="--partition", reason="has 4 blocks in total",
+        hint="--partition 1,1"
     ),
     "partition: a stage in the middle without a block": run(
-        "--partition", "1,0,1", "--pipeline", "3", place="--partition", reason="number 2 of 3 without a layer",
+        "--partition", "1,0,1", "--pipeline", "3", place="--partition", reason="stage 2 of 3 without a layer",
         hint="only the first"
     ),
     "partition: huge numbers": run(
@@ -100,24 +102,24 @@ LAYOUTS = {
     # --- batches
     "batch not divisible by replicas": run(
         "--data-parallel", "3", "--micro-batch", "2",
-        place="quickstart.yaml", reason="a global batch of 16 can't be shared by 3 replicas",
+        place="quickstart.yaml", reason="a global batch of 16 can't be divided evenly among 3 replicas",
         hint="--global-batch 12 or 18",
     ),
     "batch smaller than the replicas": run(
         "--data-parallel", "32", "--global-batch", "16",
-        place="--global-batch", reason="16 can't be shared by 32", hint="--global-batch 128",
+        place="--global-batch", reason="16 can't be divided evenly among 32", hint="--global-batch 128",
     ),
     "micro-batch not divisible": run(
-        "--micro-batch", "5", place="--micro-batch", reason="gets 16 samples a step",
+        "--micro-batch", "5", place="--micro-batch", reason="gets 16 samples per step",
         hint="--micro-batch 1, 2, 4, 8, 16"
     ),
     "micro-batch larger than the batch": run(
-        "--micro-batch", "64", place="--micro-batch", reason="micro-batches of 64 do not divide",
+        "--micro-batch", "64", place="--micro-batch", reason="not a multiple of the micro-batch 64",
         hint="1, 2, 4, 8, 16"
     ),
     "an enormous batch": run(
         "--global-batch", "999999999989", "--micro-batch", "7",
-        place="--micro-batch", reason="do not divide", hint="--micro-batch 1",
+        place="--micro-batch", reason="not a multiple of the micro-batch 7", hint="--micro-batch 1",
     ),
     # --- refusals
     "bf16 with ZeRO-0": run(
@@ -155,7 +157,7 @@ LAYOUTS = {
         "--elastic", place="--elastic", reason="--elastic requires --restarts N", hint="--restarts N"
     ),
     "freezing what there is not": run(
-        "--set", "freeze=[model.layer.*]", place="--set freeze", reason="is called 'model.layer.*'",
+        "--set", "freeze=[model.layer.*]", place="--set freeze", reason="matches 'model.layer.*'",
         hint="model.norm.weight"
     ),
     "freezing everything": run(
@@ -231,11 +233,11 @@ LAYOUTS = {
         place="DS_ACCELERATOR", reason="none is visible", hint="nvidia-smi",
     ),
     "submit without ranks": bare(
-        "submit", place="--gpus-per-node", reason="how many ranks", hint="--tasks-per-node N"
+        "submit", place="--gpus-per-node", reason="the number of ranks per node is not set", hint="--tasks-per-node N"
     ),
     "submit with GPUs and tasks": bare(
         "submit", "--gpus-per-node", "4", "--tasks-per-node", "4",
-        place="--gpus-per-node", reason="how many ranks", hint="--tasks-per-node N",
+        place="--gpus-per-node", reason="the number of ranks per node is not set", hint="--tasks-per-node N",
     ),
     "submit with a hostfile": bare(
         "submit", "--tasks-per-node", "2", "--hostfile", "h", files=_FOUR,

@@ -26,7 +26,7 @@ MODELS = {
         "--model", "quickstrat", place="--model", reason="'quickstrat'", hint="did you mean quickstart?"
     ),
     "model: a shape without weights": run(
-        "--model", "quickstart", "--init", "pretrained", place="--init", reason="without weights",
+        "--model", "quickstart", "--init", "pretrained", place="--init", reason="which has no weights",
         hint="--init random"
     ),
     "model: pretrained without a tokenizer": run(
@@ -60,11 +60,11 @@ MODELS = {
     ),
     "seq_len over the model's positions": run(
         "--seq-len", "129", looked=READ,
-        place="--seq-len", reason="more than the model's 128 positions", hint="--seq-len 128 or less",
+        place="--seq-len", reason="exceeds the model's 128 positions", hint="--seq-len 128 or less",
     ),
     "an enormous seq_len": run(
         "--seq-len", "999999999999",
-        place="text.jsonl", reason="one row takes 999,999,999,999", hint="set seq_len to", looked=READ,
+        place="text.jsonl", reason="one row needs 999,999,999,999", hint="set seq_len to", looked=READ,
     ),
     "tokenizer larger than the embedding": run(
         "--model", "m", files={"m/config.json": LLAMA | {"vocab_size": 200, "eos_token_id": 1}}, looked=MEASURED,
@@ -154,7 +154,8 @@ NAMES = {
     "name: an escape sequence": run("--name", "\x1b[31mx", place="--name", reason=r"'\x1b[31mx'", hint="letters"),
     "name: a tab": run("--name", "a\tb", place="--name", reason=r"'a\tb' is not a valid folder name", hint="letters"),
     "name: of a run that is there": run(
-        files={"runs/x": None}, place="--name", reason="runs/x exists", hint="continue it with `dstrain resume x`"
+        files={"runs/x": None}, place="--name", reason="runs/x already exists",
+        hint="continue it with `dstrain resume x`"
     ),
     "runs_dir: a file": run(
         "--set",
@@ -174,7 +175,7 @@ NAMES = {
         "resume", "none", place="RUN", reason="'none' is not a run folder", hint="dstrain run"
     ),
     "resume: another one is there": bare(
-        "resume", "y", files=_RUN, place="RUN", reason="'y' is not a run folder", hint="there are: x"
+        "resume", "y", files=_RUN, place="RUN", reason="'y' is not a run folder", hint="run folders in runs/: x"
     ),
     "resume: a file": bare("resume", "f", files={"f": "x"}, place="RUN", reason="not a run folder", hint="dstrain run"),
     "resume: no run": bare("resume", place="RUN", reason="Missing argument", hint="resume --help"),

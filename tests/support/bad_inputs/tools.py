@@ -70,7 +70,8 @@ CONFIGS = {
     "config check: no file": bare("config", "check", place="FILE", reason="Missing argument", hint="check --help"),
     "config diff: one": bare("config", "diff", "x", files=_RUN, place="RUN_B", reason="Missing", hint="diff --help"),
     "config diff: nothing there": bare(
-        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is not a run folder", hint="there are: x"
+        "config", "diff", "a", "x", files=_RUN, place="RUN", reason="'a' is not a run folder",
+        hint="run folders in runs/: x"
     ),
     "config diff: a spoilt one": bare(
         "config", "diff", "c.yaml", "x", files=_RUN | {"c.yaml": "stpes: 3\n"},

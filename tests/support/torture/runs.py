@@ -178,7 +178,7 @@ class Run:
 
     def check_begin(self, attempt: Attempt, begins_at: int) -> None:
         if begins_at > 1:
-            assert f"goes on from step-{begins_at - 1:06d}\n" in attempt.output.read_text(encoding="utf-8")
+            assert f"continues from step-{begins_at - 1:06d}\n" in attempt.output.read_text(encoding="utf-8")
 
     def check_one_clear_error(self, attempt: Attempt) -> None:
         """One message for the user; the lines of a log that it quotes begin with a bar."""
