@@ -67,11 +67,6 @@ def pinned(package: str) -> str:
     return str(found)
 
 
-def packages(requirements: str) -> list[str]:
-    """The lines of each package: version and marker, and below them its hashes."""
-    return re.split(r"^(?=\w)", requirements, flags=re.MULTILINE)[1:]
-
-
 def resolve(torch: str, options: list[str]) -> dict[str, str]:
     """The new content of each file, by its name, without its head.
 
@@ -96,15 +91,14 @@ def resolve(torch: str, options: list[str]) -> dict[str, str]:
         hashed = ["--constraints", all_pins, "--generate-hashes"]
         without_torch = [*hashed, "--excludes", file("excludes.txt", "torch")]
         runtime = compile_requirements("pyproject.toml", options=without_torch)
-        with_extras = compile_requirements(*everything, options=without_torch)
-        # A package may stand in both files, if it is needed in more places for the extras.
-        added = [one for one in packages(with_extras) if one not in packages(runtime)]
+        in_runtime = re.findall(r"^([\w.-]+)==", runtime, re.MULTILINE)
+        the_others = [word for name in in_runtime for word in ("--no-emit-package", name)]
         return {
             "constraints.txt": Path(all_pins).read_text(),
             "build.txt": compile_requirements(file("build.in", "hatchling"), options=hashed),
             "torch.txt": compile_requirements(on_gpus, options=hashed),
             "runtime.txt": runtime,
-            "extras.txt": "".join(added),
+            "extras.txt": compile_requirements(*everything, options=[*without_torch, *the_others]),
         }
 
 

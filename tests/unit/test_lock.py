@@ -71,13 +71,14 @@ def test_the_hashed_files_cover_pyproject(
     assert not unmet(metadata.core.dependencies, torch | runtime, python), AGAIN
     assert not unmet(extras, torch | runtime | more, python), AGAIN
     assert not unmet(metadata.build.requires, build, python), AGAIN
+    assert not runtime.keys() & more.keys(), "extras.txt is installed together with runtime.txt"
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_hashed_files_agree_with_the_constraints(python: str, repository: Path) -> None:
     pinned = versions(repository / "constraints.txt", python)
     found = [versions(repository / "requirements" / name, python) for name in LOCKS]
-    # Each file by itself, since two may hold one package.
+    # For each file, too: two of them may hold one package.
     assert [file.items() - pinned.items() for file in found] == [set()] * len(LOCKS)
     assert set().union(*found) == pinned.keys()
 
