@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from tests.support.pins import versions
 
 # What runs the tests there, in the versions of constraints.txt.
-_RUNNERS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
+_RUNNERS = ("hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist")
 # Lowest versions were never built for newer compilers. DeepSpeed has no wheels, and is pinned nearly to the digit.
 _WHEELS = ("--only-binary", ":all:", "--no-binary", "deepspeed")
 _PART_OF_TORCH = re.compile("torch$|triton$|nvidia-|cuda-")
