@@ -82,7 +82,7 @@ def test_two_hosts_that_are_well(debian: Cluster, environment: dict[str, str]) -
         ]
         not_ok = {name for name, check in checks.items() if check["status"] != "ok"}
         assert not_ok - {"memory", "disk", "send"} == {"own name"}, "how full or busy this machine is varies"
-        assert f"{host} is 127.0.1.1 to itself" in checks["own name"]["message"]
+        assert f"{host} resolves to 127.0.1.1 on itself" in checks["own name"]["message"]
         assert "/etc/hosts" in checks["own name"]["fix"]
         assert "is shared" in checks["run folder"]["message"]
         assert "(gloo, eth0)" in checks["all-reduce"]["message"]

@@ -361,7 +361,9 @@ def _stacked(lines: list[str], wanted: str) -> bool:
 def _continues(lines: list[str], column: int, wanted: str) -> bool:
     """Whether the lines hold it from this column on: each a piece that ends where a word ends."""
     read = {0}
-    for line in lines:
+    for number, line in enumerate(lines):
+        if number and not line[column:].strip():
+            continue  # rich folds a word that fills its column and leaves a line empty behind it
         read = {end for start in read for end in _pieces(line[column:], wanted, start)}
         if len(wanted) in read or not read:
             return bool(read)
@@ -444,6 +446,10 @@ def set_terminal(patch: pytest.MonkeyPatch, width: int, *, terminal: bool) -> No
 
 WORDS = st.text("abcdefghij0123456789./", min_size=1, max_size=40)
 CELLS = st.lists(WORDS, min_size=0, max_size=4).map(" ".join)
+
+
+def test_a_word_that_fills_its_column_is_read() -> None:
+    assert can_be_read("0000000000\n0000000000\n          \n0000000000\n", "0" * 20 + " " + "0" * 10)
 
 
 @given(st.data())
