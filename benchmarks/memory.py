@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain import __version__
-from dstrain.estimate.disk import in_words
+from dstrain.formatting import format_bytes
 from dstrain.launch.devices import local_devices
 
 STEPS = 4
@@ -145,10 +145,10 @@ def table(asked: argparse.Namespace, card: str, found: dict[Case, Found]) -> str
         "| --- |" + " ---: |" * (len(names) + 3),
     ]
     for case, each in found.items():
-        sizes = [in_words(each.classes[name]) if name in each.classes else "" for name in names]
-        measured = in_words(each.measured) if each.measured else each.why_not
+        sizes = [format_bytes(each.classes[name]) if name in each.classes else "" for name in names]
+        measured = format_bytes(each.measured) if each.measured else each.why_not
         off = f"{100 * (each.predicted / each.measured - 1):+.1f} %" if each.measured else ""
-        lines.append("| " + " | ".join([str(case), *sizes, in_words(each.predicted), measured, off]) + " |")
+        lines.append("| " + " | ".join([str(case), *sizes, format_bytes(each.predicted), measured, off]) + " |")
     return "\n".join(lines)
 
 

@@ -200,7 +200,7 @@ def test_a_full_disk_is_said_before_and_while_writing(
     from dstrain.exporting import writing
     from dstrain.exporting.tensors import ExportedTensors
 
-    with pytest.raises(DstrainError, match=r"takes 1,000,000,000\.0 GB"):
+    with pytest.raises(DstrainError, match=r"needs 1,000,000,000\.0 GB"):
         writing.refuse_full_disk(tmp_path, 10**18)
     writing.refuse_full_disk(tmp_path, 0)
 

@@ -26,7 +26,7 @@ def agree(rank: int, folders: list[str], choices: dict[str, Any]) -> str | None:
     plan: Any = SimpleNamespace(
         layout=SimpleNamespace(hosts=("n1", "n2")),
         run_config=SimpleNamespace(**{"init": "random", **choices}),
-        model={"folder": folders[rank]},
+        model=SimpleNamespace(weights_folder=folders[rank]),
     )
     try:
         check_hosts_agree(RunFolder(folders[rank]), plan)
