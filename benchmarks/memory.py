@@ -148,7 +148,9 @@ def table(asked: argparse.Namespace, card: str, found: dict[Case, Found]) -> str
         sizes = [format_bytes(each.classes[name]) if name in each.classes else "" for name in names]
         measured = format_bytes(each.measured) if each.measured else each.why_not
         off = f"{100 * (each.predicted / each.measured - 1):+.1f} %" if each.measured else ""
-        lines.append("| " + " | ".join([str(case), *sizes, format_bytes(each.predicted), measured, off]) + " |")
+        lines.append(
+            "| " + " | ".join([str(case), *sizes, format_bytes(each.predicted), measured, off]) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -246,6 +246,8 @@ class SavedState:
         for index, names in enumerate(named):
             state = record["optimizer"]["state"].get(index, {})
             for name in names:
+                if name not in weights:
+                    continue  # whoever asks for it is told that the checkpoint does not hold it
                 shared = _shared(state, math.prod(weights[name].shape))
                 for key in shared:
                     yield name, key, self._tensor(path, ("optimizer", "state", index, key), state[key])

@@ -88,7 +88,7 @@ def test_a_file_that_would_run_code_is_refused(
 def test_what_would_run_code_otherwise(named: str, zipped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "file.pt", tmp_path / "marker"
     torch.save({"a": calls(marker)[named]}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DstrainError, match=f"names {named}, which does not belong in a checkpoint"):
+    with pytest.raises(DstrainError, match=f"refers to {named}, which does not belong in a checkpoint"):
         load_safely(path)
     with pytest.raises(DstrainError):
         load_safely(path, mapped=True)

@@ -59,7 +59,7 @@ def test_it_is_found_beside_the_config_trained_and_resumed(
     elsewhere = ("--steps", "6", "--zero", "2", "--pipeline", "1", "--data-parallel", "2")
     other = dstrain_here("resume", "moved", *elsewhere, "--set", "optimizer_options.beta=0.5", "--dry-run")
     assert (
-        other.code == 2 and "optimizer_options = {'beta': 0.8}, and this run has {'beta': 0.5}" in other.err
+        other.code == 2 and "optimizer_options = {'beta': 0.8}, but this run has {'beta': 0.5}" in other.err
     )
     said = dstrain("resume", "moved", *elsewhere)
     assert said.code == 0, said.out + said.err

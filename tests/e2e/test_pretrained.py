@@ -131,7 +131,7 @@ def test_damaged_weights_start_nothing(
     assert dstrain_here("plan", *arguments[1:]).code == 0  # and the good result is kept
     shard = sorted(trained.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
-    one_message(dstrain_here(*arguments), ["cut off", shard.name, "hint"])
+    one_message(dstrain_here(*arguments), ["truncated", shard.name, "hint"])
     shard.unlink()
     one_message(dstrain_here(*arguments), ["is missing", shard.name])
     assert not started and not (place / "runs").exists()

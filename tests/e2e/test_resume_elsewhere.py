@@ -54,7 +54,7 @@ def test_a_run_goes_on_in_another_layout(
         (["--precision", "bf16"], "precision = fp32, but this run has bf16"),
         (["--global-batch", "16"], "global_batch = 8, but this run has 16"),
         (["--pipeline", "2", "--schedule", "dualpipev"], "dualpipev alternates the backward passes"),
-        (["--data-parallel", "3"], "can't be shared by 3 replicas"),
+        (["--data-parallel", "3"], "can't be divided evenly among 3 replicas"),
     ):
         refused = dstrain_here("resume", "moved", "--steps", "6", *elsewhere, *wrong, "--dry-run")
         assert refused.code == 2 and words in refused.err, refused.err

@@ -63,6 +63,11 @@ _WRONG_TYPES = [
     ("sample_tokens", "few", "an integer", "for example sample_tokens: 120"),
     ("ds_config", "{bf16: {enabled: true}}", "a string", "DeepSpeed JSON file"),
     ("deepspeed", "zero2.json", "a dictionary", "DeepSpeed keys"),
+    ("trackers", "3", "must be a list: [tensorboard]", "experiment trackers"),
+    ("hooks", "3", "must be a list: [my_module:MyHook]", "your own hook classes"),
+    ("profile", "3", "a dictionary", "torch.profiler traces"),
+    ("code_dirs", "3", "a list", "folders to import"),
+    ("optimizer_options", "3", "a dictionary", "keyword arguments of an optimizer"),
 ]
 KEYS_WITH_A_WRONG_TYPE = {key for key, *_ in _WRONG_TYPES}
 
