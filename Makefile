@@ -62,8 +62,8 @@ clean:
 
 # torch alone: an index of torch's builds need not have the versions that the other packages are pinned to.
 $(VENV)/.torch: constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dstrain needs Python 3.10 or newer, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dstrain needs Python 3.10 or newer, this is " + sys.version)'
+	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') torch
 	touch $@
 

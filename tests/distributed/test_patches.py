@@ -267,10 +267,11 @@ def test_a_loss_in_chunks_of_tokens_is_the_same_loss(case: Case) -> None:
 
 def test_operators_are_linked_where_the_path_of_torch_holds_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the whole suite shows in a checkout with such a path: `.ci/run` makes one."""
-    import dstrain.engine.deepspeed_patches  # noqa: F401
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
     from torch.utils import cpp_extension
+
+    import dstrain.engine.deepspeed_patches  # noqa: F401
 
     linked_with = []
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/two words/lib")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,8 @@ class _Interpreter:
             stdout=self._out,
             stderr=self._err,
             start_new_session=True,
+            # a program started in a shell's background ignores the interrupt, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.pid = self._process.pid
 
