@@ -103,11 +103,6 @@ def optimizer_facts(name: str) -> OptimizerFacts:
     return _OUTSIDE if is_outside(name) else OPTIMIZERS[name]
 
 
-def not_covered(name: str) -> tuple[str, ...]:
-    """What the proof that all layouts train the same does not know: an optimizer from outside."""
-    return (f"optimizer {name}",) if is_outside(name) else ()
-
-
 def facts_of_type(deepspeed_type: str | None) -> OptimizerFacts | None:
     """The entry for ``optimizer.type`` of a DeepSpeed JSON, in any case; None where there is none."""
     wanted = str(deepspeed_type).lower()

@@ -15,6 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,24 @@ from dstrain.errors import DstrainError
 
 CODE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """``package.module:Name``: a Python name in a module that can be imported."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """User code that a config names.
+
+    Attributes:
+        key: of the config.
+        what: what it is, for messages: ``hook``.
+        name: ``module:name``.
+    """
+
+    key: str
+    what: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.name}"
 
 
 class PluginError(DstrainError):

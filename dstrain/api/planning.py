@@ -19,9 +19,8 @@ from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
-from dstrain.optimizers import is_outside
 from dstrain.planning.checks import refuse
-from dstrain.planning.hooks import check_hooks_here
+from dstrain.planning.hooks import check_trackers_here
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
@@ -111,10 +110,10 @@ def plan_for(
 def check_code_here(resolved: ResolvedConfig) -> None:
     """Refuse code of the user's own that this machine does not have; nothing of it is run. Raises DstrainError."""
     config = resolved.config
-    if is_outside(config.optimizer):
-        where = str(resolved.origin("optimizer"))
-        check_plugin(config.optimizer, config.code_dirs or (), what="optimizer", where=where)
-    check_hooks_here(resolved)
+    for plugin in config.plugins:
+        where = str(resolved.origin(plugin.key))
+        check_plugin(plugin.name, config.code_dirs or (), what=plugin.what, where=where)
+    check_trackers_here(resolved)
 
 
 def prepare(

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-CODE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-"""``package.module:Name``: a Python name in a module that can be imported."""
+from dstrain.plugins import CODE_NAME
 
 _TEXT = "a text"
 _MODES = ("online", "offline")

@@ -19,7 +19,6 @@ from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
-from dstrain.optimizers import is_outside
 from dstrain.renamed import CONFIG_KEYS
 
 DEFAULT_RECIPE = "quickstart"
@@ -206,7 +205,7 @@ def _finish(
     known = {key: value for key, value in values.items() if key in field_names()}
     found = [_unknown_key(key, origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
-    if config.hooks or is_outside(config.optimizer):
+    if config.plugins:
         config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
     resolved = ResolvedConfig(config, origins, blocks, tuple(notes))
     resolved = replace(resolved, ds_config=_read_ds_config(resolved, base))

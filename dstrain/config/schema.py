@@ -15,9 +15,10 @@ from dstrain.config.hook_choices import (
     check_trackers,
     json_schema_of_hooks,
     json_schema_of_trackers,
+    name_of,
 )
-from dstrain.optimizers import OPTIMIZERS
-from dstrain.plugins import CODE_NAME
+from dstrain.optimizers import OPTIMIZERS, is_outside
+from dstrain.plugins import CODE_NAME, Plugin
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -241,8 +242,8 @@ class RunConfig(BaseModel):
     )
     code_dirs: list[str] | None = Field(
         None,
-        description="folders to import hook modules from; default: the folder of the config file and the one the run is"
-        " started from",
+        description="folders to import your own modules from; default: the folder of the config file and the one that"
+        " the run is started from",
     )
 
     # DeepSpeed keys.
@@ -285,6 +286,12 @@ class RunConfig(BaseModel):
         if value is not None and not (value == NEVER and info.field_name == "hang_after"):
             seconds(value)
         return value
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """All user code that this config names, in the order of its keys."""
+        named = [Plugin("optimizer", "optimizer", self.optimizer)] if is_outside(self.optimizer) else []
+        return (*named, *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks))
 
     @property
     def time_limit_seconds(self) -> int | None:

@@ -13,7 +13,6 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Layout
-from dstrain.plugins import check_plugin
 
 _TRACKERS = {
     "tensorboard": "dstrain.hooks.tensorboard_tracker:TensorBoardTracker",
@@ -66,11 +65,6 @@ def hooks_of(config: RunConfig) -> tuple[HookSpec, ...]:
     return (*own, *outside)
 
 
-def not_covered(config: RunConfig) -> tuple[str, ...]:
-    """What is from outside, and so nothing that the tests of layout equality know."""
-    return tuple(f"hook {name_of(each)}" for each in config.hooks)
-
-
 def variables_of(config: RunConfig) -> tuple[str, ...]:
     """The environment variables that the run's trackers read, but for credentials."""
     return tuple(name for tracker in config.trackers for name in _VARIABLES[name_of(tracker)])
@@ -98,12 +92,11 @@ def check_profiled_ranks(resolved: ResolvedConfig, layout: Layout) -> None:
         )
 
 
-def check_hooks_here(resolved: ResolvedConfig, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse hooks that this machine does not have; no code from outside is run for it.
+def check_trackers_here(resolved: ResolvedConfig, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse trackers that this machine does not have.
 
     Raises:
-        DstrainError: a package is not installed, a module or a class does not exist, or the address of an MLflow
-            server holds a password.
+        DstrainError: a package is not installed, or the address of an MLflow server holds a password.
     """
     config = resolved.config
     for name in map(name_of, config.trackers):
@@ -120,8 +113,6 @@ def check_hooks_here(resolved: ResolvedConfig, environ: Mapping[str, str] = os.e
                 where=str(resolved.origin("trackers")),
                 hint=f"pip install 'dstrain[{name}]', in the environment of rank 0's host",
             )
-    for name in map(name_of, config.hooks):
-        check_plugin(name, config.code_dirs or (), what="hook", where=str(resolved.origin("hooks")))
 
 
 def _is_installed(package: str) -> bool:

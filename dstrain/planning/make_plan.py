@@ -14,7 +14,6 @@ from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
 from dstrain.estimate.memory import USABLE, StageMemory, estimate, memory_verdict, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.estimate.time import StepTime, step_time
-from dstrain.optimizers import not_covered as optimizer_not_covered
 from dstrain.planning.attention import check_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.checks import (
@@ -28,7 +27,6 @@ from dstrain.planning.checks import (
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
 from dstrain.planning.frozen import check_frozen
 from dstrain.planning.hooks import check_profiled_ranks, hooks_of
-from dstrain.planning.hooks import not_covered as hooks_not_covered
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import cut_as_asked, cut_by_time
@@ -107,7 +105,7 @@ def make_plan(
         checkpoint_bytes=estimates.checkpoint_bytes,
         disk_bytes=estimates.disk_bytes,
         hooks=hooks_of(config),
-        not_covered=(*optimizer_not_covered(config.optimizer), *hooks_not_covered(config)),
+        not_covered=tuple(map(str, config.plugins)),
         warnings=(*resolved.notes, *_warnings(config, machines, shape, data, decided, estimates)),
     )
 

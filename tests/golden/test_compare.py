@@ -87,3 +87,10 @@ def test_what_is_new_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_keys_below_what_is_opaque_are_not_told() -> None:
     found = key_paths({"packages": {"torch": "2"}, "a": [{"b": 1}, {"c": {}}]}, opaque=("packages",))
     assert found == ["a.b", "a.c", "packages"]
+
+
+def test_what_was_false_may_be_the_one_truth_alone() -> None:
+    stored = {"origins": {"deepspeed": "default", "lr": "default"}}
+    assert differences(stored, {"origins": {"deepspeed": "choices.yaml:13", "lr": "default"}}) == []
+    for key, value in (("deepspeed", "--set deepspeed"), ("lr", "choices.yaml:13")):
+        assert differences(stored, {"origins": stored["origins"] | {key: value}}) != []

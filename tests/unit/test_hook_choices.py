@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from dstrain.api.planning import check_code_here
 from dstrain.cli.config import mistakes_in
 from dstrain.config.json_schema import json_schema
 from dstrain.config.loader import load_config, override, read_config
@@ -19,7 +20,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.environment import default_environment
 from dstrain.planning import hooks
 from dstrain.planning.checks import refuse
-from dstrain.planning.hooks import HookSpec, check_hooks_here, variables_of
+from dstrain.planning.hooks import HookSpec, check_trackers_here, variables_of
 from dstrain.planning.plan import Plan
 from dstrain.plugins import PluginError, check_plugin, load_plugin
 from tests.support.plans import plan
@@ -168,16 +169,16 @@ def test_modules_are_looked_for_beside_the_config_and_where_the_run_starts(
     (configs / "run.yaml").write_text("hooks: ['in_started:H', 'in_configs:H']\n")
     resolved = load_config(config_file="../configs/run.yaml")
     assert resolved.config.code_dirs == [str(started / "../configs"), str(started)]
-    check_hooks_here(resolved)
+    check_code_here(resolved)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "config.yaml").write_text(resolved.to_yaml())
     monkeypatch.chdir(elsewhere)
-    check_hooks_here(read_config(elsewhere / "config.yaml"))
+    check_code_here(read_config(elsewhere / "config.yaml"))
     named = load_config(config_file="config.yaml", settings=("code_dirs=[../started]",))
     assert named.config.code_dirs == [str(elsewhere / "../started")]
     with pytest.raises(PluginError, match="no module 'in_configs'"):
-        check_hooks_here(named)
+        check_code_here(named)
     assert load_config().config.code_dirs is None, "no path of a machine where nothing is from outside"
 
 
@@ -258,7 +259,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", _finds_none)
     for tracker in ("tensorboard", "wandb", "mlflow"):
         with pytest.raises(DstrainError, match=f"the tracker {tracker} needs") as caught:
-            check_hooks_here(load_config(flags={"trackers": [tracker]}))
+            check_trackers_here(load_config(flags={"trackers": [tracker]}))
         assert caught.value.where == "--tracker"
         assert f"pip install 'dstrain[{tracker}]'" in str(caught.value.hint)
 
@@ -272,9 +273,9 @@ def _finds_none(name: str) -> Any:
 def test_a_password_in_mlflow_s_address_is_refused() -> None:
     resolved = load_config(flags={"trackers": ["mlflow"]})
     with pytest.raises(DstrainError, match="MLFLOW_TRACKING_URI contains a user name or password") as caught:
-        check_hooks_here(resolved, {"MLFLOW_TRACKING_URI": "https://me:pw@host/path"})
+        check_trackers_here(resolved, {"MLFLOW_TRACKING_URI": "https://me:pw@host/path"})
     assert "pw" not in caught.value.message and "MLFLOW_TRACKING_USERNAME" in str(caught.value.hint)
-    check_hooks_here(resolved, {"MLFLOW_TRACKING_URI": "https://host/path@x"})
+    check_trackers_here(resolved, {"MLFLOW_TRACKING_URI": "https://host/path@x"})
 
 
 def test_what_trackers_read_travels_to_the_ranks_and_no_secret_does() -> None:
