@@ -118,7 +118,7 @@ def rank_main(rank: int, ranks: int, layout: str, place: str, tokens: int) -> No
 
     import torch
 
-    from dstrain.engine.communication import start_communication
+    from dstrain.engine.build import start_communication
     from dstrain.train.checkpointing.checkpoints import Checkpoints
 
     torch.set_num_threads(1)

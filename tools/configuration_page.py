@@ -16,8 +16,7 @@ from pydantic.fields import FieldInfo
 from dstrain.cli.run import command as run_command
 from dstrain.config.files import recipes
 from dstrain.config.schema import RunConfig
-from dstrain.config.template import GROUPS
-from dstrain.config.words import describe_type
+from dstrain.config.template import GROUPS, describe_type
 
 _HEAD = """\
 # Configuration reference

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dstrain.errors import DstrainError
-from dstrain.model.capability.packing import judge_packing
+from dstrain.model.capability.independence import judge_packing
 from dstrain.model.capability.parity import CLOSE, compare_stages, compare_unsplit
 from dstrain.model.capability.small_model import small_family
 

@@ -10,14 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dstrain.api.configuring import load_config
     from dstrain.api.diagnosing import DoctorResult, doctor
     from dstrain.api.events import Events, Step
     from dstrain.api.exporting import ExportResult, export, generate
     from dstrain.api.fitting import FitResult, FitRow, fit
     from dstrain.api.listing import CheckpointInfo, checkpoints
     from dstrain.api.outcome import RunFailedError, RunResult
-    from dstrain.api.planning import plan
+    from dstrain.api.planning import load_config, plan
     from dstrain.api.reproducing import ReproduceResult, reproduce
     from dstrain.api.resuming import resume
     from dstrain.api.running import run
@@ -83,7 +82,7 @@ _HOMES = {
     "export": "dstrain.api.exporting",
     "fit": "dstrain.api.fitting",
     "generate": "dstrain.api.exporting",
-    "load_config": "dstrain.api.configuring",
+    "load_config": "dstrain.api.planning",
     "plan": "dstrain.api.planning",
     "reproduce": "dstrain.api.reproducing",
     "resume": "dstrain.api.resuming",

@@ -12,7 +12,6 @@ from typing import Any
 from dstrain.api.events import SILENT, Events
 from dstrain.api.resuming import find_run
 from dstrain.planning.layout_choice import LayoutChoice
-from dstrain.runs.checkpoint.integrity import wrong_files
 from dstrain.runs.checkpoint.manifest import (
     damage_of,
     file_sizes,
@@ -25,6 +24,7 @@ from dstrain.runs.checkpoint.manifest import (
     read_manifest,
     run_id,
     unknown_files,
+    wrong_files,
 )
 from dstrain.runs.run_folder import read_metrics
 

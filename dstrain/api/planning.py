@@ -1,17 +1,20 @@
-"""From a config to a plan: finds the machines, measures the model, prepares the data, decides."""
+"""From a config to a plan: reads the config, finds the machines, measures the model, prepares the data."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from dstrain.api.events import SILENT, Events
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
+from dstrain.config import loader
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
@@ -201,3 +204,34 @@ def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> P
         run_module("dstrain.data.prepare", str(request), str(answer), events=events)
         summary = json.loads(answer.read_text(encoding="utf-8"))
     return PlannedData.from_record(summary)
+
+
+def load_config(
+    file: str | PathLike[str] | None = None,
+    *,
+    recipe: str | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> ResolvedConfig:
+    """Lay choices on top of each other and check the whole: defaults < recipe < file < settings < choices.
+
+        dstrain.load_config("my-run.yaml", zero=2, pipeline=4)
+
+    Args:
+        file: a YAML file. Without one and without ``recipe`` everything that is not chosen comes from the recipe
+            ``quickstart``.
+        recipe: a name of ``ds_configs/recipes``.
+        settings: ``KEY=VALUE`` strings, as for ``--set``; a dotted KEY reaches into ``deepspeed``.
+        flags: config keys with their values, as the command line's flags set them.
+        choices: the same as keyword arguments.
+
+    Raises:
+        ConfigError: unknown keys, wrong types or impossible values, each with its place and the nearest valid key.
+    """
+    return loader.load_config(
+        recipe=recipe,
+        config_file=str(file) if file is not None else None,
+        settings=settings,
+        flags={**(flags or {}), **choices},
+    )

@@ -1,10 +1,10 @@
-"""After a failure: whether the run is restarted, when, and on which hosts."""
+"""After a failure: whether the run is restarted, how long to wait before, and on which hosts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dstrain.api.events import Events
 from dstrain.api.planning import Planned
@@ -15,7 +15,6 @@ from dstrain.launch.ssh_reachability import silent_hosts
 from dstrain.runs.checkpoint.identity import refuse_other
 from dstrain.runs.checkpoint.manifest import newest_complete, read_manifest
 from dstrain.runs.run_folder import RunFolder, last_step
-from dstrain.supervise.restarts import GiveUp, Restarts
 
 
 class RestartLoop:
@@ -117,3 +116,62 @@ def _describe(planned: Planned) -> str:
 def _saved_step(folder: RunFolder) -> int:
     newest = newest_complete(folder.checkpoints)
     return int(read_manifest(newest)["step"]) if newest is not None else 0
+
+
+_FIRST_SECONDS, _MOST_SECONDS = 5.0, 300.0
+
+
+@dataclass(frozen=True)
+class Again:
+    """Start again after ``seconds``; ``number`` of ``most`` restarts."""
+
+    number: int
+    most: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Do not, and why. ``reason`` is empty where no restart was asked for."""
+
+    reason: str
+
+
+class Restarts:
+    """Asked after each failure.
+
+    The wait doubles from restart to restart, and is reset by progress: a machine that comes back needs
+    time, and a run that fails now and then over weeks should not wait longer each time. The number of restarts is
+    that of those in a row without a new checkpoint.
+
+    Args:
+        most: how many in a row.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._in_a_row = 0
+        self._saved: int | None = None
+        self._failed_at: int | None = None
+
+    def after_failure(self, *, step: int, saved: int) -> Again | GiveUp:
+        """What to do now.
+
+        Args:
+            step: the last step that was trained; 0 where the launch that failed has trained none.
+            saved: the step of the newest complete checkpoint; 0 where there is none.
+        """
+        if not self._most:
+            return GiveUp("")
+        progress = self._saved is not None and saved > self._saved
+        if progress:
+            self._in_a_row = 0
+        elif self._in_a_row and step == self._failed_at:
+            where = f"after step {step}" if step else "before the first step"
+            return GiveUp(f"it failed again {where}, and no checkpoint was made in between")
+        self._saved, self._failed_at = saved, step
+        if self._in_a_row == self._most:
+            return GiveUp(f"it was restarted {self._most} times without a new checkpoint")
+        self._in_a_row += 1
+        seconds = min(_FIRST_SECONDS * 2 ** (self._in_a_row - 1), _MOST_SECONDS)
+        return Again(self._in_a_row, self._most, seconds)

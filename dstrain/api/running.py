@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from dstrain.api.events import SILENT, Events
 from dstrain.api.follow import RunFollower
-from dstrain.api.launch_attempt import launch, launch_spec
+from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec, locked
 from dstrain.api.outcome import RunResult, result_of
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import (
@@ -19,7 +20,7 @@ from dstrain.api.preflight import (
 )
 from dstrain.api.restart_policy import RestartLoop
 from dstrain.config.loader import ResolvedConfig
-from dstrain.diagnostics.quick_check import refuse_unfit_hosts
+from dstrain.diagnostics.host_checks import refuse_unfit_hosts
 from dstrain.errors import DstrainError
 from dstrain.launch.command import launch_command
 from dstrain.runs.run_folder import RunFolder
@@ -145,3 +146,43 @@ def _check(job: Job, events: Events) -> None:
     refuse_other_training(job.planned.plan, job.folder, events)
     refuse_full_disk(job.planned.plan, job.folder)
     refuse_elastic_alone(job.planned.placement, job.resolved)
+
+
+def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
+    """Fill the run folder; the shell commands any of which starts the ranks.
+
+    These ranks are not monitored: if one fails, the others may hang.
+
+    Raises:
+        DstrainError: the folder holds another run, or one that is still running; it can't be written; the disk is full.
+    """
+    folder = job.folder
+    refuse_other_training(job.planned.plan, folder, events)
+    refuse_full_disk(job.planned.plan, folder)
+    spec = launch_spec(job.planned, folder)
+    with locked(folder):
+        fill_run_folder(spec, job.planned, job.resolved, folder)
+    which = [str(folder.node)] if spec.launcher == "none" else []
+    ways = [["bash", str(folder.launch_script), *which]]
+    if spec.launcher == "pdsh":
+        alone = ["--force_multi"] if len(spec.hosts) == 1 else []
+        address = ["--master_addr", spec.master_addr] if job.resolved.config.master_addr else []
+        place = ["--hostfile", str(folder.hostfile), *alone, *address]
+        ways.append(["deepspeed", *place, "--module", *spec.worker])
+    return [shlex.join(way) for way in ways]
+
+
+def prepare_for_nodes(job: Job, *, dry_run: bool = False) -> list[str]:
+    """Fill the run folder; the shell command of each node, by its number.
+
+    Raises:
+        DstrainError: the folder can't be written.
+    """
+    if not dry_run:
+        spec = launch_spec(job.planned, job.folder)
+        fill_run_folder(spec, job.planned, job.resolved, job.folder)
+    place = shlex.quote(str(Path.cwd()))
+    return [
+        f"cd {place} && " + shlex.join(["dstrain", "resume", str(job.folder.path), "--node-rank", str(node)])
+        for node in range(len(job.planned.placement.hosts))
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from dstrain.api.launch_attempt import launch, launch_spec
 from dstrain.api.outcome import result_of
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import new_run_folder, refuse_full_disk
-from dstrain.api.tiny_model import shrink_model
+from dstrain.config.files import model_config_file
 from dstrain.config.loader import ResolvedConfig, override
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
@@ -211,3 +212,38 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.1e}" if isinstance(value, float) and value < 0.1 else str(value)
+
+
+# Sizes by the names that Hugging Face configs use for them; a name that is not there stays away.
+_SMALL_SIZES = {
+    "num_hidden_layers": 6, "n_layer": 6, "num_layers": 6, "n_layers": 6,
+    "hidden_size": 64, "n_embd": 64, "d_model": 64,
+    "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "moe_intermediate_size": 64,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def shrink_model(resolved: ResolvedConfig, folder: Path) -> Path:
+    """Write ``config.json`` of the shrunk model into ``folder``, and return that.
+
+    The vocabulary stays, since the data are tokenised with it. Whether the family can be built so is
+    found out when it is measured.
+    """
+    source = model_config_file(resolved.config.model, where=str(resolved.origin("model")))
+    try:
+        config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise DstrainError(f"not a model's config: {error}", where=str(source)) from None
+    for key, size in _SMALL_SIZES.items():
+        if isinstance(config.get(key), int):
+            config[key] = min(size, config[key])
+    blocks = next((config[key] for key in _SMALL_SIZES if key in config), 6)
+    for key, value in config.items():
+        if key == "layer_types" and isinstance(value, list):
+            config[key] = value[:blocks]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    return folder

@@ -142,7 +142,7 @@ def show(
     from dstrain.cli.showing.progress import PROGRESS
     from dstrain.cli.showing.tables import Column, FoldingTable, make_console
     from dstrain.config.loader import load_config
-    from dstrain.config.nested import leaves
+    from dstrain.config.values import leaves
 
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     plan = plan_for(resolved, events=PROGRESS).plan

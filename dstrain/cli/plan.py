@@ -40,9 +40,8 @@ def command(
     **flags: Any,
 ) -> None:
     """Show what `dstrain run` would do with the same arguments, without starting anything."""
-    from dstrain.api.configuring import load_config
     from dstrain.api.machines import elsewhere
-    from dstrain.api.planning import plan_for
+    from dstrain.api.planning import load_config, plan_for
     from dstrain.cli.showing.progress import PROGRESS
 
     if fit and explained is not None:

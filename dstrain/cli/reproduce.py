@@ -87,8 +87,7 @@ def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: d
     Args:
         image: its name; empty: the one that the run was made in.
     """
-    from dstrain.api.reproduce_config import PATHS, changed_keys
-    from dstrain.api.reproducing import recorded_image
+    from dstrain.api.reproducing import PATHS, changed_keys, recorded_image
     from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 

@@ -44,7 +44,7 @@ def command(
 
     Without arguments, trains a small model on the Python standard library in three minutes.
     """
-    from dstrain.api.configuring import load_config
+    from dstrain.api.planning import load_config
     from dstrain.api.running import command_of, execute, new_job
     from dstrain.cli.showing.progress import ConsoleEvents, show_command
     from dstrain.cli.showing.tables import make_console
@@ -86,7 +86,7 @@ def show_nodes(job: Job, console: Console, *, dry_run: bool) -> None:
     """Fill the run folder, and show what to type on each node."""
     from rich.text import Text
 
-    from dstrain.api.manual_launch import prepare_for_nodes
+    from dstrain.api.running import prepare_for_nodes
 
     for node, line in enumerate(prepare_for_nodes(job, dry_run=dry_run)):
         console.print(Text.assemble((f"node {node}  ", "bold"), line), soft_wrap=True)
@@ -102,7 +102,7 @@ def _show_manual_launch(job: Job, console: Console) -> None:
     """Fill the run folder, and show what starts it."""
     from rich.text import Text
 
-    from dstrain.api.manual_launch import prepare_manual_launch
+    from dstrain.api.running import prepare_manual_launch
 
     for heading, line in zip(("type     ", "or here  "), prepare_manual_launch(job), strict=False):
         console.print(Text.assemble((heading, "bold"), line), soft_wrap=True)

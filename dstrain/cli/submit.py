@@ -46,7 +46,7 @@ def command(
     The job plans and trains when Slurm starts it. Before its time limit it saves and requeues itself, and
     continues when it is scheduled again; likewise when it is preempted.
     """
-    from dstrain.api.configuring import load_config
+    from dstrain.api.planning import load_config
     from dstrain.api.submitting import slurm_job, submit
 
     nodes = flags.pop("nodes") or 1

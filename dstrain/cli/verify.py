@@ -41,7 +41,7 @@ def command(
     Each layout is a real, launched run of --steps steps (default 8). The table goes to verify.json and
     verify.md in the runs folder too. Exit code 1 when a layout trains another model.
     """
-    from dstrain.api.configuring import load_config
+    from dstrain.api.planning import load_config
     from dstrain.api.verifying import STEPS, verify
     from dstrain.cli.showing.progress import ConsoleEvents
     from dstrain.cli.showing.tables import make_console

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dstrain.config.nested import KeyPath
 from dstrain.config.schema import field_names
+from dstrain.config.values import KeyPath
 from dstrain.errors import DstrainError
 
 Node = Mapping[str, Any]

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from dstrain.config.deepspeed_keys import find, homes_of
 from dstrain.config.files import recipe_path, recipes
 from dstrain.config.json_reader import read_json
-from dstrain.config.nested import leaves
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
+from dstrain.config.values import leaves
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
 from dstrain.renamed import CONFIG_KEYS

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from dstrain.config.duration import seconds
 from dstrain.config.hook_choices import (
     Profile,
     check_hooks,
@@ -17,6 +16,7 @@ from dstrain.config.hook_choices import (
     json_schema_of_trackers,
     name_of,
 )
+from dstrain.config.values import seconds
 from dstrain.optimizers import OPTIMIZERS, is_outside
 from dstrain.plugins import CODE_NAME, Plugin
 

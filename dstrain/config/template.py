@@ -1,13 +1,13 @@
-"""The commented YAML file that ``dstrain config init`` writes: every key, its meaning and its default."""
+"""The commented YAML file that ``dstrain config init`` writes, and the descriptions of keys' types."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+import typing
 from typing import Any
 
-from dstrain.config.schema import RunConfig
-from dstrain.config.words import describe_type
+from dstrain.config.schema import LARGEST, RunConfig, TypeInWords
 from dstrain.config.yaml_reader import dump_yaml
 from dstrain.version import __version__
 
@@ -51,3 +51,39 @@ def _line(key: str, value: Any) -> str:
     if value is None:
         return f"# {key}:\n"
     return f"{key}: {json.dumps(value)}\n" if isinstance(value, list) else dump_yaml({key: value})
+
+
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_LIMITS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+def describe_type(annotation: Any) -> str:
+    """``fp32, bf16, fp16``; ``integer, greater than 0, or null``."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(map(str, parts))
+    if origin is typing.Annotated:
+        for each in parts[1:]:
+            if isinstance(each, TypeInWords):
+                return each.words
+        limits = [_limit(each) for each in parts[1:]]
+        return ", ".join(filter(None, [describe_type(parts[0]), *limits]))
+    if origin is list:
+        return f"list of {describe_type(parts[0])}"
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    if parts and origin is not dict:
+        words = [describe_type(part) for part in parts]
+        return (", or " if "," in words[0] else " or ").join(words)
+    return "KEY: VALUE lines"
+
+
+def _limit(info: Any) -> str:
+    """``greater than 0`` of pydantic's Field(gt=0) or of a limit in it; one that only catches slips is not said."""
+    found = [
+        f"{words} {getattr(each, bound):g}"
+        for each in getattr(info, "metadata", (info,))
+        for bound, words in _LIMITS.items()
+        if getattr(each, bound, None) is not None and getattr(each, bound) < LARGEST
+    ]
+    return ", ".join(found)

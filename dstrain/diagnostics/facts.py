@@ -15,7 +15,7 @@ import psutil
 
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import local_devices
-from dstrain.runs.record.versions import own_version
+from dstrain.runs.record.environment import own_version
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 _DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -9,7 +9,7 @@ from typing import Any
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
 from dstrain.diagnostics.remote_session import Conversation, ask_all, ask_each
 from dstrain.launch.ssh_reachability import Trouble
-from dstrain.runs.addresses import own_addresses
+from dstrain.runs.this_machine import own_addresses
 
 HERE = "this machine"
 _PORT_SECONDS = 30.0

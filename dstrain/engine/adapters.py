@@ -13,10 +13,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
-from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
-from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.optimizer import ClientOptimizer, hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore

@@ -1,4 +1,4 @@
-"""Builds this rank's engine from a model and a DeepSpeed JSON."""
+"""Builds this rank's process group and engine from a model and a DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
-from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
-from dstrain.engine.parameter_groups import group_parameters, hugging_face_name
+from dstrain.engine.modules import DualPipeVStagedModule, SingleStageModel, StagedModule
+from dstrain.engine.optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
-from dstrain.engine.pipeline_module import DualPipeVStagedModule, StagedModule
 from dstrain.engine.safe_reading import read_safely
-from dstrain.engine.single_stage import SingleStageModel
-from dstrain.engine.zero3_init import zero3_init
+from dstrain.engine.zero3 import zero3_init
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.pipeline_model import PipelineModel, TiedWeight
 from dstrain.model.unsplit_model import UnsplitModel
@@ -124,3 +123,14 @@ def _make(
     )
     read_safely(engine)
     return engine
+
+
+def start_communication() -> None:
+    """Initialise ``torch.distributed`` through DeepSpeed, with the rank and address that the launcher gave.
+
+    On CPUs DeepSpeed first compiles an all-reduce through shared memory, for about a minute, and keeps
+    64 MB in /dev/shm for each rank, which stay there when it is killed. Only inference calls it
+    (``deepspeed.comm.inference_all_reduce``): training takes torch's collectives. So it is left out.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)

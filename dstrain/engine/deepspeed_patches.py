@@ -1,17 +1,25 @@
-"""Patches that both DeepSpeed engines need: one gradient norm, and one optimizer for mixed precision."""
+"""Patches that both DeepSpeed engines need: one gradient norm, and one optimizer for mixed precision.
+
+The gradient norm is that of the whole model, with each weight counted once. What DeepSpeed 0.19.8 does instead: ZeRO-0
+with stages clips by the first stage's norm alone and reports none; ZeRO-1 and 2 do one collective a parameter group,
+which hangs when stages differ in their number of groups.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from functools import wraps
 from types import MethodType
 from typing import Any
 
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-from dstrain.engine.gradient_norm import clip_whole, is_copy, norm_over, partitioned_norm
 
 
 class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -65,3 +73,62 @@ def _quoted_libraries(jit_load: Any) -> Any:
 
 
 OpBuilder.jit_load = _quoted_libraries(OpBuilder.jit_load)
+
+
+def is_copy(parameter: torch.Tensor) -> bool:
+    """True for the copies of a tied weight that do not count: all but the first stage's."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
+def norm_over(gradients: Iterable[torch.Tensor], group: Any | None) -> torch.Tensor:
+    """L2 norm of tensors that are spread over the ranks of ``group``, as one float32 number.
+
+    Every rank gives the tensors that it alone owns; one all-reduce adds the squares. Without a group
+    this rank's tensors are all there is.
+    """
+    norms = [torch.linalg.vector_norm(gradient.detach().float()) for gradient in gradients]
+    total = torch.zeros((), dtype=torch.float64)
+    if norms:
+        total = torch.stack(norms).double().square().sum()
+    total = total.to(device=get_accelerator().current_device_name(), dtype=torch.float32).reshape(1)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()[0]
+
+
+def whole_norm(owned: Iterable[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of what all ranks of the world own together; -1 for inf or nan, as upstream has it."""
+    norm = norm_over(owned, dist.get_world_group())
+    mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
+    return norm
+
+
+def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> torch.Tensor:
+    """Replaces ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
+
+    Returns a float32 scalar; -1 stands for inf or nan, as upstream has it.
+    """
+    if norm_type != 2:
+        raise ValueError("only the L2 norm is supported")
+    owned = []
+    for index, parameters in enumerate(optimizer.bit16_groups):
+        if all(is_copy(parameter) for parameter in parameters):
+            continue
+        if any(is_copy(parameter) for parameter in parameters):
+            raise ValueError("a tied weight's copy shares its parameter group with other weights")
+        if optimizer.cpu_offload:
+            owned.append(optimizer.single_partition_of_fp32_groups[index].grad)
+        else:
+            owned.extend(optimizer.averaged_gradients[index])
+    return whole_norm(owned).to(optimizer.device)
+
+
+def clip_whole(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, largest: float) -> None:
+    """Scale gradients in place so that the norm of the whole is at most ``largest``.
+
+    Source: torch.nn.utils.clip_grad_norm_, with the norm taken over all ranks.
+    """
+    factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.device))

@@ -110,3 +110,7 @@ class Engine(ABC):
         Raises:
             DstrainError: a file is missing or can't be read, or names what is no data: no code of it is run.
         """
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""``precision`` of the configuration -> the type of the weights that the model computes with."""

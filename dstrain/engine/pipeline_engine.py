@@ -14,8 +14,8 @@ from deepspeed.runtime.pipe import dualpipev, schedule
 from deepspeed.runtime.pipe import engine as pipe_engine
 
 from dstrain.engine.deepspeed_patches import PatchedEngine
-from dstrain.engine.recompute import recompute
-from dstrain.engine.zero3_pipeline import check_orders_among, count_each_weight_once, partition_of_gradient
+from dstrain.engine.modules import recompute
+from dstrain.engine.zero3 import check_orders_among, count_each_weight_once, partition_of_gradient
 
 
 @contextmanager

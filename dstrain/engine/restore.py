@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.optimizer import hugging_face_name
 from dstrain.engine.saved_files import SavedTensor
 from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
 from dstrain.errors import DstrainError

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.parameter_groups import hugging_face_name
+from dstrain.engine.optimizer import hugging_face_name
 from dstrain.engine.saved_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
 from dstrain.errors import DstrainError
 

@@ -24,9 +24,8 @@ from dstrain.estimate.memory_activations import (
 from dstrain.estimate.memory_stage import stage_parameters, weight_bytes
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
 from dstrain.planning.batch import Batch
-from dstrain.planning.frozen import frozen_names
 from dstrain.planning.layout import Layout
-from dstrain.planning.model_shape import Layer, ModelShape
+from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
 from dstrain.planning.sizes import LARGEST_BUCKET, bucket_size
 
 __all__ = [

@@ -8,9 +8,8 @@ from functools import cache
 
 from dstrain.config.schema import RunConfig
 from dstrain.planning.batch import Batch
-from dstrain.planning.frozen import frozen_names
 from dstrain.planning.layout import Layout
-from dstrain.planning.model_shape import Layer, ModelShape
+from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
 from dstrain.planning.sizes import loss_chunk
 
 LOSS_PIECE = 1 << 24

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
 from dstrain.optimizers import kept_states, optimizer_facts
-from dstrain.planning.frozen import frozen_names
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, frozen_names
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one number, by precision."""

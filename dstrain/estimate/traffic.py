@@ -24,9 +24,8 @@ from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_stage import BYTES, frozen_parameters
 from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
-from dstrain.planning.frozen import frozen_names
 from dstrain.planning.layout import Host, Layout
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, frozen_names
 from dstrain.planning.sizes import LARGEST_BUCKET
 
 

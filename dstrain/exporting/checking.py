@@ -15,7 +15,7 @@ from dstrain.data.packing import Rows
 from dstrain.data.progress import Progress
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
-from dstrain.exporting.tensors import ExportedTensors
+from dstrain.exporting.writing import ExportedTensors
 from dstrain.model.architecture import load_config
 from dstrain.model.document_masks import Documents
 from dstrain.model.pipeline_split.structure import takes_positions

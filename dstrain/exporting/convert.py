@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
-from dstrain.engine.precision import DTYPES
+from dstrain.engine.interface import DTYPES
 from dstrain.engine.saved_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.exporting.checking import (
@@ -30,8 +30,7 @@ from dstrain.exporting.checking import (
     load_exported,
     validation_loss,
 )
-from dstrain.exporting.tensors import ExportedTensors
-from dstrain.exporting.writing import refuse_full_disk, write_weights
+from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config
 from dstrain.model.weights.weight_files import WeightFiles

@@ -1,19 +1,22 @@
-"""Writes safetensors files and their index, a few gigabytes at a time."""
+"""Writes a checkpoint's tensors as a model folder's safetensors files: one precision, the family's names on disk."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from dstrain.data.progress import Progress
+from dstrain.engine.saved_state import SavedState
 from dstrain.errors import DstrainError
-from dstrain.exporting.tensors import ExportedTensors
+from dstrain.model.weights.on_disk import OnDisk
 
 LARGEST_FILE = 2_000_000_000
 """Bytes. A file is collected in memory before it is written; one larger tensor gets a file of its own."""
@@ -63,3 +66,82 @@ def write_weights(tensors: ExportedTensors, folder: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         raise DstrainError(f"the weights can't be written: {error}", where=str(folder)) from error
     return list(split.filename_to_tensors)
+
+
+class ExportedTensors:
+    """Reads, converts and rounds block by block: no more than one block is in memory.
+
+    Args:
+        state: of the checkpoint.
+        config: of the model.
+        dtype: of everything that is trained. What the model computed with is taken as it is where it has this
+            precision already; else the fp32 weights, where there are any, are rounded to it.
+        like: as for `OnDisk`.
+
+    Attributes:
+        files: name on disk -> tensor on meta, in the order in which ``parts`` gives them.
+
+    Raises:
+        DstrainError: the checkpoint is one of another model.
+    """
+
+    def __init__(
+        self,
+        state: SavedState,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        like: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self._state = state
+        self._model = OnDisk(config, dtype, like)
+        self.files = self._model.files
+        self.architecture = type(self._model.model).__name__
+        for name, want in self._model.tensors.items():
+            found = state.parameters.get(name)
+            if want.is_meta and (found is None or found.weight.shape != tuple(want.shape)):
+                have = f"it has the shape {list(found.weight.shape)}" if found else "it is missing"
+                raise DstrainError(
+                    f"the model has {name} of shape {list(want.shape)}, and in the checkpoint {have}",
+                    where=str(state.folder.parent),
+                )
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.files.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.files.values())
+
+    def parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Name on disk -> tensor, a block at a time."""
+        for names in self._model.parts:
+            yield self._model.convert({name: self.value(name) for name in names})
+
+    def names(self) -> list[str]:
+        """The names in memory of what is written."""
+        return list(self._model.tensors)
+
+    def value(self, name: str) -> torch.Tensor:
+        """One tensor by its name in memory, in the precision in which it is written.
+
+        Raises:
+            DstrainError: a weight is too large for fp16.
+        """
+        wanted = self._model.tensors[name]
+        if name not in self._state.parameters:
+            # A buffer: the checkpoint's, or of a module without weights, whose value the constructor set.
+            saved = self._state.buffers.get(name)
+            return saved.read() if saved else wanted
+        parameter = self._state.parameters[name]
+        exact = parameter.weight.dtype == wanted.dtype
+        value = (parameter.weight if exact else parameter.most_precise).read()
+        rounded = value.to(wanted.dtype)
+        if rounded.dtype == torch.float16 and not exact and (rounded.isinf() & value.isfinite()).any():
+            raise DstrainError(
+                f"{name} contains the value {value.abs().max():.3g}, and the largest fp16 value is 65504",
+                where="--dtype",
+                hint="--dtype bf16",
+            )
+        return rounded

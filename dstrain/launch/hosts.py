@@ -14,7 +14,7 @@ from pathlib import Path
 from dstrain.config.text_file import read_text, shown
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Host
-from dstrain.runs.addresses import address_towards
+from dstrain.runs.this_machine import address_towards
 
 # A name goes into the command lines of ssh and pdsh: nothing that an option parser or a shell could read
 # as anything but a name is let through. Nor a colon: to pdsh `exec:n2` is a command that runs here.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dstrain.model.buffers import keep_buffer_types
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.partial_forward import Call, PartialForward
 from dstrain.model.router import RouterLogitsRecorder, RouterLoss
+from dstrain.model.skeleton import keep_buffer_types
 
 State = tuple[Tensor, ...]
 """What one layer hands to the next: (hidden [B, S, H], position_ids int64 [B, S]), and with a router loss its sums

@@ -5,9 +5,9 @@ A plain ``torch.device("meta")`` would lose the rotary tables and embedding scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -122,3 +122,26 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
     model.tie_weights()
     model.train()
     return model
+
+
+Result = TypeVar("Result")
+
+
+def keep_buffer_types(module: nn.Module, apply: Callable[[], Result]) -> Result:
+    """Run ``apply`` (a move or a cast of ``module``) without rounding its float buffers.
+
+    ``module.to(torch.bfloat16)``, as DeepSpeed's engines call it, would round rotary tables, embedding
+    scales and router corrections, which Hugging Face keeps in fp32.
+    """
+    before = [
+        (child, name, buffer)
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    result = apply()
+    for child, name, buffer in before:
+        after = child._buffers[name]
+        if after is not None and after.dtype != buffer.dtype:
+            child._buffers[name] = buffer.to(after.device)
+    return result

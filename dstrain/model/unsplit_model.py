@@ -13,14 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstrain.errors import DstrainError
-from dstrain.model.buffers import keep_buffer_types
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.initialise import Initialiser, cast, initialise, initialisers, materialise
 from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
 from dstrain.model.router import router_coefficient
-from dstrain.model.skeleton import empty_model, untouched_rng
+from dstrain.model.skeleton import empty_model, keep_buffer_types, untouched_rng
 from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
 
 

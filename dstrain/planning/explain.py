@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dstrain.config.deepspeed_keys import GONE, canonical, deepspeed_version, find, homes_of, nearest
-from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig, field_names
-from dstrain.config.words import describe_type
+from dstrain.config.template import describe_type
+from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
 from dstrain.planning.deepspeed.keys import AS_DEFAULT, owner_of, why
 from dstrain.planning.plan import Plan

@@ -25,10 +25,9 @@ from dstrain.planning.checks import (
     refuse,
 )
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
-from dstrain.planning.frozen import check_frozen
 from dstrain.planning.hooks import check_profiled_ranks, hooks_of
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel
 from dstrain.planning.sizes import loss_chunk

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.config.nested import leaves
+from dstrain.config.values import leaves
 from dstrain.errors import DstrainError
 from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.runs.checkpoint.manifest import choose_newest, read_manifest, run_id

@@ -18,7 +18,6 @@ import socket
 import time
 from dataclasses import dataclass, field, replace
 
-from dstrain.runs.addresses import own_addresses
 from dstrain.runs.protocol import (
     HELLO_SECONDS,
     MAX_HELLO_BYTES,
@@ -48,6 +47,7 @@ from dstrain.runs.protocol import (
     keep_alive,
     plan_digest,
 )
+from dstrain.runs.this_machine import own_addresses
 
 _LOOPBACK = "127.0.0.1"
 _MAX_STRANGERS = 128  # beside the ranks that are still to come

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from dstrain.runs.processes import Process, read_process
+from dstrain.runs.this_machine import Process, read_process
 
 
 def family(root: int) -> list[Process]:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dstrain.runs.out_of_memory import OutOfMemory
-from dstrain.runs.processes import Process, arguments, read_process
 from dstrain.runs.protocol import RankStatus
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import OutOfMemory, Process, arguments, read_process
 from dstrain.supervise.control_server import RankConnection
 from dstrain.supervise.process_tree import describe_signal
 

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from dstrain.runs.processes import Process
+from dstrain.runs.this_machine import Process
 from dstrain.supervise.process_tree import family, kill, signal_name
 
 _PR_SET_CHILD_SUBREAPER = 36

@@ -17,8 +17,7 @@ from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.hang_detection import HangWatch, Progress
-from dstrain.supervise.launcher_log import LauncherLogWatch
-from dstrain.supervise.outcome import Cause, Outcome, judge
+from dstrain.supervise.outcome import Cause, LauncherLogWatch, Outcome, judge
 from dstrain.supervise.process_tree import family, kill
 from dstrain.supervise.rank_watch import RankWatch
 from dstrain.supervise.silent_ranks import kill_silent

@@ -10,8 +10,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
-from dstrain.runs.out_of_memory import OutOfMemory
-from dstrain.runs.processes import Process, read_process
 from dstrain.runs.protocol import (
     LocalChange,
     LocalRank,
@@ -20,6 +18,7 @@ from dstrain.runs.protocol import (
     RankResumed,
     RankStopped,
 )
+from dstrain.runs.this_machine import OutOfMemory, Process, read_process
 
 _SIGNALS = range(1, signal.NSIG)
 

@@ -1,17 +1,24 @@
-"""The run folder on a rank's own host, which may differ from the supervisor's.
+"""The run folder on a rank's own host, and the part of the launch record that only ranks know.
 
-`dstrain.train.host_agreement` finds out whether the ranks share theirs. This is looked at before, and needs no torch.
+The folder may differ from the supervisor's: `dstrain.train.host_agreement` finds out whether the ranks share theirs.
+This is looked at before, and needs no torch.
 """
 
 from __future__ import annotations
 
+import platform
 import socket
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
 
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
 from dstrain.runs.protocol import plan_digest
+from dstrain.runs.record.record import append_launch
 from dstrain.runs.run_folder import RunFolder
 from dstrain.train.control_client import ControlClient
 
@@ -62,3 +69,46 @@ def sees(path: Path, content: str) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.1)
+
+
+def record_launch(folder: RunFolder, first_step: int, device: torch.device) -> None:
+    """Append this launch to the run's history. Collective; rank 0 writes.
+
+    Raises:
+        DstrainError: it can't be written.
+    """
+    here = distributed.get_rank() == 0
+    devices: list[Any] | None = [None] * distributed.get_world_size() if here else None
+    distributed.gather_object(device_record(device), devices)
+    if devices is not None:
+        try:
+            append_launch(folder, first_step, devices)
+        except OSError as error:
+            raise DstrainError(
+                f"it can't be written: {error.strerror}", where=str(folder.launches)
+            ) from error
+
+
+def device_record(device: torch.device) -> dict[str, Any]:
+    """What a rank computes with, as far as it decides the bits of its numbers: names and versions."""
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if device.type != "cuda":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return found | {"device": _processor(), "instructions": capability}
+    major, minor = torch.cuda.get_device_capability(device)
+    return found | {
+        "device": torch.cuda.get_device_name(device),
+        "capability": f"{major}.{minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -9,8 +9,8 @@ import psutil
 
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
-from dstrain.runs.addresses import OUTSIDE, address_towards
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import OUTSIDE, address_towards
 
 # RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
 _OTHERS = (

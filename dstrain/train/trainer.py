@@ -15,12 +15,10 @@ from torch import distributed
 
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
-from dstrain.engine.build import build_engine
-from dstrain.engine.client_optimizer import ClientOptimizer
-from dstrain.engine.communication import start_communication
-from dstrain.engine.interface import Engine, StepResult
-from dstrain.engine.precision import DTYPES
-from dstrain.engine.zero3_init import zero3_init
+from dstrain.engine.build import build_engine, start_communication
+from dstrain.engine.interface import DTYPES, Engine, StepResult
+from dstrain.engine.optimizer import ClientOptimizer
+from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config as load_model_config
@@ -28,27 +26,24 @@ from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.optimizers import is_outside
-from dstrain.planning.frozen import is_frozen
+from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches, ValidationBatches
-from dstrain.train.checkpointing.checkpoints import Checkpoints
-from dstrain.train.checkpointing.save_schedule import SaveSchedule
+from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
-from dstrain.train.determinism import be_deterministic
+from dstrain.train.device import be_deterministic, largest_memory
+from dstrain.train.final_output import continuation, save_weights
 from dstrain.train.graceful_shutdown import GracefulShutdown
 from dstrain.train.hooks import Hooks, start_info
 from dstrain.train.host_agreement import check_hosts_agree
-from dstrain.train.launch_record import record_launch
+from dstrain.train.local_run_folder import record_launch
 from dstrain.train.lr_schedule import LearningRate
-from dstrain.train.memory import largest_memory
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
-from dstrain.train.sampling import continuation
-from dstrain.train.weights import save_weights
 
 
 def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> tuple[int, bool]:

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.runs.checkpoint.integrity import wrong_files
 from dstrain.runs.checkpoint.manifest import (
     damage_of,
     file_sizes,
@@ -27,6 +26,7 @@ from dstrain.runs.checkpoint.manifest import (
     half_written,
     named_checkpoints,
     read_manifest,
+    wrong_files,
 )
 from tests.distributed.test_injuries import RUN, micro_batches
 from tests.support.distributed.training import Case, build_case_engine

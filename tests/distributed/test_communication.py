@@ -15,7 +15,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def join(rank: int, extensions: str) -> float:
     os.environ |= {"TORCH_EXTENSIONS_DIR": extensions, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    from dstrain.engine.communication import start_communication
+    from dstrain.engine.build import start_communication
 
     start_communication()
     total = torch.tensor(float(rank + 1))

@@ -94,7 +94,7 @@ def test_from_pretrained_gives_the_trained_weights(
     from dstrain.engine.saved_state import MASTER, SavedState
     from dstrain.exporting import writing
     from dstrain.exporting.checking import check_files, check_loaded, load_exported
-    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import ExportedTensors
 
     monkeypatch.setattr(writing, "LARGEST_FILE", 40_000)  # several files
     ranks = run(case.world_size, train_family, family, case, str(tmp_path / "saved"))
@@ -137,8 +137,7 @@ def test_from_pretrained_gives_the_trained_weights(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, exported folder) of a small llama in one file."""
     from dstrain.engine.saved_state import SavedState
-    from dstrain.exporting.tensors import ExportedTensors
-    from dstrain.exporting.writing import write_weights
+    from dstrain.exporting.writing import ExportedTensors, write_weights
 
     place = tmp_path_factory.mktemp("exported")
     case = replace(SHORT, zero=1)
@@ -153,7 +152,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
     from dstrain.engine.saved_state import SavedState
     from dstrain.exporting.checking import check_files
-    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import ExportedTensors
 
     saved, out = exported
     tensors = ExportedTensors(SavedState(saved), family_config("llama", SHORT), torch.float32)
@@ -171,7 +170,7 @@ def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(exported: tuple[Path, Path]) -> None:
     from dstrain.engine.saved_state import SavedState
-    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import ExportedTensors
 
     state = SavedState(exported[0])
     with pytest.raises(DstrainError, match=r"model\.layers\.4\..* and in the checkpoint it is missing"):
@@ -183,7 +182,7 @@ def test_a_weight_beyond_fp16_is_refused(
 ) -> None:
     from dstrain.engine.saved_files import SavedTensor
     from dstrain.engine.saved_state import SavedState
-    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import ExportedTensors
 
     tensors = ExportedTensors(SavedState(exported[0]), family_config("llama", SHORT), torch.float16)
     assert tensors.value("model.norm.weight").dtype == torch.float16
@@ -198,7 +197,7 @@ def test_a_full_disk_is_said_before_and_while_writing(
 ) -> None:
     from dstrain.engine.saved_state import SavedState
     from dstrain.exporting import writing
-    from dstrain.exporting.tensors import ExportedTensors
+    from dstrain.exporting.writing import ExportedTensors
 
     with pytest.raises(DstrainError, match=r"needs 1,000,000,000\.0 GB"):
         writing.refuse_full_disk(tmp_path, 10**18)

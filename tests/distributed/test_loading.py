@@ -104,9 +104,9 @@ def test_a_rank_s_memory_is_its_stage(big: tuple[str, int]) -> None:
 
 def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, int]:
     """Peak before, after each process has its share of the whole model; the share's bytes and the largest layer's."""
-    from dstrain.engine.communication import start_communication
-    from dstrain.engine.single_stage import SingleStageModel
-    from dstrain.engine.zero3_init import zero3_init
+    from dstrain.engine.build import start_communication
+    from dstrain.engine.modules import SingleStageModel
+    from dstrain.engine.zero3 import zero3_init
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.model.unsplit_model import UnsplitModel
     from dstrain.model.weights.pretrained import PretrainedWeights
@@ -183,7 +183,7 @@ def test_training_from_a_folder_is_training_from_the_same_weights(case: Case, tm
 
 def train_in_one_piece(rank: int, case: Case, folder: str) -> Outcome:
     """Through the model that families get which can't be split; from the folder, block by block."""
-    from dstrain.engine.zero3_init import zero3_init
+    from dstrain.engine.zero3 import zero3_init
     from dstrain.model import pipeline_model
     from dstrain.model.unsplit_model import UnsplitModel
     from dstrain.model.weights.pretrained import PretrainedWeights

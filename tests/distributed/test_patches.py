@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dstrain.errors import DstrainError
-from dstrain.planning.frozen import is_frozen
+from dstrain.planning.model_shape import is_frozen
 from tests.support.distributed.compare import assert_equal, reference
 from tests.support.distributed.training import (
     Case,

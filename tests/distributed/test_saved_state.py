@@ -66,7 +66,7 @@ def train_and_tell(rank: int, case: Case, folder: str, momentum: float) -> tuple
 def live_states(engine: Any, keys: Sequence[str]) -> States:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from dstrain.engine.parameter_groups import hugging_face_name
+    from dstrain.engine.optimizer import hugging_face_name
     from dstrain.engine.saved_state import MASTER
 
     if engine.zero_optimization_stage() in (1, 2):

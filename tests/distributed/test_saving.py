@@ -77,7 +77,7 @@ def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path: Path) 
 def due_steps(rank: int) -> list[int]:
     """With a clock that runs 10 times as fast on rank 1."""
     from dstrain.config.schema import RunConfig
-    from dstrain.train.checkpointing.save_schedule import SaveSchedule
+    from dstrain.train.checkpointing.checkpoints import SaveSchedule
 
     now = itertools.count(0, 10 if rank else 1)
     config = RunConfig(steps=20, save_every="5s", keep_every=7)

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.runs.checkpoint.integrity import checksum
-from dstrain.runs.checkpoint.manifest import DAMAGED, MANIFEST, FileRecord, make_manifest
+from dstrain.runs.checkpoint.manifest import DAMAGED, MANIFEST, FileRecord, checksum, make_manifest
 from tests.support.e2e import Said
 
 IDENTITY = {"zero": 2, "pipeline": 2, "data_parallel": 4, "schedule": "1f1b", "offload": "none"}

@@ -21,7 +21,7 @@ ARGUMENTS = [
 
 
 # Nothing but the wait before a restart is made shorter.
-SOON = "import dstrain.supervise.restarts as restarts\nrestarts._FIRST_SECONDS = 0.1"
+SOON = "import dstrain.api.restart_policy as restarts\nrestarts._FIRST_SECONDS = 0.1"
 
 
 def test_the_same_step_twice_is_enough(place: Path, dstrain: Callable[..., Said]) -> None:

@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from dstrain.errors import DstrainError
-from dstrain.model.capability import packing
-from dstrain.model.capability.packing import judge_packing, packing_leaks
+from dstrain.model.capability import independence
+from dstrain.model.capability.independence import judge_packing, packing_leaks
 from dstrain.model.capability.small_model import small_family
 from dstrain.model.document_masks import Documents, document_lengths
 from dstrain.model.pipeline_model import PipelineModel
@@ -115,7 +115,7 @@ class TestJudgement:
         assert "could not be tried" in (packing_leaks(tiny("llama")) or "")
 
     def test_logits_that_are_no_numbers_are_no_clean_bill(self, monkeypatch):
-        monkeypatch.setattr(packing, "_distance", lambda one, other: float("nan"))
+        monkeypatch.setattr(independence, "_distance", lambda one, other: float("nan"))
         assert packing_leaks(tiny("llama"))
 
     def test_the_size_of_the_model_does_not_matter(self):
@@ -127,9 +127,9 @@ class TestJudgement:
         def refuses(config: PretrainedConfig) -> None:
             raise DstrainError("no")
 
-        monkeypatch.setattr(packing, "small_config", refuses)
+        monkeypatch.setattr(independence, "small_config", refuses)
         assert packing_leaks(tiny("llama")) is None
-        monkeypatch.setattr(packing, "LARGEST", 1000)
+        monkeypatch.setattr(independence, "LARGEST", 1000)
         assert packing_leaks(tiny("llama")) == "packed rows of a llama model could not be tried: no"
 
 
@@ -251,7 +251,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
             told.append((cu_seqlens_q.tolist(), max_seqlen_q))
         window = options.get("window_size", (None,))[0]
         assert options["causal"]
-        output, _ = packing.attention_by_document(
+        output, _ = independence.attention_by_document(
             torch.nn.Module(),
             *(states.transpose(0, 1)[None] for states in (q, k, v)),
             attention_mask=None,

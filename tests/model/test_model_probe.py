@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.capability.packing import packing_leaks
+from dstrain.model.capability.independence import packing_leaks
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.probe import why_not_pipelined
 from tests.support.model_families import COMMON, FAMILIES, GQA, tiny

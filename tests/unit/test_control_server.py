@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.runs.addresses import own_addresses
 from dstrain.runs.protocol import ADDRESS, Hello, RankStatus, Stop, Welcome, decode, encode
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import own_addresses
 from dstrain.supervise.control_server import ControlServer, RankConnection
 from dstrain.supervise.hang_detection import (
     BUSY_SECONDS,

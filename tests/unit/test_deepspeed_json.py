@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.config.nested import leaves
+from dstrain.config.values import leaves
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Host
 from dstrain.planning.plan import Machines, Plan

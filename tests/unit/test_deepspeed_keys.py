@@ -22,8 +22,8 @@ from dstrain.config.deepspeed_keys import (
 from dstrain.config.files import ds_configs
 from dstrain.config.json_reader import _lines_of_keys
 from dstrain.config.loader import load_config
-from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import field_names
+from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
 from dstrain.planning.checks import refuse
 from dstrain.planning.deepspeed.keys import KEYS

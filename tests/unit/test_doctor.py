@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from dstrain.cli.doctor import command as doctor
-from dstrain.diagnostics import host, quick_check
+from dstrain.diagnostics import host, host_checks
 from dstrain.diagnostics.diagnosis import (
     FAILED,
     OK,
@@ -401,12 +401,12 @@ def request(**changed: Any) -> LaunchSpec:
 def test_pdsh_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DstrainError, match=r"pdsh.*is not installed"):
-        quick_check.refuse_unfit_hosts(request(), None)
+        host_checks.refuse_unfit_hosts(request(), None)
 
 
 def test_a_run_on_this_machine_looks_at_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_check, "examine_hosts", None)  # a call would fail
-    quick_check.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
+    monkeypatch.setattr(host_checks, "examine_hosts", None)  # a call would fail
+    host_checks.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
 
 
 def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
@@ -426,9 +426,9 @@ def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
             Check("192.0.2.2", "devices", FAILED, "slots=8, but it has 4 GPUs", "`192.0.2.2 slots=4`"),
         ]
 
-    monkeypatch.setattr(quick_check, "examine_hosts", examined)
+    monkeypatch.setattr(host_checks, "examine_hosts", examined)
     with pytest.raises(DstrainError) as caught:
-        quick_check.refuse_unfit_hosts(request(), str(tmp_path / "hosts"))
+        host_checks.refuse_unfit_hosts(request(), str(tmp_path / "hosts"))
     assert [host.slots for host in asked] == [8, 8]
     assert caught.value.where == f"{tmp_path}/hosts:3"
     assert caught.value.message == (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dstrain.config.duration import seconds
 from dstrain.config.loader import load_config
+from dstrain.config.values import seconds
 from dstrain.errors import DstrainError
 
 

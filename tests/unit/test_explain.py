@@ -9,8 +9,8 @@ import pytest
 
 from dstrain.cli.showing.explanation import format_explanation
 from dstrain.config.deepspeed_keys import GONE, all_keys, find
-from dstrain.config.nested import leaves
 from dstrain.config.schema import field_names
+from dstrain.config.values import leaves
 from dstrain.errors import DstrainError
 from dstrain.planning.deepspeed.keys import AS_DEFAULT, KEYS
 from dstrain.planning.explain import Explanation, explain, keys_meant

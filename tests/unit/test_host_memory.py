@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.train.checkpointing.host_memory import available_memory, room_for_copy
+from dstrain.train.checkpointing.background_writer import available_memory, room_for_copy
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_unknown_is_none_at_all(tmp_path: Path) -> None:
 
 
 def test_ranks_of_a_host_share_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstrain.train.checkpointing.host_memory.available_memory", lambda: 8000)
+    monkeypatch.setattr("dstrain.train.checkpointing.background_writer.available_memory", lambda: 8000)
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert room_for_copy() == 4000

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dstrain.errors import DstrainError
-from dstrain.runs.checkpoint.integrity import checksum, share_out, wrong_files
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
+    checksum,
     choose_newest,
     complete_checkpoints,
     damage_of,
@@ -27,7 +27,9 @@ from dstrain.runs.checkpoint.manifest import (
     note_damage,
     read_manifest,
     run_id,
+    share_out,
     unknown_files,
+    wrong_files,
 )
 
 RUN = "0123456789abcdef"

@@ -15,7 +15,7 @@ from dstrain.api.planning import check_code_here
 from dstrain.config.files import ds_configs
 from dstrain.config.json_schema import json_schema
 from dstrain.config.loader import load_config, override, read_config
-from dstrain.config.nested import leaves
+from dstrain.config.values import leaves
 from dstrain.errors import DstrainError
 from dstrain.optimizers import (
     OPTIMIZERS,

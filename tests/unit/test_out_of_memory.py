@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.runs import out_of_memory
-from dstrain.runs.out_of_memory import OutOfMemory
+from dstrain.runs import this_machine
+from dstrain.runs.this_machine import OutOfMemory
 
 LINE = "Out of memory: Killed process 77 (python) total-vm:9kB, anon-rss:8kB, file-rss:0kB, UID:0"
 
@@ -16,8 +16,8 @@ LINE = "Out of memory: Killed process 77 (python) total-vm:9kB, anon-rss:8kB, fi
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands in for /dev/kmsg, in the first pid namespace; there is no control group."""
-    monkeypatch.setattr(out_of_memory, "_kills_in_own_group", lambda: None)
-    monkeypatch.setattr(out_of_memory, "_in_first_namespace", lambda: True)
+    monkeypatch.setattr(this_machine, "_kills_in_own_group", lambda: None)
+    monkeypatch.setattr(this_machine, "_in_first_namespace", lambda: True)
     path = tmp_path / "kmsg"
     path.write_text("4,1,1,-;Killed process 78 (python) long ago\n")
     return path
@@ -42,8 +42,8 @@ def test_a_container_has_other_numbers(
     log: Path, monkeypatch: pytest.MonkeyPatch, name: str, seconds_ago: int, counts: bool
 ) -> None:
     """The log tells of all containers: only what could be this death counts."""
-    monkeypatch.setattr(out_of_memory, "_in_first_namespace", lambda: False)
-    monkeypatch.setattr(out_of_memory, "_text", lambda path: "python\n")
+    monkeypatch.setattr(this_machine, "_in_first_namespace", lambda: False)
+    monkeypatch.setattr(this_machine, "_text", lambda path: "python\n")
     asked = OutOfMemory(str(log))
     with log.open("a") as file:
         at = max(0, int((time.monotonic() - seconds_ago) * 1e6))
@@ -71,7 +71,7 @@ def test_the_control_group_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, path: str, text: str
 ) -> None:
     files = {"/proc/self/cgroup": groups, path: text.format(2)}
-    monkeypatch.setattr(out_of_memory, "_text", lambda name: files.get(name, ""))
+    monkeypatch.setattr(this_machine, "_text", lambda name: files.get(name, ""))
     asked = OutOfMemory(str(tmp_path / "none"))
     assert asked.words(77) is None
     files[path] = text.format(3)

@@ -13,13 +13,11 @@ import pytest
 
 from dstrain.api.reproducing import _cause as cause
 from dstrain.errors import DstrainError
-from dstrain.report.reproduction import compare_bits
+from dstrain.report.comparison import compare_bits
 from dstrain.runs.record.differences import differences
+from dstrain.runs.record.environment import packages, variables, weights_fingerprint
 from dstrain.runs.record.record import append_launch, first_launch, read_launches, write_record
 from dstrain.runs.record.source import UNKNOWN, source_of
-from dstrain.runs.record.surroundings import variables
-from dstrain.runs.record.versions import packages
-from dstrain.runs.record.weights import weights_fingerprint
 from dstrain.runs.run_folder import RunFolder
 from tests.support.plans import plan
 

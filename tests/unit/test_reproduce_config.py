@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.api.reproduce_config import choices_again
+from dstrain.api.reproducing import choices_again
 from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.config.schema import RunConfig
 from dstrain.runs.run_folder import RunFolder

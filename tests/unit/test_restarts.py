@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dstrain.supervise.restarts import Again, GiveUp, Restarts
+from dstrain.api.restart_policy import Again, GiveUp, Restarts
 
 SAME_STEP = "it failed again after step"
 TOO_OFTEN = "without a new checkpoint"

@@ -16,7 +16,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import check_disk, most_checkpoints
 from dstrain.formatting import format_bytes
-from dstrain.train.checkpointing.save_schedule import SaveSchedule
+from dstrain.train.checkpointing.checkpoints import SaveSchedule
 from tests.support.plans import MINIMAL, plan, shape
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dstrain.cli.showing.formatting import format_duration
+from dstrain.cli.showing.estimates import format_duration
 from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.plan import show_plan
 from dstrain.estimate.device import find_device

@@ -27,15 +27,15 @@ from dstrain.api.reproducing import ReproduceResult
 from dstrain.api.verifying import VerifyResult, VerifyRow
 from dstrain.cli import checkpoints, config, doctor, reproduce, verify
 from dstrain.cli.run import show_nodes
+from dstrain.cli.showing.estimates import format_duration
 from dstrain.cli.showing.explanation import show_explanation
 from dstrain.cli.showing.fit import _nothing_fits, show_fit
-from dstrain.cli.showing.formatting import format_duration
 from dstrain.cli.showing.picture import _title
 from dstrain.cli.showing.plan import show_plan
 from dstrain.cli.showing.progress import ConsoleEvents, show_result
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.config.loader import load_config
-from dstrain.config.nested import leaves
+from dstrain.config.values import leaves
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
 from dstrain.formatting import format_bytes
 from dstrain.planning.explain import explain
@@ -44,8 +44,8 @@ from dstrain.planning.fitting.search import Fit, Scored
 from dstrain.planning.layout import Host
 from dstrain.planning.layout_choice import LayoutChoice
 from dstrain.planning.plan import Plan
+from dstrain.report.comparison import compare_bits
 from dstrain.report.difference import Difference, Value
-from dstrain.report.reproduction import compare_bits
 from dstrain.runs.checkpoint.manifest import MANIFEST, make_manifest
 from dstrain.runs.record.differences import differences
 from dstrain.runs.run_folder import RunFolder
@@ -319,8 +319,8 @@ def print_what_to_type(length: int, **_: Any) -> Shown:
 
 
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
-    "plan": (print_plan, ("choices", "picture", "stages", "time", "formatting")),
-    "plan of 4,096 ranks": (print_plan_of_a_large_machine, ("picture", "stages")),
+    "plan": (print_plan, ("plan", "picture", "estimates")),
+    "plan of 4,096 ranks": (print_plan_of_a_large_machine, ("picture", "estimates")),
     "fit": (print_fit, ("fit",)),
     "explanation": (print_explanation, ()),
     "repetition": (print_repetition, ()),

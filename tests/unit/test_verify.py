@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dstrain.api import verifying
 from dstrain.api.events import SILENT
-from dstrain.api.tiny_model import shrink_model
+from dstrain.api.verifying import shrink_model
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
 from dstrain.planning.layout_choice import LayoutChoice, layouts_for

@@ -8,7 +8,7 @@ import click
 from rich.text import Text
 
 from dstrain.api.fitting import FitResult, FitRow
-from dstrain.cli.showing.formatting import format_duration, headed
+from dstrain.cli.showing.estimates import format_duration, headed
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.formatting import format_bytes, format_count
 

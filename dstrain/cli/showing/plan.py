@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from dstrain.cli.showing.choices import choices
-from dstrain.cli.showing.formatting import format_duration, headed
+from dstrain.cli.showing.estimates import format_duration, headed, memory, stages, time
 from dstrain.cli.showing.picture import picture
-from dstrain.cli.showing.stages import memory, stages
-from dstrain.cli.showing.time import time
+from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.estimate.disk import most_checkpoints
 from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
@@ -129,3 +127,32 @@ def _disk(plan: Plan) -> str:
         f"about {format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.disk_bytes)} at most"
         f" ({number:,} at once: keep {config.keep}{for_good}, and the one being written{weights})"
     )
+
+
+_SHOWN = (
+    "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision",
+    "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
+    "gradient_clipping", "activation_checkpointing", "seed",
+)  # fmt: skip
+
+
+def choices(plan: Plan) -> FoldingTable:
+    """Key, value and origin of what decides most."""
+    table = FoldingTable(
+        Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
+    )
+    separate = () if plan.config["pack"] else ("pack",)
+    beside = [key for key in ("optimizer_options", "trackers", "profile", "hooks") if plan.config.get(key)]
+    for key in (*_SHOWN, *separate, *beside):
+        value = plan.config[key]
+        if key == "data_parallel" and value is None:
+            table.add_row(key, str(plan.layout.data_parallel), "as many as the devices allow")
+        elif key == "micro_batch" and value is None:
+            table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
+        elif key == "tokenizer" and value == "auto":
+            table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
+        elif key in ("init", "partition") and plan.origins[key] == "default":
+            continue
+        else:
+            table.add_row(key, str(value), plan.origins[key])
+    return table

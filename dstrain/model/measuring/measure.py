@@ -16,8 +16,7 @@ from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
-from dstrain.model.capability.packing import judge_packing
-from dstrain.model.capability.tokenwise import head_is_tokenwise
+from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.measuring.saved import Activations, block_activations, outer_activations
 from dstrain.model.pipeline_split.probe import find_structure
@@ -42,9 +41,9 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``pipeline_refusal`` (or None),
         ``dropout`` (the largest probability in the config), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
-        ``tokenwise_head`` (see ``dstrain.model.capability.tokenwise``), ``packing_leak``, ``flash_packing_leak`` and
-        ``looks_ahead`` (see ``dstrain.model.capability.packing.Packing``). For a model that cannot be split, the layers
-        are the best guess.
+        ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak`` and
+        ``looks_ahead`` (see ``dstrain.model.capability.independence.Packing``). For a model that cannot be split, the
+        layers are the best guess.
 
     Raises:
         DstrainError: the model cannot be built.

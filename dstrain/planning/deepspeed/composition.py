@@ -17,8 +17,8 @@ from typing import Any
 from dstrain.config.deepspeed_keys import canonical, what_is_wrong
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
-from dstrain.config.nested import KeyPath, leaves
 from dstrain.config.schema import RunConfig
+from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
 from dstrain.optimizers import is_outside, optimizer_facts
 from dstrain.planning.batch import Batch

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
-from dstrain.config.nested import KeyPath
 from dstrain.config.schema import RunConfig
+from dstrain.config.values import KeyPath
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size

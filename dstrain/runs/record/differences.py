@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.config.nested import leaves
+from dstrain.config.values import leaves
 from dstrain.runs.record.source import UNKNOWN
 
 # What a run is called, how it is watched, kept and told of: nothing of it reaches the numbers.

@@ -19,10 +19,15 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.planning.plan import Plan
 from dstrain.renamed import CONFIG_KEYS, with_new_names
+from dstrain.runs.record.environment import (
+    image,
+    own_version,
+    packages,
+    python_version,
+    variables,
+    weights_fingerprint,
+)
 from dstrain.runs.record.source import source_of
-from dstrain.runs.record.surroundings import image, variables
-from dstrain.runs.record.versions import own_version, packages, python_version
-from dstrain.runs.record.weights import weights_fingerprint
 from dstrain.runs.run_folder import RunFolder
 
 FORMAT = 1

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import distributed
 
+from dstrain.config.schema import RunConfig
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.identity import is_other_layout, refuse_other
-from dstrain.runs.checkpoint.integrity import share_out
-from dstrain.runs.checkpoint.manifest import FileRecord, file_sizes, newest_complete
-from dstrain.train.checkpointing.background_writer import WORDS, BackgroundWriter, Failure, record
+from dstrain.runs.checkpoint.manifest import FileRecord, file_sizes, newest_complete, share_out
+from dstrain.train.checkpointing.background_writer import (
+    WORDS,
+    BackgroundWriter,
+    Failure,
+    record,
+    room_for_copy,
+)
 from dstrain.train.checkpointing.checkpoint_folder import (
     aside_of,
     begin,
     give_name,
     named,
     prune,
+    why_not_written,
     write_manifest,
 )
-from dstrain.train.checkpointing.host_memory import room_for_copy
 from dstrain.train.checkpointing.newest_usable import find_newest_usable
-from dstrain.train.checkpointing.to_disk import why_not_written
 
 
 class Checkpoints:
@@ -230,3 +237,41 @@ def _first_of_all_ranks(failure: Failure | None) -> str | None:
     reasons: list[str | None] = [None for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(reasons, failure.reason if failure else None)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+class SaveSchedule:
+    """Asked after each step, by all ranks together.
+
+    The last step is always due, and so is every multiple of ``keep_every``: what is to be kept for good must
+    be saved. With a length of time the clock restarts at each save. With ``never`` no step is due.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``device``: where the ranks' word to each other lies. ``clock``: seconds; rank 0's decides."""
+        self._saves = config.saves
+        self._last = config.steps
+        self._keep_every = config.keep_every
+        self._steps = config.save_every if isinstance(config.save_every, int) else 0
+        self._seconds = config.save_every_seconds
+        self._device = device
+        self._clock = clock
+        self._saved_at = clock()
+
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` is saved. The same on all ranks; collective with a length of time."""
+        if not self._saves:
+            return False
+        due = step == self._last or any(n > 0 and step % n == 0 for n in (self._steps, self._keep_every))
+        return due or (self._seconds is not None and self._time_is_up())
+
+    def saved(self) -> None:
+        """Restart the clock: a save has ended."""
+        self._saved_at = self._clock()
+
+    def _time_is_up(self) -> bool:
+        assert self._seconds is not None
+        flag = torch.tensor([float(self._clock() - self._saved_at >= self._seconds)], device=self._device)
+        distributed.broadcast(flag, src=0)
+        return bool(flag.item())

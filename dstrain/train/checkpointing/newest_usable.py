@@ -9,7 +9,6 @@ from typing import Any
 from torch import distributed
 
 from dstrain.errors import DstrainError
-from dstrain.runs.checkpoint.integrity import share_out, wrong_files
 from dstrain.runs.checkpoint.manifest import (
     Choice,
     choose_newest,
@@ -17,6 +16,8 @@ from dstrain.runs.checkpoint.manifest import (
     note_damage,
     passed_over,
     read_manifest,
+    share_out,
+    wrong_files,
 )
 
 

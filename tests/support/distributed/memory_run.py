@@ -11,8 +11,7 @@ import torch
 from deepspeed.runtime.pipe import schedule
 
 from dstrain.planning import sizes
-from dstrain.planning.frozen import is_frozen
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 from tests.support.distributed.memory_count import Counted, MemoryCount
@@ -99,8 +98,7 @@ def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
 
 def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     """This rank's tensors in the second step of a training, when the optimizer has its state."""
-    from dstrain.engine.build import build_engine
-    from dstrain.engine.communication import start_communication
+    from dstrain.engine.build import build_engine, start_communication
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.pipeline_model import PipelineModel
 

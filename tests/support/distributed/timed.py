@@ -43,8 +43,7 @@ def _train(rank: int, plan: Plan, model: Any, threads: int, ends: list[Any]) -> 
     import torch
     from torch import distributed
 
-    from dstrain.engine.build import build_engine
-    from dstrain.engine.communication import start_communication
+    from dstrain.engine.build import build_engine, start_communication
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.pipeline_model import PipelineModel
 

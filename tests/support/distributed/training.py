@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from dstrain.optimizers import is_outside
-from dstrain.planning.frozen import is_frozen
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 
@@ -223,8 +222,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     """The engine of this rank, and the plan that it was built from: the case's own, where none is given."""
     from deepspeed.accelerator import get_accelerator
 
-    from dstrain.engine.build import build_engine
-    from dstrain.engine.communication import start_communication
+    from dstrain.engine.build import build_engine, start_communication
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.train.trainer import client_optimizer
 

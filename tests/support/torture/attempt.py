@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.runs.checkpoint.manifest import MANIFEST
-from dstrain.runs.processes import Process, read_process
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import Process, read_process
 from dstrain.supervise.process_tree import family, kill
 from tests.support.forking import becoming
 from tests.support.forking.program import Program

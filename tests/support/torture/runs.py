@@ -12,8 +12,13 @@ from typing import Any
 
 import yaml
 
-from dstrain.runs.checkpoint.integrity import wrong_files
-from dstrain.runs.checkpoint.manifest import damage_of, files_of, named_checkpoints, read_manifest
+from dstrain.runs.checkpoint.manifest import (
+    damage_of,
+    files_of,
+    named_checkpoints,
+    read_manifest,
+    wrong_files,
+)
 from dstrain.runs.run_folder import RunFolder
 from tests.support.materials import LLAMA
 from tests.support.torture.attempt import ALL, Attempt

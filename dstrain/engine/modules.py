@@ -1,20 +1,40 @@
-"""A PipelineModule that is partitioned as the plan says, and ties weights individually."""
+"""What DeepSpeed's engines train: a PipelineModule partitioned as planned, or all layers in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from dstrain.engine.topology import make_topology
-from dstrain.engine.zero3_init import zero3_init
-from dstrain.model.layers import HeadLayer
+from dstrain.engine.zero3 import zero3_init
+from dstrain.model.head_output import HeadOutputRequest
+from dstrain.model.layers import BlockLayer, HeadLayer
 from dstrain.model.pipeline_model import PipelineModel
+
+
+def make_topology(*, pipeline: int, data_parallel: int) -> ProcessTopology:
+    """rank = replica x pipeline + stage.
+
+    DeepSpeed's own ``PipeDataParallelTopology`` numbers the replicas of a stage next to each other,
+    so that a pipeline would cross machines while its replicas share one.
+    """
+    return ProcessTopology(axes=["data", "pipe"], dims=[data_parallel, pipeline])
+
+
+def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+    """torch's non-reentrant checkpoint, for both engines.
+
+    DeepSpeed's own two forms are not used: the reentrant one, its default, cuts off the gradient of an
+    embedding inside it, and its non-reentrant one does not gather ZeRO-3's parameters again.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 class _LayerOf(LayerSpec):  # type: ignore[misc]
@@ -125,3 +145,35 @@ class _Holder:
 
     def parameters(self) -> list[torch.Tensor]:
         return [self.weight]
+
+
+class SingleStageModel(nn.Module):
+    """``(input_ids, position_ids)`` [B, S] -> what the head is asked for. Parameters are named as in a pipeline.
+
+    Args:
+        activation_checkpointing: recompute each block in the backward pass (not the embedding and
+            the head), non-reentrantly: a reentrant checkpoint around the embedding would cut its
+            gradient off.
+    """
+
+    def __init__(self, model: PipelineModel, *, activation_checkpointing: bool) -> None:
+        super().__init__()
+        for index in range(model.num_layers):
+            self.add_module(str(index), model.build(index))
+        self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def head(self) -> HeadOutputRequest:
+        last = self._modules[str(len(self._modules) - 1)]
+        assert isinstance(last, HeadOutputRequest)
+        return last
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        state: Any = inputs
+        for layer in self.children():
+            if self.activation_checkpointing and self.training and isinstance(layer, BlockLayer):
+                state = recompute(layer, state)
+            else:
+                state = layer(state)
+        output: torch.Tensor = state
+        return output

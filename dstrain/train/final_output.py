@@ -1,12 +1,25 @@
-"""Generates a continuation of a prompt with the current model."""
+"""What a run writes at its end: the final weights as safetensors, and a continuation of the prompt."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import distributed
 
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.engine.interface import Engine, MicroBatch
+
+
+def save_weights(engine: Engine, folder: Path, stage: int, replica: int) -> None:
+    """Write ``stage-N.safetensors``; the first replica of each stage does. Collective."""
+    tensors = dict(engine.weights())
+    if replica == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"stage-{stage}.safetensors")
+    distributed.barrier()
+
 
 TEMPERATURE = 0.7
 

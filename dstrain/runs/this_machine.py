@@ -1,12 +1,51 @@
-"""Detects processes that the kernel killed for lack of memory."""
+"""What the kernel says of this machine: its processes, those killed for lack of memory, and its addresses."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """One line of /proc/<pid>/stat (proc_pid_stat(5)). ``start`` (clock ticks since boot) tells a process from a
+    later one that was given the same number; ``stopped``: by SIGSTOP or its kin, not by a debugger."""
+
+    pid: int
+    parent: int
+    session: int
+    start: int
+    zombie: bool
+    stopped: bool
+    exit_code: int
+
+
+def read_process(pid: int) -> Process | None:
+    """The process with this number, or None."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field is the program's name in parentheses and may itself hold spaces and parentheses.
+    words = text[text.rfind(")") + 2 :].split()
+    state, parent, session, start = words[0], int(words[1]), int(words[3]), int(words[19])
+    exit_code = int(words[49]) if len(words) > 49 else 0
+    return Process(pid, parent, session, start, state in "ZX", state == "T", exit_code)
+
+
+def arguments(pid: int) -> list[str]:
+    """The argv of a process; empty when it is gone or a zombie."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in raw.split(b"\0")]
+
 
 # Priority, number and microseconds since boot come before a record's text.
 _KILLED = re.compile(
@@ -95,3 +134,31 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+# Any does.
+_PORT = 9
+OUTSIDE = "192.0.2.1"
+"""Reserved for documentation (RFC 5737): the way there is the way to the outside."""
+
+
+def address_towards(family: int, place: str) -> str | None:
+    """The own address by which a packet to the address ``place`` would leave; None where no way leads there."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, _PORT))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def own_addresses() -> list[str]:
+    """This machine's IPv4 addresses, that of the way to the outside first; 127.0.0.1 at the end."""
+    import psutil  # here: a plan asks for no more than `address_towards`
+
+    outward = address_towards(socket.AF_INET, OUTSIDE)
+    cards = psutil.net_if_addrs().values()
+    found = [] if outward is None else [outward]
+    found += [entry.address for card in cards for entry in card if entry.family == socket.AF_INET]
+    outside = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+    return [*outside, "127.0.0.1"]

@@ -1,4 +1,4 @@
-"""Tests whether a family computes packed documents as if each were alone."""
+"""Tests what a family computes independently: each of several packed documents, each token at the head."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.architecture import canonical_config
 from dstrain.model.capability.small_model import small_config
 from dstrain.model.document_masks import document_lengths
+from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.skeleton import empty_model
 from dstrain.model.unsplit_model import UnsplitModel
 
@@ -283,3 +284,25 @@ def attention_by_document(
         scores = torch.cat([scores, s_aux.view(1, heads, 1, 1).expand(1, heads, len(place), 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : len(place)]
     return (weights @ value).reshape(heads, rows, length, -1).permute(1, 2, 0, 3).contiguous(), None
+
+
+LENGTH = 12
+CUT = 5
+
+
+@torch.no_grad()
+def head_is_tokenwise(config: PretrainedConfig) -> bool:
+    """Compare the logits of a row with those of its two parts, on a small copy of the model.
+
+    False too where the model has no head of its own (it can't be split), or no small copy.
+    """
+    try:
+        model = PipelineModel(small_config(config), seed=0, attention="auto")
+        head = model.build(model.num_layers - 1).eval()
+    except DstrainError:
+        return False
+    hidden = torch.randn(1, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(LENGTH)[None]
+    whole = head((hidden, positions))
+    cut = [head((hidden[:, part], positions[:, part])) for part in (slice(CUT), slice(CUT, LENGTH))]
+    return bool(torch.allclose(whole, torch.cat(cut, dim=1), rtol=1e-4, atol=1e-5))
