@@ -21,7 +21,7 @@ from tests.support.cluster.commands import Command, Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.plain_path import plain_script
 from tests.support.cluster.processes import Process
-from tests.support.cluster.runs import END_SECONDS, numbers
+from tests.support.cluster.runs import END_SECONDS, HOOKS, check_hooks, numbers
 from tests.support.cluster.waiting import wait_until
 
 # `cluster`: nothing runs on the hosts after a test, whatever came of it.
@@ -71,7 +71,7 @@ def near(site: Placement) -> Result:
 
 @pytest.fixture(scope="module")
 def far(site: Placement) -> Result:
-    said = site.start("far", "--hostfile", "hosts").wait(200)
+    said = site.start("far", "--hostfile", "hosts", *HOOKS).wait(200)
     assert said.code == 0, f"{said}\n{site.folder('far').launcher_log.read_text()}"
     wait_until(lambda: not site.left(), 5, what="the end of all processes")
     return said
@@ -91,6 +91,10 @@ def test_losses_and_norms_are_those_of_one_host(site: Placement, far: Result, ne
     assert site.numbers("far") == site.numbers("near")
     results = [json.loads(site.folder(name).result.read_text()) for name in ("far", "near")]
     assert results[0] == results[1]
+
+
+def test_hooks_are_called_where_the_ranks_are(site: Placement, far: Result) -> None:
+    check_hooks(site.folder("far"), ["n1", "n1", "n2", "n2"], STEPS)
 
 
 def test_launch_sh_is_the_command_that_was_shown(site: Placement, far: Result) -> None:

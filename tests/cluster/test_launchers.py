@@ -23,7 +23,7 @@ from dstrain.runs.run_folder import RunFolder
 from tests.support.cluster.commands import Command, Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
-from tests.support.cluster.runs import END_SECONDS, lay_out, numbers
+from tests.support.cluster.runs import END_SECONDS, HOOKS, check_hooks, lay_out, numbers
 from tests.support.cluster.slurm import Slurm
 from tests.support.cluster.waiting import wait_until
 
@@ -187,7 +187,8 @@ def test_what_is_said_to_be_typed_is_typed(site: Placement, local: list[dict[str
 def test_another_launcher_over_ssh(site: Placement, local: list[dict[str, Any]], launcher: str) -> None:
     if launcher == "openmpi":
         require_cluster(openmpi=True)
-    site.run(launcher, "--hostfile", "hosts", "--launcher", launcher)
+    site.run(launcher, "--hostfile", "hosts", "--launcher", launcher, *HOOKS)
+    check_hooks(site.folder(launcher), ["n1", "n1", "n2", "n2"], STEPS)
     assert site.hosts_of_ranks(launcher) == ["n1", "n1", "n2", "n2"]
     assert site.numbers(launcher) == local
     site.nothing_is_left()
@@ -213,13 +214,14 @@ def test_a_job_of_several_hosts_is_used_without_a_word(
     """sbatch with a `dstrain run` in it: no hostfile, no launcher."""
     slurm = slurm_site.slurm
     assert slurm is not None
-    command = shlex.join(dstrain_argv("run", *ARGUMENTS, "--name", "slurm"))
+    command = shlex.join(dstrain_argv("run", *ARGUMENTS, "--name", "slurm", *HOOKS))
     job = slurm_site.batch(f"exec {command}", "--nodes=2", "--ntasks-per-node=2")
     slurm.wait_for(job, "COMPLETED", "FAILED", seconds=200)
     said = (slurm_site.place / f"job-{job}.log").read_text()
     assert slurm.state(job) == "COMPLETED", slurm_site.log("slurm")
     assert slurm_site.hosts_of_ranks("slurm") == ["n1", "n1", "n2", "n2"]
     assert slurm_site.numbers("slurm") == local
+    check_hooks(slurm_site.folder("slurm"), ["n1", "n1", "n2", "n2"], STEPS)
     assert f"launcher slurm: job {job} has the hosts n1 (2), n2 (2)" in said
     slurm_site.nothing_is_left()
 

@@ -15,8 +15,8 @@ import pytest
 from dstrain.runs.run_folder import RunFolder
 from tests.e2e.conftest import Said, start
 from tests.e2e.test_run import left_running
-from tests.hooks.fake_server import server
-from tests.hooks.readers import from_metrics, from_mlflow, from_tensorboard, from_wandb
+from tests.support.hooks.fake_server import server
+from tests.support.hooks.readers import from_metrics, from_mlflow, from_tensorboard, from_wandb
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -17,7 +17,7 @@ from dstrain.hooks.tensorboard_tracker import TensorBoardTracker
 from dstrain.hooks.trackers import Tracker, numbers_in
 from dstrain.hooks.wandb_tracker import WandbTracker
 from dstrain.train.hooks import EndInfo, StartInfo, StepInfo, ValidationInfo
-from tests.hooks.readers import from_mlflow, from_tensorboard, from_wandb
+from tests.support.hooks.readers import from_mlflow, from_tensorboard, from_wandb
 
 RUN_ID = "0123456789abcdef"
 CONFIG = {"lr": 3e-4, "steps": 8, "data": "stdlib", "trackers": [{"name": "wandb"}]}

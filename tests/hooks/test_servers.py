@@ -13,9 +13,9 @@ import pytest
 from dstrain.hooks import wandb_tracker
 from dstrain.hooks.mlflow_tracker import MlflowTracker
 from dstrain.hooks.wandb_tracker import WandbTracker
-from tests.hooks.fake_server import Fault, server, wandb_server
-from tests.hooks.readers import from_wandb
 from tests.hooks.test_libraries import RESUMED, RUN_ID, expected, launch
+from tests.support.hooks.fake_server import Fault, server, wandb_server
+from tests.support.hooks.readers import from_wandb
 
 FAULTS: list[Fault] = ["hangs", "refuses", "answers 500"]
 KEY = "fake0key1" * 4 + "fake"
@@ -62,7 +62,7 @@ import os, sys
 from pathlib import Path
 import psutil, wandb
 from dstrain.hooks.wandb_tracker import WandbTracker
-from tests.hooks.fake_server import wandb_server
+from tests.support.hooks.fake_server import wandb_server
 from tests.hooks.test_libraries import launch
 
 usual = wandb.Settings
