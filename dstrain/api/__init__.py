@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dstrain.api.checkpoint_list import CheckpointInfo, checkpoints
     from dstrain.api.diagnosing import DoctorResult, doctor
     from dstrain.api.events import Events, Step
     from dstrain.api.exporting import ExportResult, export, generate
     from dstrain.api.fitting import FitResult, FitRow, fit
-    from dstrain.api.listing import CheckpointInfo, checkpoints
     from dstrain.api.outcome import RunFailedError, RunResult
     from dstrain.api.planning import load_config, plan
     from dstrain.api.reproducing import ReproduceResult, reproduce
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointInfo": "dstrain.api.listing",
+    "CheckpointInfo": "dstrain.api.checkpoint_list",
     "ConfigError": "dstrain.config.loader",
     "DoctorResult": "dstrain.api.diagnosing",
     "DstrainError": "dstrain.errors",
@@ -77,7 +77,7 @@ _HOMES = {
     "Step": "dstrain.api.events",
     "VerifyResult": "dstrain.api.verifying",
     "VerifyRow": "dstrain.api.verifying",
-    "checkpoints": "dstrain.api.listing",
+    "checkpoints": "dstrain.api.checkpoint_list",
     "doctor": "dstrain.api.diagnosing",
     "export": "dstrain.api.exporting",
     "fit": "dstrain.api.fitting",

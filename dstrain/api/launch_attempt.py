@@ -17,7 +17,7 @@ from dstrain.files import write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
 from dstrain.launch.launch_spec import LaunchSpec, runs_here
-from dstrain.planning.hooks import variables_of
+from dstrain.planning.hook_specs import variables_of
 from dstrain.planning.plan import Plan
 from dstrain.runs.record.record import write_record
 from dstrain.runs.run_folder import RunFolder

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.errors import RESUMABLE, DstrainError
-from dstrain.renamed import METRICS, with_new_names
+from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
 from dstrain.runs.run_folder import RunFolder, last_step
-from dstrain.supervise.outcome import Cause, Outcome
+from dstrain.supervise.failure_cause import Cause, Outcome
 
 FAILED = 1
 

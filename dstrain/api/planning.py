@@ -23,7 +23,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
-from dstrain.planning.hooks import check_trackers_here
+from dstrain.planning.hook_specs import check_trackers_here
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.api.events import SILENT, Events
-from dstrain.api.follow import RunFollower
+from dstrain.api.following import RunFollower
 from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec, locked
 from dstrain.api.outcome import RunResult, result_of
 from dstrain.api.planning import Planned, plan_for

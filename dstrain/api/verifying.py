@@ -19,7 +19,7 @@ from dstrain.config.loader import ResolvedConfig, override
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.devices import local_devices
-from dstrain.planning.layout_choice import LayoutChoice, layouts_for
+from dstrain.planning.layout_names import LayoutChoice, layouts_for
 from dstrain.runs.run_folder import RunFolder
 
 # fp32 agrees to this at least; more only where one process itself spreads further.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dstrain.api.listing import CheckpointInfo
+    from dstrain.api.checkpoint_list import CheckpointInfo
 
 
 @click.command("checkpoints")
@@ -26,7 +26,7 @@ def command(run: str, verify: bool, as_json: bool) -> None:
     Without --verify, only manifests and file sizes are checked. The exit code is 1 if a checkpoint is damaged.
     --verify records damage in the checkpoint, so that `dstrain resume` skips it without reading it again.
     """
-    from dstrain.api.listing import DAMAGED, checkpoints
+    from dstrain.api.checkpoint_list import DAMAGED, checkpoints
     from dstrain.api.resuming import find_run
     from dstrain.cli.showing.progress import PROGRESS
 
@@ -74,7 +74,7 @@ def _show(name: str, found: Sequence[CheckpointInfo]) -> None:
     from rich.box import HEAVY_HEAD
     from rich.text import Text
 
-    from dstrain.api.listing import COMPLETE, DAMAGED, HALF_WRITTEN
+    from dstrain.api.checkpoint_list import COMPLETE, DAMAGED, HALF_WRITTEN
     from dstrain.cli.showing.tables import Column, FoldingTable, make_console
     from dstrain.formatting import format_bytes
 

@@ -19,7 +19,7 @@ from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.values import leaves
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
-from dstrain.renamed import CONFIG_KEYS
+from dstrain.renamed_keys import CONFIG_KEYS
 
 DEFAULT_RECIPE = "quickstart"
 # What the same thing is called elsewhere.

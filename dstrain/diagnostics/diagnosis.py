@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.diagnostics.facts import PACKAGES
+from dstrain.diagnostics.host_facts import PACKAGES
 from dstrain.formatting import format_bytes
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -36,7 +36,7 @@ def judge_facts(
 
     Args:
         slots: what the hostfile gives it; 0 where nobody asks for a number.
-        facts: of `dstrain.diagnostics.facts`.
+        facts: of `dstrain.diagnostics.host_facts`.
         here: those of the machine that asks, which the others must agree with.
         gpus: whether other hosts have GPUs.
     """

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dstrain.diagnostics.facts import facts
+from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
 
 MARK = "dstrain-doctor "

@@ -25,7 +25,7 @@ from dstrain.diagnostics.diagnosis import (
     judge_folders,
     judge_names,
 )
-from dstrain.diagnostics.facts import facts as facts_here
+from dstrain.diagnostics.host_facts import facts as facts_here
 from dstrain.diagnostics.network import HERE
 from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError

@@ -13,14 +13,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.engine.checkpoint_files import PARAMETER_NAMES, TAG
+from dstrain.engine.checkpoint_state import SavedState
+from dstrain.engine.client_optimizer import ClientOptimizer, hugging_face_name
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
-from dstrain.engine.optimizer import ClientOptimizer, hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore
-from dstrain.engine.saved_files import PARAMETER_NAMES, TAG
-from dstrain.engine.saved_state import SavedState
 from dstrain.model.head_output import HeadOutputRequest
 
 

@@ -12,12 +12,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
+from dstrain.engine.client_optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
-from dstrain.engine.modules import DualPipeVStagedModule, SingleStageModel, StagedModule
-from dstrain.engine.optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
-from dstrain.engine.safe_reading import read_safely
+from dstrain.engine.pipeline_module import DualPipeVStagedModule, SingleStageModel, StagedModule
+from dstrain.engine.safe_unpickling import read_safely
 from dstrain.engine.zero3 import zero3_init
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.pipeline_model import PipelineModel, TiedWeight

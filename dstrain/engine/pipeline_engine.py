@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe import dualpipev, schedule
 from deepspeed.runtime.pipe import engine as pipe_engine
 
 from dstrain.engine.deepspeed_patches import PatchedEngine
-from dstrain.engine.modules import recompute
+from dstrain.engine.pipeline_module import recompute
 from dstrain.engine.zero3 import check_orders_among, count_each_weight_once, partition_of_gradient
 
 

@@ -24,9 +24,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from dstrain.engine.optimizer import hugging_face_name
-from dstrain.engine.saved_files import SavedTensor
-from dstrain.engine.saved_state import MASTER, SavedParameter, SavedState
+from dstrain.engine.checkpoint_files import SavedTensor
+from dstrain.engine.checkpoint_state import MASTER, SavedParameter, SavedState
+from dstrain.engine.client_optimizer import hugging_face_name
 from dstrain.errors import DstrainError
 from dstrain.optimizers import facts_of_type, kept_states
 

@@ -6,7 +6,7 @@ import math
 
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.estimate.memory_stage import frozen_parameters, moment_bytes
+from dstrain.estimate.stage_parameters import frozen_parameters, moment_bytes
 from dstrain.formatting import format_bytes
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape

@@ -21,12 +21,12 @@ from dstrain.estimate.memory_activations import (
     spans_in_flight,
     stage_activations,
 )
-from dstrain.estimate.memory_stage import stage_parameters, weight_bytes
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
+from dstrain.estimate.stage_parameters import stage_parameters, weight_bytes
 from dstrain.planning.batch import Batch
+from dstrain.planning.buffer_sizes import LARGEST_BUCKET, bucket_size
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
-from dstrain.planning.sizes import LARGEST_BUCKET, bucket_size
 
 __all__ = [
     "USABLE",

@@ -8,9 +8,9 @@ from functools import cache
 
 from dstrain.config.schema import RunConfig
 from dstrain.planning.batch import Batch
+from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
-from dstrain.planning.sizes import loss_chunk
 
 LOSS_PIECE = 1 << 24
 """Logits that the loss function has in fp32 at a time, as a number of elements: ``PIECE`` in dstrain.model.loss."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.estimate.memory_moments import Moments, host_beside_optimizer, moments_of_step
-from dstrain.estimate.memory_stage import Stage, moment_bytes, weight_bytes
+from dstrain.estimate.memory_peaks import Moments, host_beside_optimizer, moments_of_step
+from dstrain.estimate.stage_parameters import Stage, moment_bytes, weight_bytes
 
 
 @dataclass(frozen=True)

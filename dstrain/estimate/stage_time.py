@@ -29,7 +29,7 @@ def layer_times(
     Args:
         attended: fraction of the square of positions that attention computes, see `attended_share`.
         blocks_recomputed: ``activation_checkpointing``.
-        head_recomputed: its loss works in chunks, see `dstrain.planning.sizes`.
+        head_recomputed: its loss works in chunks, see `dstrain.planning.buffer_sizes`.
 
     Source: Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM,
     appendix.

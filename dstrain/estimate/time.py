@@ -12,9 +12,9 @@ from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.traffic import Traffic, busiest, messages_along, stage_traffic, trained_parameters
 from dstrain.optimizers import optimizer_facts, update_bytes
 from dstrain.planning.batch import Batch
+from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.sizes import loss_chunk
 
 REACHED = 0.8
 """Fraction of a link's and of a memory's data sheet bandwidth that large transfers reach."""

@@ -21,12 +21,12 @@ from functools import lru_cache
 from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.estimate.memory_stage import BYTES, frozen_parameters
+from dstrain.estimate.stage_parameters import BYTES, frozen_parameters
 from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
+from dstrain.planning.buffer_sizes import LARGEST_BUCKET
 from dstrain.planning.layout import Host, Layout
 from dstrain.planning.model_shape import ModelShape, frozen_names
-from dstrain.planning.sizes import LARGEST_BUCKET
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
-from dstrain.engine.saved_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.exporting.checking import (
     check_files,

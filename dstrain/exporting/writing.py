@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from dstrain.data.progress import Progress
-from dstrain.engine.saved_state import SavedState
+from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.model.weights.on_disk import OnDisk
 

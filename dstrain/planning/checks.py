@@ -13,7 +13,7 @@ from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
-from dstrain.planning.hooks import refuse_profile
+from dstrain.planning.hook_specs import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks

@@ -16,6 +16,7 @@ from dstrain.estimate.stage_time import attended_share, layer_times, stage_share
 from dstrain.estimate.time import StepTime, step_time
 from dstrain.planning.attention import check_attention
 from dstrain.planning.batch import Batch, make_batch
+from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.checks import (
     check_batch,
     check_layerdrop,
@@ -25,12 +26,11 @@ from dstrain.planning.checks import (
     refuse,
 )
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
-from dstrain.planning.hooks import check_profiled_ranks, hooks_of
+from dstrain.planning.hook_specs import check_profiled_ranks, hooks_of
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel
-from dstrain.planning.sizes import loss_chunk
 from dstrain.planning.warnings import (
     warnings_about,
     warnings_about_balance,

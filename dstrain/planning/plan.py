@@ -14,9 +14,9 @@ from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
 from dstrain.optimizers import is_outside, option_keys
 from dstrain.planning.batch import Batch
-from dstrain.planning.hooks import HookSpec
+from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.layout import Host, Layout
-from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
+from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.version import __version__
 
 FORMAT = 6

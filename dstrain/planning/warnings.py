@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
-from dstrain.estimate.memory_stage import moment_bytes
+from dstrain.estimate.stage_parameters import moment_bytes
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
 from dstrain.formatting import format_count

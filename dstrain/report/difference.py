@@ -10,7 +10,7 @@ from typing import Any
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.values import leaves
 from dstrain.errors import DstrainError
-from dstrain.renamed import CONFIG_KEYS, DATA_SUMMARY, with_new_names
+from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.runs.checkpoint.manifest import choose_newest, read_manifest, run_id
 from dstrain.runs.run_folder import RunFolder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.files import write_atomically
-from dstrain.renamed import METRICS, with_new_names
+from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.protocol import ProtocolError, RankStatus, parse_status, status_text
 
 NOTE = "dstrain: note: "

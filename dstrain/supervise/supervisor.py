@@ -16,8 +16,8 @@ from types import FrameType
 from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
+from dstrain.supervise.failure_cause import Cause, LauncherLogWatch, Outcome, judge
 from dstrain.supervise.hang_detection import HangWatch, Progress
-from dstrain.supervise.outcome import Cause, LauncherLogWatch, Outcome, judge
 from dstrain.supervise.process_tree import family, kill
 from dstrain.supervise.rank_watch import RankWatch
 from dstrain.supervise.silent_ranks import kill_silent

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dstrain.errors import DstrainError
-from dstrain.planning.hooks import HookSpec
+from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.plan import Plan
 from dstrain.plugins import PluginError, load_plugin
 from dstrain.runs.run_folder import RunFolder

@@ -16,8 +16,8 @@ from torch import distributed
 from dstrain.config.schema import RunConfig
 from dstrain.data.prepare import PackedData
 from dstrain.engine.build import build_engine, start_communication
+from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.interface import DTYPES, Engine, StepResult
-from dstrain.engine.optimizer import ClientOptimizer
 from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json

@@ -91,7 +91,7 @@ def train_family(rank: int, family: str, case: Case, folder: str) -> dict[str, t
 def test_from_pretrained_gives_the_trained_weights(
     family: str, case: Case, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dstrain.engine.saved_state import MASTER, SavedState
+    from dstrain.engine.checkpoint_state import MASTER, SavedState
     from dstrain.exporting import writing
     from dstrain.exporting.checking import check_files, check_loaded, load_exported
     from dstrain.exporting.writing import ExportedTensors
@@ -136,7 +136,7 @@ def test_from_pretrained_gives_the_trained_weights(
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, exported folder) of a small llama in one file."""
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
     from dstrain.exporting.writing import ExportedTensors, write_weights
 
     place = tmp_path_factory.mktemp("exported")
@@ -150,7 +150,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
     from dstrain.exporting.checking import check_files
     from dstrain.exporting.writing import ExportedTensors
 
@@ -169,7 +169,7 @@ def test_a_changed_bit_is_found(exported: tuple[Path, Path]) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(exported: tuple[Path, Path]) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
     from dstrain.exporting.writing import ExportedTensors
 
     state = SavedState(exported[0])
@@ -180,8 +180,8 @@ def test_a_checkpoint_of_another_model_is_refused(exported: tuple[Path, Path]) -
 def test_a_weight_beyond_fp16_is_refused(
     exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dstrain.engine.saved_files import SavedTensor
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_files import SavedTensor
+    from dstrain.engine.checkpoint_state import SavedState
     from dstrain.exporting.writing import ExportedTensors
 
     tensors = ExportedTensors(SavedState(exported[0]), family_config("llama", SHORT), torch.float16)
@@ -195,7 +195,7 @@ def test_a_weight_beyond_fp16_is_refused(
 def test_a_full_disk_is_said_before_and_while_writing(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
     from dstrain.exporting import writing
     from dstrain.exporting.writing import ExportedTensors
 

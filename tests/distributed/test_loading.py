@@ -105,7 +105,7 @@ def test_a_rank_s_memory_is_its_stage(big: tuple[str, int]) -> None:
 def shard_out(rank: int, folder: str, pipelines: bool) -> tuple[int, int, int, int]:
     """Peak before, after each process has its share of the whole model; the share's bytes and the largest layer's."""
     from dstrain.engine.build import start_communication
-    from dstrain.engine.modules import SingleStageModel
+    from dstrain.engine.pipeline_module import SingleStageModel
     from dstrain.engine.zero3 import zero3_init
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.model.unsplit_model import UnsplitModel

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.engine.safe_reading import load_safely
+from dstrain.engine.safe_unpickling import load_safely
 from tests.support.distributed import training
 from tests.support.distributed.elsewhere import (
     FP32,
@@ -58,7 +58,7 @@ def test_fp16_goes_on_with_the_loss_scale_that_was_found(trained: Trained, tmp_p
 
 def test_a_checkpoint_of_before_the_first_applied_step(trained: Trained, tmp_path: Path) -> None:
     """fp16 has skipped all steps so far: there are no optimizer states to be had, nor any to be missed."""
-    from dstrain.engine.saved_state import MASTER, SavedState
+    from dstrain.engine.checkpoint_state import MASTER, SavedState
 
     a, b = replace(FP16, **ZERO3_DP2), replace(FP16, **ZERO1_PP2, steps=SAVED_AT + 1)
     run(b.world_size, go_on, b, str(trained(a)), str(tmp_path))
@@ -199,7 +199,7 @@ def test_what_the_checkpoint_lacks_is_refused(
 
 @pytest.mark.parametrize("layout", [ZERO1_PP2, ZERO3_DP2, ZERO2_DP2], ids=str)
 def test_a_part_is_a_slice_of_the_whole(layout: Layout, trained: Trained) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
 
     case = replace(FP32, **layout)
     for parameter in SavedState(trained(case)).parameters.values():

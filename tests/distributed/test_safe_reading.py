@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from dstrain.engine.safe_reading import load_safely
+from dstrain.engine.safe_unpickling import load_safely
 from dstrain.errors import DstrainError
 from tests.support.distributed import training
 from tests.support.distributed.elsewhere import ZERO1_PP2, ZERO2_DP2, ZERO3_DP2

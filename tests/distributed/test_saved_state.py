@@ -66,8 +66,8 @@ def train_and_tell(rank: int, case: Case, folder: str, momentum: float) -> tuple
 def live_states(engine: Any, keys: Sequence[str]) -> States:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from dstrain.engine.optimizer import hugging_face_name
-    from dstrain.engine.saved_state import MASTER
+    from dstrain.engine.checkpoint_state import MASTER
+    from dstrain.engine.client_optimizer import hugging_face_name
 
     if engine.zero_optimization_stage() in (1, 2):
         # DeepSpeed links the states behind the step of the first group, when the others have none yet.
@@ -89,7 +89,7 @@ def live_states(engine: Any, keys: Sequence[str]) -> States:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_read_offline_is_equal_to_the_bit(case: Case, tmp_path: Path) -> None:
-    from dstrain.engine.saved_state import MASTER, SavedState
+    from dstrain.engine.checkpoint_state import MASTER, SavedState
 
     ranks = run(case.world_size, train_and_tell, case, str(tmp_path), 0.9)
     assert not torch.distributed.is_initialized()
@@ -154,7 +154,7 @@ def poison(path: Path) -> None:
 def test_what_is_damaged_or_unreadable_is_said(
     file: str, damage: Callable[[Path], None], words: str, saved: Path, tmp_path: Path
 ) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
 
     shutil.copytree(saved, tmp_path / "copy")
     damage(tmp_path / "copy" / "state" / file)
@@ -173,7 +173,7 @@ def test_a_poisoned_file_would_run_code_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_state(tmp_path: Path) -> None:
-    from dstrain.engine.saved_state import SavedState
+    from dstrain.engine.checkpoint_state import SavedState
 
     with pytest.raises(DstrainError, match="no DeepSpeed state"):
         SavedState(tmp_path)

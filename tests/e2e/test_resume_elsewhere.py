@@ -96,7 +96,7 @@ def poison(checkpoint: Path, marker: Path) -> None:
     """Put a call into a file of the checkpoint, and its checksum into the manifest, as one could who means it."""
     import torch
 
-    from dstrain.engine.safe_reading import load_safely
+    from dstrain.engine.safe_unpickling import load_safely
 
     path = checkpoint / "state" / "mp_rank_00_model_states.pt"
     torch.save(load_safely(path) | {"more": Call(f"touch {marker}")}, path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
-from dstrain.model.measuring.saved import block_activations, outer_activations
+from dstrain.model.measuring.activations import block_activations, outer_activations
 from dstrain.model.pipeline_split.probe import find_structure
 
 HIDDEN, HEADS, LENGTH = 128, 8, 512

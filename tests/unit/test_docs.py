@@ -245,7 +245,7 @@ def test_other_programs_on_the_page_are_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_named_on_the_page_are_there(name: str) -> None:
-    """Of the repository: `dstrain/engine/modules.py`, `ds_configs/devices/`."""
+    """Of the repository: `dstrain/engine/pipeline_module.py`, `ds_configs/devices/`."""
     text = (ROOT / name).read_text(encoding="utf-8")
     rooms = "dstrain|tests|tools|launch|image|benchmarks|ds_configs|examples|docs"
     for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", text):

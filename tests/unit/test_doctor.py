@@ -28,7 +28,7 @@ from dstrain.diagnostics.diagnosis import (
     judge_folders,
     judge_names,
 )
-from dstrain.diagnostics.facts import facts
+from dstrain.diagnostics.host_facts import facts
 from dstrain.diagnostics.network import judge_exchange
 from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError

@@ -16,7 +16,7 @@ from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixe
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
 from dstrain.planning.layout import Host
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape
 from dstrain.planning.plan import Machines, Plan

@@ -18,9 +18,9 @@ from dstrain.config.loader import load_config, override, read_config
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.environment import default_environment
-from dstrain.planning import hooks
+from dstrain.planning import hook_specs
 from dstrain.planning.checks import refuse
-from dstrain.planning.hooks import HookSpec, check_trackers_here, variables_of
+from dstrain.planning.hook_specs import HookSpec, check_trackers_here, variables_of
 from dstrain.planning.plan import Plan
 from dstrain.plugins import PluginError, check_plugin, load_plugin
 from tests.support.plans import plan
@@ -154,7 +154,7 @@ def test_a_plan_of_an_earlier_dstrain_has_no_hooks() -> None:
 
 
 def test_every_hook_of_dstrain_s_own_is_there() -> None:
-    for name in (*hooks._TRACKERS.values(), hooks._PROFILER):
+    for name in (*hook_specs._TRACKERS.values(), hook_specs._PROFILER):
         check_plugin(name, (), what="hook", where="")
 
 

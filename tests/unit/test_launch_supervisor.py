@@ -19,7 +19,7 @@ from dstrain.launch.launchers.output import KilledRank
 from dstrain.runs.protocol import ADDRESS, RankStatus
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
-from dstrain.supervise.outcome import Outcome
+from dstrain.supervise.failure_cause import Outcome
 from dstrain.supervise.supervisor import supervise
 
 ROOT = Path(__file__).resolve().parents[2]

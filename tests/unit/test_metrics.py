@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.api.events import Events, Step
-from dstrain.api.follow import RunFollower
+from dstrain.api.following import RunFollower
 from dstrain.runs.run_folder import RunFolder
 from dstrain.train.metrics import MetricsFile
 

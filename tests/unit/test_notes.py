@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.api.events import Events
-from dstrain.api.follow import NotesTail, RunFollower
+from dstrain.api.following import NotesTail, RunFollower
 from dstrain.runs.run_folder import NOTE, RunFolder
 
 

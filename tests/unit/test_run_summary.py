@@ -10,7 +10,7 @@ from dstrain.api.outcome import RunFailedError, RunResult, result_of
 from dstrain.cli.run import leave
 from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.runs.run_folder import RunFolder
-from dstrain.supervise.outcome import Cause, Outcome
+from dstrain.supervise.failure_cause import Cause, Outcome
 
 STOPPED = Outcome(False, RESUMABLE, None, stopped_after=3)
 

@@ -16,11 +16,11 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.memory import Memory, estimate, micro_batches_in_flight, state_bytes
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
+from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Host, Layout
 from dstrain.planning.model_shape import Layer, ModelShape, Tied
 from dstrain.planning.partition import cut_by_cost
 from dstrain.planning.plan import Machines
-from dstrain.planning.sizes import loss_chunk
 from tests.support.plans import DATA, plan
 
 GB = 10**9

@@ -19,9 +19,9 @@ from rich.console import Console
 from test_showing import gpus
 
 import dstrain
+from dstrain.api.checkpoint_list import COMPLETE, DAMAGED, CheckpointInfo
 from dstrain.api.events import Step
 from dstrain.api.fitting import FitResult, FitRow
-from dstrain.api.listing import COMPLETE, DAMAGED, CheckpointInfo
 from dstrain.api.outcome import RunResult
 from dstrain.api.reproducing import ReproduceResult
 from dstrain.api.verifying import VerifyResult, VerifyRow
@@ -42,7 +42,7 @@ from dstrain.planning.explain import explain
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.fitting.search import Fit, Scored
 from dstrain.planning.layout import Host
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.plan import Plan
 from dstrain.report.comparison import compare_bits
 from dstrain.report.difference import Difference, Value

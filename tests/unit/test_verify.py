@@ -15,7 +15,7 @@ from dstrain.api.events import SILENT
 from dstrain.api.verifying import shrink_model
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
-from dstrain.planning.layout_choice import LayoutChoice, layouts_for
+from dstrain.planning.layout_names import LayoutChoice, layouts_for
 from dstrain.report.comparison import bound_from, compare_runs
 from dstrain.runs.run_folder import RunFolder
 

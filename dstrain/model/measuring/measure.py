@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
+from dstrain.model.measuring.activations import Activations, block_activations, outer_activations
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
-from dstrain.model.measuring.saved import Activations, block_activations, outer_activations
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient

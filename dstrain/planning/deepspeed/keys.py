@@ -14,7 +14,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.config.values import KeyPath
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
-from dstrain.planning.sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
+from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
 
 AS_DEFAULT = "DeepSpeed's default, written out so that another version can't change it"
 """Why a fragment sets a key for which the table has no reason."""

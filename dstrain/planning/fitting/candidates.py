@@ -12,7 +12,7 @@ from typing import Any
 from dstrain.config.loader import ResolvedConfig
 from dstrain.planning.batch import make_batch
 from dstrain.planning.layout import Host, count_chunks, fill_hosts
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import blocks_of_chunks
 

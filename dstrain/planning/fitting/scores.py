@@ -11,12 +11,12 @@ from dstrain.estimate.memory import USABLE, Memory, estimate, memory_needed, sta
 from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.time import StepTime, stages_waiting, step_time
 from dstrain.planning.batch import Batch
+from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.layout import Layout, fill_hosts
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines
-from dstrain.planning.sizes import loss_chunk
 
 
 class Scores:

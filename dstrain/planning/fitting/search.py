@@ -19,7 +19,7 @@ from dstrain.estimate.time import StepTime
 from dstrain.planning.fitting.candidates import Candidate, find_candidates
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.layout import Layout
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.runs.checkpoint.manifest import read_manifest
 
 _NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")

@@ -18,7 +18,7 @@ from typing import Any
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.planning.plan import Plan
-from dstrain.renamed import CONFIG_KEYS, with_new_names
+from dstrain.renamed_keys import CONFIG_KEYS, with_new_names
 from dstrain.runs.record.environment import (
     image,
     own_version,

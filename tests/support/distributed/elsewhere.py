@@ -126,7 +126,7 @@ def assert_goes_on(case: Case, ranks: list[Outcome], plain: Case) -> None:
 
 def assert_same_state(saved: Path, again: Path, case: Case, *, layers: int | None = None) -> None:
     """Both checkpoints hold the same to the bit, whatever their layouts; ``layers``: how many have buffers."""
-    from dstrain.engine.saved_state import MASTER, SavedState
+    from dstrain.engine.checkpoint_state import MASTER, SavedState
 
     a, b = SavedState(saved), SavedState(again)
     assert a.parameters.keys() == b.parameters.keys() and a.parameters

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule
 
-from dstrain.planning import sizes
+from dstrain.planning import buffer_sizes
 from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
@@ -35,13 +35,13 @@ class MemoryCase(LayoutCase):
     @contextmanager
     def chunks(self) -> Iterator[None]:
         """Let the plan make the logits of so many tokens at a time as ``loss_chunk`` says, if it says something."""
-        usual = sizes.LOGITS
+        usual = buffer_sizes.LOGITS
         if self.loss_chunk:
-            sizes.LOGITS = 4 * VOCABULARY * self.loss_chunk
+            buffer_sizes.LOGITS = 4 * VOCABULARY * self.loss_chunk
         try:
             yield
         finally:
-            sizes.LOGITS = usual
+            buffer_sizes.LOGITS = usual
 
 
 def model_config(case: MemoryCase) -> Any:

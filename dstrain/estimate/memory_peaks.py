@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.estimate.memory_stage import Stage, weight_bytes
+from dstrain.estimate.stage_parameters import Stage, weight_bytes
 from dstrain.optimizers import optimizer_facts
-from dstrain.planning.sizes import LIVE_PARAMETERS, SUB_GROUP
+from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""

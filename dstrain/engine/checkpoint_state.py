@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.optimizer import hugging_face_name
-from dstrain.engine.saved_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
+from dstrain.engine.checkpoint_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
+from dstrain.engine.client_optimizer import hugging_face_name
 from dstrain.errors import DstrainError
 
 MASTER = "fp32 master"

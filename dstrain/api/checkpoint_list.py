@@ -11,7 +11,7 @@ from typing import Any
 
 from dstrain.api.events import SILENT, Events
 from dstrain.api.resuming import find_run
-from dstrain.planning.layout_choice import LayoutChoice
+from dstrain.planning.layout_names import LayoutChoice
 from dstrain.runs.checkpoint.manifest import (
     damage_of,
     file_sizes,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dstrain.engine.safe_reading import load_safely
+from dstrain.engine.safe_unpickling import load_safely
 from dstrain.errors import DstrainError
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.

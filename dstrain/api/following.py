@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, Step
-from dstrain.renamed import METRICS, with_new_names
+from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
 from dstrain.runs.run_folder import NOTE, RunFolder
 
