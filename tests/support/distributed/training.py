@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from dstrain.optimizers import is_outside
 from dstrain.planning.frozen import is_frozen
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Plan
+from dstrain.plugins import is_outside
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 
 VOCABULARY = 96

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from dstrain.optimizers import is_outside
+from dstrain.plugins import is_outside
 from tests.support.distributed.training import (
     EPS,
     GLOBAL_BATCH,
