@@ -18,16 +18,19 @@ class LossFacts:
     """What the estimate has to know of a loss.
 
     Attributes:
-        in_pieces: whether it has only `dstrain.model.loss.PIECE` logits in fp32 at a time, and keeps none. If not,
-            autograd keeps two fp32 copies of all logits that are there, and makes a gradient in fp32.
+        in_pieces: whether it has only `dstrain.model.loss.PIECE` logits in fp32 at a time, and keeps none. If not, it
+            takes `COPIES` of all logits that are there.
     """
 
     in_pieces: bool
 
 
+COPIES = 3
+"""Of the logits, in fp32, where F.cross_entropy(logits.float(), labels) takes most, in the backward pass: what autograd
+has kept, and the gradients of its two parts. Counted in tests/distributed/test_memory.py."""
+
 LOSSES: dict[str, LossFacts] = {"cross-entropy": LossFacts(in_pieces=True)}
 
-# What autograd does for F.cross_entropy(logits.float(), labels).
 _OUTSIDE = LossFacts(in_pieces=False)
 
 

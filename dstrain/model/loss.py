@@ -138,7 +138,7 @@ class OwnLoss:
 
 
 def _expected(labels: Tensor) -> str:
-    return f'return a float for each token, [{labels.numel()}] here: reduction="none"'
+    return f'return floats of shape [{labels.numel()}], the loss of each token: reduction="none"'
 
 
 class TokenLoss:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
-from dstrain.estimate.memory_activations import loss_rows
+from dstrain.estimate.memory_activations import loss_bytes
 from dstrain.estimate.memory_stage import moment_bytes
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
 from dstrain.formatting import format_count
+from dstrain.losses import COPIES
 from dstrain.lr_schedules import schedule_keys
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
@@ -94,10 +95,10 @@ def warnings_about_loss(config: RunConfig, shape: ModelShape, batch: Batch) -> l
     """What is assumed of a loss from outside."""
     if not is_outside(config.loss):
         return []
-    copies = 2 * 4 * loss_rows(config, shape, batch.micro_batch) * shape.vocab_size
+    taken = loss_bytes(config, shape, batch.micro_batch)
     return [
-        f"{config.loss} is estimated as F.cross_entropy(logits.float(), labels): autograd keeps two copies of the"
-        f" logits in fp32, {_size(copies)}. Layouts train the same model if it computes every token's loss from that"
+        f"{config.loss} is estimated as F.cross_entropy(logits.float(), labels): {COPIES} copies of the logits in fp32,"
+        f" {_size(taken)}. Layouts train the same model if it computes every token's loss from that"
         " token's logits alone, which `dstrain verify` tries"
     ]
 

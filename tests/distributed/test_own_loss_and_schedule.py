@@ -50,6 +50,13 @@ def test_every_layout_trains_what_a_plain_loop_trains(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_train_what_a_plain_loop_trains(precision: str) -> None:
+    case = Case(loss=OWN_LOSS, precision=precision, zero=1, pipeline=2, loss_chunk=24)
+    assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
 @pytest.mark.parametrize(("before", "after"), [(ZERO2_DP2, ZERO1_PP2), (ZERO1_PP2, ONE)], ids=str)
 def test_it_goes_on_in_another_layout(
     before: Layout, after: Layout, trained: Trained, tmp_path: Path

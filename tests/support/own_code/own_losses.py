@@ -22,8 +22,13 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> tor
     return (1 - torch.exp(-losses)) ** gamma * losses
 
 
+def unreduced(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What is built in, by autograd."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
 def plain(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What is built in; the losses of tokens that do not count are no numbers."""
+    """The same; the losses of tokens that do not count are no numbers."""
     losses = F.cross_entropy(logits, labels, reduction="none")
     return torch.where(labels == -100, torch.log(losses - 1), losses)
 

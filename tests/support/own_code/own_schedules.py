@@ -6,7 +6,7 @@ from typing import Any
 
 
 def wsd(step: int, steps: int, decay: float = 0.2, last: int = 0) -> float:
-    """Warmup-stable-decay (Hu et al. 2024, MiniCPM, section 4): constant, then linear over the last share.
+    """Warmup-stable-decay: constant, then linear over the last share (Hägele et al. 2024, arXiv 2405.18392).
 
     ``last``: where it ends, for a run that is trained in parts.
     """
