@@ -110,9 +110,7 @@ class OwnLoss:
         counts = labels != IGNORED
         try:
             losses = self.function(_counted_rows(logits, counts), labels, **self.options)
-        except (
-            torch.OutOfMemoryError
-        ):  # it says what the device holds, and is not this function's fault alone
+        except torch.OutOfMemoryError:  # not this function's fault alone, and it says what the device holds
             raise
         except Exception as error:
             traceback.print_exc()
