@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstrain.plugins import is_outside
+
 
 @dataclass(frozen=True)
 class StateTensor:
@@ -88,11 +90,6 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
 
 
 _OUTSIDE = replace(OPTIMIZERS["adamw"], takes=(), offloaded_fragment=None, offloaded_update_bytes=None)
-
-
-def is_outside(name: str) -> bool:
-    """Whether an optimizer of the config is the user's own: ``module:name``."""
-    return ":" in name
 
 
 def optimizer_facts(name: str) -> OptimizerFacts:

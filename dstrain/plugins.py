@@ -44,6 +44,11 @@ class Plugin:
         return f"{self.what} {self.name}"
 
 
+def is_outside(name: str) -> bool:
+    """Whether what a config names is the user's own, ``module:name``, rather than built in."""
+    return ":" in name
+
+
 class PluginError(DstrainError):
     """A module or a name in it is not there, or can't be loaded. The message names what was asked for."""
 

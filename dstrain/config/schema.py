@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,8 +18,10 @@ from dstrain.config.hook_choices import (
     name_of,
 )
 from dstrain.config.values import seconds
-from dstrain.optimizers import OPTIMIZERS, is_outside
-from dstrain.plugins import CODE_NAME, Plugin
+from dstrain.losses import LOSSES
+from dstrain.lr_schedules import LR_SCHEDULES
+from dstrain.optimizers import OPTIMIZERS
+from dstrain.plugins import CODE_NAME, Plugin, is_outside
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -36,6 +39,21 @@ class TypeInWords:
     """What a key takes, in words, where its Python type does not say it."""
 
     words: str
+
+
+def _names(table: Iterable[str]) -> WithJsonSchema:
+    """For editors: a name of the table, or the user's own code."""
+    own = f"^{CODE_NAME.pattern}$"
+    return WithJsonSchema({"type": "string", "anyOf": [{"enum": [*table]}, {"pattern": own}]})
+
+
+def _check_name(value: Any, table: Iterable[str], example: str) -> Any:
+    """Raises ValueError for a text that is neither a name of the table nor ``module:name``."""
+    if isinstance(value, str) and value not in table and CODE_NAME.fullmatch(value) is None:
+        *others, last = map(repr, table)
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"must be {known}, or one of your own like {example}")
+    return value
 
 
 NEVER = "never"
@@ -95,27 +113,39 @@ class RunConfig(BaseModel):
         description="bit-identical results on the same kind of device; operations that can't guarantee them are errors",
     )
 
-    # Optimizer.
-    optimizer: Annotated[
-        str,
-        WithJsonSchema(
-            {"type": "string", "anyOf": [{"enum": [*OPTIMIZERS]}, {"pattern": f"^{CODE_NAME.pattern}$"}]}
-        ),
-        TypeInWords(f"{', '.join(OPTIMIZERS)}, or module:name"),
-    ] = Field(
-        "adamw",
-        description="what updates the weights; or an optimizer of your own: my_module:MyOptimizer",
+    # Loss, optimizer and learning rate.
+    loss: Annotated[str, _names(LOSSES), TypeInWords(f"{', '.join(LOSSES)}, or module:name")] = Field(
+        "cross-entropy",
+        description="training loss of a token; or a loss function of your own: my_module:my_loss. The validation loss"
+        " is always the cross-entropy",
+    )
+    loss_options: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of a loss function of your own, beside logits and labels",
+    )
+    optimizer: Annotated[str, _names(OPTIMIZERS), TypeInWords(f"{', '.join(OPTIMIZERS)}, or module:name")] = (
+        Field(
+            "adamw",
+            description="what updates the weights; or an optimizer of your own: my_module:MyOptimizer",
+        )
     )
     optimizer_options: dict[str, Any] = Field(
         {},
         description="keyword arguments of an optimizer of your own, beside lr",
     )
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="shape of the learning rate after warm-up"
+    lr_schedule: Annotated[
+        str, _names(LR_SCHEDULES), TypeInWords(f"{', '.join(LR_SCHEDULES)}, or module:name")
+    ] = Field(
+        "cosine",
+        description="shape of the learning rate after warm-up; or a schedule of your own: my_module:my_schedule",
+    )
+    lr_schedule_options: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of a schedule of your own, beside step and steps",
     )
     lr_final: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="final learning rate, as a fraction of lr"
+        0.1, description="final learning rate of the built-in schedules, as a fraction of lr"
     )
     warmup_steps: NonNegativeInt = Field(
         0, description="steps over which the learning rate rises from 0 to lr"
@@ -257,10 +287,17 @@ class RunConfig(BaseModel):
     @field_validator("optimizer", mode="before")
     @classmethod
     def _is_optimizer(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in OPTIMIZERS and CODE_NAME.fullmatch(value) is None:
-            known = " or ".join(map(repr, OPTIMIZERS))
-            raise ValueError(f"must be {known}, or one of your own like my_module:MyOptimizer")
-        return value
+        return _check_name(value, OPTIMIZERS, "my_module:MyOptimizer")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _is_loss(cls, value: Any) -> Any:
+        return _check_name(value, LOSSES, "my_module:my_loss")
+
+    @field_validator("lr_schedule", mode="before")
+    @classmethod
+    def _is_lr_schedule(cls, value: Any) -> Any:
+        return _check_name(value, LR_SCHEDULES, "my_module:my_schedule")
 
     @field_validator("zero", mode="before")
     @classmethod
@@ -290,8 +327,15 @@ class RunConfig(BaseModel):
     @property
     def plugins(self) -> tuple[Plugin, ...]:
         """All user code that this config names, in the order of its keys."""
-        named = [Plugin("optimizer", "optimizer", self.optimizer)] if is_outside(self.optimizer) else []
-        return (*named, *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks))
+        named = [
+            Plugin("loss", "loss", self.loss),
+            Plugin("optimizer", "optimizer", self.optimizer),
+            Plugin("lr_schedule", "learning-rate schedule", self.lr_schedule),
+        ]
+        return (
+            *(plugin for plugin in named if is_outside(plugin.name)),
+            *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks),
+        )
 
     @property
     def time_limit_seconds(self) -> int | None:
@@ -331,7 +375,7 @@ class RunConfig(BaseModel):
         """Whether there are checkpoints at all."""
         return self.save_every != NEVER
 
-    @field_validator("deepspeed", "optimizer_options")
+    @field_validator("deepspeed", "loss_options", "optimizer_options", "lr_schedule_options")
     @classmethod
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""

@@ -15,7 +15,7 @@ _WIDTH = 100
 GROUPS = {
     "model": "Model and data.",
     "steps": "Training length and batch size.",
-    "optimizer": "Optimizer.",
+    "loss": "Loss, optimizer and learning rate.",
     "zero": "Parallelism, precision and memory.",
     "name": "Run folder, checkpoints and launch.",
     "trackers": "Trackers, profiler and hooks.",

@@ -20,6 +20,7 @@ from dstrain.engine.pipeline_module import DualPipeVStagedModule, SingleStageMod
 from dstrain.engine.safe_unpickling import read_safely
 from dstrain.engine.zero3 import zero3_init
 from dstrain.model.head_output import HeadOutputRequest
+from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_model import PipelineModel, TiedWeight
 from dstrain.model.unsplit_model import UnsplitModel
 
@@ -35,6 +36,7 @@ def build_engine(
     schedule: str = "1f1b",
     activation_checkpointing: bool = False,
     is_frozen: Callable[[str], bool] = lambda name: False,
+    loss: TokenLoss | None = None,
     loss_chunk: int = 0,
     optimizer: ClientOptimizer | None = None,
 ) -> Engine:
@@ -46,6 +48,7 @@ def build_engine(
         cut: first layer of each stage, and the number of layers at the end.
         pipeline: ranks of one replica. With ``dualpipev`` each holds two stages.
         is_frozen: whether the parameter of a Hugging Face name is not trained.
+        loss: to train with; None: the cross-entropy, which evaluations have in any case.
         loss_chunk: tokens whose logits are made at a time for the loss; 0 for all at once.
         optimizer: the user's own; None: that of the JSON.
         activation_checkpointing: for one stage; the pipeline's interval stands in the JSON.
@@ -67,7 +70,7 @@ def build_engine(
             model, cut=cut, pipeline=pipeline, data_parallel=data_parallel, deepspeed=deepspeed
         )
         if staged.head is not None:
-            staged.head.loss_chunk = loss_chunk
+            staged.head.set_loss(loss, loss_chunk)
         _freeze(staged, is_frozen, ties)
         groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
         return PipelineAdapter(
@@ -83,7 +86,7 @@ def build_engine(
         whole = head = model
         if activation_checkpointing:
             model.recompute_blocks()
-    head.loss_chunk = loss_chunk
+    head.set_loss(loss, loss_chunk)
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
     return OneStageAdapter(_make(PatchedEngine, whole, groups, deepspeed, None, optimizer), head, optimizer)

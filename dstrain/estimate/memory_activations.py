@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dstrain.config.schema import RunConfig
+from dstrain.losses import COPIES, loss_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Layout
@@ -131,10 +132,13 @@ def loss_bytes(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
     """Logits and their gradient in the precision that is computed with, and three pieces of them in fp32.
 
     The pieces are the softmax, its product with the scale, and what is put into the gradient; see dstrain.model.loss.
-    With chunks this is of one chunk at a time.
+    With chunks this is of one chunk at a time. A loss that does not work in pieces lets go of the logits, and has
+    `dstrain.losses.COPIES` of all of them in fp32.
     """
-    weight = 4 if config.precision == "fp32" else 2
     rows = loss_rows(config, shape, micro_batch)
+    if not loss_facts(config.loss).in_pieces:
+        return shape.vocab_size * COPIES * 4 * rows
+    weight = 4 if config.precision == "fp32" else 2
     piece = min(rows, max(1, LOSS_PIECE // shape.vocab_size))
     return shape.vocab_size * (2 * weight * rows + 3 * 4 * piece)
 

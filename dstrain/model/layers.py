@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.head_output import HeadOutputRequest
-from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.partial_forward import Call, PartialForward
 from dstrain.model.router import RouterLogitsRecorder, RouterLoss
 from dstrain.model.skeleton import keep_buffer_types
@@ -94,7 +93,7 @@ def _hidden_of(output: Any) -> Tensor:
 class HeadLayer(HeadOutputRequest, Layer):
     """State -> logits [B, S, V], or what it is asked for.
 
-    The loss is the sum of the tokens' cross-entropies times the weight, and in training the router loss.
+    The loss is the sum of the tokens' losses times the weight, and in training the router loss.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class HeadLayer(HeadOutputRequest, Layer):
         super().__init__(modules)
         self._partial_forward = partial_forward
         self._router = router
-        self._loss = TokenLoss()
 
     def forward(self, state: State) -> Tensor:
         hidden, position_ids, *sums = state
@@ -125,10 +123,10 @@ class HeadLayer(HeadOutputRequest, Layer):
         Each chunk runs the family's own epilogue, with its scaling and soft-capping.
         """
         if not 0 < self.loss_chunk < labels.numel():
-            return self._loss(self._logits(hidden, position_ids), (labels, weight))
+            return self.loss_of(self._logits(hidden, position_ids), (labels, weight))
 
         def part(hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-            return self._loss(self._logits(hidden, position_ids), (labels, weight))
+            return self.loss_of(self._logits(hidden, position_ids), (labels, weight))
 
         rows = (tensor.flatten(0, 1).split(self.loss_chunk) for tensor in (hidden, position_ids, labels))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -1,13 +1,17 @@
-"""The training loss: the sum over label tokens of the cross-entropy, in fp32, with little memory."""
+"""The training loss: a sum over label tokens in fp32. The cross-entropy takes little memory; others are the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dstrain.errors import DstrainError
 
 IGNORED = -100
 """The label of a position that does not count."""
@@ -54,7 +58,85 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return gradient, None
 
 
-_summed_cross_entropy: Callable[[Tensor, Tensor], Tensor] = _SummedCrossEntropy.apply
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+"""Logits [N, V] and labels int64 [N], -100 where none counts -> the sum of the tokens' losses, a float32 scalar."""
+
+_summed_cross_entropy: SummedLoss = _SummedCrossEntropy.apply
+
+BUILT_IN: dict[str, SummedLoss] = {"cross-entropy": _summed_cross_entropy}
+"""The functions of the losses in `dstrain.losses`."""
+
+
+class _CountedRows(torch.autograd.Function):
+    """Logits [N, V] in fp32. The gradient of rows that do not count is zero, whatever comes back for them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        ctx.dtype = logits.dtype
+        return logits.view_as(logits) if logits.dtype == torch.float32 else logits.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return torch.where(counts[:, None], gradient, 0.0).to(ctx.dtype), None
+
+
+_counted_rows: Callable[[Tensor, Tensor], Tensor] = _CountedRows.apply
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss function of the user's own, as a `SummedLoss`.
+
+    Attributes:
+        name: ``module:name``, for messages.
+        function: takes logits float32 [N, V], labels int64 [N], -100 where none counts, and ``options``; returns the
+            losses of the tokens, floats [N]. Those that do not count may be anything, nan too.
+        options: keyword arguments, JSON values.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the tokens that count.
+
+        Raises:
+            DstrainError: the function fails, or does not return a loss with a gradient for each token.
+        """
+        counts = labels != IGNORED
+        try:
+            losses = self.function(_counted_rows(logits, counts), labels, **self.options)
+        except torch.OutOfMemoryError:  # not this function's fault alone, and it says what the device holds
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise self._error(
+                f"failed: {type(error).__name__}: {error}",
+                f"it is called with logits float32 {list(logits.shape)}, labels int64 {list(labels.shape)}, and what"
+                " loss_options holds",
+            ) from error
+        if not isinstance(losses, Tensor):
+            raise self._error(f"returned a {type(losses).__name__}, not a tensor", _expected(labels))
+        if losses.shape != labels.shape or not losses.is_floating_point():
+            kind = str(losses.dtype).removeprefix("torch.")
+            raise self._error(f"returned a tensor {kind} {list(losses.shape)}", _expected(labels))
+        if logits.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+            raise self._error(
+                "returned losses without a gradient",
+                "compute them from logits, without detach() or no_grad()",
+            )
+        return torch.where(counts, losses.float(), 0.0).sum()
+
+    def _error(self, message: str, hint: str) -> DstrainError:
+        return DstrainError(f"loss {self.name} {message}", hint=hint, exit_code=1)
+
+
+def _expected(labels: Tensor) -> str:
+    return f'return floats of shape [{labels.numel()}], the loss of each token: reduction="none"'
 
 
 class TokenLoss:
@@ -62,14 +144,18 @@ class TokenLoss:
 
     Called with logits [B, S, V] and (labels int64 [B, S], weight float32 with one element). ``labels[b,
     t]`` is the token *after* position t, -100 where none counts. Returns a float32 scalar: the sum of the
-    cross-entropies times ``weight``. With weight = 1 / (label tokens of the global batch), the sum over all
+    tokens' losses times ``weight``. With weight = 1 / (label tokens of the global batch), the sum over all
     micro-batches and replicas is the mean over tokens. It is 0.0, with gradients of 0, where no label
     counts.
     """
 
+    def __init__(self, summed: SummedLoss = _summed_cross_entropy) -> None:
+        self._summed = summed
+
     def __call__(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        """Raises DstrainError as `OwnLoss` does."""
         labels, weight = target
-        total = _summed_cross_entropy(logits.flatten(0, -2), labels.flatten())
+        total = self._summed(logits.flatten(0, -2), labels.flatten())
         return total * weight.to(torch.float32).reshape(())
 
 

@@ -16,7 +16,6 @@ from dstrain.errors import DstrainError
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.initialise import Initialiser, cast, initialise, initialisers, materialise
-from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
 from dstrain.model.router import router_coefficient
 from dstrain.model.skeleton import empty_model, keep_buffer_types, untouched_rng
@@ -63,7 +62,6 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         self.__dict__["_model"] = model
         self._takes_positions = takes_positions(model)
         self._documents = Documents(model)
-        self._loss = TokenLoss()
         asked_for = getattr(config, "output_router_logits", False)
         self._router_coefficient = router_coefficient(model) if asked_for else None
 
@@ -84,7 +82,7 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         logits: Tensor = output.logits
         if self.target is None:
             return logits if self.position is None else logits[self.position]
-        loss = self._loss(logits, self.target)
+        loss = self.loss_of(logits, self.target)
         added = output.aux_loss if routed else None  # None too where the model has no experts after all
         return loss if added is None else loss + self._router_coefficient * added
 

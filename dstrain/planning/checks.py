@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from dstrain.config.loader import ResolvedConfig
+from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
-from dstrain.optimizers import is_outside, optimizer_facts
+from dstrain.lr_schedules import LR_SCHEDULES
+from dstrain.optimizers import optimizer_facts
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.deepspeed.composition import contradictions_of_config
@@ -17,6 +20,7 @@ from dstrain.planning.hook_specs import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
+from dstrain.plugins import is_outside
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
         _refuse_elastic,
         refuse_attention,
         _refuse_nvme,
-        _refuse_optimizer_options,
+        *(partial(_refuse_options, point) for point in _EXTENSION_POINTS),
         refuse_profile,
     )
     return [*of_choices, *mistakes(resolved)]
@@ -177,27 +181,61 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
         )
 
 
-def _refuse_optimizer_options(resolved: ResolvedConfig) -> None:
-    config = resolved.config
-    if not config.optimizer_options:
-        return
-    given = ", ".join(config.optimizer_options)
-    where = str(resolved.origin("optimizer_options", next(iter(config.optimizer_options))))
-    if not is_outside(config.optimizer):
-        takes = ", ".join(optimizer_facts(config.optimizer).takes)
+@dataclass(frozen=True)
+class _ExtensionPoint:
+    """A key that names something built in, or ``module:name`` with options.
+
+    Attributes:
+        key: of the config; its options stand in ``KEY_options``.
+        what: the user's own, for messages.
+        passed: what dstrain itself passes to it.
+        takes: the config keys for a built-in one of this name.
+    """
+
+    key: str
+    what: str
+    passed: tuple[str, ...]
+    takes: Callable[[str], tuple[str, ...]]
+
+
+_EXTENSION_POINTS = (
+    _ExtensionPoint("loss", "a loss function", ("logits", "labels"), lambda name: ()),
+    _ExtensionPoint(
+        "optimizer",
+        "an optimizer",
+        ("params", "lr", "weight_decay"),
+        lambda name: ("lr", *optimizer_facts(name).takes),
+    ),
+    _ExtensionPoint(
+        "lr_schedule",
+        "a schedule",
+        ("step", "steps"),
+        lambda name: ("lr", "warmup_steps", *LR_SCHEDULES[name].takes),
+    ),
+)
+
+
+def _refuse_options(point: _ExtensionPoint, resolved: ResolvedConfig) -> None:
+    """Refuse options of what is built in, and those that dstrain passes itself. Raises DstrainError."""
+    name, key = str(getattr(resolved.config, point.key)), f"{point.key}_options"
+    options = getattr(resolved.config, key)
+    if options and not is_outside(name):
+        keys = point.takes(name)
         raise DstrainError(
-            f"optimizer_options ({given}) are for an optimizer of your own, and {config.optimizer} takes keys of the"
-            " config",
-            where=where,
-            hint=f"the keys of {config.optimizer}: lr, {takes}",
+            f"{key} ({', '.join(options)}) are for {point.what} of your own, and {name} takes"
+            f" {'keys of the config' if keys else 'none'}",
+            where=str(resolved.origin(key, next(iter(options)))),
+            hint=f"the keys of {name}: {', '.join(keys)}" if keys else f"remove {key}",
         )
-    twice = [key for key in ("params", "lr", "weight_decay") if key in config.optimizer_options]
-    if twice:
-        raise DstrainError(
-            f"{twice[0]} is passed to {config.optimizer} by dstrain, and can't stand in optimizer_options",
-            where=str(resolved.origin("optimizer_options", twice[0])),
-            hint="remove it" if twice[0] == "params" else f"the config's own key: --set {twice[0]}=...",
-        )
+    for passed in point.passed:
+        if passed in options:
+            raise DstrainError(
+                f"{passed} is passed to {name} by dstrain, and can't stand in {key}",
+                where=str(resolved.origin(key, passed)),
+                hint=f"the config's own key: --set {passed}=..."
+                if passed in RunConfig.model_fields
+                else "remove it",
+            )
 
 
 def _refuse_keep_every(resolved: ResolvedConfig) -> None:

@@ -36,6 +36,8 @@ from dstrain.planning.warnings import (
     warnings_about_balance,
     warnings_about_determinism,
     warnings_about_devices,
+    warnings_about_loss,
+    warnings_about_lr_schedule,
     warnings_about_memory,
     warnings_about_optimizer,
     warnings_about_time,
@@ -254,7 +256,9 @@ def _warnings(
     names = machines.device_names if machines.accelerator == "cuda" else ()
     return [
         *warnings_about(config, layout, batch, data, shape, time),
+        *warnings_about_loss(config, shape, batch),
         *warnings_about_optimizer(config),
+        *warnings_about_lr_schedule(config),
         *warnings_about_determinism(config, machines.accelerator),
         *warnings_about_balance(config, max(decided.stage_time), decided.imbalance_without_limit),
         *warnings_about_memory(

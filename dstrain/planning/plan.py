@@ -12,10 +12,11 @@ from dstrain.estimate.device import Device
 from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
-from dstrain.optimizers import is_outside, option_keys
+from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.layout import Host, Layout
+from dstrain.plugins import is_outside
 from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.version import __version__
 
@@ -208,9 +209,16 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the runs that go on from a checkpoint must agree with, and the layout, which may change."""
-        optimizer = self.config["optimizer"]
-        options = {"optimizer_options": self.config["optimizer_options"]} if is_outside(optimizer) else {}
+        """What the runs that go on from a checkpoint must agree with, and the layout, which may change.
+
+        Of loss and learning-rate schedule only the user's own stand in it.
+        """
+        own = {
+            name: self.config[name]
+            for key in ("loss", "optimizer", "lr_schedule")
+            if is_outside(self.config.get(key, ""))
+            for name in (key, f"{key}_options")
+        }
         return {
             "zero": self.config["zero"],
             "pipeline": self.layout.pipeline,
@@ -220,8 +228,8 @@ class Plan:
             "cut": list(self.layout.cut),
             "micro_batch": self.batch.micro_batch,
             "precision": self.config["precision"],
-            "optimizer": optimizer,
-            **options,
+            "optimizer": self.config["optimizer"],
+            **own,
             **{key: self.config[key] for key in (*option_keys(), "freeze")},
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,

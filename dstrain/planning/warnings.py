@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
+from dstrain.estimate.memory_activations import loss_bytes
 from dstrain.estimate.stage_parameters import moment_bytes
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
 from dstrain.estimate.traffic import traffic
 from dstrain.formatting import format_count
-from dstrain.optimizers import is_outside, option_keys
+from dstrain.losses import COPIES
+from dstrain.lr_schedules import schedule_keys
+from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import PlannedData
+from dstrain.plugins import is_outside
 
 
 def warnings_about(
@@ -67,17 +71,41 @@ def warnings_about_optimizer(config: RunConfig) -> list[str]:
         " given flat pieces of parameters: layouts train the same model if it updates every number by itself, which"
         " `dstrain verify` tries"
     ]
-    changed = [
-        key
-        for key in option_keys()
-        if key != "weight_decay" and getattr(config, key) != RunConfig.model_fields[key].default
-    ]
+    changed = _changed(config, [key for key in option_keys() if key != "weight_decay"])
     if changed:
         found.append(
             f"{' and '.join(changed)} {'are' if changed[1:] else 'is'} not for {config.optimizer}, which is made with"
             " lr, weight_decay and optimizer_options"
         )
     return found
+
+
+def warnings_about_lr_schedule(config: RunConfig) -> list[str]:
+    """The keys that a schedule from outside does not take."""
+    changed = _changed(config, schedule_keys()) if is_outside(config.lr_schedule) else []
+    if not changed:
+        return []
+    return [
+        f"{' and '.join(changed)} {'are' if changed[1:] else 'is'} not for {config.lr_schedule}, which is called with"
+        " the step, the number of steps and lr_schedule_options"
+    ]
+
+
+def warnings_about_loss(config: RunConfig, shape: ModelShape, batch: Batch) -> list[str]:
+    """What is assumed of a loss from outside."""
+    if not is_outside(config.loss):
+        return []
+    taken = loss_bytes(config, shape, batch.micro_batch)
+    return [
+        f"{config.loss} is estimated as F.cross_entropy(logits.float(), labels): {COPIES} copies of the logits in fp32,"
+        f" {_size(taken)}. Layouts train the same model if it computes every token's loss from that"
+        " token's logits alone, which `dstrain verify` tries"
+    ]
+
+
+def _changed(config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """Those that are not at their defaults."""
+    return [key for key in keys if getattr(config, key) != RunConfig.model_fields[key].default]
 
 
 def warnings_about_determinism(config: RunConfig, accelerator: str) -> list[str]:

@@ -22,13 +22,13 @@ from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config as load_model_config
+from dstrain.model.loss import BUILT_IN, OwnLoss, TokenLoss
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
-from dstrain.optimizers import is_outside
 from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
-from dstrain.plugins import load_plugin
+from dstrain.plugins import is_outside, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches, ValidationBatches
@@ -82,7 +82,9 @@ def _train(
     if config.deterministic:
         be_deterministic()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    loss = token_loss(config)
     optimizer = client_optimizer(config)
+    lr_of = LearningRate.of(config)
     start_communication()
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
@@ -94,7 +96,7 @@ def _train(
         lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
-    engine = _build(plan, folder, device, optimizer)
+    engine = _build(plan, folder, device, loss, optimizer)
     run_id = _run_id(folder)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -113,7 +115,6 @@ def _train(
     hooks.started(start_info(plan, folder, run_id=run_id, first_step=first, rank=rank))
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
-    lr_of = LearningRate.of(config)
     batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
     validation = None
     if data.validation is not None:
@@ -237,7 +238,9 @@ def _last_validation_loss(folder: RunFolder) -> float | None:
     return losses[-1] if losses else None
 
 
-def _build(plan: Plan, folder: RunFolder, device: torch.device, optimizer: ClientOptimizer | None) -> Engine:
+def _build(
+    plan: Plan, folder: RunFolder, device: torch.device, loss: TokenLoss, optimizer: ClientOptimizer | None
+) -> Engine:
     config = plan.run_config
     options: dict[str, Any] = {
         "seed": config.seed,
@@ -261,9 +264,18 @@ def _build(plan: Plan, folder: RunFolder, device: torch.device, optimizer: Clien
         schedule=plan.layout.schedule,
         activation_checkpointing=config.activation_checkpointing,
         is_frozen=lambda name: is_frozen(name, config.freeze),
+        loss=loss,
         loss_chunk=plan.loss_chunk,
         optimizer=optimizer,
     )
+
+
+def token_loss(config: RunConfig) -> TokenLoss:
+    """The loss to train with. Raises PluginError where the user's own can't be loaded."""
+    if not is_outside(config.loss):
+        return TokenLoss(BUILT_IN[config.loss])
+    function = load_plugin(config.loss, config.code_dirs or (), what="loss")
+    return TokenLoss(OwnLoss(config.loss, function, config.loss_options))
 
 
 def client_optimizer(config: RunConfig) -> ClientOptimizer | None:

@@ -46,6 +46,10 @@ CASES = [
     MemoryCase(zero=2, data_parallel=2, optimizer="sgd", offload="cpu"),
     MemoryCase(zero=3, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
     MemoryCase(zero=2, data_parallel=2, precision="bf16", family="gpt2", tied=True),
+    # what is assumed of a loss from outside
+    MemoryCase(zero=1, loss="own_losses:unreduced"),
+    MemoryCase(zero=1, pipeline=2, precision="bf16", loss="own_losses:unreduced"),
+    MemoryCase(zero=1, precision="bf16", loss_chunk=64, loss="own_losses:unreduced"),
     # rows so long that masks weigh: a tenth and more of the activations
     MemoryCase(zero=0, seq_len=640),
     MemoryCase(zero=0, seq_len=640, pack=False),

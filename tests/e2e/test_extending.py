@@ -43,14 +43,22 @@ def test_the_hook_of_the_page_runs(dstrain: Callable[..., Said], place: Path, re
     assert best > 0 and "not covered by the equality proof: hook my_hooks:BestStep" in said.out
 
 
-def test_the_optimizer_of_the_page_trains_alike_in_two_layouts(
-    dstrain: Callable[..., Said], place: Path, repository: Path
+@pytest.mark.parametrize(
+    ("key", "module", "marks"),
+    [
+        ("optimizer", "my_optimizers", "torch.optim.Optimizer"),
+        ("loss", "my_losses", "def focal("),
+        ("lr_schedule", "my_schedules", "def wsd("),
+    ],
+)
+def test_what_the_page_shows_trains_alike_in_two_layouts(
+    key: str, module: str, marks: str, dstrain: Callable[..., Said], place: Path, repository: Path
 ) -> None:
     page = repository / "docs" / "extending.md"
-    code = next(block for block in blocks(page, "python") if "torch.optim.Optimizer" in block)
-    config = next(block for block in blocks(page, "yaml") if "optimizer:" in block)
+    code = next(block for block in blocks(page, "python") if marks in block)
+    config = next(block for block in blocks(page, "yaml") if f"\n{key}: {module}:" in block)
     assert len(code.splitlines()) < 30, "short enough to be read at once"
-    (place / "my_optimizers.py").write_text(code)
+    (place / f"{module}.py").write_text(code)
     (place / "my.yaml").write_text(config)
     small = [
         *(
@@ -66,8 +74,10 @@ def test_the_optimizer_of_the_page_trains_alike_in_two_layouts(
             "8",
         ),
         *("--micro-batch", "2", "--set", "eval_every=0", "--set", "sample_tokens=0", "--save-every", "never"),
-        *("--set", "warmup_steps=0", "--set", "lr_schedule=constant"),
+        *("--set", "warmup_steps=0"),
     ]
+    if key != "lr_schedule":
+        small += ["--set", "lr_schedule=constant"]
     losses = []
     for name, layout in {"one": ("--zero", "0"), "staged": ("--zero", "1", "--pipeline", "2")}.items():
         said = dstrain("run", "--config", "my.yaml", *small, *layout, "--name", name)

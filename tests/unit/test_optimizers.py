@@ -122,7 +122,7 @@ print(json.dumps({{
     )  # with ZeRO's master: 8, 12 and 12 bytes
     assert found["schema"] == [*OPTIMIZERS, "rmsprop"] and "rmsprop" in found["takes"]
     assert found["eps"] == "it follows from eps (default)"
-    assert "'adamw' or 'sgd' or 'rmsprop'" in found["message"]
+    assert "'adamw', 'sgd' or 'rmsprop'" in found["message"]
 
 
 # --- from outside

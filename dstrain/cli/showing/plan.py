@@ -10,6 +10,7 @@ from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.estimate.disk import most_checkpoints
 from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
+from dstrain.plugins import is_outside
 
 _VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 _SUMMARY_NOTES = 6  # lines of notes in a summary; a plan has them all
@@ -134,6 +135,7 @@ _SHOWN = (
     "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
     "gradient_clipping", "activation_checkpointing", "seed",
 )  # fmt: skip
+_BESIDE = ("loss_options", "optimizer_options", "lr_schedule_options", "trackers", "profile", "hooks")
 
 
 def choices(plan: Plan) -> FoldingTable:
@@ -142,8 +144,9 @@ def choices(plan: Plan) -> FoldingTable:
         Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
     )
     separate = () if plan.config["pack"] else ("pack",)
-    beside = [key for key in ("optimizer_options", "trackers", "profile", "hooks") if plan.config.get(key)]
-    for key in (*_SHOWN, *separate, *beside):
+    own = [key for key in ("loss", "lr_schedule") if is_outside(plan.config.get(key, ""))]
+    beside = [key for key in _BESIDE if plan.config.get(key)]
+    for key in (*_SHOWN, *separate, *own, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
             table.add_row(key, str(plan.layout.data_parallel), "as many as the devices allow")

@@ -20,10 +20,11 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
-from dstrain.optimizers import is_outside, optimizer_facts
+from dstrain.optimizers import optimizer_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
+from dstrain.plugins import is_outside
 
 
 @dataclass(frozen=True)

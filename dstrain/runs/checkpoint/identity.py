@@ -17,6 +17,9 @@ _NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")
 _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
+# They stand in an identity only where they are the user's own.
+_OWN_ALONE = ("loss", "loss_options", "lr_schedule", "lr_schedule_options")
+
 _WHY = {
     "global_batch": " (the next samples and the learning rate are counted in its steps)",
     "data": " (the same files, tokenizer and validation split)",
@@ -48,9 +51,9 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     Another layout is none, but where DeepSpeed keeps states in files of its own. Raises DstrainError.
     """
     saved = _identity_of(checkpoint)
-    for key, value in identity.items():
+    for key in (*identity, *(key for key in _OWN_ALONE if key in saved and key not in identity)):
         if key not in _MAY_CHANGE:
-            _refuse_another(key, value, saved, checkpoint)
+            _refuse_another(key, identity.get(key), saved, checkpoint)
     if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
         raise DstrainError(
             f"a run can't go from {_name(saved)} to {_name(identity)}: with `offload: nvme` the weights"
@@ -62,8 +65,9 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
     if saved.get(key) != value:
+        before, now = ("built-in" if v is None and key in _OWN_ALONE else v for v in (saved.get(key), value))
         raise DstrainError(
-            f"the checkpoint was made with {key} = {saved.get(key)}, but this run has {value}",
+            f"the checkpoint was made with {key} = {before}, but this run has {now}",
             where=str(checkpoint),
             hint=f"resume with the same {key}{_WHY.get(key, '')}, or start a new run under another --name",
         )

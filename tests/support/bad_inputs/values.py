@@ -21,6 +21,7 @@ _WRONG_TYPES = [
     ("seed", "lucky", "an integer", "for example seed: 1234"),
     ("optimizer", "adam", "'adamw' or 'sgd'", "adamw"),
     ("lr", "fast", "a number", "for example lr: 0.0003"),
+    ("loss", "mse", "'cross-entropy', or one of your own", "training loss"),
     ("lr_schedule", "exponential", "'cosine', 'linear' or 'constant'", "after warm-up"),
     ("lr_final", "low", "a number", "as a fraction of lr"),
     ("warmup_steps", "10%", "an integer", "steps over which the learning rate rises"),
@@ -67,7 +68,9 @@ _WRONG_TYPES = [
     ("hooks", "3", "must be a list: [my_module:MyHook]", "your own hook classes"),
     ("profile", "3", "a dictionary", "torch.profiler traces"),
     ("code_dirs", "3", "a list", "folders to import"),
+    ("loss_options", "3", "a dictionary", "keyword arguments of a loss"),
     ("optimizer_options", "3", "a dictionary", "keyword arguments of an optimizer"),
+    ("lr_schedule_options", "3", "a dictionary", "keyword arguments of a schedule"),
 ]
 KEYS_WITH_A_WRONG_TYPE = {key for key, *_ in _WRONG_TYPES}
 

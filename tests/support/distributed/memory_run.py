@@ -15,7 +15,7 @@ from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 from tests.support.distributed.memory_count import Counted, MemoryCount
-from tests.support.distributed.training import measured
+from tests.support.distributed.training import OWN_CODE, measured
 
 VOCABULARY = 1500
 MICRO_BATCH = 2
@@ -31,6 +31,7 @@ class MemoryCase(LayoutCase):
     family: str = "llama"
     seq_len: int = 96
     pack: bool = True
+    loss: str = "cross-entropy"
 
     @contextmanager
     def chunks(self) -> Iterator[None]:
@@ -86,6 +87,8 @@ def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
         "pack": case.pack,
         "attention": case.attention,
         "steps": 3,
+        "loss": case.loss,
+        "code_dirs": [str(OWN_CODE)],
         "lr": 1e-3,
         "weight_decay": 0.1,
         "gradient_clipping": 1.0,
@@ -101,6 +104,7 @@ def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     from dstrain.engine.build import build_engine, start_communication
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.pipeline_model import PipelineModel
+    from dstrain.train.trainer import token_loss
 
     start_communication()
     plan, _ = plan_of(case)
@@ -117,6 +121,7 @@ def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
             device=torch.device("cpu"),
             activation_checkpointing=case.checkpointing,
             is_frozen=lambda name: is_frozen(name, case.freeze),
+            loss=token_loss(plan.run_config),
             loss_chunk=plan.loss_chunk,
         )
         engine = adapter.engine

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from dstrain.optimizers import is_outside
 from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
+from dstrain.plugins import is_outside
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 
 VOCABULARY = 96
@@ -29,6 +29,11 @@ LR = {"adamw": 1e-3, "sgd": 0.3, OWN: 0.3}
 # Of an optimizer from outside.
 OWN_CODE = Path(__file__).parents[1] / "own_code"
 OWN_OPTIONS = {"beta": 0.8}
+OWN_LOSS = "own_losses:smoothed"
+OWN_LOSS_OPTIONS = {"smoothing": 0.2, "z": 0.02}
+OWN_SCHEDULE = "own_schedules:wsd"
+OWN_SCHEDULE_OPTIONS = {"decay": 0.75, "last": 12}
+WARMUP_STEPS = 2  # with a schedule
 # What a layout does wrong shows within a few steps where the bound is 1e-5. In 16 bits the bound is a spread between
 # trainings, of which so few steps would tell too little.
 STEPS = {"fp32": 10, "bf16": 20, "fp16": 20}
@@ -42,6 +47,8 @@ class Case(LayoutCase):
     steps: int = 0  # 0: as `STEPS` says
     nvme_path: str = ""
     loss_scale_power: int = 16  # fp16: log2 of the first loss scale
+    loss: str = "cross-entropy"
+    lr_schedule: str = ""  # empty: every step has the same learning rate
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
 
     ALWAYS_NAMED: ClassVar[tuple[str, ...]] = (
@@ -122,9 +129,17 @@ def make_case_plan(case: Case) -> Plan:
         "weight_decay": WEIGHT_DECAY,
         "eps": EPS,
         "momentum": case.momentum,
+        "loss": case.loss,
+        "code_dirs": [str(OWN_CODE)],
     }
     if is_outside(case.optimizer):
-        flags |= {"code_dirs": [str(OWN_CODE)], "optimizer_options": OWN_OPTIONS}
+        flags["optimizer_options"] = OWN_OPTIONS
+    if case.loss == OWN_LOSS:
+        flags["loss_options"] = OWN_LOSS_OPTIONS
+    if case.lr_schedule:
+        flags |= {"lr_schedule": case.lr_schedule, "warmup_steps": WARMUP_STEPS}
+    if case.lr_schedule == OWN_SCHEDULE:
+        flags["lr_schedule_options"] = OWN_SCHEDULE_OPTIONS
     if case.offload == "nvme":
         flags["nvme_path"] = case.nvme_path
     if case.precision == "fp16":
@@ -181,8 +196,10 @@ def train_in_layout(
     ``other_layout``: another layout than this case's has saved there.
     """
     from dstrain.engine.interface import MicroBatch
+    from dstrain.train.lr_schedule import LearningRate
 
     engine, plan = build_case_engine(case)
+    lr_of = LearningRate.of(plan.run_config) if case.lr_schedule else lambda step: case.lr
     first = engine.load(Path(start_from), other_layout=other_layout)["step"] + 1 if start_from else 1
     replica = plan.layout.replica(rank)
 
@@ -205,7 +222,7 @@ def train_in_layout(
 
     outcome = Outcome([], [], {})
     for step in range(first, case.steps + 1):
-        result = engine.train_batch(micro_batches(step), case.lr)
+        result = engine.train_batch(micro_batches(step), lr_of(step))
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         if step in (first, case.steps):
@@ -224,7 +241,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
 
     from dstrain.engine.build import build_engine, start_communication
     from dstrain.model.pipeline_model import PipelineModel
-    from dstrain.train.trainer import client_optimizer
+    from dstrain.train.trainer import client_optimizer, token_loss
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
@@ -240,6 +257,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
         device=torch.device("cpu"),
         activation_checkpointing=case.checkpointing,
         is_frozen=lambda name: is_frozen(name, case.freeze),
+        loss=token_loss(plan.run_config),
         loss_chunk=case.loss_chunk or plan.loss_chunk,
         optimizer=client_optimizer(plan.run_config),
     )

@@ -8,17 +8,21 @@ from __future__ import annotations
 import importlib
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dstrain.optimizers import is_outside
+from dstrain.plugins import is_outside
 from tests.support.distributed.training import (
     EPS,
     GLOBAL_BATCH,
     HELD_OUT,
     OWN_CODE,
+    OWN_LOSS_OPTIONS,
     OWN_OPTIONS,
+    OWN_SCHEDULE_OPTIONS,
+    WARMUP_STEPS,
     WEIGHT_DECAY,
     Case,
     Outcome,
@@ -48,8 +52,10 @@ def train_in_plain_loop(
         if shuffle is not None:
             order = torch.randperm(GLOBAL_BATCH, generator=torch.Generator().manual_seed(shuffle + step))
         total = 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = _lr_of(case, step)
         for rows in order.split(micro_batch or case.micro_batch):
-            loss = _loss_of(hf, rows, batch)
+            loss = _loss_of(hf, rows, batch, case.loss)
             (loss * scale).backward()
             total += loss.item()
             for parameter, copy in master.items():  # gradients are accumulated in fp32
@@ -133,22 +139,41 @@ def _optimizer_of(
         {"params": [c for c in master.values() if c.ndim < 2], "weight_decay": 0.0},
     ]
     if is_outside(case.optimizer):
-        sys.path.append(str(OWN_CODE))
-        module, _, name = case.optimizer.partition(":")
-        return master, getattr(importlib.import_module(module), name)(groups, lr=case.lr, **OWN_OPTIONS)
+        return master, _own(case.optimizer)(groups, lr=case.lr, **OWN_OPTIONS)
     if case.optimizer == "adamw":
         return master, torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
     return master, torch.optim.SGD(groups, lr=case.lr, momentum=case.momentum)
 
 
-def _loss_of(model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """These rows' part of the mean over all label tokens of the batch."""
+def _own(name: str) -> Any:
+    """The code from outside that a case names."""
+    sys.path.append(str(OWN_CODE))
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _lr_of(case: Case, step: int) -> float:
+    if not case.lr_schedule:
+        return case.lr
+    if step <= WARMUP_STEPS:
+        return case.lr * step / WARMUP_STEPS
+    schedule = _own(case.lr_schedule)
+    return case.lr * schedule(step - WARMUP_STEPS, case.steps - WARMUP_STEPS, **OWN_SCHEDULE_OPTIONS)
+
+
+def _loss_of(
+    model: torch.nn.Module, rows: torch.Tensor, batch: tuple[torch.Tensor, ...], name: str = "cross-entropy"
+) -> torch.Tensor:
+    """These rows' part of the mean over all label tokens of the batch. ``name``: of the training loss."""
     ids, positions, labels = batch
     output = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False)
     logits = output.logits
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels[rows].flatten(), ignore_index=-100, reduction="sum"
-    )
+    wanted, flat = labels[rows].flatten(), logits.flatten(0, 1).float()
+    if is_outside(name):
+        counts = wanted != -100
+        total = _own(name)(flat[counts], wanted[counts], **OWN_LOSS_OPTIONS).sum()
+    else:
+        total = F.cross_entropy(flat, wanted, ignore_index=-100, reduction="sum")
     loss = total / (labels != -100).sum()
     if getattr(output, "aux_loss", None) is not None and model.training:
         loss = loss + model.router_aux_loss_coef * output.aux_loss * len(rows) / GLOBAL_BATCH
