@@ -211,11 +211,11 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What the runs that go on from a checkpoint must agree with, and the layout, which may change.
 
-        Of loss and learning-rate schedule only the user's own stand in it.
+        Of losses only the user's own stand in it. The learning-rate schedule may change, as lr may.
         """
         own = {
             name: self.config[name]
-            for key in ("loss", "optimizer", "lr_schedule")
+            for key in ("loss", "optimizer")
             if is_outside(self.config.get(key, ""))
             for name in (key, f"{key}_options")
         }

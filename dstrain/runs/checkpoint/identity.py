@@ -18,7 +18,7 @@ _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
 # They stand in an identity only where they are the user's own.
-_OWN_ALONE = ("loss", "loss_options", "lr_schedule", "lr_schedule_options")
+_OWN_ALONE = ("loss", "loss_options")
 
 _WHY = {
     "global_batch": " (the next samples and the learning rate are counted in its steps)",
