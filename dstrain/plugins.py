@@ -48,6 +48,11 @@ class PluginError(DstrainError):
     """A module or a name in it is not there, or can't be loaded. The message names what was asked for."""
 
 
+def is_code(name: str) -> bool:
+    """Whether a name has the form ``module:name``. It is code then, also where a file is called so."""
+    return CODE_NAME.fullmatch(name) is not None
+
+
 def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) -> None:
     """Refuse a module or a name in it that does not exist. Nothing of it is run.
 
@@ -101,7 +106,7 @@ def load_plugin(name: str, folders: Sequence[str], *, what: str) -> Any:
     sys.path += [folder for folder in folders if folder not in sys.path]
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if missing:
             raise PluginError(

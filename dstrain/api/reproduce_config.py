@@ -10,6 +10,7 @@ from dstrain.config.loader import ResolvedConfig, override, read_config, replace
 from dstrain.config.origins import Origin
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.planning.partition import partition_of
+from dstrain.plugins import is_code
 from dstrain.runs.run_folder import RunFolder
 
 PATHS = ("model", "data", "tokenizer", "ds_config", "hostfile")
@@ -63,6 +64,8 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
     """Paths that count from the folder that the run was started from, and what the run folder keeps of what is gone."""
     directory = Path(first["directory"])
     given = {key: Path(values[key]).expanduser() for key in PATHS if values[key] not in (None, *_NO_PATHS)}
+    if is_code(values["data"]):
+        del given["data"]
     if first["model"]["folder"] is None:
         del given["model"]  # a shape that comes with dstrain
     found = {

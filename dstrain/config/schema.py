@@ -18,7 +18,7 @@ from dstrain.config.hook_choices import (
     name_of,
 )
 from dstrain.optimizers import OPTIMIZERS, is_outside
-from dstrain.plugins import CODE_NAME, Plugin
+from dstrain.plugins import CODE_NAME, Plugin, is_code
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -65,7 +65,15 @@ class RunConfig(BaseModel):
         "auto",
         description="folder of a Hugging Face tokenizer, or bytes; auto: the model folder's tokenizer, else bytes",
     )
-    data: str = Field("stdlib", description="text file, folder, JSON Lines file with a text field, or stdlib")
+    data: str = Field(
+        "stdlib",
+        description="text file, folder, JSON Lines file with a text field, or stdlib; or a function of your own that"
+        " gives the documents: my_module:my_documents",
+    )
+    data_options: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of a dataset of your own",
+    )
     attention: str = Field(
         "auto",
         description="attention implementation: sdpa, eager, flex_attention, flash_attention_2, flash_attention_3;"
@@ -290,7 +298,9 @@ class RunConfig(BaseModel):
     @property
     def plugins(self) -> tuple[Plugin, ...]:
         """All user code that this config names, in the order of its keys."""
-        named = [Plugin("optimizer", "optimizer", self.optimizer)] if is_outside(self.optimizer) else []
+        named = [Plugin("data", "dataset", self.data)] if is_code(self.data) else []
+        if is_outside(self.optimizer):
+            named.append(Plugin("optimizer", "optimizer", self.optimizer))
         return (*named, *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks))
 
     @property
@@ -331,7 +341,7 @@ class RunConfig(BaseModel):
         """Whether there are checkpoints at all."""
         return self.save_every != NEVER
 
-    @field_validator("deepspeed", "optimizer_options")
+    @field_validator("deepspeed", "data_options", "optimizer_options")
     @classmethod
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""

@@ -17,6 +17,7 @@ from dstrain.planning.hooks import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
+from dstrain.plugins import is_code
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
         _refuse_elastic,
         refuse_attention,
         _refuse_nvme,
+        _refuse_data_options,
         _refuse_optimizer_options,
         refuse_profile,
     )
@@ -174,6 +176,16 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
             "--offload nvme requires nvme_path, a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
+        )
+
+
+def _refuse_data_options(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.data_options and not is_code(config.data):
+        raise DstrainError(
+            f"data_options ({', '.join(config.data_options)}) are for a dataset of your own, and {config.data} is none",
+            where=str(resolved.origin("data_options", next(iter(config.data_options)))),
+            hint="remove them, or name a dataset of your own: --data my_module:my_documents",
         )
 
 

@@ -109,6 +109,7 @@ class PlannedData:
         tokenizer: its name, with the ``tokenizer_fingerprint`` of its files.
         vocab_size: of the tokenizer.
         fingerprint: of the rows: what was read, how it was tokenized, split and packed.
+        documents_hash: of the texts that the user's own code gave; empty for files.
     """
 
     source: str = ""
@@ -126,6 +127,7 @@ class PlannedData:
     tokenizer_fingerprint: str | None = None
     vocab_size: int = 0
     fingerprint: str = ""
+    documents_hash: str = ""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:

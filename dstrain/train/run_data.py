@@ -10,9 +10,11 @@ import socket
 from pathlib import Path
 
 from dstrain.config.files import cache_folder
+from dstrain.data.own_documents import OwnSource
 from dstrain.data.prepare import PackedData, prepare
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import Plan
+from dstrain.plugins import is_code
 
 
 def prepare_run_data(plan: Plan) -> PackedData:
@@ -24,9 +26,17 @@ def prepare_run_data(plan: Plan) -> PackedData:
         DstrainError: they can't be read here, or are not those of the plan.
     """
     config = plan.run_config
+    own = is_code(config.data)
+    source = OwnSource(
+        config.data,
+        config.data_options,
+        config.code_dirs or (),
+        plan.data.documents_hash,
+        plan.data.bytes,
+    )
     try:
         data = prepare(
-            config.data,
+            source if own else config.data,
             plan.data.tokenizer,
             config.seq_len,
             config.validation,
@@ -36,7 +46,8 @@ def prepare_run_data(plan: Plan) -> PackedData:
     except DstrainError as error:
         if len(plan.layout.hosts) < 2:
             raise
-        needed = [config.data, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
+        code = f"the module of {config.data} with what it reads" if own else config.data
+        needed = [code, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
         raise DstrainError(
             f"on {socket.gethostname()}: {error.message}",
             where=error.where,

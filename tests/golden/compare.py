@@ -18,7 +18,10 @@ RENAMED: dict[str, str] = {
 """Old name -> new name. A name without dots is that key wherever it stands; with dots it is a path from the root, list
 indices left out (``layout.ranks.spans``), and stands for all below it. Only the first entry that fits is applied."""
 
-NEW: set[str] = {"code_dirs", "hooks", "trackers", "profile", "optimizer_options", "not_covered"}
+NEW: set[str] = {
+    *("code_dirs", "hooks", "trackers", "profile", "not_covered"),
+    *("optimizer_options", "data_options", "data.documents_hash"),
+}
 """Keys that 0.1 did not have; named as in `RENAMED`."""
 
 NEW_FILES: set[str] = set()

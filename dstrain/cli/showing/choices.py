@@ -18,7 +18,11 @@ def choices(plan: Plan) -> FoldingTable:
         Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
     )
     separate = () if plan.config["pack"] else ("pack",)
-    beside = [key for key in ("optimizer_options", "trackers", "profile", "hooks") if plan.config.get(key)]
+    beside = [
+        key
+        for key in ("data_options", "optimizer_options", "trackers", "profile", "hooks")
+        if plan.config.get(key)
+    ]
     for key in (*_SHOWN, *separate, *beside):
         value = plan.config[key]
         if key == "data_parallel" and value is None:
