@@ -231,7 +231,9 @@ def _text(document: Any, what: str) -> str:
 
 def _kind(value: Any) -> str:
     kind = type(value).__name__
-    return "None" if value is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    if value is None or kind == "bytes":
+        return "None" if value is None else kind
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
 
 
 def _is_iterable(value: Any) -> bool:
