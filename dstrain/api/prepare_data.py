@@ -11,7 +11,7 @@ from dstrain.api.events import Events
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
-from dstrain.data.own_documents import Corpus, OwnSource
+from dstrain.data.own_documents import Corpus, OwnSource, read_answer
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import PlannedData
@@ -42,10 +42,8 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     cache = cache_folder() / "data"
     known = read_summary(summary_file(cache, source, tokenizer_state(tokenizer), **choices))
     if known is None:
-        request = {"source": config.data, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
-        if own is not None:
-            values = {key: getattr(own, key) for key in ("options", "folders", "content", "bytes")}
-            request["own"] = values
+        named = own.request() if own else {"source": config.data}
+        request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
         known = _asked("dstrain.data.prepare", request, resolved, events)
     return PlannedData.from_record(known)
 
@@ -89,7 +87,7 @@ def _asked(
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         environment = {"PYTHONHASHSEED": _HASH_SEEDS[module]} if user_code else {}
-        failed: DstrainError | None = None
+        failed = ""
         try:
             run_module(
                 module, str(asked), str(answered), events=events, user_code=user_code, environment=environment
@@ -97,19 +95,9 @@ def _asked(
         except DstrainError as error:
             if not user_code:
                 raise
-            failed = error
+            failed = error.message
         try:
-            answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DstrainError(
-                f"the process that reads the dataset {name} ended before it had read all"
-                + (f": {failed.message}" if failed else ""),
-                where=str(resolved.origin("data")),
-                hint="its code must not end the process; a process that is killed has often run out of memory",
-            ) from None
-    if "error" in answer:
-        told = answer["error"]
-        raise DstrainError(
-            told["message"], hint=told["hint"], where=told["where"] or str(resolved.origin("data"))
-        )
-    return answer
+            return read_answer(answered, name, failed)
+        except DstrainError as error:
+            error.where = error.where or str(resolved.origin("data"))
+            raise

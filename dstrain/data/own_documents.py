@@ -61,6 +61,11 @@ class OwnSource:
         """What tells it from every other corpus, as JSON values: the texts alone, not the code."""
         return ["documents", self.content]
 
+    def request(self) -> dict[str, Any]:
+        """Its part of a request to `dstrain.data.prepare`."""
+        own = {"options": self.options, "folders": self.folders, "content": self.content, "bytes": self.bytes}
+        return {"source": self.name, "own": own}
+
 
 Corpus = Source | OwnSource
 
@@ -129,6 +134,30 @@ def answer(out: Path, ask: Callable[[], Mapping[str, Any]]) -> int:
         found, code = {"error": told}, error.exit_code
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return code
+
+
+def read_answer(out: Path, name: str, last_words: str = "") -> dict[str, Any]:
+    """What `answer` wrote, after its process has ended.
+
+    Args:
+        name: of the dataset.
+        last_words: of the process, if it failed.
+
+    Raises:
+        DstrainError: the one that was written; or nothing was written.
+    """
+    try:
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        said = f": {last_words}" if last_words else ""
+        raise DstrainError(
+            f"the process that reads the {WHAT} {name} ended before it had read all{said}",
+            hint="its code must not end the process; a process that is killed has often run out of memory",
+        ) from None
+    if "error" in found:
+        told = found["error"]
+        raise DstrainError(told["message"], hint=told["hint"], where=told["where"])
+    return found
 
 
 def _texts(name: str, options: Mapping[str, Any], folders: Sequence[str]) -> Iterator[str]:

@@ -92,6 +92,14 @@ def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Toke
     return found
 
 
+def is_cached(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> bool:
+    """Whether `load_or_build` would find the tokens."""
+    try:
+        return _open(cache_dir / _key(source, tokenizer), tokenizer) is not None
+    except OSError:  # which it would tell of
+        return False
+
+
 def _key(source: Corpus, tokenizer: Tokenizer) -> str:
     content = json.dumps([FORMAT, tokenizer.fingerprint, *source.state])
     return hashlib.sha256(content.encode()).hexdigest()[:24]

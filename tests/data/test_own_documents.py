@@ -116,7 +116,7 @@ def test_documents_are_not_held(monkeypatch):
         ("refuses", {"path": "x"}, "can't be called: FileNotFoundError: [Errno 2] No such file"),
         ("one_text", {}, "returned a str, not an iterable"),
         ("mapping", {}, "returned a dict, not an iterable"),
-        ("later", {}, "returned a coroutine, not an iterable"),
+        ("later", {}, "returned an async_generator, not an iterable"),
         ("nothing", {}, "gave no documents"),
         ("DOCUMENTS", {}, "is a list, not a function or class"),
         ("numbered", {"rows": 3}, "data_options (rows): got an unexpected keyword argument 'rows'"),

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ def empty() -> list[str]:
     return ["", ""]
 
 
-async def later() -> list[str]:
-    return ["one"]
+async def later() -> AsyncIterator[str]:
+    yield "one"
 
 
 DOCUMENTS = ["one", "two"]
