@@ -188,13 +188,14 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m dstrain.data.prepare REQUEST.json OUT.json", file=sys.stderr)
         return 2
-    # Nothing here needs the network, and a library that asks for it should fail rather than hang.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         request, out = _request(Path(argv[0])), Path(argv[1])
-        if "own" in request:
+        if "own" in request:  # the user's code may want the network
             request["source"] = OwnSource(request["source"], **request.pop("own"))
             return answer(out, lambda: _prepare_and_keep(request))
+        # Nothing else needs the network, and a library that asks for it should fail rather than hang.
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
         summary = _prepare_and_keep(request)
         try:
             aside = out.with_name(f"{out.name}.{os.getpid()}.part")
