@@ -148,7 +148,7 @@ def read_answer(out: Path, name: str, last_words: str = "") -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # or half of an answer
         said = f": {last_words}" if last_words else ""
         raise DstrainError(
             f"the process that reads the {WHAT} {name} ended before it had read all{said}",
