@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ def loss_facts(name: str) -> LossFacts:
 
     Raises KeyError for any other name that is not in the table.
     """
-    return _OUTSIDE if is_outside(name) else LOSSES[name]
+    return _OUTSIDE if is_code(name) else LOSSES[name]

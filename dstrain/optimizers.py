@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def optimizer_facts(name: str) -> OptimizerFacts:
 
     Raises KeyError for any other name that is not in the table.
     """
-    return _OUTSIDE if is_outside(name) else OPTIMIZERS[name]
+    return _OUTSIDE if is_code(name) else OPTIMIZERS[name]
 
 
 def facts_of_type(deepspeed_type: str | None) -> OptimizerFacts | None:

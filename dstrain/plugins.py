@@ -44,9 +44,9 @@ class Plugin:
         return f"{self.what} {self.name}"
 
 
-def is_outside(name: str) -> bool:
-    """Whether what a config names is the user's own, ``module:name``, rather than built in."""
-    return ":" in name
+def is_code(name: str) -> bool:
+    """Whether a name has the form ``module:name``. It is code then, also where a file is called so."""
+    return CODE_NAME.fullmatch(name) is not None
 
 
 class PluginError(DstrainError):
@@ -106,7 +106,7 @@ def load_plugin(name: str, folders: Sequence[str], *, what: str) -> Any:
     sys.path += [folder for folder in folders if folder not in sys.path]
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if missing:
             raise PluginError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +22,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("DSTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         patch.setenv(name, "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_code_of_another_test() -> Iterator[None]:
+    """Code of a user's own that a test loads is out of reach for the next one."""
+    before = list(sys.path)
+    yield
+    added = [Path(place).absolute() for place in sys.path if place not in before]
+    sys.path[:] = before
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and any(Path(file).is_relative_to(place) for place in added):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

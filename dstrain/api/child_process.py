@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Mapping
 
 from dstrain.api.events import SILENT, Events
 from dstrain.errors import DstrainError
@@ -13,17 +15,27 @@ from dstrain.errors import DstrainError
 _PROGRESS = "dstrain: "
 
 
-def run_module(module: str, *arguments: str, events: Events = SILENT) -> None:
+def run_module(
+    module: str,
+    *arguments: str,
+    events: Events = SILENT,
+    user_code: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Run ``python -m module`` to its end. Its progress becomes notes, its error message becomes ours.
+
+    Args:
+        user_code: it runs code of the user's: all that it prints to standard error becomes notes.
+        environment: variables beside those of this process.
 
     Raises:
         DstrainError: it ended with another exit code than 0.
     """
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    lines = []
+    lines: deque[str] = deque(maxlen=1000)  # the user's code may print without end
     with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=environment,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"} | dict(environment or {}),
+        stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -31,9 +43,9 @@ def run_module(module: str, *arguments: str, events: Events = SILENT) -> None:
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith(_PROGRESS):
+            if user_code or line.startswith(_PROGRESS):
                 events.note(line.removeprefix(_PROGRESS).rstrip(), "progress")
-            else:
+            if not line.startswith(_PROGRESS):
                 lines.append(line.rstrip())
     if process.returncode == 0:
         return

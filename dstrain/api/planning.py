@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -14,11 +13,10 @@ from typing import Any
 from dstrain.api.events import SILENT, Events
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
+from dstrain.api.prepare_data import check_plugin_here, prepare_data
 from dstrain.config import loader
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
-from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
-from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
@@ -28,8 +26,7 @@ from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.plan import Machines, Plan, PlannedData
-from dstrain.plugins import check_plugin
+from dstrain.planning.plan import Machines, Plan
 
 
 @dataclass(frozen=True)
@@ -112,10 +109,8 @@ def plan_for(
 
 def check_code_here(resolved: ResolvedConfig) -> None:
     """Refuse code of the user's own that this machine does not have; nothing of it is run. Raises DstrainError."""
-    config = resolved.config
-    for plugin in config.plugins:
-        where = str(resolved.origin(plugin.key))
-        check_plugin(plugin.name, config.code_dirs or (), what=plugin.what, where=where)
+    for plugin in resolved.config.plugins:
+        check_plugin_here(plugin, resolved)
     check_trackers_here(resolved)
 
 
@@ -137,7 +132,7 @@ def prepare(
     if config.init == "pretrained":
         check_pretrained(model, events)
     tokenizer = model.tokenizer if config.tokenizer == "auto" else config.tokenizer
-    data = _prepare_data(resolved, tokenizer, events)
+    data = prepare_data(resolved, tokenizer, events)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None
 
@@ -163,47 +158,6 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
     kept.parent.mkdir(parents=True, exist_ok=True)
     run_module("dstrain.model.measuring.measure", str(model_file), str(kept), events=events)
     return ModelShape.read(kept)
-
-
-def _prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> PlannedData:
-    """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
-
-    What was found out about the same data before is read instead, where their tokens are still as they were.
-    """
-    config = resolved.config
-    kept = summary_file(
-        cache_folder() / "data",
-        find_files(config.data),
-        tokenizer_state(tokenizer),
-        seq_len=config.seq_len,
-        validation=config.validation,
-        pack=config.pack,
-    )
-    known = read_summary(kept)
-    if known is not None:
-        return PlannedData.from_record(known)
-    import tempfile
-
-    from dstrain.api.child_process import run_module
-
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder) / "request.json", Path(folder) / "summary.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "source": config.data,
-                    "tokenizer": tokenizer,
-                    "seq_len": config.seq_len,
-                    "validation": config.validation,
-                    "cache_dir": str(cache_folder() / "data"),
-                    "pack": config.pack,
-                }
-            ),
-            encoding="utf-8",
-        )
-        run_module("dstrain.data.prepare", str(request), str(answer), events=events)
-        summary = json.loads(answer.read_text(encoding="utf-8"))
-    return PlannedData.from_record(summary)
 
 
 def load_config(

@@ -19,6 +19,7 @@ from dstrain.data.tokenizer_files import BYTES
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.planning.partition import partition_of
+from dstrain.plugins import is_code
 from dstrain.report.comparison import Deviation, Repetition, compare_bits
 from dstrain.runs.record.differences import Difference, differences
 from dstrain.runs.record.record import first_launch, read_launches
@@ -197,6 +198,8 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
     """Paths that count from the folder that the run was started from, and what the run folder keeps of what is gone."""
     directory = Path(first["directory"])
     given = {key: Path(values[key]).expanduser() for key in PATHS if values[key] not in (None, *_NO_PATHS)}
+    if is_code(values["data"]):
+        del given["data"]
     if first["model"]["folder"] is None:
         del given["model"]  # a shape that comes with dstrain
     found = {

@@ -17,7 +17,14 @@ from dstrain.config.template import GROUPS
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Mappings and lists of mappings have no form on a command line but --set.
-_WITHOUT_FLAG = ("deepspeed", "loss_options", "optimizer_options", "lr_schedule_options", "profile")
+_WITHOUT_FLAG = (
+    "deepspeed",
+    "data_options",
+    "loss_options",
+    "optimizer_options",
+    "lr_schedule_options",
+    "profile",
+)
 
 
 if TYPE_CHECKING:

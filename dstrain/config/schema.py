@@ -21,7 +21,7 @@ from dstrain.config.values import seconds
 from dstrain.losses import LOSSES
 from dstrain.lr_schedules import LR_SCHEDULES
 from dstrain.optimizers import OPTIMIZERS
-from dstrain.plugins import CODE_NAME, Plugin, is_outside
+from dstrain.plugins import CODE_NAME, Plugin, is_code
 
 LARGEST = 10**12
 """Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
@@ -83,7 +83,15 @@ class RunConfig(BaseModel):
         "auto",
         description="folder of a Hugging Face tokenizer, or bytes; auto: the model folder's tokenizer, else bytes",
     )
-    data: str = Field("stdlib", description="text file, folder, JSON Lines file with a text field, or stdlib")
+    data: str = Field(
+        "stdlib",
+        description="text file, folder, JSON Lines file with a text field, or stdlib; or a function of your own that"
+        " gives the documents: my_module:my_documents",
+    )
+    data_options: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of a dataset of your own",
+    )
     attention: str = Field(
         "auto",
         description="attention implementation: sdpa, eager, flex_attention, flash_attention_2, flash_attention_3;"
@@ -328,12 +336,13 @@ class RunConfig(BaseModel):
     def plugins(self) -> tuple[Plugin, ...]:
         """All user code that this config names, in the order of its keys."""
         named = [
+            Plugin("data", "dataset", self.data),
             Plugin("loss", "loss", self.loss),
             Plugin("optimizer", "optimizer", self.optimizer),
             Plugin("lr_schedule", "learning-rate schedule", self.lr_schedule),
         ]
         return (
-            *(plugin for plugin in named if is_outside(plugin.name)),
+            *(plugin for plugin in named if is_code(plugin.name)),
             *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks),
         )
 
@@ -375,7 +384,7 @@ class RunConfig(BaseModel):
         """Whether there are checkpoints at all."""
         return self.save_every != NEVER
 
-    @field_validator("deepspeed", "loss_options", "optimizer_options", "lr_schedule_options")
+    @field_validator("deepspeed", "data_options", "loss_options", "optimizer_options", "lr_schedule_options")
     @classmethod
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""

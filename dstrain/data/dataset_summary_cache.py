@@ -1,7 +1,8 @@
 """Caches the summary of a prepared dataset next to its tokens, so that the next plan need not recompute it.
 
 ``<cache_dir>/summaries/<key>.json`` holds the summary and the state of the token files that it speaks of. Whoever
-looks makes the key anew from the listing of the source, so a file that changed has another key; and a summary whose
+looks makes the key anew from the listing of the source, or from the hash of the documents that code gives, so what
+changed has another key; and a summary whose
 token files are gone or were written since is passed over. The ranks look at the tokens themselves.
 """
 
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.sources import Source
+from dstrain.data.own_documents import Corpus
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.version import __version__
 
@@ -44,7 +45,7 @@ def tokenizer_state(tokenizer: str) -> State:
 
 
 def summary_file(
-    cache_dir: Path, source: Source, tokenizer: State, *, seq_len: int, validation: float, pack: bool
+    cache_dir: Path, source: Corpus, tokenizer: State, *, seq_len: int, validation: float, pack: bool
 ) -> Path:
     """Where the summary of these choices is kept, if it is.
 
@@ -57,8 +58,7 @@ def summary_file(
             __version__,
             _state(here, sorted(path.name for path in here.glob("*.py"))),
             source.name,
-            source.root,
-            [(file.relative, file.kind, file.size, file.mtime_ns) for file in source.files],
+            *source.state,
             tokenizer,
             [seq_len, validation, pack],
         ]

@@ -1,7 +1,8 @@
 """Prepares a corpus for training: tokenized once, split, and packed into rows.
 
 On the command line: ``python -m dstrain.data.prepare REQUEST.json OUT.json`` reads the arguments of `prepare`
-from a JSON object and writes the summary.
+from a JSON object and writes the summary. For the documents of code, the object has a key ``own``, of the other
+attributes of `OwnSource`, and an error is written in place of the summary.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
+from dstrain.data.own_documents import Corpus, OwnSource, answer
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
-from dstrain.data.sources import Source, find_files
+from dstrain.data.sources import find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
@@ -46,7 +48,7 @@ class PackedData:
     validation: Rows | None
     tokenizer: Tokenizer
     fingerprint: str
-    source: Source
+    source: Corpus
     documents: int
     validation_documents: int
     empty_documents: int
@@ -73,11 +75,12 @@ class PackedData:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             "fingerprint": self.fingerprint,
+            "documents_hash": self.source.content if isinstance(self.source, OwnSource) else "",
         }
 
 
 def prepare(
-    source: str,
+    source: str | OwnSource,
     tokenizer: str,
     seq_len: int,
     validation: float | int,
@@ -90,7 +93,8 @@ def prepare(
     Tokens are cached for any `seq_len`, `validation` and `pack`.
 
     Args:
-        source: see `dstrain.data.sources`.
+        source: see `dstrain.data.sources`; or the documents that code gives, which is called where no tokens of them
+            are in the cache.
         tokenizer: see `dstrain.data.tokenizers`.
         seq_len: tokens a row, at least 1.
         validation: the share of the documents to keep from training, at least 0 (none) and less than 1.
@@ -108,7 +112,7 @@ def prepare(
             hint="0.01 holds back about one document in a hundred",
         )
     tokens_of = load_tokenizer(tokenizer)
-    files = find_files(source)
+    files = source if isinstance(source, OwnSource) else find_files(source)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     train, held = split_stream(tokens.stream, validation)
     if pack:
@@ -147,7 +151,7 @@ def _check_rows(
     held: TokenStream | None,
     seq_len: int,
     validation: float,
-    files: Source,
+    files: Corpus,
 ) -> None:
     if train.size < seq_len:
         total = f"{tokens.stream.size:,} tokens"
@@ -168,7 +172,7 @@ def _check_rows(
         )
 
 
-def _check_labels(train: TokenStream, held: TokenStream | None, files: Source) -> None:
+def _check_labels(train: TokenStream, held: TokenStream | None, files: Corpus) -> None:
     """Separate rows may be short, but one must have something to predict."""
     for what, stream in (("to train on", train), ("for validation", held)):
         if stream is not None and stream.lengths.max() < 2:
@@ -184,25 +188,18 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m dstrain.data.prepare REQUEST.json OUT.json", file=sys.stderr)
         return 2
-    # Nothing here needs the network, and a library that asks for it should fail rather than hang.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        request = _request(Path(argv[0]))
-        state = tokenizer_state(request["tokenizer"])  # before it is read
-        data = prepare(**request)
-        out = Path(argv[1])
-        kept = summary_file(
-            Path(request["cache_dir"]).expanduser(),
-            data.source,
-            state,
-            seq_len=request["seq_len"],
-            validation=request["validation"],
-            pack=request["pack"],
-        )
-        keep_summary(kept, data.folder, data.summary())
+        request, out = _request(Path(argv[0])), Path(argv[1])
+        if "own" in request:  # the user's code may want the network
+            request["source"] = OwnSource(request["source"], **request.pop("own"))
+            return answer(out, lambda: _prepare_and_keep(request))
+        # Nothing else needs the network, and a library that asks for it should fail rather than hang.
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+        summary = _prepare_and_keep(request)
         try:
             aside = out.with_name(f"{out.name}.{os.getpid()}.part")
-            aside.write_text(json.dumps(data.summary(), indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             aside.replace(out)
         except OSError as error:
             raise DstrainError(
@@ -212,6 +209,16 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
+    """`prepare`, and the summary, which is kept for others."""
+    state = tokenizer_state(request["tokenizer"])  # before it is read
+    data = prepare(**request)
+    choices = {key: request[key] for key in ("seq_len", "validation", "pack")}
+    kept = summary_file(Path(request["cache_dir"]).expanduser(), data.source, state, **choices)
+    keep_summary(kept, data.folder, data.summary())
+    return data.summary()
 
 
 def _request(path: Path) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def _request(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise DstrainError(f"the request is not JSON: {error}", where=str(path)) from error
-    if not isinstance(request, dict) or set(request) != set(_REQUEST):
+    if not isinstance(request, dict) or set(request) - {"own"} != set(_REQUEST):
         raise DstrainError(
             f"the request is not an object with exactly {', '.join(_REQUEST)}", where=str(path)
         )

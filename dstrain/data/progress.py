@@ -14,7 +14,7 @@ class Progress:
 
     Args:
         doing: what is being done, as the line begins.
-        total: how much there is to do, in `unit`.
+        total: how much there is to do, in `unit`; 0: not known.
         unit: printed behind the numbers; ``bytes`` are shown in MB.
     """
 
@@ -33,10 +33,8 @@ class Progress:
         self._next = now + _EVERY_SECONDS
         rate = done / (now - self._start)
         left = f", about {(self._total - done) / rate:,.0f} s left" if 0 < done < self._total else ""
-        print(
-            f"dstrain: {self._doing}: {self._amount(done)} of {self._amount(self._total)}{left}",
-            file=sys.stderr,
-        )
+        total = f" of {self._amount(self._total)}" if self._total else ""
+        print(f"dstrain: {self._doing}: {self._amount(done)}{total}{left}", file=sys.stderr)
 
     def _amount(self, count: int) -> str:
         return f"{count / 1e6:,.1f} MB" if self._unit == "bytes" else f"{count:,} {self._unit}"

@@ -6,6 +6,8 @@ A source is one of
 - a text file, whatever its name: one document;
 - a folder: its text files (one document each) and JSON-lines files, found recursively;
 - a JSON-lines file (``.jsonl``, ``.json``, ``.jsonl.gz``): one document a line, in the field ``text``.
+
+What the user's own code gives is in `own_documents`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dstrain.errors import DstrainError
 
@@ -75,6 +77,14 @@ class Source:
     def place(self) -> str:
         """Where the corpus is, for messages about all of it: its file if it has one, else its folder."""
         return self.files[0].path if len(self.files) == 1 else self.root
+
+    @property
+    def state(self) -> list[Any]:
+        """What tells it from every other corpus without reading it, as JSON values.
+
+        The root is part of it: two files of one name and size may share a time too (images that set all times to 0).
+        """
+        return [self.root, [(file.relative, file.kind, file.size, file.mtime_ns) for file in self.files]]
 
 
 def find_files(source: str) -> Source:
@@ -228,7 +238,8 @@ def _status(path: Path) -> os.stat_result:
             "broken link" if link else "there is no such file or folder",
             hint="remove it, or create its target"
             if link
-            else "a data source is a text file, a folder, a .jsonl file, or 'stdlib'; nothing is downloaded",
+            else "a data source is a text file, a folder, a .jsonl file, 'stdlib', or code of your own like"
+            " my_module:my_documents; nothing is downloaded",
             where=str(path),
         ) from None
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
+from dstrain.data.own_documents import Corpus
 from dstrain.data.packing import TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.token_writer import write_tokens
@@ -49,11 +50,12 @@ class Tokens:
     folder: Path
 
 
-def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
+def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
     """The tokens of `source`, from the cache if they are there and whole, else built into it.
 
-    The key covers the format, the tokenizer's content, and each file's path, size and modification time. Any
-    number of processes, on any number of hosts that share `cache_dir`, may call this at once.
+    The key covers the format, the tokenizer's content, and each file's path, size and modification time; of documents
+    that code gives, a hash of their texts. Any number of processes, on any number of hosts that share `cache_dir`, may
+    call this at once.
 
     Raises:
         DstrainError: the source can't be read, changed meanwhile, or the cache can't be written.
@@ -90,16 +92,20 @@ def load_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Toke
     return found
 
 
-def _key(source: Source, tokenizer: Tokenizer) -> str:
-    # The root is part of it: two files of one name and size may share a time too (images that set all times
-    # to 0).
-    files = [(file.relative, file.kind, file.size, file.mtime_ns) for file in source.files]
-    return hashlib.sha256(
-        json.dumps([FORMAT, tokenizer.fingerprint, source.root, files]).encode()
-    ).hexdigest()[:24]
+def is_cached(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> bool:
+    """Whether `load_or_build` would find the tokens."""
+    try:
+        return _open(cache_dir / _key(source, tokenizer), tokenizer) is not None
+    except OSError:  # which it would tell of
+        return False
 
 
-def _build(source: Source, tokenizer: Tokenizer, folder: Path, locked: bool) -> None:
+def _key(source: Corpus, tokenizer: Tokenizer) -> str:
+    content = json.dumps([FORMAT, tokenizer.fingerprint, *source.state])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> None:
     """Write `folder` aside, flush it to the disk, and name it; leave nothing behind on failure."""
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     # Beside it, not inside: NFS keeps files that are still mapped, and they must not move into the cache.
@@ -111,7 +117,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
     try:
         aside.mkdir()
         written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS, scratch)
-        if find_files(source.name).files != source.files:
+        if isinstance(source, Source) and find_files(source.name).files != source.files:
             raise DstrainError(
                 "the source's files changed while they were being read", hint="start again", where=source.root
             )
@@ -195,7 +201,7 @@ def _check(path: Path) -> list[int | str]:
 
 
 @contextmanager
-def _lock(path: Path, source: Source) -> Iterator[bool]:
+def _lock(path: Path, source: Corpus) -> Iterator[bool]:
     """Hold an exclusive lock: True, or False where the file system has none. A lock ends with its process."""
     with open(path, "ab") as stream:
         locked = True

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from dstrain.data.documents import read_documents
+from dstrain.data.own_documents import Corpus, OwnSource, read_own_documents
 from dstrain.data.progress import Progress
-from dstrain.data.sources import Source
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
@@ -32,7 +32,7 @@ class Written:
 
 
 def write_tokens(
-    source: Source, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path, scratch: Path
+    source: Corpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path, scratch: Path
 ) -> Written:
     """Tokenize every document of `source`, each followed by the end-of-document token.
 
@@ -42,7 +42,7 @@ def write_tokens(
     (about the corpus's size).
 
     Raises:
-        DstrainError: see `read_documents`; or no document holds any text.
+        DstrainError: see `read_documents` and `read_own_documents`; or no document holds any text.
         OSError: the files can't be written.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -79,7 +79,7 @@ def write_tokens(
     return Written(int(counts.sum()), len(lengths), empty, digest.hexdigest())
 
 
-def _load(source: Source, scratch: Path) -> Any:
+def _load(source: Corpus, scratch: Path) -> Any:
     """The documents as a Hugging Face dataset with the column ``text``.
 
     The generator is our own reader, not ``load_dataset("text")`` or ``("json")``: those name neither the file
@@ -107,10 +107,11 @@ def _load(source: Source, scratch: Path) -> Any:
             raise
 
 
-def _examples(source: Source) -> Iterator[dict[str, str]]:
+def _examples(source: Corpus) -> Iterator[dict[str, str]]:
     progress = Progress(f"reading {source.name}", source.bytes, "bytes")
     found = False
-    for document in read_documents(source):
+    read = read_own_documents(source) if isinstance(source, OwnSource) else read_documents(source)
+    for document in read:
         found = True
         progress.update(document.bytes_read)
         yield {"text": document.text}

@@ -20,7 +20,7 @@ from dstrain.planning.hook_specs import refuse_profile
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
         _refuse_elastic,
         refuse_attention,
         _refuse_nvme,
+        _refuse_data_options,
         *(partial(_refuse_options, point) for point in _EXTENSION_POINTS),
         refuse_profile,
     )
@@ -181,6 +182,16 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
         )
 
 
+def _refuse_data_options(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.data_options and not is_code(config.data):
+        raise DstrainError(
+            f"data_options ({', '.join(config.data_options)}) are for a dataset of your own, and {config.data} is none",
+            where=str(resolved.origin("data_options", next(iter(config.data_options)))),
+            hint="remove them, or name a dataset of your own: --data my_module:my_documents",
+        )
+
+
 @dataclass(frozen=True)
 class _ExtensionPoint:
     """A key that names something built in, or ``module:name`` with options.
@@ -219,7 +230,7 @@ def _refuse_options(point: _ExtensionPoint, resolved: ResolvedConfig) -> None:
     """Refuse options of what is built in, and those that dstrain passes itself. Raises DstrainError."""
     name, key = str(getattr(resolved.config, point.key)), f"{point.key}_options"
     options = getattr(resolved.config, key)
-    if options and not is_outside(name):
+    if options and not is_code(name):
         keys = point.takes(name)
         raise DstrainError(
             f"{key} ({', '.join(options)}) are for {point.what} of your own, and {name} takes"

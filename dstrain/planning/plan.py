@@ -16,7 +16,7 @@ from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.layout import Host, Layout
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, with_new_names
 from dstrain.version import __version__
 
@@ -110,6 +110,7 @@ class PlannedData:
         tokenizer: its name, with the ``tokenizer_fingerprint`` of its files.
         vocab_size: of the tokenizer.
         fingerprint: of the rows: what was read, how it was tokenized, split and packed.
+        documents_hash: of the texts that the user's own code gave; empty for files.
     """
 
     source: str = ""
@@ -127,6 +128,7 @@ class PlannedData:
     tokenizer_fingerprint: str | None = None
     vocab_size: int = 0
     fingerprint: str = ""
+    documents_hash: str = ""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
@@ -216,7 +218,7 @@ class Plan:
         own = {
             name: self.config[name]
             for key in ("loss", "optimizer")
-            if is_outside(self.config.get(key, ""))
+            if is_code(self.config.get(key, ""))
             for name in (key, f"{key}_options")
         }
         return {

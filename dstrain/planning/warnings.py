@@ -19,7 +19,7 @@ from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import PlannedData
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 
 def warnings_about(
@@ -64,7 +64,7 @@ def warnings_about(
 
 def warnings_about_optimizer(config: RunConfig) -> list[str]:
     """What is assumed of an optimizer from outside, and what it does not take."""
-    if not is_outside(config.optimizer):
+    if not is_code(config.optimizer):
         return []
     found = [
         f"{config.optimizer} is estimated as AdamW: {moment_bytes(config)} bytes of states a parameter. With ZeRO it is"
@@ -82,7 +82,7 @@ def warnings_about_optimizer(config: RunConfig) -> list[str]:
 
 def warnings_about_lr_schedule(config: RunConfig) -> list[str]:
     """The keys that a schedule from outside does not take."""
-    changed = _changed(config, schedule_keys()) if is_outside(config.lr_schedule) else []
+    changed = _changed(config, schedule_keys()) if is_code(config.lr_schedule) else []
     if not changed:
         return []
     return [
@@ -93,7 +93,7 @@ def warnings_about_lr_schedule(config: RunConfig) -> list[str]:
 
 def warnings_about_loss(config: RunConfig, shape: ModelShape, batch: Batch) -> list[str]:
     """What is assumed of a loss from outside."""
-    if not is_outside(config.loss):
+    if not is_code(config.loss):
         return []
     taken = loss_bytes(config, shape, batch.micro_batch)
     return [

@@ -43,7 +43,7 @@ def _refuse_other_plans(folder: RunFolder) -> None:
             f"{hosts} has a different plan than {seen[0][0]} (rank {other[0]})",
             where=str(folder.plan),
             hint="start the run with `dstrain run` or `dstrain resume`, which send the plan to every"
-            " host; with --launcher none, use the same arguments on every node",
+            " host; with --launcher none, use the same arguments and data on every node",
         )
 
 

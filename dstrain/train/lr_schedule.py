@@ -13,7 +13,7 @@ from typing import Any
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.lr_schedules import LR_SCHEDULES
-from dstrain.plugins import is_outside, load_plugin
+from dstrain.plugins import is_code, load_plugin
 
 _MOST_TRIED = 10_000
 """Steps at which a schedule is tried before the first one; of more, so many at equal distances."""
@@ -41,7 +41,7 @@ class LearningRate:
                 finite numbers from 0 on, or is not a pure function.
         """
         factor: Callable[[int, int], float]
-        if is_outside(config.lr_schedule):
+        if is_code(config.lr_schedule):
             function = load_plugin(config.lr_schedule, config.code_dirs or (), what="learning-rate schedule")
             factor = own = OwnSchedule(config.lr_schedule, function, config.lr_schedule_options)
             own.try_all(config.steps - config.warmup_steps)

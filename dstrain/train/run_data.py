@@ -6,13 +6,23 @@ A host without a disk in common with the others needs copies of the same files; 
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dstrain.config.files import cache_folder
+from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.prepare import PackedData, prepare
+from dstrain.data.token_cache import is_cached
+from dstrain.data.tokenizers import load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import Plan
+from dstrain.plugins import is_code
 
 
 def prepare_run_data(plan: Plan) -> PackedData:
@@ -24,19 +34,21 @@ def prepare_run_data(plan: Plan) -> PackedData:
         DstrainError: they can't be read here, or are not those of the plan.
     """
     config = plan.run_config
+    own = is_code(config.data)
+    choices: dict[str, Any] = {
+        "tokenizer": plan.data.tokenizer,
+        "seq_len": config.seq_len,
+        "validation": config.validation,
+        "cache_dir": str(cache_folder() / "data"),
+        "pack": config.pack,
+    }
     try:
-        data = prepare(
-            config.data,
-            plan.data.tokenizer,
-            config.seq_len,
-            config.validation,
-            cache_folder() / "data",
-            config.pack,
-        )
+        data = prepare(_own_source(plan, choices) if own else config.data, **choices)
     except DstrainError as error:
         if len(plan.layout.hosts) < 2:
             raise
-        needed = [config.data, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
+        code = f"the module of {config.data} with what it reads" if own else config.data
+        needed = [code, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
         raise DstrainError(
             f"on {socket.gethostname()}: {error.message}",
             where=error.where,
@@ -51,6 +63,29 @@ def prepare_run_data(plan: Plan) -> PackedData:
             hint="start a new run for changed data" + _or_copy(plan),
         )
     return data
+
+
+def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
+    """The documents of the user's code, with their tokens in the cache.
+
+    Where they are not there yet, the code is called in a process of its own: it may draw random numbers, take a
+    device's memory, or change a setting of torch's.
+
+    Raises:
+        DstrainError: the code fails on this host, or gives other documents than the plan's.
+    """
+    config, data = plan.run_config, plan.data
+    source = OwnSource(
+        config.data, config.data_options, config.code_dirs or (), data.documents_hash, data.bytes
+    )
+    if not is_cached(source, load_tokenizer(data.tokenizer), Path(choices["cache_dir"])):
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+            asked.write_text(json.dumps({**source.request(), **choices}), encoding="utf-8")
+            command = [sys.executable, "-m", "dstrain.data.prepare", str(asked), str(answered)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+            read_answer(answered, source.name, f"exit code {done.returncode}" if done.returncode else "")
+    return source
 
 
 def check_model_file(plan: Plan) -> None:

@@ -28,7 +28,7 @@ from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
-from dstrain.plugins import is_outside, load_plugin
+from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
 from dstrain.train.batches import TrainBatches, ValidationBatches
@@ -272,7 +272,7 @@ def _build(
 
 def token_loss(config: RunConfig) -> TokenLoss:
     """The loss to train with. Raises PluginError where the user's own can't be loaded."""
-    if not is_outside(config.loss):
+    if not is_code(config.loss):
         return TokenLoss(BUILT_IN[config.loss])
     function = load_plugin(config.loss, config.code_dirs or (), what="loss")
     return TokenLoss(OwnLoss(config.loss, function, config.loss_options))
@@ -280,7 +280,7 @@ def token_loss(config: RunConfig) -> TokenLoss:
 
 def client_optimizer(config: RunConfig) -> ClientOptimizer | None:
     """The user's own optimizer; None for one of dstrain's. Raises PluginError where it can't be loaded."""
-    if not is_outside(config.optimizer):
+    if not is_code(config.optimizer):
         return None
     return ClientOptimizer(
         config.optimizer,

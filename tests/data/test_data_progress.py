@@ -21,3 +21,7 @@ def test_quiet_at_first_then_a_line_now_and_then(monkeypatch, capsys):
         assert said in err and err.count("\n") == bool(said)
     documents.update(1200)
     assert capsys.readouterr().err == "dstrain: tokenizing x: 1,200 documents of 1,200 documents\n"
+    of_unknown_length = Progress("reading x", 0, "documents")
+    now[0] += 3
+    of_unknown_length.update(4000)
+    assert capsys.readouterr().err == "dstrain: reading x: 4,000 documents\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,31 @@ def test_what_the_page_shows_trains_alike_in_two_layouts(
         losses.append([record["loss"] for record in map(json.loads, lines) if record["step"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0], "it learns"
+
+
+def test_the_dataset_of_the_page_is_trained_on(
+    dstrain: Callable[..., Said], place: Path, repository: Path
+) -> None:
+    page = repository / "docs" / "extending.md"
+    code = next(block for block in blocks(page, "python") if "sqlite3" in block)
+    config = next(block for block in blocks(page, "yaml") if "data_options:" in block)
+    assert len(code.splitlines()) < 30, "short enough to be read at once"
+    (place / "mine").mkdir()
+    (place / "mine" / "my_data.py").write_text(code)
+    (place / "mine" / "my.yaml").write_text(config)
+    with closing(sqlite3.connect(place / "mine" / "articles.sqlite")) as database:
+        database.execute("CREATE TABLE articles (id INTEGER, title TEXT, text TEXT)")
+        rows = [(number, f"Article {number}", "All about it. " * number) for number in range(40, 0, -1)]
+        database.executemany("INSERT INTO articles VALUES (?, ?, ?)", rows)
+        database.commit()
+    small = [
+        *("--model", "model", "--steps", "3", "--seq-len", "32", "--global-batch", "8", "--micro-batch", "2"),
+        *("--set", "eval_every=0", "--set", "sample_tokens=0", "--save-every", "never", "--pipeline", "2"),
+        *("--set", "warmup_steps=0", "--name", "mine"),
+    ]
+    said = dstrain("run", "--config", "mine/my.yaml", *small)
+    assert said.code == 0, said.out + said.err
+    assert "not covered by the equality proof: dataset my_data:articles" in said.out
+    plan = json.loads((place / "runs" / "mine" / "plan.json").read_text())
+    text = sum(len(f"{title}\n\n{text}") for _, title, text in rows)
+    assert (plan["data"]["documents"], plan["data"]["bytes"]) == (40, text)

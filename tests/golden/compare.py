@@ -20,7 +20,8 @@ indices left out (``layout.ranks.spans``), and stands for all below it. Only the
 
 NEW: set[str] = {
     *("code_dirs", "hooks", "trackers", "profile", "not_covered"),
-    *("config.loss", "origins.loss", "loss_options", "optimizer_options", "lr_schedule_options"),
+    *("data.documents_hash", "config.loss", "origins.loss"),
+    *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
 }
 """Keys that 0.1 did not have; named as in `RENAMED`."""
 

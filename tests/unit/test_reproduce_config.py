@@ -50,6 +50,13 @@ def test_what_followed_from_the_machines_is_what_it_was(place: Path) -> None:
     assert config.model == "model" and config.data == "mine.txt"
 
 
+def test_a_dataset_of_code_is_no_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "my_data:texts").write_text("text")
+    monkeypatch.chdir(place.parent / "here")
+    config = again(place, data="my_data:texts", data_options={"count": 3})
+    assert (config.data, config.data_options) == ("my_data:texts", {"count": 3})
+
+
 def test_a_second_repetition_has_a_name_of_its_own(place: Path) -> None:
     (place / "runs" / "one-again").mkdir(parents=True)
     assert again(place).name == "one-again-2"

@@ -10,7 +10,7 @@ from dstrain.cli.showing.tables import Column, FoldingTable
 from dstrain.estimate.disk import most_checkpoints
 from dstrain.formatting import format_bytes, format_count
 from dstrain.planning.plan import Plan
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 _VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 _SUMMARY_NOTES = 6  # lines of notes in a summary; a plan has them all
@@ -135,7 +135,15 @@ _SHOWN = (
     "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
     "gradient_clipping", "activation_checkpointing", "seed",
 )  # fmt: skip
-_BESIDE = ("loss_options", "optimizer_options", "lr_schedule_options", "trackers", "profile", "hooks")
+_BESIDE = (
+    "data_options",
+    "loss_options",
+    "optimizer_options",
+    "lr_schedule_options",
+    "trackers",
+    "profile",
+    "hooks",
+)
 
 
 def choices(plan: Plan) -> FoldingTable:
@@ -144,7 +152,7 @@ def choices(plan: Plan) -> FoldingTable:
         Column("choice", style="bold"), Column("value", gives=True), Column("from", gives=True, style="dim")
     )
     separate = () if plan.config["pack"] else ("pack",)
-    own = [key for key in ("loss", "lr_schedule") if is_outside(plan.config.get(key, ""))]
+    own = [key for key in ("loss", "lr_schedule") if is_code(plan.config.get(key, ""))]
     beside = [key for key in _BESIDE if plan.config.get(key)]
     for key in (*_SHOWN, *separate, *own, *beside):
         value = plan.config[key]

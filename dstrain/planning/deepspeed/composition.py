@@ -24,7 +24,7 @@ from dstrain.optimizers import optimizer_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _fragments(config: RunConfig) -> list[str]:
     fragments = ["base", f"zero/{config.zero}", f"precision/{config.precision}"]
     if config.offload != "none":
         fragments.append(f"offload/{config.offload}")
-    if not is_outside(config.optimizer):
+    if not is_code(config.optimizer):
         facts = optimizer_facts(config.optimizer)
         offloaded = facts.offloaded_fragment if config.offload != "none" else None
         fragments.append(f"optimizer/{offloaded or facts.fragment}")

@@ -16,7 +16,8 @@ _SAME_NUMBERS = frozenset(
         "elastic", "hang_after", "check_every", "save_every", "save_weights", "keep", "keep_every", "background_save",
         "prompt", "sample_tokens", "time_limit", "nvme_path", "eval_every", "trackers", "profile", "code_dirs",
         # Compared as what they came to: fingerprints, the layout, the batch, DeepSpeed's JSON.
-        "model", "data", "tokenizer", "data_parallel", "micro_batch", "partition", "ds_config", "deepspeed",
+        "model", "data", "data_options", "tokenizer", "data_parallel", "micro_batch", "partition", "ds_config",
+        "deepspeed",
     )
 )  # fmt: skip
 # The packages that compute stand in front.

@@ -100,6 +100,18 @@ DATA = {
         "--data", "roneneldan/TinyStories", place="TinyStories", reason="no such file", hint="nothing is downloaded"
     ),
     "data: no name": run("--data", " ", place="data", reason="no data source given", hint="stdlib"),
+    "data: code in no module": run(
+        "--data", "nowhere:texts", place="--data", reason="there is no module 'nowhere'", hint="code_dirs"
+    ),
+    "data: code that gives no text": run(
+        "--data", "mine:texts", files={"mine.py": "def texts():\n    print('hello')\n    yield 3\n"}, place="--data",
+        reason="dataset mine:texts: document 1 is an int, not a str", hint="yield the text",
+        looked=("dstrain.data.own_documents",),
+    ),
+    "data: options of a file": run(
+        "--set", "data_options.a=1", place="--set data_options.a", reason="are for a dataset of your own",
+        hint="remove them",
+    ),
     "data: a NUL in its name": bare(
         "plan", "--model", "model", "--config", "c.yaml", files={"c.yaml": 'data: "a\\0b"\n'},
         place=r"a\x00b", reason="can't be read", hint="check the path",

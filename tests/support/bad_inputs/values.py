@@ -68,6 +68,7 @@ _WRONG_TYPES = [
     ("hooks", "3", "must be a list: [my_module:MyHook]", "your own hook classes"),
     ("profile", "3", "a dictionary", "torch.profiler traces"),
     ("code_dirs", "3", "a list", "folders to import"),
+    ("data_options", "3", "a dictionary", "keyword arguments of a dataset"),
     ("loss_options", "3", "a dictionary", "keyword arguments of a loss"),
     ("optimizer_options", "3", "a dictionary", "keyword arguments of an optimizer"),
     ("lr_schedule_options", "3", "a dictionary", "keyword arguments of a schedule"),

@@ -13,7 +13,7 @@ import torch
 
 from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
 
 VOCABULARY = 96
@@ -132,7 +132,7 @@ def make_case_plan(case: Case) -> Plan:
         "loss": case.loss,
         "code_dirs": [str(OWN_CODE)],
     }
-    if is_outside(case.optimizer):
+    if is_code(case.optimizer):
         flags["optimizer_options"] = OWN_OPTIONS
     if case.loss == OWN_LOSS:
         flags["loss_options"] = OWN_LOSS_OPTIONS

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dstrain.plugins import is_outside
+from dstrain.plugins import is_code
 from tests.support.distributed.training import (
     EPS,
     GLOBAL_BATCH,
@@ -138,7 +138,7 @@ def _optimizer_of(
         {"params": [c for c in master.values() if c.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [c for c in master.values() if c.ndim < 2], "weight_decay": 0.0},
     ]
-    if is_outside(case.optimizer):
+    if is_code(case.optimizer):
         return master, _own(case.optimizer)(groups, lr=case.lr, **OWN_OPTIONS)
     if case.optimizer == "adamw":
         return master, torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=EPS)
@@ -169,7 +169,7 @@ def _loss_of(
     output = model(input_ids=ids[rows], position_ids=positions[rows], use_cache=False)
     logits = output.logits
     wanted, flat = labels[rows].flatten(), logits.flatten(0, 1).float()
-    if is_outside(name):
+    if is_code(name):
         counts = wanted != -100
         total = _own(name)(flat[counts], wanted[counts], **OWN_LOSS_OPTIONS).sum()
     else:

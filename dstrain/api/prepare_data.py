@@ -1,0 +1,103 @@
+"""Prepares the data of a plan in processes of their own, also where code of the user's own gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.api.events import Events
+from dstrain.config.files import cache_folder
+from dstrain.config.loader import ResolvedConfig
+from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
+from dstrain.data.own_documents import Corpus, OwnSource, read_answer
+from dstrain.data.sources import find_files
+from dstrain.errors import DstrainError
+from dstrain.planning.plan import PlannedData
+from dstrain.plugins import Plugin, PluginError, check_plugin, is_code
+
+# The user's code is run twice before its documents are trusted, and hashes of Python's differ between the two: what
+# comes in the order of a set shows.
+_HASH_SEEDS = {"dstrain.data.own_documents": "1", "dstrain.data.prepare": "2"}
+
+
+def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> PlannedData:
+    """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
+
+    What was found out about the same data before is read instead, where their tokens are still as they were. Documents
+    that code gives are read for that in any case, in a process of its own.
+
+    Raises:
+        DstrainError: the data can't be used.
+    """
+    config = resolved.config
+    own = _own_source(resolved, events) if is_code(config.data) else None
+    source: Corpus = own or find_files(config.data)
+    choices: dict[str, Any] = {
+        "seq_len": config.seq_len,
+        "validation": config.validation,
+        "pack": config.pack,
+    }
+    cache = cache_folder() / "data"
+    known = read_summary(summary_file(cache, source, tokenizer_state(tokenizer), **choices))
+    if known is None:
+        named = own.request() if own else {"source": config.data}
+        request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
+        known = _asked("dstrain.data.prepare", request, resolved, events)
+    return PlannedData.from_record(known)
+
+
+def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:
+    """Refuse code of the user's own that this machine does not have; nothing of it is run. Raises PluginError."""
+    where = str(resolved.origin(plugin.key))
+    try:
+        check_plugin(plugin.name, resolved.config.code_dirs or (), what=plugin.what, where=where)
+    except PluginError as error:
+        if plugin.key == "data" and Path(plugin.name).exists():
+            error.hint = f"the file of that name is --data ./{plugin.name}; {error.hint}"
+        raise
+
+
+def _own_source(resolved: ResolvedConfig, events: Events) -> OwnSource:
+    """The documents of the user's code, read once for their hash."""
+    config = resolved.config
+    for plugin in config.plugins:
+        if plugin.key == "data":
+            check_plugin_here(plugin, resolved)
+    called: dict[str, Any] = {
+        "name": config.data,
+        "options": config.data_options,
+        "folders": config.code_dirs or [],
+    }
+    found = _asked("dstrain.data.own_documents", called, resolved, events)
+    return OwnSource(**called, **found)
+
+
+def _asked(
+    module: str, request: Mapping[str, Any], resolved: ResolvedConfig, events: Events
+) -> dict[str, Any]:
+    """What a module answers to a request, both as JSON."""
+    import tempfile
+
+    from dstrain.api.child_process import run_module
+
+    name, user_code = resolved.config.data, is_code(resolved.config.data)
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        environment = {"PYTHONHASHSEED": _HASH_SEEDS[module]} if user_code else {}
+        failed = ""
+        try:
+            run_module(
+                module, str(asked), str(answered), events=events, user_code=user_code, environment=environment
+            )
+        except DstrainError as error:
+            if not user_code:
+                raise
+            failed = error.message
+        try:
+            return read_answer(answered, name, failed)
+        except DstrainError as error:
+            error.where = error.where or str(resolved.origin("data"))
+            raise
