@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.support.distributed import training
-from tests.support.distributed.compare import bound, difference
+from tests.support.distributed.compare import assert_within, difference
 from tests.support.distributed.training import Case, Outcome
 from tests.support.distributed.workers import run
 from tests.support.distributed.yardsticks import train_in_plain_loop
@@ -119,9 +119,7 @@ def assert_goes_on(case: Case, ranks: list[Outcome], plain: Case) -> None:
     """The steps are those of the plain loop that was never broken, within the bounds of `compare`."""
     whole = unbroken(plain)
     rest = replace(whole, losses=whole.losses[SAVED_AT:], norms=whole.norms[SAVED_AT:])
-    allowed = bound(replace(plain, loss_scale_power=Case().loss_scale_power))
-    found = difference(ranks, rest)
-    assert found.within(allowed), f"{case}: {found} is not within {allowed}"
+    assert_within(case, difference(ranks, rest), plain)
 
 
 def assert_same_state(saved: Path, again: Path, case: Case, *, layers: int | None = None) -> None:
