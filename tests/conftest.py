@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.materials import write_materials
 
+OWN_CODE = Path(__file__).parent / "support" / "own_code"
+
 # No test measures speed: on a busy machine an example may take any time.
 hypothesis.settings.register_profile("any speed", deadline=None)
 hypothesis.settings.load_profile("any speed")
@@ -25,15 +27,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_code_of_another_test() -> Iterator[None]:
+def _no_code_of_another_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Code of a user's own that a test loads is out of reach for the next one."""
-    before = list(sys.path)
+    places, modules = list(sys.path), set(sys.modules)
     yield
-    added = [Path(place).absolute() for place in sys.path if place not in before]
-    sys.path[:] = before
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file and any(Path(file).is_relative_to(place) for place in added):
+    sys.path[:] = places
+    for name in set(sys.modules) - modules:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if Path(file).is_relative_to(OWN_CODE) or Path(file).is_relative_to(tmp_path_factory.getbasetemp()):
             del sys.modules[name]
 
 

@@ -131,7 +131,10 @@ def _with_manifest(info: CheckpointInfo, path: Path, own_id: str | None, why: st
 
 def _verify(path: Path, on_bytes: OnBytes, events: Events) -> str | None:
     """Read every byte; leave a note of what was found, for `resume`."""
-    files = files_of(read_manifest(path))
+    try:
+        files = files_of(read_manifest(path))
+    except (OSError, ValueError) as error:
+        return f"its manifest can't be read ({error})"
     total = sum(file.size for file in files.values())
     wrong = wrong_files(path, files, sorted(files), on_bytes=lambda read: on_bytes(path, read, total))
     why = "; ".join(wrong[name] for name in sorted(wrong)) or None

@@ -13,7 +13,7 @@ from dstrain.api.child_process import run_module
 from dstrain.api.events import SILENT, Events
 from dstrain.api.resuming import find_run
 from dstrain.errors import DstrainError
-from dstrain.runs.checkpoint.manifest import complete_checkpoints, read_manifest
+from dstrain.runs.checkpoint.manifest import complete_checkpoints, step_of
 from dstrain.runs.run_folder import RunFolder
 
 
@@ -130,7 +130,7 @@ def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The newest complete checkpoint, or that of ``step``. Raises DstrainError."""
-    found = {int(read_manifest(path)["step"]): path for path in complete_checkpoints(folder.checkpoints)}
+    found = {step_of(path): path for path in complete_checkpoints(folder.checkpoints)}
     if not found:
         raise DstrainError(
             f"{folder.name} has no complete checkpoint",

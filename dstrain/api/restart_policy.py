@@ -13,7 +13,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.launch_spec import runs_here
 from dstrain.launch.ssh_reachability import silent_hosts
 from dstrain.runs.checkpoint.identity import refuse_other
-from dstrain.runs.checkpoint.manifest import newest_complete, read_manifest
+from dstrain.runs.checkpoint.manifest import newest_complete, step_of
 from dstrain.runs.run_folder import RunFolder, last_step
 
 
@@ -115,7 +115,7 @@ def _describe(planned: Planned) -> str:
 
 def _saved_step(folder: RunFolder) -> int:
     newest = newest_complete(folder.checkpoints)
-    return int(read_manifest(newest)["step"]) if newest is not None else 0
+    return step_of(newest) if newest is not None else 0
 
 
 _FIRST_SECONDS, _MOST_SECONDS = 5.0, 300.0

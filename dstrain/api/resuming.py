@@ -17,7 +17,7 @@ from dstrain.config.loader import override, read_config
 from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.identity import refuse_other_batch
-from dstrain.runs.checkpoint.manifest import choose_newest, newest_complete, read_manifest, run_id
+from dstrain.runs.checkpoint.manifest import choose_newest, newest_complete, run_id, step_of
 from dstrain.runs.run_folder import RunFolder, last_step
 
 
@@ -73,9 +73,7 @@ def resumed_job(
     resolved = override(read_config(folder.config), flags, settings)
     node = node_of(resolved, node_rank)
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
-    trained = (
-        read_manifest(newest)["step"] if newest else 0 if resolved.config.saves else last_step(folder.metrics)
-    )
+    trained = step_of(newest) if newest else 0 if resolved.config.saves else last_step(folder.metrics)
     if folder.result.exists() and trained >= resolved.config.steps:
         events.note(
             f"{folder.name} has finished its {resolved.config.steps} steps; --steps N with a larger N continues",

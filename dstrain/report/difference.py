@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,10 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
             hint="the run folder is damaged: compare its config.yaml",
         ) from None
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
-    for name, version in (read_manifest(newest).get("versions", {}) if newest else {}).items():
-        side["versions", name] = Value(version)
+    if newest is not None:
+        with suppress(OSError, ValueError):  # a run that trains may have removed it meanwhile
+            for name, version in read_manifest(newest).get("versions", {}).items():
+                side["versions", name] = Value(version)
     return side
 
 

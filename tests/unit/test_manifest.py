@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dstrain.api.checkpoint_list import checkpoints
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
@@ -215,3 +221,55 @@ def test_shares_hold_each_file_once_and_are_about_even() -> None:
     assert sorted(name for share in shares for name in share) == sorted(sizes)
     assert sorted(sum(sizes[name] for name in share) for share in shares) == [11, 12, 13]
     assert share_out({"one": 1}, 3) == [["one"], [], []]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(lambda run: complete_checkpoints(run / "checkpoints")[-1].name, id="complete"),
+        pytest.param(lambda run: choose_newest(run / "checkpoints", RUN).checkpoint.name, id="newest"),
+        pytest.param(lambda run: run_id(run / "run_id", run / "checkpoints") and "step-000003", id="run id"),
+        pytest.param(lambda run: Path(checkpoints(run)[-1].path).name, id="list"),
+        pytest.param(lambda run: Path(checkpoints(run, verify=True)[-1].path).name, id="verify"),
+    ],
+)
+def test_a_checkpoint_may_be_removed_at_any_moment(
+    look: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trains removes old checkpoints while its supervisor, or another command, looks at all of them."""
+    moments = 0
+    while True:
+        run = tmp_path / str(moments)
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.yaml").touch()
+        old, _, newest = (make(run / "checkpoints", step) for step in (1, 2, 3))
+        with monkeypatch.context() as patch:
+            calls = _removing(old, moments, patch)
+            assert look(run) == newest.name
+        if next(calls) <= moments:
+            break
+        moments += 1
+    assert moments > 5
+
+
+def _removing(folder: Path, after: int, patch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Remove ``folder`` before the call to the system that comes after so many. A count of them."""
+    calls = itertools.count()
+    remove = shutil.rmtree
+
+    def before(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == after:
+                with pytest.MonkeyPatch.context() as real:
+                    for module, name, function in functions:
+                        real.setattr(module, name, function)
+                    remove(folder)
+            return call(*arguments, **options)
+
+        return called
+
+    functions = [(os, name, getattr(os, name)) for name in ("stat", "scandir", "listdir")]
+    functions.append((io, "open", io.open))
+    for module, name, function in functions:
+        patch.setattr(module, name, before(function))
+    return calls

@@ -8,6 +8,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def files_of(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
 def named_checkpoints(folder: Path) -> list[Path]:
     """All that bear a checkpoint's name in a run's ``checkpoints/``, whole or not, oldest first."""
     named = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
-    return sorted(named, key=_step)
+    return sorted(named, key=step_of)
 
 
 def half_written(folder: Path) -> list[Path]:
@@ -126,7 +127,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in named_checkpoints(folder) if damage_of(path) is None]
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -142,7 +144,7 @@ def damage_of(checkpoint: Path, *, noted: bool = True) -> str | None:
     """
     try:
         manifest = read_manifest(checkpoint)
-        if manifest.get("step") != _step(checkpoint):
+        if manifest.get("step") != step_of(checkpoint):
             return f"its manifest belongs to step {manifest.get('step')}"
         files = files_of(manifest)
     except FileNotFoundError:
@@ -222,7 +224,10 @@ def passed_over(name: str, why: str, used: str) -> str:
 
 def of_another_run(checkpoint: Path, run: str | None) -> str | None:
     """Why a checkpoint that is whole is not this run's; None where it is, or where an id is not known."""
-    made_by = read_manifest(checkpoint).get("run")
+    try:
+        made_by = read_manifest(checkpoint).get("run")
+    except (OSError, ValueError) as error:
+        return f"its manifest can't be read ({error})"
     if run is None or made_by is None or made_by == run:
         return None
     return f"it belongs to another run ({made_by}, this one is {run})"
@@ -237,9 +242,10 @@ def run_id(file: Path, checkpoints: Path) -> str | None:
     if _RUN_ID.fullmatch(text):
         return text
     for checkpoint in reversed(complete_checkpoints(checkpoints)):
-        made_by = read_manifest(checkpoint).get("run")
-        if isinstance(made_by, str):
-            return made_by
+        with suppress(OSError, ValueError):
+            made_by = read_manifest(checkpoint).get("run")
+            if isinstance(made_by, str):
+                return made_by
     return None
 
 
@@ -251,12 +257,18 @@ def keep_run_id(file: Path, checkpoints: Path) -> str:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file but the manifest and the note of damage, by its path inside the checkpoint."""
-    return {
-        path.relative_to(checkpoint).as_posix(): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.relative_to(checkpoint).as_posix() not in (MANIFEST, DAMAGED)
-    }
+    """Bytes of every file but the manifest and the note of damage, by its path inside the checkpoint.
+
+    A run that trains removes old checkpoints at any time: what goes while it is looked at is not in it.
+    """
+    sizes = {}
+    for folder, _, names in os.walk(checkpoint):
+        for path in (Path(folder, name) for name in names):
+            name = path.relative_to(checkpoint).as_posix()
+            if name not in (MANIFEST, DAMAGED):
+                with suppress(FileNotFoundError):
+                    sizes[name] = path.stat().st_size
+    return dict(sorted(sizes.items()))
 
 
 _CHUNK = 4 * 1024 * 1024
