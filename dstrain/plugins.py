@@ -72,7 +72,8 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
         raise PluginError(
             f"{what} {name}: there is no module {module!r} in {places}",
             where=where,
-            hint=_near(module, set(_modules_in(folders)) - {module.partition(".")[0]})
+            hint=(f"{module.removesuffix('.py')}:{attribute}, without .py" if module.endswith(".py") else "")
+            or _near(module, set(_modules_in(folders)) - {module.partition(".")[0]})
             or "set code_dirs: [FOLDER] to the folder that contains it",
         )
     if spec.origin is None or not spec.origin.endswith(".py"):
@@ -91,7 +92,8 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
         raise PluginError(
             f"{what} {name}: {spec.origin} has no {attribute!r}",
             where=where,
-            hint=_near(attribute, known)
+            hint=_hidden(module, spec.origin, folders)
+            or _near(attribute, known)
             or (f"it has: {', '.join(known[:12])}" if known else "it has no names"),
         )
 
@@ -168,6 +170,15 @@ def _modules_in(folders: Sequence[str]) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def _hidden(module: str, found: str, folders: Sequence[str]) -> str:
+    """The user's own module of this name, which Python does not come to."""
+    path = Path(*module.split("."))
+    for file in (Path(folder, path).with_suffix(".py") for folder in folders):
+        if file.is_file() and not file.samefile(found):
+            return f"rename {file}: it is hidden by the module of the same name"
+    return ""
 
 
 def _near(name: str, known: Iterable[str]) -> str:

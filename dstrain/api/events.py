@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,3 +75,8 @@ class _Silent(Events):
 
 
 SILENT: Events = _Silent()
+
+
+def progress_to(events: Events) -> Callable[[str], None]:
+    """What takes lines of progress, and passes them on as notes."""
+    return lambda text: events.note(text, "progress")

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from dstrain.api.child_process import run_module
-from dstrain.api.events import SILENT, Events
+from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.resuming import find_run
+from dstrain.child_process import run_module
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.manifest import complete_checkpoints, step_of
 from dstrain.runs.run_folder import RunFolder
@@ -123,7 +123,7 @@ def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as aside:
         asked, answered = Path(aside) / "request.json", Path(aside) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        run_module(module, str(asked), str(answered), events=events)
+        run_module(module, str(asked), str(answered), say=progress_to(events))
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
         return answer
 

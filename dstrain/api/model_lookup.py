@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.api.events import SILENT, Events
+from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.config.files import cache_folder, is_hub_name, model_config_file, model_shapes
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import read_text
@@ -87,12 +87,12 @@ def _refuse_no_config(file: Path, where: str) -> None:
 def _fetch(name: str, what: str, where: str, events: Events) -> Path:
     import tempfile
 
-    from dstrain.api.child_process import run_module
+    from dstrain.child_process import run_module
 
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "folder.json"
         try:
-            run_module("dstrain.model.weights.hub", name, what, str(answer), events=events)
+            run_module("dstrain.model.weights.hub", name, what, str(answer), say=progress_to(events))
         except DstrainError as error:
             raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
         return Path(json.loads(answer.read_text(encoding="utf-8"))["folder"])
@@ -113,7 +113,7 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     content = f"{version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
     if not kept.exists():
-        from dstrain.api.child_process import run_module
+        from dstrain.child_process import run_module
 
         kept.parent.mkdir(parents=True, exist_ok=True)
         run_module(
@@ -121,7 +121,7 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
             str(model.config_file),
             str(model.folder),
             str(kept),
-            events=events,
+            say=progress_to(events),
         )
     found = json.loads(kept.read_text(encoding="utf-8"))
     for names, what in (

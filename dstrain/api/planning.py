@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dstrain.api.events import SILENT, Events
+from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model
 from dstrain.api.prepare_data import check_plugin_here, prepare_data
@@ -38,6 +38,8 @@ class Planned:
     placement: Placement
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
+    hosts: tuple[Host, ...] = ()
+    """The hosts that there are, of which the plan may leave some out."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,24 @@ def plan(
 
 
 def plan_for(
-    resolved: ResolvedConfig, described: Elsewhere | None = None, events: Events = SILENT
+    resolved: ResolvedConfig,
+    described: Elsewhere | None = None,
+    events: Events = SILENT,
+    *,
+    earlier: Planned | None = None,
 ) -> Planned:
     """Make the plan, measuring the model and preparing the data where that was not done before.
 
     Args:
         described: machines that are not here; None: those that are.
+        earlier: a plan of the same model and data on the same machines: neither is looked at again.
 
     Raises:
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    if earlier is not None:
+        return replace(earlier, plan=earlier.make(resolved, earlier.hosts))
     if described is None:
         check_code_here(resolved)
     prepared = prepare(resolved, described, events)
@@ -104,7 +113,7 @@ def plan_for(
         )
     if placement.told is not None:
         plan = replace(plan, warnings=(*plan.warnings, placement.told))
-    return Planned(plan, prepared.devices, placement, prepared.make)
+    return Planned(plan, prepared.devices, placement, prepared.make, prepared.machines.hosts)
 
 
 def check_code_here(resolved: ResolvedConfig) -> None:
@@ -153,10 +162,10 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
             return ModelShape.read(kept)
         except (ValueError, KeyError):  # damaged: measured again
             kept.unlink(missing_ok=True)
-    from dstrain.api.child_process import run_module
+    from dstrain.child_process import run_module
 
     kept.parent.mkdir(parents=True, exist_ok=True)
-    run_module("dstrain.model.measuring.measure", str(model_file), str(kept), events=events)
+    run_module("dstrain.model.measuring.measure", str(model_file), str(kept), say=progress_to(events))
     return ModelShape.read(kept)
 
 

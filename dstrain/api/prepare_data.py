@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstrain.api.events import Events
+from dstrain.api.events import Events, progress_to
 from dstrain.config.files import cache_folder
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
@@ -80,7 +80,7 @@ def _asked(
     """What a module answers to a request, both as JSON."""
     import tempfile
 
-    from dstrain.api.child_process import run_module
+    from dstrain.child_process import run_module
 
     name, user_code = resolved.config.data, is_code(resolved.config.data)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,12 @@ def _asked(
         failed = ""
         try:
             run_module(
-                module, str(asked), str(answered), events=events, user_code=user_code, environment=environment
+                module,
+                str(asked),
+                str(answered),
+                say=progress_to(events),
+                user_code=user_code,
+                environment=environment,
             )
         except DstrainError as error:
             if not user_code:

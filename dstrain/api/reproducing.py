@@ -85,6 +85,7 @@ def reproduce(
     resolved = choices_again(folder, first, changes or {}, settings)
     again = new_run_folder(resolved, resume=False)
     planned = plan_for(resolved, events=events)
+    events.planned(planned.plan)
     events.note(f"repeating {folder.name} as {again.name}: {planned.plan.batch.describe()}", "reproduce")
     stopped: DstrainError | None = None
     try:

@@ -139,10 +139,12 @@ def _compare(
     sizes = _micro_batches(choices.global_batch, choices.micro_batch)
     events.note(f"{choices.model}, {choices.precision}, {choices.steps} steps; runs in {folder}", "verify")
     references = []
+    first: Planned | None = None
     for size in sizes:
         events.note(f"one process, micro-batches of {size} ...", "verify")
         name = f"one-process-micro-batch-{size}"
-        planned, reference = _plan(config, alone, {"micro_batch": size}, name, events)
+        planned, reference = _plan(config, alone, {"micro_batch": size}, name, events, first)
+        first = first or planned
         if planned.plan.model.dropout:
             raise DstrainError(
                 "the model uses dropout, and which activations it drops depends on the layout",
@@ -155,13 +157,16 @@ def _compare(
     for choice in wanted:
         events.note(f"{choice.name} ...", "verify")
         try:
-            planned, layout_config = _plan(config, choice, {}, choice.name, events)
+            planned, layout_config = _plan(config, choice, {}, choice.name, events, first)
         except DstrainError as error:  # this model, batch or machine can't have the layout
             rows.append(VerifyRow(choice.name, f"refused: {error.message}"))
             continue
         try:
             run, seconds = _train(planned, layout_config)
             found = compare_runs(run, references[0])
+        except _StoppedError:
+            _write(VerifyResult(tuple(rows), asdict(bound), folder))
+            raise
         except (DstrainError, ValueError) as error:  # the others are compared all the same
             rows.append(VerifyRow(choice.name, f"failed: {str(error).splitlines()[0]}"))
             continue
@@ -180,10 +185,19 @@ def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:
 
 
 def _plan(
-    resolved: ResolvedConfig, choice: LayoutChoice, more: dict[str, Any], name: str, events: Events
+    resolved: ResolvedConfig,
+    choice: LayoutChoice,
+    more: dict[str, Any],
+    name: str,
+    events: Events,
+    earlier: Planned | None,
 ) -> tuple[Planned, ResolvedConfig]:
     config = override(resolved, choice.flags() | {"name": name} | more)
-    return plan_for(config, events=events), config
+    return plan_for(config, events=events, earlier=earlier), config
+
+
+class _StoppedError(DstrainError):
+    """The user has stopped a run, and so all of them."""
 
 
 def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
@@ -192,9 +206,19 @@ def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
     refuse_full_disk(planned.plan, folder)
     began = time.monotonic()
     outcome = launch(launch_spec(planned, folder), planned, config, folder, lambda: None)
-    result = result_of(outcome, folder, saves=config.config.saves)
+    try:
+        result = result_of(outcome, folder, saves=config.config.saves)
+    except DstrainError as error:
+        if outcome.by_user:
+            raise _StoppedError(f"stopped in {folder.name}", exit_code=error.exit_code) from error
+        raise
     if not result.completed:
-        raise DstrainError(f"stopped after step {result.step} of {folder.name}", exit_code=result.exit_code)
+        raise _StoppedError(
+            f"stopped after step {result.step} of {folder.name}",
+            where=str(folder.path.parent / "verify.md"),
+            hint="the layouts before it are compared there",
+            exit_code=result.exit_code,
+        )
     return folder, time.monotonic() - began
 
 

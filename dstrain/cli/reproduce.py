@@ -45,7 +45,7 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     if image is not None:
         _in_image(find_run(run), image, settings, given(flags))
     console = make_console()
-    with ConsoleEvents(console) as events:
+    with ConsoleEvents(console, plans=False) as events:
         result = reproduce(run, changes=given(flags), settings=settings, events=events)
     _show(result, console)
     if result.stopped is not None:

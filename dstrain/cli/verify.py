@@ -42,12 +42,11 @@ def command(
     verify.md in the runs folder too. Exit code 1 when a layout trains another model.
     """
     from dstrain.api.planning import load_config
-    from dstrain.api.verifying import STEPS, verify
+    from dstrain.api.verifying import verify
     from dstrain.cli.showing.progress import ConsoleEvents
     from dstrain.cli.showing.tables import make_console
 
-    chosen = {"steps": STEPS} | given(flags)
-    config = load_config(config_file, recipe=recipe, settings=settings, flags=chosen)
+    config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
     console = make_console()
     names = layouts.split(",") if layouts else None
     result = verify(config, layouts=names, ranks=ranks, tiny=tiny, events=ConsoleEvents(console))

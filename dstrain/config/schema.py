@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -384,15 +384,32 @@ class RunConfig(BaseModel):
         """Whether there are checkpoints at all."""
         return self.save_every != NEVER
 
-    @field_validator("deepspeed", "data_options", "loss_options", "optimizer_options", "lr_schedule_options")
+    @field_validator(
+        *("deepspeed", "data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
+        *("trackers", "hooks"),
+    )
     @classmethod
-    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _is_json(cls, value: Any) -> Any:
         """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""
         try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            _refuse_other_keys(value)
+            # As the run folder will give it back: a tuple is a list there.
+            as_read = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"must be valid JSON: {error}") from None
-        return value
+        return as_read
+
+
+def _refuse_other_keys(value: Any) -> None:
+    """JSON would make texts of numbers. Raises ValueError."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"a key must be a string, not {key!r}")
+            _refuse_other_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_other_keys(inner)
 
 
 def field_names() -> list[str]:

@@ -102,6 +102,12 @@ def find_files(source: str) -> Source:
     if source == STDLIB:
         return _stdlib()
     path = Path(source).expanduser()
+    if "://" in source and not path.exists():
+        raise DstrainError(
+            f"{source} is an address, and nothing is downloaded",
+            hint="name a file or a folder, or code of your own like my_module:my_documents",
+            where="data",
+        )
     status = _status(path)
     if stat.S_ISDIR(status.st_mode):
         return _folder(source, path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import checkpoint
 
 from dstrain.errors import DstrainError
 
@@ -108,11 +109,15 @@ class OwnLoss:
             DstrainError: the function fails, or does not return a loss with a gradient for each token.
         """
         counts = labels != IGNORED
+        rows = _counted_rows(logits, counts)
         try:
-            losses = self.function(_counted_rows(logits, counts), labels, **self.options)
+            # Of its own: a chunk is computed twice, and a change in place must not reach the second time.
+            losses = self.function(rows, labels.clone(), **self.options)
         except torch.OutOfMemoryError:  # not this function's fault alone, and it says what the device holds
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if type(error).__module__ == checkpoint.__name__:  # how torch ends the second time early
+                raise
             traceback.print_exc()
             raise self._error(
                 f"failed: {type(error).__name__}: {error}",
@@ -124,7 +129,7 @@ class OwnLoss:
         if losses.shape != labels.shape or not losses.is_floating_point():
             kind = str(losses.dtype).removeprefix("torch.")
             raise self._error(f"returned a tensor {kind} {list(losses.shape)}", _expected(labels))
-        if logits.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+        if logits.requires_grad and torch.is_grad_enabled() and not _follows_from(losses, rows):
             raise self._error(
                 "returned losses without a gradient",
                 "compute them from logits, without detach() or no_grad()",
@@ -133,6 +138,19 @@ class OwnLoss:
 
     def _error(self, message: str, hint: str) -> DstrainError:
         return DstrainError(f"loss {self.name} {message}", hint=hint, exit_code=1)
+
+
+def _follows_from(result: Tensor, source: Tensor) -> bool:
+    """Whether a gradient of ``result`` reaches ``source``, which has been computed from something too."""
+    seen, open_ = set(), [result.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is source.grad_fn:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_ += [before for before, _ in node.next_functions]
+    return False
 
 
 def _expected(labels: Tensor) -> str:

@@ -75,7 +75,8 @@ class OwnSchedule:
         """The factor of a step. Raises DstrainError: it fails, or is not a finite number from 0 on."""
         try:
             value = self.function(step, steps, **self.options)
-        except Exception as error:
+            factor = float(value) if isinstance(value, Real) else math.nan
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise self._error(
                 f"failed at step {step} of {steps}: {type(error).__name__}: {error}",
@@ -86,7 +87,6 @@ class OwnSchedule:
                 f"returned a {type(value).__name__} at step {step} of {steps}, not a number",
                 "return a float: the factor of lr",
             )
-        factor = float(value)
         if not math.isfinite(factor) or factor < 0:
             raise self._error(
                 f"returned {factor:g} at step {step} of {steps}",

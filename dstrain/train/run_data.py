@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dstrain.child_process import run_module
 from dstrain.config.files import cache_folder
 from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.prepare import PackedData, prepare
@@ -82,10 +82,17 @@ def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(json.dumps({**source.request(), **choices}), encoding="utf-8")
-            command = [sys.executable, "-m", "dstrain.data.prepare", str(asked), str(answered)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-            read_answer(answered, source.name, f"exit code {done.returncode}" if done.returncode else "")
+            failed = ""
+            try:
+                run_module("dstrain.data.prepare", str(asked), str(answered), say=_say, user_code=True)
+            except DstrainError as error:
+                failed = error.message
+            read_answer(answered, source.name, failed)
     return source
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_model_file(plan: Plan) -> None:

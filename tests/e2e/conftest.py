@@ -6,8 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
-from types import SimpleNamespace
 
 import pytest
 
@@ -38,9 +36,7 @@ def dstrain_here(
 
     What it runs in processes of their own is forked.
     """
-    monkeypatch.setattr(
-        "dstrain.api.child_process.subprocess", SimpleNamespace(PIPE=PIPE, DEVNULL=DEVNULL, Popen=Child)
-    )
+    monkeypatch.setattr("dstrain.child_process.ChildProcess", Child)
 
     def call(*arguments: str) -> Said:
         from dstrain.cli.main import main

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,13 +69,11 @@ def looked(
         _prepared.add(cache)
     modules: list[str] = []
 
-    def start(argv: list[str], **options: Any) -> Any:
-        modules.append(argv[argv.index("-m") + 1])
-        return Child(argv, **options)
+    def start(module: str, *arguments: Any) -> Any:
+        modules.append(module)
+        return Child(module, *arguments)
 
-    monkeypatch.setattr(
-        "dstrain.api.child_process.subprocess", SimpleNamespace(PIPE=-1, DEVNULL=-3, Popen=start)
-    )
+    monkeypatch.setattr("dstrain.child_process.ChildProcess", start)
     yield modules
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,6 +11,7 @@ from transformers import LlamaConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model import loss
+from dstrain.model.layers import HeadLayer
 from dstrain.model.loss import OwnLoss, TokenLoss, token_losses
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
@@ -165,6 +168,8 @@ def test_parts_of_the_users_own_add_up():
         ("right", {}, r"returned a tensor bool \[21\]"),
         ("numbers", {}, "returned a list, not a tensor"),
         ("detached", {}, "returned losses without a gradient"),
+        ("elsewhere", {}, "returned losses without a gradient"),
+        ("ends", {}, "failed: SystemExit: 3"),
         ("broken", {}, "failed: RuntimeError: "),
         ("focal", {"beta": 1}, "failed: TypeError: .*'beta'"),
     ],
@@ -174,6 +179,26 @@ def test_what_is_no_loss_of_tokens_is_refused(name, options, words):
     with pytest.raises(DstrainError, match=f"^loss own_losses:{name} {words}") as caught:
         own(name, **options)(logits, (labels, weight))
     assert caught.value.exit_code == 1 and caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["plain", "penalised", "masked"])
+def test_in_chunks_it_is_the_same(name):
+    """A chunk's logits are computed a second time in the backward pass, and the function is called again."""
+    _, labels, weight = case()
+    random = torch.Generator().manual_seed(1)
+    head = torch.randn(4, 11, generator=random)
+    hidden = torch.randn(*labels.shape, 4, generator=random).requires_grad_()
+    found = []
+    for chunk in (0, 4):
+        layer = HeadLayer(
+            {}, SimpleNamespace(epilogue=lambda hidden, positions, training: hidden @ head), None
+        )
+        layer.set_loss(own(name), chunk)
+        with layer.asked(target=(labels, weight)):
+            value = layer((hidden, torch.arange(7).expand(3, -1)))
+        found.append((value, *torch.autograd.grad(value, hidden)))
+    torch.testing.assert_close(found[0], found[1])
+    assert int((labels == -100).sum()), "and the labels are as they were"
 
 
 def test_memory_that_is_not_there_is_no_fault_of_the_loss():

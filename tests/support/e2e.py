@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
+from dstrain.child_process import ChildProcess
 from tests.support.forking.program import Program
 
 
@@ -40,22 +40,20 @@ def start(place: Path, environment: Mapping[str, str], *arguments: str, change: 
 
 
 class Child(Program):
-    """What `dstrain.api.child_process` needs of ``Popen``."""
+    """A `ChildProcess` that is forked."""
 
-    def __new__(cls, argv: Sequence[str], **options: Any) -> Any:
+    def __new__(cls, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
         # It learns where the hub and its cache are when it is imported.
-        return Popen(argv, **options) if "dstrain.model.weights.hub" in argv else super().__new__(cls)
+        if module == "dstrain.model.weights.hub":
+            return ChildProcess(module, arguments, environment)
+        return super().__new__(cls)
 
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], stdout: int | None, **_: Any) -> None:
-        super().__init__(argv, cwd=os.getcwd(), env=env)
-        self._speaks = stdout is None
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        super().__init__([sys.executable, "-m", module, *arguments], cwd=os.getcwd(), env=environment)
 
-    @property
-    def stderr(self) -> list[str]:
+    def lines(self) -> list[str]:
         self.wait(200)
-        if self._speaks:
-            sys.stdout.write(self.out)
-        return self.err.splitlines(keepends=True)
+        return self.err.splitlines()
 
     @property
     def returncode(self) -> int | None:

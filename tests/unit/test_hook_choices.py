@@ -190,6 +190,8 @@ def test_modules_are_looked_for_beside_the_config_and_where_the_run_starts(
         ("hook:MyHok", "class MyHook: pass", "hook.py has no 'MyHok'", "did you mean MyHook?"),
         ("hook:Zzz", "import os\nfrom a import b as c\nX: int = 1\n", "has no 'Zzz'", "it has: X, c, os"),
         ("hook:Zzz", "_private = 1", "has no 'Zzz'", "it has no names"),
+        ("hook.py:MyHook", "class MyHook: pass", "there is no module 'hook.py'", "hook:MyHook, without .py"),
+        ("json:MyHook", "", "has no 'MyHook'", "json.py: it is hidden by the module of the same name"),
         ("hook:MyHook", "class MyHook:\n  def", "hook.py:2 can't be read: ", "fix that file"),
         ("hook:MyHook", "\0", "can't be read", "fix that file"),
         ("a_package.hook:MyHook", "", "there is no module 'a_package.hook'", "code_dirs"),
@@ -199,6 +201,7 @@ def test_code_that_is_not_there_is_refused_with_a_way_out(
     name: str, content: str, words: str, hint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "hook.py").write_text(content)
+    (tmp_path / "json.py").touch()
     (tmp_path / "a_package").mkdir()
     (tmp_path / "a_package" / "__init__.py").write_text("raise SystemExit('a package is imported')")
     with pytest.raises(PluginError) as caught:

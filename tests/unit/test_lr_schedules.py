@@ -129,6 +129,8 @@ def test_of_very_many_steps_some_are_tried() -> None:
         ("not_finite", "{}", "returned nan at step 30 of 30"),
         ("text", "{}", "returned a str at step 1 of 30, not a number"),
         ("truth", "{}", "returned a bool at step 1 of 30, not a number"),
+        ("enormous", "{}", "failed at step 1 of 30: OverflowError"),
+        ("ends", "{}", "failed at step 1 of 30: SystemExit: 3"),
         ("divides", "{}", "failed at step 30 of 30: ZeroDivisionError"),
         ("decays", "{}", "is not a pure function: step 30 of 30 has "),
         ("wsd", "{decoy: 0.5}", "failed at step 1 of 30: TypeError: .*'decoy'"),

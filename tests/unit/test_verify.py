@@ -12,12 +12,15 @@ from safetensors.numpy import save_file
 
 from dstrain.api import verifying
 from dstrain.api.events import SILENT
+from dstrain.api.planning import Planned, plan_for
 from dstrain.api.verifying import shrink_model
 from dstrain.config.loader import load_config
 from dstrain.errors import DstrainError
 from dstrain.planning.layout_names import LayoutChoice, layouts_for
 from dstrain.report.comparison import bound_from, compare_runs
 from dstrain.runs.run_folder import RunFolder
+from dstrain.supervise.failure_cause import Cause, Outcome
+from tests.support.plans import plan
 
 
 def make_run(path: Path, *, shift: float = 0.0, steps: int = 3, skipped: bool = False) -> RunFolder:
@@ -98,7 +101,7 @@ def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
 def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
-    def plan(resolved, choice, more, name, events):  # type: ignore[no-untyped-def]
+    def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
         return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
@@ -111,6 +114,51 @@ def test_a_layout_that_differs_is_an_error(
     table = json.loads((tmp_path / "verify.json").read_text())
     assert [row["verdict"] for row in table["layouts"]] == ["DIFFERS" if differs else "equal"]
     assert "zero2-pp4-dp1" in (tmp_path / "verify.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        pytest.param(Outcome(False, 75, None, stopped_after=3), id="in order"),
+        pytest.param(Outcome(False, 130, Cause(None, None, "was stopped", []), by_user=True), id="at once"),
+    ],
+)
+def test_the_end_of_one_layout_by_the_user_is_the_end_of_all(
+    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were compared before are in the table; no other one is trained."""
+    trained = []
+    config = SimpleNamespace(config=SimpleNamespace(saves=True))
+
+    def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
+        trained.append(name)
+        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), config
+
+    def launch(*_):  # type: ignore[no-untyped-def]
+        folder = make_run(tmp_path / trained[-1])
+        result = {"steps": 3, "validation_loss": None, "prompt": "", "continuation": ""}
+        folder.result.write_text(json.dumps(result))
+        return outcome if trained[-1] == "zero2-pp2-dp1" else Outcome(True, 0, None)
+
+    monkeypatch.setattr(verifying, "_plan", plan)
+    monkeypatch.setattr(verifying, "launch", launch)
+    monkeypatch.setattr(verifying, "new_run_folder", lambda *_, **__: RunFolder(tmp_path / trained[-1]))
+    for name in ("refuse_full_disk", "launch_spec"):
+        monkeypatch.setattr(verifying, name, lambda *_: None)
+    with pytest.raises(DstrainError, match="stopped ") as caught:
+        verifying._compare(load_config(), [LayoutChoice(2, size) for size in (1, 2, 4)], tmp_path, SILENT)
+    assert caught.value.exit_code == outcome.exit_code
+    assert trained[-2:] == ["zero2-pp1-dp1", "zero2-pp2-dp1"], "not zero2-pp4"
+    table = json.loads((tmp_path / "verify.json").read_text())
+    assert [row["layout"] for row in table["layouts"]] == ["zero2-pp1-dp1"]
+
+
+def test_model_and_data_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents of a user's code may take long to read."""
+    made = plan()
+    earlier = Planned(made, SimpleNamespace(), SimpleNamespace(), lambda resolved, hosts: made)  # type: ignore[arg-type]
+    monkeypatch.setattr("dstrain.api.planning.prepare", None)
+    assert plan_for(load_config(), earlier=earlier).plan is made
 
 
 def test_tiny_keeps_the_family_and_the_vocabulary(tmp_path: Path) -> None:

@@ -39,11 +39,13 @@ class ConsoleEvents(ProgressEvents):
 
     Args:
         verbose: show the whole plan, not its summary.
+        plans: show plans at all.
     """
 
-    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+    def __init__(self, console: Console, *, verbose: bool = False, plans: bool = True) -> None:
         self._console = console
         self._verbose = verbose
+        self._plans = plans
         self._steps = 0
         self._live: Live | None = None
         self._validation: float | None = None
@@ -60,7 +62,8 @@ class ConsoleEvents(ProgressEvents):
 
     def planned(self, plan: Plan) -> None:
         self._steps = plan.run_config.steps
-        show_plan(plan, self._console, verbose=self._verbose)
+        if self._plans:
+            show_plan(plan, self._console, verbose=self._verbose)
 
     def started(self, folder: Path, command: str) -> None:
         self._end_live()

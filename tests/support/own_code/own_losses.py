@@ -58,6 +58,30 @@ def numbers(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     return plain(logits, labels).tolist()
 
 
+def elsewhere(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A gradient, but not of the logits."""
+    return torch.ones(len(labels), requires_grad=True)
+
+
+def ends(logits: torch.Tensor, labels: torch.Tensor) -> Any:
+    """It ends the process."""
+    raise SystemExit(3)
+
+
+def penalised(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """With a penalty on its own gradient."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    (slope,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+    return losses + slope.square().sum(dim=-1)
+
+
+def masked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """It changes the labels in place, so that they are indices."""
+    counts = labels != -100
+    labels[~counts] = 0
+    return -logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0] * counts
+
+
 def broken(logits: torch.Tensor, labels: torch.Tensor) -> Any:
     """It fails."""
     return logits @ labels.float()

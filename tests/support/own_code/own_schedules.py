@@ -39,6 +39,16 @@ def truth(step: int, steps: int) -> Any:
     return step < steps
 
 
+def enormous(step: int, steps: int) -> int:
+    """No float holds it."""
+    return 10**400
+
+
+def ends(step: int, steps: int) -> float:
+    """It ends the process."""
+    raise SystemExit(3)
+
+
 def divides(step: int, steps: int) -> float:
     """It fails at its last step."""
     return 1 / (steps - step)

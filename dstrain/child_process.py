@@ -1,0 +1,135 @@
+"""Runs code that imports heavy libraries, or is the user's own, in a child process, and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dstrain.errors import DstrainError
+
+# How a line begins that is no error but says how far the work has come (dstrain.data.progress).
+_PROGRESS = "dstrain: "
+_POLL_SECONDS = 0.05
+_BLOCK = 2**16
+
+# The child ends with its parent, however that ends. `python -m` would put the current folder first among the places
+# where modules are looked for, and a random.py there would hide Python's; dstrain may be found nowhere else.
+_CHILD = """
+import ctypes, os, runpy, signal, sys
+parent, root, module, *arguments = sys.argv[1:]
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+except (AttributeError, OSError):
+    pass
+if os.getppid() != int(parent):
+    sys.exit(1)
+if sys.path[:1] == [""]:
+    del sys.path[0]
+sys.path.append(root)
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+_ROOT = str(Path(__file__).resolve().parents[1])
+
+
+class ChildProcess:
+    """``python -m module`` in a session of its own. Used as a context, nothing that it has started is left behind.
+
+    Attributes:
+        returncode: -N after signal N; None until the context has ended.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(os.getpid()), _ROOT, module, *arguments],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def __enter__(self) -> ChildProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    def lines(self) -> Iterator[str]:
+        """What it writes to standard error, until it has ended, whoever else holds that open."""
+        assert self._process.stderr is not None
+        rest, file = b"", self._process.stderr.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(file, selectors.EVENT_READ)
+            open_ = True
+            while open_:
+                ended = self._has_ended()
+                if selector.select(0 if ended else _POLL_SECONDS):
+                    new = os.read(file, _BLOCK)
+                    open_ = bool(new)
+                    *whole, rest = (rest + new).split(b"\n")
+                    yield from (line.decode(errors="replace") for line in whole)
+                elif ended:
+                    break
+        if rest:
+            yield rest.decode(errors="replace")
+        # Its group is ended next: it may have closed standard error, and work on.
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def _has_ended(self) -> bool:
+        """It stays a zombie, so that no other process gets the number of its group."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def run_module(
+    module: str,
+    *arguments: str,
+    say: Callable[[str], object] = lambda text: None,
+    user_code: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run ``python -m module`` to its end. Its error message becomes ours.
+
+    Args:
+        say: told of its progress, a line at a time.
+        user_code: it runs code of the user's: all that it prints to standard error is said.
+        environment: variables beside those of this process.
+
+    Raises:
+        DstrainError: it ended with another exit code than 0.
+    """
+    lines: deque[str] = deque(maxlen=1000)  # the user's code may print without end
+    variables = os.environ | {"PYTHONWARNINGS": "ignore"} | dict(environment or {})
+    with ChildProcess(module, arguments, variables) as process:
+        for line in process.lines():
+            if user_code or line.startswith(_PROGRESS):
+                say(line.removeprefix(_PROGRESS).rstrip())
+            if not line.startswith(_PROGRESS):
+                lines.append(line.rstrip())
+    if process.returncode == 0:
+        return
+    if process.returncode == 2 and lines:
+        raise DstrainError("\n".join(lines))
+    raise DstrainError(f"{module} failed: {_last_words(process.returncode, lines)}", exit_code=1)
+
+
+def _last_words(code: int | None, lines: Sequence[str]) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"it was ended by {name}"
+    return lines[-1] if lines else "without an error message"
