@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,13 +172,15 @@ def _daemon(place: Path) -> Iterator[dict[str, str]]:
         "DOCKER_BUILDKIT": "1",
         "DOCKER_HOST": f"unix://{place}/socket",
     }
+    # A socket's path has at most 107 characters, and containerd appends to the longest: not below a long home folder.
+    sockets = tempfile.mkdtemp(prefix="dockerd-", dir="/tmp")
     # The machine's own file may hold what contradicts ours.
     (place / "daemon.json").write_text("{}")
     (place / "pid").unlink(missing_ok=True)  # of one that was killed: its number may be another's by now
     command = [
         *("setpriv", "--pdeathsig", "TERM"),  # it ends with the tests, however they end
         *("dockerd", "--config-file", str(place / "daemon.json"), "--host", environment["DOCKER_HOST"]),
-        *("--data-root", str(place / "data"), "--exec-root", str(place / "exec")),
+        *("--data-root", str(place / "data"), "--exec-root", sockets),
         *("--pidfile", str(place / "pid"), "--bridge", "none"),
         *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
     ]
@@ -197,8 +200,9 @@ def _daemon(place: Path) -> Iterator[dict[str, str]]:
             daemon.wait()
         # dockerd leaves the network namespace of `--network host` mounted.
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-            if line.split()[1].startswith(f"{place}/"):
+            if line.split()[1].startswith((f"{place}/", f"{sockets}/")):
                 subprocess.run(["umount", line.split()[1]], check=False)
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def _wait_for(daemon: subprocess.Popen[bytes], environment: dict[str, str], log: Path) -> None:
