@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dstrain.plugins import CODE_NAME
+from dstrain.plugins import CODE_NAME, is_code
 
 _TEXT = "a text"
 _MODES = ("online", "offline")
@@ -67,7 +67,7 @@ def options_of_tracker(choice: str | Mapping[str, Any]) -> dict[str, Any]:
 def check_hooks(value: Any) -> Any:
     """Raises ValueError where an entry of ``hooks`` has another shape than it may have."""
     for choice in _entries(value, "my_module:MyHook"):
-        if CODE_NAME.fullmatch(name_of(choice)) is None:
+        if not is_code(name_of(choice)):
             raise ValueError(f"{name_of(choice)!r} must have the form my_module:MyHook")
         if isinstance(choice, str):
             continue

@@ -49,7 +49,7 @@ def _names(table: Iterable[str]) -> WithJsonSchema:
 
 def _check_name(value: Any, table: Iterable[str], example: str) -> Any:
     """Raises ValueError for a text that is neither a name of the table nor ``module:name``."""
-    if isinstance(value, str) and value not in table and CODE_NAME.fullmatch(value) is None:
+    if isinstance(value, str) and value not in table and not is_code(value):
         *others, last = map(repr, table)
         known = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"must be {known}, or one of your own like {example}")

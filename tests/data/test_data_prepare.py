@@ -25,15 +25,6 @@ def corpus(tmp_path):
     return folder
 
 
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts how often a corpus is tokenized."""
-    seen = []
-    real = token_cache.write_tokens
-    monkeypatch.setattr(token_cache, "write_tokens", lambda *args: seen.append(1) or real(*args))
-    return seen
-
-
 def everything(packed):
     return packed.rows(np.arange(len(packed)))
 

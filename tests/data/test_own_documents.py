@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dstrain.data import own_documents, token_cache
+from dstrain.data import own_documents
 from dstrain.data.own_documents import OwnSource, hash_documents, read_own_documents
 from dstrain.data.prepare import prepare
 from dstrain.errors import DstrainError
@@ -23,20 +23,6 @@ FOLDER = Path(__file__).parents[1] / "support" / "own_code"
 def source_of(name, **options):
     called = {"name": f"own_datasets:{name}", "options": options, "folders": [str(FOLDER)]}
     return OwnSource(**called, **hash_documents(**called))
-
-
-@pytest.fixture(autouse=True)
-def same_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts how often a corpus is tokenized."""
-    seen = []
-    real = token_cache.write_tokens
-    monkeypatch.setattr(token_cache, "write_tokens", lambda *args: seen.append(1) or real(*args))
-    return seen
 
 
 def test_it_gives_the_rows_that_the_same_texts_in_a_file_give(tmp_path):

@@ -16,6 +16,19 @@ Fault = Literal["hangs", "refuses", "answers 500"]
 
 
 @contextmanager
+def _listening(handler: type[BaseHTTPRequestHandler], over: threading.Event) -> Iterator[str]:
+    """The address of a server; ``over`` is set before it is taken down."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_address[1]}"
+        finally:
+            over.set()
+            listening.shutdown()
+
+
+@contextmanager
 def server(fault: Fault) -> Iterator[tuple[str, list[str]]]:
     """Its address, and the paths of the requests that came."""
     asked: list[str] = []
@@ -40,14 +53,8 @@ def server(fault: Fault) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{listening.server_address[1]}", asked
-        finally:
-            over.set()
-            listening.shutdown()
+    with _listening(Handler, over) as address:
+        yield address, asked
 
 
 class Wandb:
@@ -133,11 +140,5 @@ def wandb_server() -> Iterator[tuple[str, Wandb]]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{listening.server_address[1]}", kept
-        finally:
-            kept.over.set()
-            listening.shutdown()
+    with _listening(Handler, kept.over) as address:
+        yield address, kept
