@@ -13,11 +13,12 @@ from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import as_flags
 from dstrain.errors import DstrainError
 from dstrain.estimate.memory import memory_needed
-from dstrain.planning.checks import check_precision, refusals_in_any_layout
+from dstrain.planning.checks import refusals_in_any_layout
 from dstrain.planning.fitting.candidates import Candidate, fixed_choices
 from dstrain.planning.fitting.search import Fit, Scored
 from dstrain.planning.fitting.search import fit as search
 from dstrain.planning.layout import Host
+from dstrain.planning.model_checks import check_precision
 from dstrain.planning.plan import Machines, Plan
 
 

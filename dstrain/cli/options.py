@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dstrain.config.origins import REPEATED, flag_name
-from dstrain.config.schema import LARGEST, RunConfig
+from dstrain.config.schema import RunConfig
 from dstrain.config.template import GROUPS
+from dstrain.config.value_types import LARGEST
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

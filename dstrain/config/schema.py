@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
@@ -17,44 +14,22 @@ from dstrain.config.hook_choices import (
     json_schema_of_trackers,
     name_of,
 )
+from dstrain.config.value_types import (
+    Fraction,
+    HostName,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    TypeInWords,
+    as_json,
+    check_name,
+    json_schema_of_names,
+)
 from dstrain.config.values import seconds
 from dstrain.losses import LOSSES
 from dstrain.lr_schedules import LR_SCHEDULES
 from dstrain.optimizers import OPTIMIZERS
-from dstrain.plugins import CODE_NAME, Plugin, is_code
-
-LARGEST = 10**12
-"""Of what is counted: more is a slip, and would be counted through where the plan looks for divisors."""
-PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-Precision = Literal["fp32", "bf16", "fp16"]
-# It goes into command lines: nothing that an option parser or a shell could read as anything but a name.
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:][A-Za-z0-9._:-]*$", max_length=253)]
-
-
-@dataclass(frozen=True)
-class TypeInWords:
-    """What a key takes, in words, where its Python type does not say it."""
-
-    words: str
-
-
-def _names(table: Iterable[str]) -> WithJsonSchema:
-    """For editors: a name of the table, or the user's own code."""
-    own = f"^{CODE_NAME.pattern}$"
-    return WithJsonSchema({"type": "string", "anyOf": [{"enum": [*table]}, {"pattern": own}]})
-
-
-def _check_name(value: Any, table: Iterable[str], example: str) -> Any:
-    """Raises ValueError for a text that is neither a name of the table nor ``module:name``."""
-    if isinstance(value, str) and value not in table and not is_code(value):
-        *others, last = map(repr, table)
-        known = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"must be {known}, or one of your own like {example}")
-    return value
-
+from dstrain.plugins import Plugin, is_code
 
 NEVER = "never"
 """As ``save_every``: no checkpoint, not even of the last step. As ``hang_after``: however long it takes."""
@@ -122,7 +97,9 @@ class RunConfig(BaseModel):
     )
 
     # Loss, optimizer and learning rate.
-    loss: Annotated[str, _names(LOSSES), TypeInWords(f"{', '.join(LOSSES)}, or module:name")] = Field(
+    loss: Annotated[
+        str, json_schema_of_names(LOSSES), TypeInWords(f"{', '.join(LOSSES)}, or module:name")
+    ] = Field(
         "cross-entropy",
         description="training loss of a token; or a loss function of your own: my_module:my_loss. The validation loss"
         " is always the cross-entropy",
@@ -131,11 +108,11 @@ class RunConfig(BaseModel):
         {},
         description="keyword arguments of a loss function of your own, beside logits and labels",
     )
-    optimizer: Annotated[str, _names(OPTIMIZERS), TypeInWords(f"{', '.join(OPTIMIZERS)}, or module:name")] = (
-        Field(
-            "adamw",
-            description="what updates the weights; or an optimizer of your own: my_module:MyOptimizer",
-        )
+    optimizer: Annotated[
+        str, json_schema_of_names(OPTIMIZERS), TypeInWords(f"{', '.join(OPTIMIZERS)}, or module:name")
+    ] = Field(
+        "adamw",
+        description="what updates the weights; or an optimizer of your own: my_module:MyOptimizer",
     )
     optimizer_options: dict[str, Any] = Field(
         {},
@@ -143,7 +120,7 @@ class RunConfig(BaseModel):
     )
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
     lr_schedule: Annotated[
-        str, _names(LR_SCHEDULES), TypeInWords(f"{', '.join(LR_SCHEDULES)}, or module:name")
+        str, json_schema_of_names(LR_SCHEDULES), TypeInWords(f"{', '.join(LR_SCHEDULES)}, or module:name")
     ] = Field(
         "cosine",
         description="shape of the learning rate after warm-up; or a schedule of your own: my_module:my_schedule",
@@ -295,17 +272,17 @@ class RunConfig(BaseModel):
     @field_validator("optimizer", mode="before")
     @classmethod
     def _is_optimizer(cls, value: Any) -> Any:
-        return _check_name(value, OPTIMIZERS, "my_module:MyOptimizer")
+        return check_name(value, OPTIMIZERS, "my_module:MyOptimizer")
 
     @field_validator("loss", mode="before")
     @classmethod
     def _is_loss(cls, value: Any) -> Any:
-        return _check_name(value, LOSSES, "my_module:my_loss")
+        return check_name(value, LOSSES, "my_module:my_loss")
 
     @field_validator("lr_schedule", mode="before")
     @classmethod
     def _is_lr_schedule(cls, value: Any) -> Any:
-        return _check_name(value, LR_SCHEDULES, "my_module:my_schedule")
+        return check_name(value, LR_SCHEDULES, "my_module:my_schedule")
 
     @field_validator("zero", mode="before")
     @classmethod
@@ -390,26 +367,7 @@ class RunConfig(BaseModel):
     )
     @classmethod
     def _is_json(cls, value: Any) -> Any:
-        """DeepSpeed and plans are JSON, which knows no infinity and no other types than these."""
-        try:
-            _refuse_other_keys(value)
-            # As the run folder will give it back: a tuple is a list there.
-            as_read = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"must be valid JSON: {error}") from None
-        return as_read
-
-
-def _refuse_other_keys(value: Any) -> None:
-    """JSON would make texts of numbers. Raises ValueError."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"a key must be a string, not {key!r}")
-            _refuse_other_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _refuse_other_keys(inner)
+        return as_json(value)
 
 
 def field_names() -> list[str]:

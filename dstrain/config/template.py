@@ -7,7 +7,8 @@ import textwrap
 import typing
 from typing import Any
 
-from dstrain.config.schema import LARGEST, RunConfig, TypeInWords
+from dstrain.config.schema import RunConfig
+from dstrain.config.value_types import LARGEST, TypeInWords
 from dstrain.config.yaml_reader import dump_yaml
 from dstrain.version import __version__
 

@@ -1,4 +1,4 @@
-"""Refuses what can't be trained correctly, with the reason and the nearest thing that works."""
+"""Refuses configs that no model could make right, with the reason and the nearest thing that works."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from dstrain.errors import DstrainError
 from dstrain.lr_schedules import LR_SCHEDULES
 from dstrain.optimizers import optimizer_facts
 from dstrain.planning.attention import refuse_attention
-from dstrain.planning.batch import Batch, make_batch
+from dstrain.planning.batch import make_batch
 from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.hook_specs import refuse_profile
-from dstrain.planning.layout import Layout, count_chunks
-from dstrain.planning.model_shape import ModelShape
-from dstrain.planning.partition import WORDS, blocks_of_chunks, even_blocks
+from dstrain.planning.layout import count_chunks
+from dstrain.planning.partition import WORDS, blocks_of_chunks
 from dstrain.plugins import is_code
 
 
@@ -306,107 +305,3 @@ def _refuse_partition(resolved: ResolvedConfig) -> None:
 
 def _numbers(count: int) -> str:
     return f"{count} number{'s' if count != 1 else ''}"
-
-
-def check_partition(resolved: ResolvedConfig, shape: ModelShape) -> None:
-    """Refuse numbers of blocks that are not those of the model. Raises DstrainError."""
-    asked = blocks_of_chunks(resolved.config.partition)
-    blocks = sum(layer.kind == "block" for layer in shape.layers)
-    if asked is not None and sum(asked) != blocks:
-        example = ",".join(map(str, even_blocks(blocks, len(asked))))
-        raise DstrainError(
-            f"{resolved.config.partition} has {sum(asked)} blocks in total, but the model has {blocks}",
-            where=str(resolved.origin("partition")),
-            hint=f"for example --partition {example} (embedding and head are not counted), or --partition auto",
-        )
-
-
-def check_precision(resolved: ResolvedConfig, precisions: tuple[str, ...], accelerator: str) -> None:
-    """Refuse a precision that the devices can't compute in. Raises DstrainError."""
-    precision = resolved.config.precision
-    if precision not in precisions:
-        raise DstrainError(
-            f"this {accelerator} can't compute in {precision}",
-            where=str(resolved.origin("precision")),
-            hint=f"--precision {' or '.join(precisions)}",
-        )
-
-
-def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) -> None:
-    """Refuse replicas that would each drop other layers. Raises DstrainError."""
-    if shape.layerdrop and layout.data_parallel > 1:
-        raise DstrainError(
-            f"{shape.model_type} drops whole layers at random (layerdrop {shape.layerdrop:g}), and each"
-            " replica drops others: they would not reduce the same gradients",
-            where=str(resolved.origin("data_parallel")),
-            hint="layerdrop: 0 in the model's config.json, or --data-parallel 1",
-        )
-
-
-def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
-    """Refuse fewer micro-batches than the schedule needs. Raises DstrainError."""
-    config = resolved.config
-    needed = 2 * config.pipeline
-    if config.schedule == "dualpipev" and batch.accumulation < needed:
-        raise DstrainError(
-            f"dualpipev over {config.pipeline} stages requires {needed} micro-batches per step, but there"
-            f" are {batch.accumulation}",
-            where=str(resolved.origin("schedule")),
-            hint=f"--global-batch {needed * batch.micro_batch * batch.data_parallel} or more,"
-            " a smaller --micro-batch, or --schedule 1f1b",
-        )
-
-
-def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
-    """Refuse models whose tokens see others that they must not see. Raises DstrainError."""
-    config = resolved.config
-    if shape.looks_ahead:
-        raise DstrainError(
-            f"{shape.looks_ahead}, so it would learn to copy them instead of predicting them",
-            where=str(resolved.origin("model")),
-            hint="a causal model; some families become one by is_decoder: true in their config.json",
-        )
-    flash = config.attention.startswith("flash")
-    leak = shape.flash_packing_leak if flash else shape.packing_leak
-    if config.pack and leak:
-        raise DstrainError(
-            f"documents can't share a sample: {leak}",
-            where=str(resolved.origin("model")),
-            hint="--no-pack, which gives each document its own samples"
-            + (", or --set attention=auto" if flash and not shape.packing_leak else ""),
-        )
-
-
-def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: int) -> None:
-    """Refuse what this model can't do. Raises DstrainError."""
-    config = resolved.config
-    if config.pipeline > 1 and shape.pipeline_refusal:
-        raise DstrainError(
-            f"{shape.model_type} can't be split into stages: {shape.pipeline_refusal}",
-            where=str(resolved.origin("pipeline")),
-            hint="--pipeline 1, with --zero 1 to 3 to share memory between replicas",
-        )
-    chunks = count_chunks(config.pipeline, config.schedule)
-    if chunks > len(shape.layers):
-        per_rank = " (two a rank with dualpipev)" if chunks > config.pipeline else ""
-        raise DstrainError(
-            f"{chunks} stages{per_rank} are more than the model's {len(shape.layers)} layers"
-            f" (embedding, {len(shape.layers) - 2} blocks, head)",
-            where=str(resolved.origin("pipeline")),
-            hint=f"--pipeline {len(shape.layers) * config.pipeline // chunks} or less,"
-            " and --data-parallel for the other devices",
-        )
-    _refuse_unseparated(shape, resolved)
-    if data_vocabulary > shape.vocab_size:
-        raise DstrainError(
-            f"the tokenizer has {data_vocabulary} tokens, but the model's embedding only {shape.vocab_size}",
-            where=str(resolved.origin("tokenizer")),
-            hint=f"raise vocab_size in the model's config.json to {data_vocabulary} or more,"
-            " or name the model's own tokenizer",
-        )
-    if shape.max_positions is not None and config.seq_len > shape.max_positions:
-        raise DstrainError(
-            f"seq_len {config.seq_len} exceeds the model's {shape.max_positions} positions",
-            where=str(resolved.origin("seq_len")),
-            hint=f"--seq-len {shape.max_positions} or less",
-        )

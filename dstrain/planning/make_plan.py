@@ -17,17 +17,17 @@ from dstrain.estimate.time import StepTime, step_time
 from dstrain.planning.attention import check_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.buffer_sizes import loss_chunk
-from dstrain.planning.checks import (
+from dstrain.planning.checks import refuse
+from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
+from dstrain.planning.hook_specs import check_profiled_ranks, hooks_of
+from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
+from dstrain.planning.model_checks import (
     check_batch,
     check_layerdrop,
     check_model,
     check_partition,
     check_precision,
-    refuse,
 )
-from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
-from dstrain.planning.hook_specs import check_profiled_ranks, hooks_of
-from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dstrain.config.files import recipes
 from dstrain.config.loader import ResolvedConfig, load_config, override, read_config
 from dstrain.config.origins import Origin
-from dstrain.config.schema import LARGEST, RunConfig, field_names
+from dstrain.config.schema import RunConfig, field_names
+from dstrain.config.value_types import LARGEST
 from dstrain.config.yaml_reader import dump_yaml, parse_scalar, parse_yaml
 from dstrain.errors import DstrainError
 
