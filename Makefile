@@ -48,6 +48,7 @@ docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are writte
 	$(BIN)/python -m tools.models_page > docs/models.md
 	$(BIN)/python -m tools.configuration_page > docs/configuration.md
 	$(BIN)/python -m tools.modules_page > docs/modules.md
+	$(BIN)/python -m tools.migration_page > docs/migration.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock: $(READY)  ## constraints.txt and requirements/; newer versions: UPGRADE="--upgrade-package NAME torch==VERSION"

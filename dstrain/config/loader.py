@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dstrain.config.deepspeed_keys import find, homes_of
 from dstrain.config.files import recipe_path, recipes
+from dstrain.config.foreign_keys import FOREIGN_KEYS, translate, translate_value
 from dstrain.config.json_reader import read_json
 from dstrain.config.origins import DEFAULT, Origin, flag_origin
 from dstrain.config.schema import RunConfig, field_names
@@ -22,17 +23,7 @@ from dstrain.errors import DstrainError
 from dstrain.renamed_keys import CONFIG_KEYS
 
 DEFAULT_RECIPE = "quickstart"
-# What the same thing is called elsewhere.
-_ELSEWHERE = {
-    "batch_size": "global_batch is the number of samples per step, micro_batch per forward and backward"
-    " pass of a replica",
-    "gradient_accumulation_steps": "it follows from global_batch / (micro_batch x replicas)",
-    "learning_rate": "did you mean lr?",
-    "max_steps": "did you mean steps?",
-    "train_batch_size": "did you mean global_batch?",
-    "train_micro_batch_size_per_gpu": "did you mean micro_batch?",
-    "zero_stage": "did you mean zero?",
-}
+_NEAR = 0.77  # of 1, how alike a misspelt key must be
 _MOST_SHOWN = 300  # characters of a value, which may be a path
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
@@ -203,7 +194,7 @@ def _finish(
     for key, value in flags.items():
         _put(values, origins, (key,), value, flag_origin(key))
     known = {key: value for key, value in values.items() if key in field_names()}
-    found = [_unknown_key(key, origins) for key in values if key not in known]
+    found = [_unknown_key(key, values[key], origins) for key in values if key not in known]
     config, wrong = _validate(known, origins)
     if config.plugins:
         config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
@@ -284,21 +275,23 @@ def _parse_setting(key: str, text: str) -> Any:
     return parse_scalar(text) if null or text[:1] in ("'", '"') else text
 
 
-def _unknown_key(key: str, origins: Mapping[Path_, Origin]) -> DstrainError:
+def _unknown_key(key: str, value: Any, origins: Mapping[Path_, Origin]) -> DstrainError:
     origin = next((origin for path, origin in origins.items() if path[0] == key), None)
-    if key in _ELSEWHERE:
-        hint = _ELSEWHERE[key]
-    elif find((key,)) is not None:
+    homes = homes_of(key)
+    near = difflib.get_close_matches(key.lower(), [*field_names(), *FOREIGN_KEYS], n=1, cutoff=_NEAR)
+    hint = f"the keys are: {', '.join(field_names())}"
+    if find((key,)) is not None and (isinstance(value, dict) or key not in FOREIGN_KEYS):
         hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{key}...)"
-    else:
-        near = difflib.get_close_matches(key.lower(), [*field_names(), *_ELSEWHERE], n=1)
-        homes = homes_of(key)
-        if len(homes) == 1:
-            hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{'.'.join(homes[0])}=...)"
-        else:
-            hint = f"the keys are: {', '.join(field_names())}"
-            if near:
-                hint = _ELSEWHERE.get(near[0], f"did you mean {near[0]}?")
+    elif translated := translate(key, value):
+        hint = f"in dstrain: {translated}"
+    elif len(homes) == 1:
+        hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{'.'.join(homes[0])}=...)"
+    elif near:
+        hint = (
+            f"did you mean {near[0]}?"
+            if near[0] in field_names()
+            else f"in dstrain: {translate(near[0], value)}"
+        )
     return DstrainError(f"unknown key {key!r}", where=str(origin) if origin else None, hint=hint)
 
 
@@ -351,6 +344,8 @@ def _describe(error: Any) -> str:
 
 def _hint(field: str, given: Any, error: Any) -> str:
     info = RunConfig.model_fields[field]
+    if translated := translate_value(field, given):
+        return f"in dstrain: {translated}"
     if error["type"] == "string_type" and isinstance(given, (bool, int, float)):
         return f'write it in quotes: {field}: "{given}"'
     if isinstance(given, str) and isinstance(parse_scalar(given), (int, float)):

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import dstrain
 from dstrain.cli.main import COMMANDS, group
 from dstrain.config.loader import load_config
-from tools import configuration_page, modules_page
+from tools import configuration_page, migration_page, modules_page
 
 ROOT = Path(__file__).resolve().parents[2]
 _OUTSIDE = ("README.md", "CONTRIBUTING.md", "launch/README.md", "benchmarks/README.md")
@@ -43,6 +43,11 @@ def test_the_configuration_reference_is_current() -> None:
 def test_the_list_of_modules_is_current() -> None:
     written = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
     assert written == modules_page.page(), "docs/modules.md is out of date: run `make docs`"
+
+
+def test_the_keys_of_other_trainers_are_current() -> None:
+    written = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    assert written == migration_page.page(), "docs/migration.md is out of date: run `make docs`"
 
 
 def test_every_module_says_what_it_is_for() -> None:
