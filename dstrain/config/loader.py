@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dstrain.config.deepspeed_keys import find, homes_of
+from dstrain.config.deepspeed_scheduler import keys_of_scheduler
 from dstrain.config.files import recipe_path, recipes
 from dstrain.config.foreign_keys import FOREIGN_KEYS, translate, translate_value
 from dstrain.config.json_reader import read_json
@@ -199,7 +200,7 @@ def _finish(
     if config.plugins:
         config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
     resolved = ResolvedConfig(config, origins, blocks, tuple(notes))
-    resolved = replace(resolved, ds_config=_read_ds_config(resolved, base))
+    resolved = _follow_scheduler(replace(resolved, ds_config=_read_ds_config(resolved, base)))
     if found or wrong:
         raise ConfigError([*found, *wrong], resolved)
     return resolved
@@ -216,6 +217,26 @@ def _read_ds_config(resolved: ResolvedConfig, base: ResolvedConfig | None) -> Do
         return read_json(Path(name), where=str(where))
     except DstrainError as error:
         return error
+
+
+def _follow_scheduler(resolved: ResolvedConfig) -> ResolvedConfig:
+    """Take the schedule from a scheduler block of the user's DeepSpeed JSON that leaves the rest to the trainer."""
+    name, document = resolved.config.ds_config, resolved.ds_config
+    if not isinstance(document, Document):
+        return resolved
+    kinds = {key: resolved.origin(key).kind for key in ("lr_schedule", "lr_final")}
+    keys = keys_of_scheduler(document.values.get("scheduler"), kinds)
+    if not keys:
+        return resolved
+    place = Origin("file", f"{name}:{document.lines[('scheduler', 'type')]}")
+    told = ", ".join(f"{key}: {value}" for key, value in keys.items())
+    note = f"{place}: {document.values['scheduler']['type']} is {told} in dstrain, with a linear warm-up"
+    return replace(
+        resolved,
+        config=resolved.config.model_copy(update=keys),
+        origins={**resolved.origins, **{(key,): place for key in keys}},
+        notes=(*resolved.notes, note),
+    )
 
 
 def _rename_deprecated(document: Document, name: str) -> list[str]:

@@ -210,6 +210,66 @@ def test_auto_means_as_derived(tmp_path: Path) -> None:
     assert overlay(tmp_path, text, zero=2).deepspeed == plan(zero=2).deepspeed
 
 
+_HUGGING_FACE_JSON = """{
+  "scheduler": {
+    "type": "%s",
+    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+  },
+  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+  "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+  "gradient_clipping": "auto"
+}"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "lr_final"),
+    [("WarmupLR", "constant", 0.1), ("WarmupDecayLR", "linear", 0.0), ("WarmupCosineLR", "cosine", 0.0001)],
+)
+def test_a_scheduler_of_auto_values_chooses_the_schedule(
+    theirs: str, ours: str, lr_final: float, tmp_path: Path
+) -> None:
+    made = overlay(tmp_path, _HUGGING_FACE_JSON % theirs)
+    assert (made.run_config.lr_schedule, made.run_config.lr_final) == (ours, lr_final)
+    assert "scheduler" not in made.deepspeed
+    (note,) = [line for line in made.warnings if theirs in line]
+    assert f"own.json:3: {theirs} is lr_schedule: {ours}" in note
+
+
+def test_a_scheduler_of_auto_values_does_not_change_what_the_user_has_set(tmp_path: Path) -> None:
+    text = _HUGGING_FACE_JSON % "WarmupDecayLR"
+    assert overlay(tmp_path, text, settings=("lr_final=0.5",)).run_config.lr_final == 0.5
+    with pytest.raises(DstrainError, match=r"scheduler.type = \"WarmupDecayLR\" can't be set") as caught:
+        overlay(tmp_path, text, settings=("lr_schedule=cosine",))
+    assert caught.value.where == f"{tmp_path / 'own.json'}:3"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        '{"type": "WarmupLR", "params": {"warmup_num_steps": 100}}',
+        '{"type": "OneCycle", "params": {"cycle_min_lr": "auto"}}',
+        '{"type": "WarmupLR", "params": {"betas": ["auto"]}}',
+        '{"type": ["WarmupLR"]}',
+        '{"params": {"warmup_num_steps": "auto"}}',
+    ],
+)
+def test_another_scheduler_block_is_refused_or_has_no_effect(block: str, tmp_path: Path) -> None:
+    try:
+        made = overlay(tmp_path, f'{{"scheduler": {block}}}')
+    except DstrainError as error:
+        assert "scheduler" in error.message
+    else:
+        assert made.deepspeed == plan().deepspeed
+
+
+def test_an_offload_block_for_no_device_has_no_effect(tmp_path: Path) -> None:
+    text = '{"zero_optimization": {"offload_optimizer": {"device": "%s", "pin_memory": true}}}'
+    assert overlay(tmp_path, text % "none").deepspeed == plan().deepspeed
+    for offload, device in (("none", "cpu"), ("cpu", "none")):
+        with pytest.raises(DstrainError, match="offload_optimizer"):
+            overlay(tmp_path, text % device, offload=offload)
+
+
 def test_saying_what_is_decided_already_changes_nothing(tmp_path: Path) -> None:
     text = (
         '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "train_batch_size": 32, "fp16": {}}'

@@ -9,12 +9,13 @@ tune; a key that a choice of dstrain's decides can't be changed behind its back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from dstrain.config.deepspeed_keys import canonical, what_is_wrong
+from dstrain.config.deepspeed_scheduler import SCHEDULERS
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
@@ -25,6 +26,11 @@ from dstrain.planning.batch import Batch
 from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
 from dstrain.plugins import is_code
+
+_OFFLOAD_DEVICES = (
+    ("zero_optimization", "offload_optimizer", "device"),
+    ("zero_optimization", "offload_param", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def deepspeed_config(
     for mistake in mistakes(resolved):
         raise mistake
     composed = _from_fragments(Decided(resolved, batch, accelerator, stage_parameters))
-    for key in user_keys(resolved):
+    for key in _in_effect(user_keys(resolved), resolved.config):
         _lay_on_top(key, composed, resolved)
     return composed
 
@@ -62,7 +68,7 @@ def contradictions_of_config(resolved: ResolvedConfig) -> list[DstrainError]:
     wrong in themselves, and a file that can't be read, are not among them: see `mistakes`.
     """
     try:
-        keys = list(user_keys(resolved))
+        keys = _in_effect(user_keys(resolved), resolved.config)
     except DstrainError:
         return []
     if not keys:
@@ -158,6 +164,8 @@ def _is_decided(
         return False
     if decided is not None and decided == value:
         return True
+    if _repeats_a_choice(path, value, resolved.config):
+        return True
     choice = f"{owner} = {getattr(resolved.config, owner)} ({resolved.origin(owner)})"
     if decided is None:
         reason = f"{dotted} = {json.dumps(value)} can't be set in DeepSpeed's JSON: {choice} decides it"
@@ -168,6 +176,27 @@ def _is_decided(
     raise DstrainError(
         reason, where=origin, hint=f"remove {dotted} and set {owner} instead (--set {owner}=..., or in YAML)"
     )
+
+
+def _repeats_a_choice(path: KeyPath, value: Any, config: RunConfig) -> bool:
+    """Whether a key that dstrain leaves out of the JSON says what the config says."""
+    if path == ("scheduler", "type"):
+        known = SCHEDULERS.get(value) if isinstance(value, str) else None
+        return known is not None and known.lr_schedule == config.lr_schedule
+    return False
+
+
+def _in_effect(keys: Iterable[UserKey], config: RunConfig) -> list[UserKey]:
+    """Without those of an offload block that says ``"device": "none"``, where the run offloads nothing."""
+    listed = list(keys)
+    unused = {
+        path[:-1]
+        for key in listed
+        if (path := canonical(key.path)) in _OFFLOAD_DEVICES
+        and key.value == "none"
+        and config.offload == "none"
+    }
+    return [key for key in listed if canonical(key.path)[:2] not in unused]
 
 
 def _set(values: dict[str, Any], path: KeyPath, value: Any) -> None:
