@@ -110,8 +110,12 @@ def resolve(torch: str, options: list[str]) -> dict[str, str]:
         # One that runtime.txt has for some platforms or for old Pythons only stands in extras.txt too, for the others.
         in_runtime = re.findall(r"^([\w.-]+)==(?!.*sys_platform ==)", runtime, re.MULTILINE)
         everywhere = re.findall(r"^([\w.-]+)==\S+$", Path(all_pins).read_text(), re.MULTILINE)
-        in_part = {name: low for name, low in re.findall(_OLD_PYTHONS, runtime, re.MULTILINE) if name in everywhere}
-        the_others = [word for name in in_runtime if name not in in_part for word in ("--no-emit-package", name)]
+        in_part = {
+            name: low for name, low in re.findall(_OLD_PYTHONS, runtime, re.MULTILINE) if name in everywhere
+        }
+        the_others = [
+            word for name in in_runtime if name not in in_part for word in ("--no-emit-package", name)
+        ]
         extras = compile_requirements(*everything, options=[*without_torch, *the_others])
         for name, low in in_part.items():
             newer = rf"\1 ; python_full_version >= '{low}' \\"
