@@ -120,7 +120,7 @@ case $1 in
         elif [ -z "$address" ]; then
             # Here, and not in the container, where the engine writes the names of /etc/hosts.
             address=$(getent ahosts "$2" | awk '!/^(127\.|::1 )/ && !seen[$1]++ { printf "%s ", $1 }' || true)
-            [ -n "$address" ] || fail "$2 is no name of an address that others reach: ADDRESS=... says which one they use"
+            [ -n "$address" ] || fail "$2 has no address here that others reach: ADDRESS=... says which one they use"
         fi
         [ -z "$address" ] || options+=(--env "DSTRAIN_ADDRESS=$address")
         # Without --rm: what a node that did not start has said is still there, `docker logs` shows it.
