@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: demo test test-heavy test-lowest torture verify-all lint docs lock format clean
+.PHONY: demo test test-heavy test-lowest torture verify-all lint docs lock audit format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
@@ -53,6 +53,9 @@ docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are writte
 
 lock: $(READY)  ## constraints.txt and requirements/; newer versions: UPGRADE="--upgrade-package NAME torch==VERSION"
 	$(BIN)/python -m tools.lock $(UPGRADE)
+
+audit: $(READY)  ## the versions of constraints.txt against known vulnerabilities; says so where there is no network
+	$(BIN)/python -m tools.audit $(AUDIT)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

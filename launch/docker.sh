@@ -20,6 +20,8 @@
 #   NETWORK=host              of nodes: the machine's own, where its names hold, or one that was made with `docker network
 #                             create`: a bridge for nodes on one machine, an overlay for several; node names are known in it
 #   PORT=2222                 of the nodes' sshd, when keys are made
+#   ADDRESS=10.0.0.4          of a node: the address that its sshd listens on, or several, with spaces; by default those
+#                             of its name
 #   DOCKER_OPTIONS="..."      more options of `docker run`
 set -euo pipefail
 
@@ -88,8 +90,8 @@ get_ready() {
     local digest='{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}'
     "$DOCKER" image inspect "$IMAGE" >/dev/null 2>&1 || "$DOCKER" pull "$IMAGE" >&2 || fail "there is no image $IMAGE"
     options+=(--env "DSTRAIN_IMAGE=$("$DOCKER" image inspect --format "$digest" "$IMAGE")")
-    make_folder runs 755
-    make_folder cache 755
+    make_folder runs 700
+    make_folder cache 700
 }
 
 case $1 in
@@ -112,7 +114,15 @@ case $1 in
         [ -d ssh ] || fail "there is no ./ssh: \`docker.sh keys\` makes it"
         get_ready
         network=${NETWORK:-host}
-        [ "$network" = host ] || options+=(--hostname "$2")
+        address=${ADDRESS:-}
+        if [ "$network" != host ]; then
+            options+=(--hostname "$2")
+        elif [ -z "$address" ]; then
+            # Here, and not in the container, where the engine writes the names of /etc/hosts.
+            address=$(getent ahosts "$2" | awk '!/^(127\.|::1 )/ && !seen[$1]++ { printf "%s ", $1 }' || true)
+            [ -n "$address" ] || fail "$2 has no address here that others reach: ADDRESS=... says which one they use"
+        fi
+        [ -z "$address" ] || options+=(--env "DSTRAIN_ADDRESS=$address")
         # Without --rm: what a node that did not start has said is still there, `docker logs` shows it.
         exec "$DOCKER" run "${options[@]}" --detach --name "$2" --network "$network" --volume "$PWD/ssh:/ssh:ro" \
             --volume "$PWD/ssh/passwd:/etc/passwd:ro" --entrypoint dstrain-node "$IMAGE"

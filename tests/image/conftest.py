@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.image.engine import REVISION, Engine, NoEngineError, engine
+from tests.support.image.engine import BUILD_ARGUMENTS, Engine, NoEngineError, engine
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +22,5 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def image(docker: Engine, repository: Path) -> str:
     tag = "localhost/dstrain:test"
-    docker.build(repository, tag, "--build-arg", f"REVISION={REVISION}")
+    docker.build(docker.context(repository), tag, *BUILD_ARGUMENTS)
     return tag

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from dstrain.runs.record.record import read_launches
 from dstrain.runs.run_folder import RunFolder
 from tests.support.cluster.runs import numbers
 from tests.support.cluster.waiting import wait_until
-from tests.support.image.engine import REVISION, Engine
+from tests.support.image.engine import BUILD_ARGUMENTS, REVISION, SBOM, Engine
 from tests.support.pins import versions
 
 # Of a build: an hour on a machine that does ten other things.
@@ -48,6 +49,10 @@ def place(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(materials / "model", folder / "model")
     shutil.copy(materials / "text.jsonl", folder)
     reachable(folder)
+    # Of whom docker.sh's containers run as: git says nothing of a repository of somebody else.
+    if os.getuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, USER, USER, follow_symlinks=False)
     return folder
 
 
@@ -89,11 +94,14 @@ def test_the_labels_say_which_version_and_revision(docker: Engine, image: str) -
     assert config["User"] == str(USER)
 
 
-def test_there_is_no_compiler_no_key_and_no_password(docker: Engine, image: str) -> None:
+def test_there_is_no_compiler_no_key_no_password_and_no_trust_in_others_repositories(
+    docker: Engine, image: str
+) -> None:
     look = """
         for tool in cc c++ gcc g++ clang ld as make ccache; do command -v $tool; done
         ls -d /etc/ssh/ssh_host_* /root/.cache /root/.ssh /tmp/* 2>/dev/null
         cut -d: -f2 /etc/shadow | grep -v '^[*!]'
+        git config --system --list
         id -u
     """
     words = ("--rm", "--network", "none", "--user", "0", "--entrypoint", "sh", image, "-c", look)
@@ -145,7 +153,7 @@ def test_a_run_is_repeated_in_its_image(
     [launch] = read_launches(near)
     names = json.loads(docker.run("image", "inspect", image))[0]
     assert launch["image"] in (names["Id"], *(names["RepoDigests"] or ()))
-    assert launch["source"]["changes"], "git tells, also where the folder is another user's"
+    assert re.fullmatch("[0-9a-f]{16}", launch["source"]["changes"]), "git tells what is not committed"
     done = docker.call(
         [sys.executable, "-m", "dstrain.cli.main", "reproduce", "near", "--image"],
         cwd=place,
@@ -208,6 +216,114 @@ def network(docker: Engine) -> Iterator[str]:
     docker.run("network", "rm", NETWORK)
 
 
+def effective(docker: Engine, name: str) -> dict[str, list[str]]:
+    """What holds for the sshd of a node: each word of its configuration, and the values of it."""
+    found: dict[str, list[str]] = {}
+    for line in docker.run("exec", name, "dstrain-node", "-T").splitlines():
+        word, _, value = line.partition(" ")
+        found.setdefault(word, []).append(value)
+    return found
+
+
+def listening(docker: Engine, name: str) -> set[str]:
+    """Address and port, as the kernel writes them, of each socket that listens where this container is."""
+    look = "grep -h ' 0A ' /proc/net/tcp /proc/net/tcp6 || true"
+    return {line.split()[1] for line in docker.run("exec", name, "sh", "-c", look).splitlines()}
+
+
+def test_a_node_lets_in_one_user_by_key_for_commands_alone(docker: Engine, nodes: list[str]) -> None:
+    inspected = json.loads(docker.run("inspect", nodes[0]))[0]
+    [address] = [one["IPAddress"] for one in inspected["NetworkSettings"]["Networks"].values()]
+    holds = effective(docker, nodes[0])
+    wanted = {
+        "port": "2222",
+        "listenaddress": f"{address}:2222",
+        "allowusers": "dstrain",
+        "pubkeyauthentication": "yes",
+        "authenticationmethods": "publickey",
+        "passwordauthentication": "no",
+        "kbdinteractiveauthentication": "no",
+        "permitemptypasswords": "no",
+        "hostbasedauthentication": "no",
+        "permitrootlogin": "no",
+        "maxstartups": "10:30:60",
+        "persourcemaxstartups": "20",
+        "logingracetime": "15",
+        "maxauthtries": "3",
+        "disableforwarding": "yes",
+        "permittunnel": "no",
+        "permittty": "no",
+        "permituserrc": "no",
+        "permituserenvironment": "no",
+        "gatewayports": "no",
+    }
+    assert {word: holds.get(word) for word in wanted} == {word: [value] for word, value in wanted.items()}
+    as_the_kernel_writes = "".join(f"{int(part):02X}" for part in reversed(address.split(".")))
+    wait_until(
+        lambda: f"{as_the_kernel_writes}:{2222:04X}" in listening(docker, nodes[0]),
+        60,
+        what="sshd on its address",
+    )
+    assert not [one for one in listening(docker, nodes[0]) if set(one.split(":")[0]) == {"0"}]
+
+
+def test_a_node_forwards_nothing_and_holds_no_idle_connections(docker: Engine, nodes: list[str]) -> None:
+    for name in nodes:
+        wait_until(
+            lambda name=name: docker.tried("exec", name, "dstrain-healthy").returncode == 0, 60, what="sshd"
+        )
+    ssh = ("exec", nodes[0], "ssh", "-oConnectTimeout=5")
+    assert docker.run(*ssh, nodes[1], "id -un").strip() == "dstrain"
+    through = docker.tried(*ssh, "-W", f"{nodes[1]}:2222", nodes[1])
+    assert through.returncode != 0 and "prohibited" in through.stderr, through
+    back = docker.tried(*ssh, "-oExitOnForwardFailure=yes", "-R", "7777:127.0.0.1:2222", nodes[1], "true")
+    assert back.returncode != 0 and "forwarding" in back.stderr, back
+    # More than 60 connections that say nothing: those beyond are closed, and all after LoginGraceTime.
+    look = """if True:
+        import select, socket, sys, time
+        lines = [socket.create_connection((sys.argv[1], 2222), 5) for _ in range(80)]
+        def live():
+            found = []
+            for line in lines:
+                line.setblocking(False)
+                try:
+                    while line.recv(4096):
+                        pass
+                except BlockingIOError:
+                    found.append(line)
+                except OSError:
+                    pass
+            return len(found)
+        time.sleep(3)
+        most = live()
+        time.sleep(17)
+        print(most, live())
+    """
+    most, later = docker.run("exec", nodes[0], "python", "-c", look, nodes[1]).split()
+    assert int(most) <= 20 and later == "0"
+    # From another address: newer versions of sshd shut out for a while whoever has done so.
+    assert docker.run("exec", nodes[1], "ssh", nodes[1], "hostname").strip() == nodes[1]
+
+
+def test_on_the_machines_network_a_node_listens_on_the_address_given(
+    docker: Engine, script: Any, place: Path
+) -> None:
+    port = 2300 + os.getpid() % 500
+    said(script("keys", PORT=str(port)))
+    name = f"alone-{os.getpid()}"
+    try:
+        nowhere = script("node", name, NETWORK="host")
+        assert nowhere.returncode == 2 and "ADDRESS" in nowhere.stderr, nowhere
+        said(script("node", name, NETWORK="host", ADDRESS="127.0.0.1"))
+        assert effective(docker, name)["listenaddress"] == [f"127.0.0.1:{port}"]
+        wait_until(lambda: docker.tried("exec", name, "dstrain-healthy").returncode == 0, 60, what="sshd")
+        found = {one for one in listening(docker, name) if one.endswith(f":{port:04X}")}
+        assert found == {f"0100007F:{port:04X}"}
+    finally:
+        docker.tried("rm", "--force", name)
+        shutil.rmtree(place / "ssh")
+
+
 @pytest.fixture
 def nodes(docker: Engine, script: Any, network: str, place: Path) -> Iterator[list[str]]:
     """Two nodes, as launch/docker.sh starts them on two machines with this folder on a shared disk."""
@@ -217,6 +333,7 @@ def nodes(docker: Engine, script: Any, network: str, place: Path) -> Iterator[li
     (place / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NODES))
     yield NODES
     docker.run("rm", "--force", *NODES)
+    shutil.rmtree(place / "ssh")
 
 
 def test_two_nodes_by_hostfile(docker: Engine, nodes: list[str], near: RunFolder, place: Path) -> None:
@@ -262,3 +379,35 @@ def test_each_package_is_the_one_of_constraints_txt(docker: Engine, image: str, 
     assert len(installed) > 40
     for name, version in installed.items():
         assert version.split("+")[0] == wanted[name], name
+
+
+def test_the_bill_of_materials_names_what_is_installed(docker: Engine, image: str) -> None:
+    words = ("run", "--rm", "--network", "none", "--entrypoint", "cat", image, SBOM)
+    bill = json.loads(docker.run(*words))
+    listed = {one["purl"].split("?")[0] for one in bill["components"]}
+    installed = [line.lower() for line in docker.packages(image) if line.count("==") == 1]
+    for line in installed:
+        name, version = line.replace("_", "-").split("==")
+        assert f"pkg:pypi/{name}@{version.replace('+', '%2B')}" in listed
+    debian = [line.split("\t") for line in docker.packages(image) if "\t" in line]
+    assert len(installed) > 40 and len(debian) > 60
+    found = {one["name"] for one in bill["components"] if one["purl"].startswith("pkg:deb/")}
+    assert found == {name.split(":")[0] for name, _ in debian}
+    # dstrain itself lies in a folder of the build.
+    assert len(bill["components"]) == len(installed) + len(debian) + 1
+
+
+def test_a_file_that_is_not_the_locked_one_is_not_installed(
+    docker: Engine, repository: Path, tmp_path: Path
+) -> None:
+    context = tmp_path / "context"
+    shutil.copytree(docker.context(repository), context)
+    locked = context / "requirements" / "build.txt"
+    lines = locked.read_text().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if line.startswith("hatchling=="))
+    lines[at + 1 : at + 3] = [
+        re.sub("sha256:........", "sha256:00000000", line) for line in lines[at + 1 : at + 3]
+    ]
+    locked.write_text("".join(lines))
+    with pytest.raises(AssertionError, match="DO NOT MATCH THE HASHES"):
+        docker.build(context, "localhost/dstrain:changed", *BUILD_ARGUMENTS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 Call = Callable[..., list[str]]
-OWN = ("DOCKER", "IMAGE", "MOUNT", "SHM_SIZE", "NETWORK", "DOCKER_OPTIONS")
+OWN = ("DOCKER", "IMAGE", "MOUNT", "SHM_SIZE", "NETWORK", "ADDRESS", "DOCKER_OPTIONS")
 HANDED_ON = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_TOKEN", "OMP_NUM_THREADS")
 
 
@@ -139,6 +139,7 @@ def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) ->
     assert known == ["*", *host[:2]]
     assert typed("keys", code=2) == ["docker.sh: ./ssh is there already"]
 
+    program(tmp_path / "programs", "getent", "[ $2 = node1 ] && echo '10.0.0.4  STREAM node1'")
     words = typed("node", "node1")
     assert "--rm" not in words, "what a node has said that did not start"
     assert option(words, "--network") == ["host"] and "--hostname" not in words
@@ -146,3 +147,34 @@ def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) ->
     assert f"{keys}:/ssh:ro" in option(words, "--volume") and words[-1] == "dstrain"
     words = typed("node", "node1", NETWORK="mine")
     assert option(words, "--network") == ["mine"] and option(words, "--hostname") == ["node1"]
+
+
+def test_a_node_on_the_machines_network_listens_on_the_addresses_of_its_name(
+    typed: Call, tmp_path: Path
+) -> None:
+    typed("keys")
+    names = """case $2 in
+        node1) printf '%s\\n' '127.0.1.1 STREAM node1' '10.0.0.4 STREAM node1' '10.0.0.4 DGRAM' 'fd00::4 STREAM';;
+        node2) printf '%s\\n' '127.0.1.1 STREAM node2' '::1 STREAM';;
+        *) exit 2;;
+    esac"""
+    program(tmp_path / "programs", "getent", names)
+
+    def address(*words: str, **more: str) -> list[str]:
+        found = (one.partition("=") for one in option(typed(*words, **more), "--env"))
+        return [value for name, _, value in found if name == "DSTRAIN_ADDRESS"]
+
+    assert [one.split() for one in address("node", "node1")] == [["10.0.0.4", "fd00::4"]]
+    for name in ("node2", "unknown"):
+        [refused] = typed("node", name, code=2)
+        assert name in refused and "ADDRESS=" in refused
+        assert address("node", name, ADDRESS="10.0.0.5") == ["10.0.0.5"]
+    # Elsewhere it is the container that knows: its name has an address there.
+    assert address("node", "node2", NETWORK="mine") == []
+    assert address("node", "node2", NETWORK="mine", ADDRESS="10.0.0.6") == ["10.0.0.6"]
+
+
+def test_what_is_made_is_the_users_alone(typed: Call, tmp_path: Path) -> None:
+    typed("run")
+    for name in ("runs", "cache"):
+        assert stat.S_IMODE((tmp_path / "work" / name).stat().st_mode) == 0o700

@@ -22,7 +22,7 @@ from dstrain.config.loader import load_config
 from tools import configuration_page, migration_page, modules_page
 
 ROOT = Path(__file__).resolve().parents[2]
-_OUTSIDE = ("README.md", "CONTRIBUTING.md", "launch/README.md", "benchmarks/README.md")
+_OUTSIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "launch/README.md", "benchmarks/README.md")
 PAGES = [*(ROOT / name for name in _OUTSIDE), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MOST_WORDS = 1200

@@ -64,6 +64,17 @@ def test_kubernetes_says_each_number_and_name_alike(manifests: dict[str, Any]) -
     assert option(arguments, "node-rank") == "$(JOB_COMPLETION_INDEX)" and spec["completionMode"] == "Indexed"
 
 
+def test_kubernetes_lets_the_pods_of_the_job_reach_each_other_alone(manifests: dict[str, Any]) -> None:
+    policy, pod = manifests["NetworkPolicy"]["spec"], manifests["Job"]["spec"]["template"]["spec"]
+    ours = {"matchLabels": {"batch.kubernetes.io/job-name": manifests["Job"]["metadata"]["name"]}}
+    assert policy == {
+        "podSelector": ours,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": ours}]}],
+    }
+    assert pod["automountServiceAccountToken"] is False
+
+
 def test_kubernetes_knows_the_exit_codes(manifests: dict[str, Any]) -> None:
     """What can't work ends the job; what left in order is replaced, and not counted. Needs restartPolicy Never."""
     spec = manifests["Job"]["spec"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tools.lock import resolve_own_torch
 
 # In order, each with the ones before it: what pip looks through for packages.
 _SOURCES = ("index-url", "extra-index-url", "find-links", "trusted-host")
@@ -46,6 +49,22 @@ def make_base(tar: Path) -> None:
     if done.returncode:
         raise RuntimeError(f"mmdebstrap: {done.stderr[-2000:]}")
     made.rename(tar)
+
+
+def torch_lock(python: str) -> str:
+    """A lock of the torch that pip finds on this machine, whose build need not be PyPI's, for a Python (``3.11``)."""
+    found = _configured()
+    names = {"index-url": "--default-index", "extra-index-url": "--index", "find-links": "--find-links"}
+    options = [
+        word for key, name in names.items() for one in found.get(key, "").split() for word in (name, one)
+    ]
+    return resolve_own_torch([*options, "--python-version", python])
+
+
+def debian_python() -> str:
+    """The version of Python that this machine's Debian has, such as ``3.11``, whether it is installed or not."""
+    said = subprocess.run(["apt-cache", "show", "python3"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^Version: (\d+\.\d+)", said, re.MULTILINE)[0]
 
 
 def package_sources() -> list[str | bytes]:

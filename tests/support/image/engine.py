@@ -12,6 +12,7 @@ says which versions Debian has today.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.image.base import make_base, package_sources, pip_sources
+from tests.support.image.base import debian_python, make_base, package_sources, pip_sources, torch_lock
 from tests.support.kept import kept_folder, key_of
 
 # A tool or library, and the Debian package that it comes from.
@@ -35,11 +36,14 @@ NEEDED = {
 _LIBRARIES = {"libdevmapper.so.1.02.1": "libdevmapper1.02.1"}
 _UNPACKED = ("docker.io", "containerd", "tini")
 # What a build stands on where a registry can be reached.
-_BASE = "debian:bookworm-slim"
+_BASE, _BASE_PYTHON = "debian:bookworm-slim", "3.11"
 _OWN_BASE = "localhost/base:own"
 _START_SECONDS = 60
+OWN_LOCK = "requirements/own-torch.txt"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 """Of the source, as the tests tell it to a build."""
+BUILD_ARGUMENTS = ("--build-arg", f"REVISION={REVISION}", "--build-arg", f"TORCH_LOCK={OWN_LOCK}")
+SBOM = "/usr/share/dstrain/sbom.cdx.json"
 _KEPT_STEPS = "12GB"
 """Of a build's steps, the oldest go: an image has 2 GB of packages for CPUs, 6 for GPUs."""
 
@@ -55,10 +59,12 @@ class Engine:
     Attributes:
         environment: of every command: PATH, and where the daemon listens.
         base: the image that builds start from.
+        python: the version that the base has or gets.
     """
 
     environment: dict[str, str]
     base: str
+    python: str
     folder: Path
     _started: list[str] = field(default_factory=list)
     _built: list[str] = field(default_factory=list)
@@ -106,6 +112,18 @@ class Engine:
         assert said.returncode == 0, f"docker build: exit code {said.returncode}\n{said.stderr[-6000:]}"
         self._built.append(tag)
 
+    def context(self, repository: Path) -> Path:
+        """A copy of what the image is built from, with a lock of this machine's torch in ``OWN_LOCK``."""
+        context = self.folder / "context"
+        if not context.exists():
+            wanted = (repository / ".dockerignore").read_text()
+            for name in [*re.findall(r"^!(.+)$", wanted, re.MULTILINE), ".dockerignore", "Dockerfile"]:
+                source, copy = repository / name, context / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+            (context / OWN_LOCK).write_text(torch_lock(self.python))
+        return context
+
     def packages(self, image: str) -> list[str]:
         """All that an image of ours holds of Python's and of Debian's, with its version, in order."""
         look = "/opt/dstrain/bin/pip freeze --all && dpkg-query --show && python --version"
@@ -131,7 +149,7 @@ def engine(folder: Path) -> Iterator[Engine]:
     if shutil.which("docker"):
         asked = subprocess.run(["docker", "info"], env=own, capture_output=True, timeout=30)
         if asked.returncode == 0:
-            found = Engine(own, _BASE, folder)
+            found = Engine(own, _BASE, _BASE_PYTHON, folder)
             try:
                 yield found
             finally:
@@ -140,7 +158,7 @@ def engine(folder: Path) -> Iterator[Engine]:
             return
     _refuse_what_lacks()
     with kept_folder("engine", _key(), folder / "engine") as (place, kept), _daemon(place) as environment:
-        made = Engine(environment, _OWN_BASE, folder)
+        made = Engine(environment, _OWN_BASE, debian_python(), folder)
         # Of tests that were killed.
         if left := made.run("ps", "--all", "--quiet").split():
             made.run("rm", "--force", *left)
