@@ -86,6 +86,16 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _without_attention(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the attention implementation that some files name: the run's key ``attention`` chooses it."""
+    named = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    return {
+        key: _without_attention(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in named
+    }
+
+
 def _parse(values: dict[str, Any], *, where: str) -> PretrainedConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str):
@@ -103,7 +113,7 @@ def _parse(values: dict[str, Any], *, where: str) -> PretrainedConfig:
             where=where,
         )
     try:
-        return CONFIG_MAPPING[kind].from_dict(values)
+        return CONFIG_MAPPING[kind].from_dict(_without_attention(values))
     except Exception as error:  # each family's class checks its values with its own exception types
         text = " ".join(str(error).split())
         raise DstrainError(
