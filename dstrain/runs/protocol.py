@@ -7,8 +7,8 @@ with every value of its type and within its range, is a `ProtocolError`; nothing
 the network. It costs the sender its connection, and nobody else anything.
 
 A conversation: the rank connects, both prove that they know the launch's key (`dstrain.runs.channel`, which carries
-all that follows), and the rank sends `Hello`. The supervisor answers with `Welcome`; then each side sends what it has to
-say, in any order, until the connection ends, and the rank with it.
+all that follows), and the rank sends `Hello`. The supervisor answers with `Welcome`; then each side sends what it has
+to say, in any order, until the connection ends, and the rank with it.
 """
 
 from __future__ import annotations
