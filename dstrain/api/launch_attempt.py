@@ -19,6 +19,7 @@ from dstrain.launch.environment import default_environment
 from dstrain.launch.launch_spec import LaunchSpec, runs_here
 from dstrain.planning.hook_specs import variables_of
 from dstrain.planning.plan import Plan
+from dstrain.runs.control_key import KEY, new_key
 from dstrain.runs.record.record import write_record
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -42,11 +43,14 @@ def launch(
         fill_run_folder(spec, planned, resolved, folder)
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = spec.runs_here or spec.launcher == "none"
-        with ControlServer(plan.layout.world_size, plan_text, only_here=only_here) as control:
+        key = new_key()
+        with ControlServer(
+            plan.layout.world_size, plan_text, key=key, only_here=only_here, ranks=spec.ranks
+        ) as control:
             _name_launch(control, folder)
             return supervise(
                 ["bash", str(folder.launch_script)],
-                environment=supervised_environment(spec, control.address()),
+                environment={**supervised_environment(spec, control.address()), KEY: key.hex()},
                 folder=folder,
                 control=control,
                 world_size=len(spec.ranks),
