@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
 from dstrain.diagnostics.remote_session import Conversation, ask_all, ask_each
 from dstrain.launch.ssh_reachability import Trouble
-from dstrain.runs.this_machine import own_addresses
+from dstrain.runs.this_machine import listening_socket, own_addresses
 
 HERE = "this machine"
 _PORT_SECONDS = 30.0
@@ -25,12 +24,12 @@ def check_ports(conversations: Sequence[Conversation], *, all_pairs: bool) -> li
     if not conversations:
         return []
     listening = conversations if all_pairs else conversations[:1]
-    with socket.create_server(("", 0), backlog=1024) as listener:
-        addresses = [address for address in own_addresses() if not address.startswith("127.")]
+    with listening_socket() as listener:
+        *outside, loopback = own_addresses()
         targets: list[dict[str, Any]] = [
             {
                 "name": HERE,
-                "hosts": addresses or ["127.0.0.1"],
+                "hosts": outside or [loopback],
                 "ports": [listener.getsockname()[1]],
             }
         ]

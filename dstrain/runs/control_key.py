@@ -1,4 +1,4 @@
-"""The key of a launch's control connection: drawn by the supervisor, known to the ranks of that launch, and to nobody else.
+"""The key of a launch's control connection: drawn by the supervisor, known to the ranks of that launch and nobody else.
 
 It never stands in an argv, nor in a file that another user can read. A rank finds it in its environment where that is
 handed down privately (a child process, Slurm), and else in a file of mode 0600 in the run folder of its host.
@@ -53,6 +53,7 @@ def _read_private(file: Path) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise DstrainError(
-                "the key of the control connection is not a file that this user alone can read", where=str(file)
+                "the key of the control connection is not a file that this user alone can read",
+                where=str(file),
             )
         return opened.read(1024)

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / ".environment"
 
     @property
+    def control_key(self) -> Path:
+        """The key of the launch that goes on, where a rank's environment can't bring it privately."""
+        return self.path / (f".control-key-node-{self.node}" if self.node else ".control-key")
+
+    @property
     def lock(self) -> Path:
         """Held by the process that watches the run, so that no second one starts in the same folder."""
         return self.path / (f".lock-node-{self.node}" if self.node else ".lock")

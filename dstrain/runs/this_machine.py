@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -140,6 +141,9 @@ def _text(path: str) -> str:
 _PORT = 9
 OUTSIDE = "192.0.2.1"
 """Reserved for documentation (RFC 5737): the way there is the way to the outside."""
+OUTSIDE_6 = "2001:db8::1"
+"""The same of IPv6 (RFC 3849)."""
+LOOPBACK, LOOPBACK_6 = "127.0.0.1", "::1"
 
 
 def address_towards(family: int, place: str) -> str | None:
@@ -153,12 +157,62 @@ def address_towards(family: int, place: str) -> str | None:
 
 
 def own_addresses() -> list[str]:
-    """This machine's IPv4 addresses, that of the way to the outside first; 127.0.0.1 at the end."""
+    """This machine's addresses at which others find it: IPv4 before IPv6, of each that of the way to the outside first,
+    that of loopback at the end. Without those of IPv6 that need a zone: it would mean nothing on another host."""
     import psutil  # here: a plan asks for no more than `address_towards`
 
-    outward = address_towards(socket.AF_INET, OUTSIDE)
-    cards = psutil.net_if_addrs().values()
-    found = [] if outward is None else [outward]
-    found += [entry.address for card in cards for entry in card if entry.family == socket.AF_INET]
-    outside = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
-    return [*outside, "127.0.0.1"]
+    held = [entry for card in psutil.net_if_addrs().values() for entry in card]
+    outside: list[str] = []
+    for family, place in ((socket.AF_INET, OUTSIDE), (socket.AF_INET6, OUTSIDE_6)):
+        outward = address_towards(family, place)
+        found = [] if outward is None else [outward]
+        found += [entry.address for entry in held if entry.family == family]
+        outside += [address for address in dict.fromkeys(found) if not _is_local(address)]
+    return [*outside, LOOPBACK if any(entry.address == LOOPBACK for entry in held) else LOOPBACK_6]
+
+
+def _is_local(address: str) -> bool:
+    """Whether it says nothing to another host."""
+    found = ipaddress.ip_address(address)
+    return found.is_loopback or (found.version == 6 and found.is_link_local)
+
+
+def listening_socket(port: int = 0, *, only_here: bool = False, backlog: int = 1024) -> socket.socket:
+    """A TCP socket that listens at ``port`` (0: a free one): on loopback alone, or on all addresses of this machine.
+
+    Raises:
+        OSError: there is none to be had.
+    """
+    if only_here:
+        try:
+            return socket.create_server((LOOPBACK, port), backlog=backlog)
+        except OSError:  # a host of IPv6 alone
+            return socket.create_server((LOOPBACK_6, port), family=socket.AF_INET6, backlog=backlog)
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+        except OSError:
+            pass  # the kernel has IPv6, and this network namespace has not
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def loopback_address() -> str:
+    """127.0.0.1, or ::1 where this machine has no other."""
+    return LOOPBACK if address_towards(socket.AF_INET, LOOPBACK) else LOOPBACK_6
+
+
+def loopback_card() -> str | None:
+    """The name of the loopback interface; None where it has none of the usual ones."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether ``name`` says by itself that it is the machine that reads it: ``localhost``, 127.0.0.1, ::1. A host name
+    that resolves to such an address here may mean this machine to others as well."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
