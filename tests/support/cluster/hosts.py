@@ -192,6 +192,14 @@ class Cluster:
         """Of the hosts that are up, the names of their pid namespaces: they can be looked into after the end."""
         return [host.namespace for host in self._up.values()]
 
+    def namespace(self, host: str) -> str:
+        """The name of a host's pid namespace."""
+        return self._host(host).namespace
+
+    def first_process(self, host: str) -> int:
+        """The number on this machine of the process whose network is the host's."""
+        return self._host(host).first_process
+
     def adopt(self, host: str) -> None:
         """What runs there now belongs to the host, as its sshd does: it is no longer counted, nor ended."""
         self._host(host).adopt()

@@ -1,11 +1,16 @@
-"""A hook as a user may write it, for runs on several hosts."""
+"""Hooks as a user may write them, for runs on several hosts."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
+
+from dstrain.files import write_private
+from dstrain.runs.control_key import find_key
+from dstrain.runs.run_folder import NODE_RANK, RunFolder
 
 
 class OnEveryRank:
@@ -22,3 +27,15 @@ class OnEveryRank:
 
     def on_end(self, info: Any) -> None:
         self.file.write_text(json.dumps({"host": socket.gethostname(), "steps": self.steps}))
+
+
+class KeyBackwards:
+    """Writes the key of the rank's control connection, as the rank finds it, so that no search for the key finds it
+    there: with its last digit first."""
+
+    every_rank = True
+
+    def on_start(self, info: Any) -> None:
+        folder = RunFolder(info.folder, int(os.environ.get(NODE_RANK, 0)))
+        file = Path(info.folder) / f"key-backwards-{info.rank}"
+        write_private(file, find_key(os.environ, folder.control_key).hex()[::-1])
