@@ -50,6 +50,7 @@ OTHERS_SECRETS = {
 }
 LOOPBACK, CARD, ALL = "loopback", "the card between the hosts", "all addresses"
 SUPERVISOR, RANK, AGENT = "dstrain run", "a rank", "torchrun's agent"
+CHECK = "the check of the hosts before the run"
 # By the name of the launch: its arguments, and what listens where.
 ONE_HOST: dict[str, list[str]] = {
     "local": [],
@@ -57,9 +58,9 @@ ONE_HOST: dict[str, list[str]] = {
     "none here": ["--launcher", "none", "--processes", "2", "--node-rank", "0"],
 }
 TWO_HOSTS: dict[str, set[tuple[str, str]]] = {
-    "pdsh": {(SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD)},
-    "torchrun": {(SUPERVISOR, ALL), (AGENT, ALL), (RANK, CARD)},
-    "openmpi": {(SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("mpirun", ALL)},
+    "pdsh": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD)},
+    "torchrun": {(CHECK, ALL), (SUPERVISOR, ALL), (AGENT, ALL), (RANK, CARD)},
+    "openmpi": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("mpirun", ALL)},
     "slurm": {(SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("srun", ALL)},
     "none": {(SUPERVISOR, LOOPBACK), (AGENT, ALL), (RANK, CARD)},
 }
@@ -128,7 +129,7 @@ def who_listens_where(run: Run) -> set[tuple[str, str]]:
 def _who(listener: Listener) -> str:
     programs = {
         "dstrain.train.worker": RANK,
-        "torch.distributed.run": AGENT,
+        "dstrain.diagnostics.host": CHECK,
         "dstrain.cli.main": SUPERVISOR,
         "mpirun": "mpirun",
         "orted": "mpirun",
