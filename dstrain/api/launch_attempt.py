@@ -46,7 +46,9 @@ def launch(
         only_here = spec.runs_here or spec.launcher == "none"
         key = new_key()
         with (
-            ControlServer(plan.layout.world_size, plan_text, only_here=only_here) as control,
+            ControlServer(
+                plan.layout.world_size, plan_text, key=key, only_here=only_here, ranks=spec.ranks
+            ) as control,
             delivered(key, spec) as private,
         ):
             _name_launch(control, folder)

@@ -6,13 +6,16 @@ A message is a frozen dataclass here and one line of JSON there, whose key ``typ
 with every value of its type and within its range, is a `ProtocolError`; nothing else is ever raised for what came over
 the network. It costs the sender its connection, and nobody else anything.
 
-A conversation: the rank connects and sends `Hello`, the supervisor answers with `Welcome`; then each side sends what it
-has to say, in any order, until the connection ends, and the rank with it.
+A conversation: the rank connects, both prove that they know the launch's key (`dstrain.runs.channel`, which carries
+all that follows), and the rank sends `Hello`. The supervisor answers with `Welcome`; then each side sends what it has
+to say, in any order, until the connection ends, and the rank with it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +33,9 @@ ADDRESS = "DSTRAIN_CONTROL"
 SILENCE_SECONDS = 16
 """A connection may be cut for so long before both ends give it up: the run must have ended everywhere within 30."""
 HELLO_SECONDS = 5.0
-"""From connecting to a whole `Hello`."""
+"""From connecting to a whole `Hello`, the handshake included."""
 
-MAX_HELLO_BYTES = 4 * 1024
+MAX_HELLO_BYTES = 4 * 1024  # the handshake included
 MAX_RANK_MESSAGE_BYTES = 1024 * 1024
 MAX_SUPERVISOR_MESSAGE_BYTES = 64 * 1024 * 1024  # `Welcome` with the plan
 
@@ -305,6 +308,13 @@ def _only_protocol_errors() -> Iterator[None]:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ProtocolError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+    except (
+        ValueError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # of another pydantic than those we know
+        raise ProtocolError(f"it can't be read ({type(error).__name__})") from None
 
 
 class MessageReader:
@@ -344,7 +354,9 @@ class MessageReader:
 class ControlAddress:
     """Where a launch's supervisor listens: ``LAUNCH@HOST,HOST,...:PORT`` in `ADDRESS`.
 
-    ``launch`` names the launch. ``hosts`` are the addresses to try, in their order.
+    ``launch`` names the launch; it is no secret. ``hosts`` are the addresses to try, in their order; one of IPv6 is
+    written in brackets, ``[fd00::2]``. One that needs a zone (``fe80::1%eth0``) is none: its zone means something on
+    this host alone.
     """
 
     launch: str
@@ -352,16 +364,32 @@ class ControlAddress:
     port: int
 
     def __str__(self) -> str:
-        return f"{self.launch}@{','.join(self.hosts)}:{self.port}"
+        written = (f"[{host}]" if ":" in host else host for host in self.hosts)
+        return f"{self.launch}@{','.join(written)}:{self.port}"
 
     @classmethod
     def parse(cls, text: str) -> ControlAddress:
         """Raises ProtocolError where ``text`` is no such address."""
-        launch, _, places = text.partition("@")
-        hosts, _, port = places.rpartition(":")
-        if not launch or not hosts or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
+        match = _ADDRESS.fullmatch(text)
+        hosts = [_host(written) for written in match["hosts"].split(",")] if match else []
+        if match is None or None in hosts or not 0 < int(match["port"]) < 2**16:
             raise ProtocolError(f"not a supervisor address: {text[:200]!r}")
-        return cls(launch, tuple(hosts.split(",")), int(port))
+        return cls(match["launch"], tuple(host for host in hosts if host is not None), int(match["port"]))
+
+
+_ADDRESS = re.compile(r"(?P<launch>[!-?A-~]{1,255})@(?P<hosts>[!-~]+):(?P<port>[0-9]{1,5})", re.ASCII)
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", re.ASCII)
+
+
+def _host(written: str) -> str | None:
+    """The host of a `ControlAddress` as it is written there; None where it is none."""
+    if not (written.startswith("[") and written.endswith("]")):
+        return written if _HOST_NAME.fullmatch(written) else None
+    try:
+        address = ipaddress.IPv6Address(written[1:-1])
+    except ValueError:
+        return None
+    return None if address.scope_id else str(address)
 
 
 def plan_digest(text: str) -> str:

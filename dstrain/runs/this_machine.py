@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -157,8 +158,8 @@ def address_towards(family: int, place: str) -> str | None:
 
 
 def own_addresses() -> list[str]:
-    """This machine's addresses at which others find it: IPv4 before IPv6, of each that of the way to the outside first,
-    that of loopback at the end. Without those of IPv6 that need a zone: it would mean nothing on another host."""
+    """The addresses at which others find this machine: of IPv4 before IPv6, of each that of the way to the outside
+    first; loopback at the end. Without those of IPv6 that need a zone: it would mean nothing on another host."""
     import psutil  # here: a plan asks for no more than `address_towards`
 
     held = [entry for card in psutil.net_if_addrs().values() for entry in card]
@@ -193,8 +194,10 @@ def listening_socket(port: int = 0, *, only_here: bool = False, backlog: int = 1
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
             )
-        except OSError:
-            pass  # the kernel has IPv6, and this network namespace has not
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # else the kernel has IPv6, and this network namespace has not
     return socket.create_server(("", port), backlog=backlog)
 
 

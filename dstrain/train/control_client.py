@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import os
 import select
-import socket
 import sys
 import tempfile
 import threading
@@ -20,14 +19,12 @@ from dataclasses import replace
 from dstrain.errors import DstrainError
 from dstrain.runs.protocol import (
     ADDRESS,
-    MAX_SUPERVISOR_MESSAGE_BYTES,
     Busy,
     ControlAddress,
     DumpStacks,
     Hello,
     LocalRank,
     Message,
-    MessageReader,
     Orphaned,
     ProtocolError,
     RankMessage,
@@ -36,19 +33,14 @@ from dstrain.runs.protocol import (
     Status,
     Step,
     Stop,
-    Welcome,
-    encode,
-    keep_alive,
 )
+from dstrain.train.control_connection import ControlConnection, join
 from dstrain.train.local_ranks import LocalRankMonitor
 
 GONE = 1
 """The exit code of a rank that lost its supervisor: its status says why."""
-_CONNECT_SECONDS = 5.0
-_ANSWER_SECONDS = 120.0  # of a supervisor that a thousand ranks ask at once
 _SECONDS_BETWEEN_STEPS = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.5
-_RECEIVE_BYTES = 64 * 1024
 
 
 class ControlClient:
@@ -60,23 +52,28 @@ class ControlClient:
     """
 
     def __init__(
-        self, environment: Mapping[str, str], status: RankStatus, plan_seen: str | None = None
+        self,
+        environment: Mapping[str, str],
+        status: RankStatus,
+        plan_seen: str | None = None,
+        *,
+        key: bytes | None = None,
     ) -> None:
-        """Connect, send the hello, and take in the answer.
+        """Connect, let the supervisor prove that it is one, send the hello, and take in the answer.
 
         Args:
             plan_seen: `plan_digest` of the plan.json that this host sees; None where it sees none.
+            key: of the launch (`dstrain.runs.control_key`); not needed without a supervisor.
 
         Raises:
-            DstrainError: there is a supervisor, and it can't be reached.
+            DstrainError: there is a supervisor, and it can't be reached, or does not prove to be this launch's.
         """
         self.asked_to_stop = False
         self.plan: str | None = None
         """The supervisor's plan.json, where it is another than the one that was seen."""
         self.launch = ""
         """Names this launch; empty without a supervisor."""
-        self._connection: socket.socket | None = None
-        self._sending = threading.Lock()
+        self._connection: ControlConnection | None = None
         self._step_sent_at = 0.0
         self._local_ranks = LocalRankMonitor()
         text = environment.get(ADDRESS)
@@ -86,15 +83,12 @@ class ControlClient:
             address = ControlAddress.parse(text)
         except ProtocolError as error:
             raise DstrainError(str(error), where=ADDRESS) from None
+        if key is None:
+            raise ValueError("a supervisor is spoken to with the key of its launch")
         self.launch = address.launch
-        self._connection = _connect(address)
-        keep_alive(self._connection)
-        self._send(Hello(self.launch, status, plan_seen))
-        reader = MessageReader(MAX_SUPERVISOR_MESSAGE_BYTES)
-        self.plan = _welcome(self._connection, reader).plan
-        threading.Thread(
-            target=self._listen_or_end, args=(self._connection, reader), name="control", daemon=True
-        ).start()
+        connection, welcome = join(address, key, Hello(self.launch, status, plan_seen))
+        self._connection, self.plan = connection, welcome.plan
+        threading.Thread(target=self._listen_or_end, args=(connection,), name="control", daemon=True).start()
 
     def send_status(self, status: RankStatus, log_tail: str = "") -> None:
         """The rank's new state; with a failure the end of its log, which may lie on a disk of its own."""
@@ -126,7 +120,6 @@ class ControlClient:
         """The rank's last status was sent: from now on the connection's end is nobody's."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def _send(self, *messages: RankMessage) -> None:
@@ -134,12 +127,14 @@ class ControlClient:
         if connection is None or not messages:
             return
         # An error is the connection's end, which the thread that listens finds.
-        with self._sending, contextlib.suppress(OSError):
-            connection.sendall(b"".join(map(encode, messages)))
+        with contextlib.suppress(OSError):
+            connection.send(*messages)
 
-    def _listen_or_end(self, connection: socket.socket, reader: MessageReader) -> None:
+    def _listen_or_end(self, connection: ControlConnection) -> None:
         try:
-            self._listen(connection, reader)
+            self._listen(connection)
+        except EOFError:
+            self._end("the supervisor has ended the run or exited")
         except ProtocolError as error:
             self._end(f"the supervisor sent an invalid message ({error})")
         except OSError as error:
@@ -147,20 +142,16 @@ class ControlClient:
         except BaseException as error:
             self._end(f"it can't listen to the supervisor any more ({type(error).__name__}: {error})")
 
-    def _listen(self, connection: socket.socket, reader: MessageReader) -> None:
+    def _listen(self, connection: ControlConnection) -> None:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
         while self._connection is not None:
-            while (message := reader.next_message()) is not None:
+            for message in connection.received():
                 self._handle(message)
-            if not poll.poll(_SECONDS_BETWEEN_LOOKS * 1000):
+            if poll.poll(_SECONDS_BETWEEN_LOOKS * 1000):
+                connection.receive()
+            else:
                 self._look_around()
-                continue
-            received = connection.recv(_RECEIVE_BYTES)
-            if not received:
-                self._end("the supervisor has ended the run or exited")
-                return
-            reader.feed(received)
 
     def _handle(self, message: Message) -> None:
         """What the supervisor says. Raises ProtocolError where it is nothing for a rank."""
@@ -189,44 +180,6 @@ class ControlClient:
             self._local_ranks.kill_stopped()
         finally:
             os._exit(GONE)
-
-
-def _connect(address: ControlAddress) -> socket.socket:
-    """To the first of its hosts that answers. Raises DstrainError where none does."""
-    tried = []
-    for host in address.hosts:
-        try:
-            connection = socket.create_connection((host, address.port), timeout=_CONNECT_SECONDS)
-        except OSError as error:
-            tried.append(f"{host}: {error.strerror or error}")
-            continue
-        connection.settimeout(None)
-        return connection
-    raise DstrainError(
-        f"{socket.gethostname()} can't reach the supervisor at port {address.port} ({'; '.join(tried)})",
-        hint="allow connections from this host to the machine on which `dstrain run` was started, or"
-        " start launch.sh manually",
-    )
-
-
-def _welcome(connection: socket.socket, reader: MessageReader) -> Welcome:
-    """The supervisor's answer to the hello; what comes after it stays in ``reader``. Raises DstrainError where it does
-    not come."""
-    connection.settimeout(_ANSWER_SECONDS)
-    try:
-        while (answer := reader.next_message()) is None:
-            received = connection.recv(_RECEIVE_BYTES)
-            if not received:
-                raise ConnectionError("it closed the connection")
-            reader.feed(received)
-    except OSError as error:
-        raise DstrainError(f"the supervisor does not answer {socket.gethostname()}: {error}") from error
-    except ProtocolError as error:
-        raise DstrainError(f"what answers {socket.gethostname()} is not a supervisor: {error}") from error
-    if not isinstance(answer, Welcome):
-        raise DstrainError(f"what answers {socket.gethostname()} is not a supervisor: it sent {answer.type}")
-    connection.settimeout(None)
-    return answer
 
 
 def _stacks() -> str:

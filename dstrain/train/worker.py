@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
-from dstrain.runs.protocol import RankState, RankStatus
+from dstrain.runs.control_key import KEY, find_key
+from dstrain.runs.protocol import ADDRESS, RankState, RankStatus
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
 from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
@@ -71,7 +72,10 @@ def main(arguments: list[str]) -> int:
                 control.close()
 
     try:
-        control = ControlClient(os.environ, status, plan_seen(folder))
+        # Nothing that this rank starts needs the key.
+        key = find_key(os.environ, folder.control_key) if os.environ.get(ADDRESS) else None
+        os.environ.pop(KEY, None)
+        control = ControlClient(os.environ, status, plan_seen(folder), key=key)
         keep_plan(folder, control, rank)
         from dstrain.train.trainer import train  # the heavy imports, after the first word
 

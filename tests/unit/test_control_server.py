@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.runs.protocol import ADDRESS, Hello, RankStatus, Stop, Welcome, decode, encode
+from dstrain.runs.protocol import ADDRESS, RankStatus, Stop, Welcome
 from dstrain.runs.run_folder import RunFolder
 from dstrain.runs.this_machine import own_addresses
 from dstrain.supervise.control_server import ControlServer, RankConnection
@@ -25,6 +25,7 @@ from dstrain.supervise.hang_detection import (
     Progress,
     where_it_stands,
 )
+from tests.support.control_peers import connected
 from tests.unit.test_launch_supervisor import ROOT, TWO_RANKS, Fake
 
 # A rank of a host that the supervisor can't look at: only its connection tells of it.
@@ -32,7 +33,7 @@ FAR = """
 from dataclasses import replace
 from dstrain.train.control_client import ControlClient
 status = RankStatus(rank, "n2", os.getpid(), "running")
-control = ControlClient(os.environ, status)
+control = ControlClient(os.environ, status, key=bytes.fromhex(os.environ[KEY]))
 def report(state, tail="", **values):
     control.send_status(replace(status, state=state, **values), tail); control.close()
 def steps(numbers, seconds=0.6):
@@ -189,14 +190,10 @@ control.step_ended(1); control.close(); print(control.asked_to_stop)
 def test_a_rank_that_comes_after_the_wish_to_stop_hears_of_it() -> None:
     with ControlServer(1) as control:
         control.broadcast(Stop())
-        launch, _, places = control.address().partition("@")
-        with socket.create_connection(("127.0.0.1", int(places.rpartition(":")[2]))) as rank:
-            rank.sendall(encode(Hello(launch, RankStatus(0, "n1", 1, "running"))))
-            deadline = time.monotonic() + 10
-            while not control.ranks and time.monotonic() < deadline:
-                control.poll()
-            answers = rank.makefile("rb")
-            assert [decode(answers.readline()) for _ in range(2)] == [Welcome(), Stop()]
+        with connected(control) as rank:
+            rank.hello(0)
+            assert rank.wait_for(Welcome) == Welcome()
+            assert rank.wait_for(Stop) == Stop()
 
 
 def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
@@ -208,7 +205,7 @@ def test_a_supervisor_that_can_not_be_reached_is_one_error() -> None:
 import os
 from dstrain.runs.protocol import RankStatus
 from dstrain.train.control_client import ControlClient
-ControlClient(os.environ, RankStatus(0, "n1", 1, "running"))
+ControlClient(os.environ, RankStatus(0, "n1", 1, "running"), key=bytes(32))
 """
     )
     said = subprocess.run(

@@ -16,6 +16,7 @@ import pytest
 from dstrain.errors import RESUMABLE
 from dstrain.launch.launchers import find_killed_rank, find_lost_host
 from dstrain.launch.launchers.output import KilledRank
+from dstrain.runs.control_key import KEY
 from dstrain.runs.protocol import ADDRESS, RankStatus
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = f"""
 import os, signal, socket, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from dstrain.runs.control_key import KEY
 from dstrain.runs.protocol import ADDRESS, RankStatus
 from dstrain.runs.run_folder import RunFolder
 folder, mark = RunFolder(sys.argv[1]), sys.argv[2]
@@ -74,7 +76,7 @@ class Fake:
         control = ControlServer(world_size)
         return supervise(
             self.command(launcher, rank),
-            environment={"FAKE": "1", ADDRESS: control.address()},
+            environment={"FAKE": "1", ADDRESS: control.address(), KEY: control.key.hex()},
             control=control,
             folder=self.folder,
             world_size=world_size,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hmac
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dstrain.runs.channel import OPENING_BYTES, PROOF_BYTES, RECORD_EXTRA_BYTES
+from dstrain.runs.control_key import KEY, new_key
 from dstrain.runs.protocol import (
     ADDRESS,
     MAX_HELLO_BYTES,
@@ -51,9 +54,11 @@ from dstrain.runs.protocol import (
     status_text,
 )
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import own_addresses
 from dstrain.supervise import control_server
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.silent_ranks import kill_commands
+from tests.support.control_peers import FakeRank, FakeSupervisor, connected, poll, sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,7 +230,8 @@ def test_a_text_can_always_be_sent(text: str, times: int) -> None:
 @pytest.mark.parametrize("text", ["\x01", "\n", "ü", "𝄞"])
 def test_the_longest_messages_are_within_what_the_other_side_takes(text: str) -> None:
     most = text * 2**18
-    assert len(encode(Hello(most, dataclasses.replace(RUNNING, host=most), "0" * 64))) <= MAX_HELLO_BYTES
+    hello = encode(Hello(most, dataclasses.replace(RUNNING, host=most), "0" * 64))
+    assert OPENING_BYTES + PROOF_BYTES + RECORD_EXTRA_BYTES + len(hello) < MAX_HELLO_BYTES
     failed = dataclasses.replace(RUNNING, error=most)
     for message in (Status(failed, most), Stacks(most), Busy(most), RankOutOfMemory(0, most)):
         assert len(encode(message)) <= MAX_RANK_MESSAGE_BYTES
@@ -272,7 +278,7 @@ def test_a_message_is_bounded_before_its_end_has_come() -> None:
 
 @given(
     launch=st.from_regex("[0-9a-f]{16}", fullmatch=True),
-    hosts=st.lists(st.ip_addresses(v=4).map(str), min_size=1, max_size=4).map(tuple),
+    hosts=st.lists(st.ip_addresses().map(str) | st.just("node-1.example"), min_size=1, max_size=4).map(tuple),
     port=st.integers(1, 65535),
 )
 def test_an_address_round_trip(launch: str, hosts: tuple[str, ...], port: int) -> None:
@@ -294,6 +300,19 @@ def test_an_address_round_trip(launch: str, hosts: tuple[str, ...], port: int) -
         "x@y:65536",
         "x@y:a",
         "x@y:²",
+        "x@::1:1",
+        "x@[::1:1",
+        "x@[::1]",
+        "x@[1.2.3.4]:1",
+        "x@[fe80::1%eth0]:1",
+        "x@fe80::1%eth0:1",
+        "x@y,,z:1",
+        "x@-oProxyCommand=x:1",
+        "x@y z:1",
+        "x@y\n:1",
+        "x@y:1\n",
+        "x@$(id):1",
+        "x\n@y:1",
         "x@y:" + "9" * 6000,
     ],
 )
@@ -341,85 +360,6 @@ def test_only_numbers_and_hosts_of_the_plan_reach_a_shell(tmp_path: Path) -> Non
 # The supervisor's side.
 
 
-class FakeRank:
-    """The other end of a connection to a server that is polled here."""
-
-    def __init__(self, server: ControlServer) -> None:
-        self.server = server
-        self.connection = socket.create_connection(("127.0.0.1", server.port))
-        self.connection.settimeout(0)
-        self.reader = MessageReader(MAX_SUPERVISOR_MESSAGE_BYTES)
-        self.ended = False
-
-    def send(self, content: bytes) -> None:
-        """In the background where it is more than the sockets take; an error is the server's refusal."""
-
-        def work() -> None:
-            with suppress(OSError):
-                self.connection.settimeout(10)
-                self.connection.sendall(content)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        poll(self.server, lambda: not thread.is_alive())
-        self.connection.settimeout(0)
-
-    def read(self) -> Message | None:
-        with suppress(BlockingIOError):
-            try:
-                received = self.connection.recv(65536)
-            except ConnectionError:
-                received = b""
-            self.ended = self.ended or not received
-            self.reader.feed(received)
-        return self.reader.next_message()
-
-    def wait_for(self, kind: type[Message]) -> Message:
-        found: list[Message | None] = []
-
-        def come() -> bool:
-            found.append(self.read())
-            return isinstance(found[-1], kind)
-
-        poll(self.server, come)
-        assert found[-1] is not None
-        return found[-1]
-
-    def wait_for_the_end(self) -> None:
-        def ended() -> bool:
-            self.read()
-            return self.ended
-
-        poll(self.server, ended)
-
-    def hello(self, rank: int, host: str = "n1") -> None:
-        self.send(encode(Hello(self.server.launch, RankStatus(rank, host, 100 + rank, "running"))))
-
-    def serves(self, rank: int, step: int) -> None:
-        """The server hears this rank, and the rank hears the server."""
-        self.send(encode(Step(step)))
-        poll(self.server, lambda: self.server.ranks[rank].step == step)
-        self.server.broadcast(DumpStacks())
-        self.wait_for(DumpStacks)
-
-
-def poll(server: ControlServer, until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not until():
-        assert time.monotonic() < deadline
-        server.poll()
-        time.sleep(0.001)
-
-
-@contextmanager
-def connected(server: ControlServer) -> Iterator[FakeRank]:
-    rank = FakeRank(server)
-    try:
-        yield rank
-    finally:
-        rank.connection.close()
-
-
 @pytest.fixture
 def server() -> Iterator[ControlServer]:
     with ControlServer(1000) as server:
@@ -443,9 +383,9 @@ def garbage() -> dict[str, bytes]:
 def test_a_stranger_with_garbage_loses_his_connection_and_nobody_else_does(
     server: ControlServer, witness: FakeRank
 ) -> None:
-    for step, content in enumerate(garbage().values()):
-        with connected(server) as stranger:
-            stranger.send(content)
+    for step, (content, greet) in enumerate(itertools.product(garbage().values(), (False, True))):
+        with connected(server, greet=greet) as stranger:
+            (stranger.send if greet else stranger.send_raw)(content)
             stranger.wait_for_the_end()
         witness.serves(0, step + 1)
     assert set(server.ranks) == {0}
@@ -588,9 +528,9 @@ def test_a_stranger_has_seconds_to_say_who_he_is(
     server: ControlServer, witness: FakeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_server, "HELLO_SECONDS", 0.5)
-    with connected(server) as stranger:
+    with connected(server, greet=False) as stranger:
         begun = time.monotonic()
-        stranger.send(b"{")
+        stranger.send_raw(b"dstr")
         stranger.wait_for_the_end()
         assert 0.4 < time.monotonic() - begun < 10
     witness.serves(0, 1)
@@ -600,8 +540,7 @@ def test_a_stranger_has_seconds_to_say_who_he_is(
 def test_a_hello_that_waits_while_the_supervisor_is_stopped_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_server, "HELLO_SECONDS", 0.3)
     with ControlServer(1) as server, connected(server) as rank:
-        server.poll()
-        rank.connection.sendall(encode(Hello(server.launch, RUNNING)))
+        rank.connection.sendall(sealed(rank.channel, encode(Hello(server.launch, RUNNING))))
         time.sleep(0.5)  # Ctrl-Z, and `fg`
         rank.wait_for(Welcome)
 
@@ -615,13 +554,15 @@ def test_ranks_are_admitted_in_a_flood_of_strangers(monkeypatch: pytest.MonkeyPa
                 for _ in range(300 if polled else 0):
                     flood.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
                     server.poll()
-                    assert len(server._strangers) <= 22
-                rank = FakeRank(server)
+                    assert sum(map(len, server._strangers.values())) <= 22
+                rank = FakeRank(server, greet=False)
                 flood.append(rank.connection)
-                rank.connection.sendall(encode(Hello(server.launch, RankStatus(number, "n1", 1, "running"))))
-                # The second time all of these come between two looks, and push the rank out before its turn.
-                for _ in range(0 if polled else 21):
-                    flood.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+                if not polled:  # it is looked at with all of these, which are enough to push it out
+                    rank.connection.sendall(rank.channel.take_handshake())
+                    for _ in range(30):
+                        flood.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+                rank.greet()
+                rank.hello(number)
                 rank.wait_for(Welcome)
             assert {rank: known.lost_at for rank, known in server.ranks.items()} == {0: None, 1: None}
         finally:
@@ -629,13 +570,40 @@ def test_ranks_are_admitted_in_a_flood_of_strangers(monkeypatch: pytest.MonkeyPa
                 connection.close()
 
 
+def test_a_flood_from_one_network_pushes_out_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_server, "_MAX_STRANGERS", 20)
+    [*others, _] = [address for address in own_addresses() if ":" not in address]
+    if not others:
+        pytest.skip("this machine has no address but loopback")
+    with (
+        ControlServer(1) as server,
+        connected(server, greet=False) as slow,
+    ):  # by loopback; its first bytes are late
+        flood = []
+        try:
+            for _ in range(60):
+                flood.append(socket.create_connection((others[0], server.port), timeout=10))
+                server.poll()
+            slow.greet()
+            slow.hello(0)
+            slow.wait_for(Welcome)
+        finally:
+            for connection in flood:
+                connection.close()
+
+
 # The rank's side.
 
+LAUNCH_KEY = new_key()
 RANK = """
 import os, sys, time
+from dstrain.runs.control_key import KEY
 from dstrain.runs.protocol import RankStatus
+from dstrain.train import control_connection
 from dstrain.train.control_client import ControlClient
-control = ControlClient(os.environ, RankStatus(int(sys.argv[1]), "n1", os.getpid(), "running"))
+control_connection._RETRY_SECONDS = {retry_seconds}
+status = RankStatus(int(sys.argv[1]), "n1", os.getpid(), "running")
+control = ControlClient(os.environ, status, key=bytes.fromhex(os.environ[KEY]))
 print("connected", flush=True)
 {work}
 time.sleep(120)
@@ -643,16 +611,19 @@ time.sleep(120)
 
 
 @contextmanager
-def ranks(listener: socket.socket, count: int, work: str = "") -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(
+    listener: socket.socket, count: int, work: str = "", retry_seconds: float = 15.0
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that connect to ``listener``, and wait for ever."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         ADDRESS: str(ControlAddress("launch", ("127.0.0.1",), listener.getsockname()[1])),
+        KEY: LAUNCH_KEY.hex(),
     }
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK.format(work=work), str(number)],
+            [sys.executable, "-c", RANK.format(work=work, retry_seconds=retry_seconds), str(number)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -668,10 +639,12 @@ def ranks(listener: socket.socket, count: int, work: str = "") -> Iterator[list[
             process.communicate()
 
 
-def rank_of(connection: socket.socket) -> int:
-    hello = decode(connection.makefile("rb").readline())
+def accept(listener: socket.socket) -> tuple[FakeSupervisor, int]:
+    """A rank that has connected and said hello, and its number."""
+    supervisor = FakeSupervisor(listener.accept()[0], LAUNCH_KEY, "launch")
+    hello = supervisor.next_message()
     assert isinstance(hello, Hello) and hello.launch == "launch"
-    return hello.status.rank
+    return supervisor, hello.status.rank
 
 
 def test_a_rank_ends_when_its_supervisor_sends_garbage() -> None:
@@ -682,16 +655,15 @@ def test_a_rank_ends_when_its_supervisor_sends_garbage() -> None:
     sent |= {"a message of a rank": encode(Step(1)).strip(), "a second welcome": encode(Welcome()).strip()}
     with socket.create_server(("127.0.0.1", 0)) as listener, ranks(listener, len(sent)) as processes:
         for content in sent.values():
-            connection, _ = listener.accept()
-            number = rank_of(connection)
-            connection.sendall(encode(Welcome()))
+            supervisor, number = accept(listener)
+            supervisor.send(encode(Welcome()))
             assert processes[number].stdout.readline() == "connected\n"  # type: ignore[union-attr]
-            connection.sendall(encode(LocalRank(0, 1)) + content + b"\n")
+            supervisor.send(encode(LocalRank(0, 1)) + content + b"\n")
             assert processes[number].wait(20) == 1
             assert "this rank ends: the supervisor sent an invalid message (" in (
                 processes[number].stderr.read()  # type: ignore[union-attr]
             )
-            connection.close()
+            supervisor.connection.close()
 
 
 def test_a_rank_does_not_begin_with_garbage() -> None:
@@ -699,20 +671,66 @@ def test_a_rank_does_not_begin_with_garbage() -> None:
     sent |= {"no welcome": encode(Stop())}
     with socket.create_server(("127.0.0.1", 0)) as listener, ranks(listener, len(sent)) as processes:
         for content in sent.values():
+            supervisor, number = accept(listener)
+            supervisor.send(content)
+            assert processes[number].wait(20) == 1
+            assert "DstrainError: the supervisor sent" in processes[number].stderr.read()  # type: ignore[union-attr]
+            supervisor.connection.close()
+
+
+def test_a_rank_does_not_believe_what_can_not_prove_to_be_its_supervisor() -> None:
+    """Whatever that sends; and it comes again, until the right one is there."""
+    stranger = new_key()
+
+    def wrong_key(opening: bytes) -> bytes:
+        nonces = opening[8:40], bytes(32)
+        return nonces[1] + hmac.digest(stranger, b"".join(nonces), "sha256")
+
+    answers: list[Callable[[bytes], bytes]] = [
+        lambda opening: encode(Welcome("a false plan")) * 10,
+        lambda opening: opening,  # the challenge, reflected
+        lambda opening: opening[8:],
+        lambda opening: bytes(64),
+        wrong_key,
+        lambda opening: b"",
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as listener, ranks(listener, 1) as [process]:
+        for answer in answers:
             connection, _ = listener.accept()
-            process = processes[rank_of(connection)]
-            connection.sendall(content)
-            assert process.wait(20) == 1
-            assert "DstrainError: what answers" in process.stderr.read()  # type: ignore[union-attr]
+            connection.settimeout(20)
+            connection.sendall(answer(connection.recv(4096)))
+            if answer is answers[-1]:
+                connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(4096) == b"", "it says nothing more"
             connection.close()
+        supervisor, _ = accept(listener)
+        supervisor.send(encode(Welcome()))
+        assert process.stdout.readline() == "connected\n"  # type: ignore[union-attr]
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ranks(listener, 1, retry_seconds=0.5) as [process],
+    ):
+        listener.settimeout(0.2)
+        while process.poll() is None:
+            with suppress(TimeoutError):
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    connection.settimeout(20)
+                    connection.sendall(wrong_key(connection.recv(4096)))
+                    connection.recv(1)
+        said = process.stderr.read()  # type: ignore[union-attr]
+        assert process.returncode == 1
+        assert (
+            "proves to be this run's supervisor (127.0.0.1: it does not know the key of this launch" in said
+        )
 
 
 def test_a_rank_does_not_outlive_its_listener() -> None:
     """Whatever it dies of."""
     work = "control._look_around = lambda: 1 // 0"
     with socket.create_server(("127.0.0.1", 0)) as listener, ranks(listener, 1, work) as [process]:
-        connection, _ = listener.accept()
-        connection.sendall(encode(Welcome()))
+        supervisor, _ = accept(listener)
+        supervisor.send(encode(Welcome()))
         assert process.wait(20) == 1
         assert "it can't listen to the supervisor any more (ZeroDivisionError: " in process.stderr.read()  # type: ignore[union-attr]
-        connection.close()
+        supervisor.connection.close()

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 
+from dstrain.runs.control_key import KEY, find_key
 from dstrain.runs.protocol import ADDRESS, RankState, RankStatus
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -40,7 +41,7 @@ def command(folder: str, steps: str, hang_seconds: str) -> int:
     control = ControlServer(len(_HOSTS) * _RANKS)
     outcome = supervise(
         argv("runner", folder, steps),
-        environment={ADDRESS: control.address()},
+        environment={ADDRESS: control.address(), KEY: control.key.hex()},
         folder=RunFolder(folder),
         control=control,
         world_size=len(_HOSTS) * _RANKS,
@@ -55,7 +56,7 @@ def command(folder: str, steps: str, hang_seconds: str) -> int:
 
 def runner(folder: str, steps: str) -> int:
     """As deepspeed.launcher.runner: where pdsh was killed, it answers 0."""
-    exported = {ADDRESS: os.environ[ADDRESS], "PYTHONPATH": os.environ["PYTHONPATH"]}
+    exported = {name: os.environ[name] for name in (ADDRESS, KEY, "PYTHONPATH")}
     line = "".join(f"export {name}={shlex.quote(value)}; " for name, value in exported.items())
     line += f"cd {shlex.quote(os.getcwd())}; {shlex.join(argv('node', folder, steps, '%n'))}"
     keep_alive = {"PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=5 -oServerAliveCountMax=3"}
@@ -88,7 +89,7 @@ def rank(folder: str, steps: str, number: str) -> int:
     # The real one leaves after its step, which does not end without the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.write_status(status)
-    control = ControlClient(os.environ, status)
+    control = ControlClient(os.environ, status, key=find_key(os.environ, run.control_key))
     others = _Others(status.rank)
 
     def report(state: RankState, step: int, error: str | None = None) -> None:
