@@ -1,6 +1,7 @@
 """What other users of the machines see of a run, with each launcher: no key in command lines and files, few listeners.
 
-A hook on each rank tells the key that it has, so that the test knows what to look for.
+A hook on each rank tells the key that it was started with, so that the test knows what to look for. So these processes
+are started, and not forked.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def place(shared_place: Path) -> Path:
 
 
 @pytest.fixture
-def run(cluster: Cluster, environment: dict[str, str], place: Path) -> Run:
-    return Run(cluster, environment, place)
+def run(cluster: Cluster, real_environment: dict[str, str], place: Path) -> Run:
+    return Run(cluster, real_environment, place)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +213,10 @@ def test_a_run_typed_on_every_node(run: Run) -> None:
 
 
 @pytest.fixture
-def slurm_run(environment: dict[str, str], place: Path, tmp_path: Path) -> Iterator[tuple[Run, Slurm]]:
+def slurm_run(real_environment: dict[str, str], place: Path, tmp_path: Path) -> Iterator[tuple[Run, Slurm]]:
     require_cluster(slurm=True)
     with Cluster(tmp_path / "cluster", 2) as cluster, Slurm(cluster) as slurm:
-        yield Run(cluster, slurm.environment(environment), place), slurm
+        yield Run(cluster, slurm.environment(real_environment), place), slurm
 
 
 @pytest.mark.heavy

@@ -30,12 +30,15 @@ class OnEveryRank:
 
 
 class KeyBackwards:
-    """Writes the key of the rank's control connection, as the rank finds it, so that no search for the key finds it
-    there: with its last digit first."""
+    """Writes the key of the rank's control connection, as the rank found it, so that no search for the key finds it
+    there: with its last digit first. The rank has taken it out of its environment; what it was started with stays in
+    /proc."""
 
     every_rank = True
 
     def on_start(self, info: Any) -> None:
         folder = RunFolder(info.folder, int(os.environ.get(NODE_RANK, 0)))
         file = Path(info.folder) / f"key-backwards-{info.rank}"
-        write_private(file, find_key(os.environ, folder.control_key).hex()[::-1])
+        started_with = os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0")
+        variables = dict(each.split("=", 1) for each in started_with if "=" in each)
+        write_private(file, find_key(variables, folder.control_key).hex()[::-1])
