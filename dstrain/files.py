@@ -36,6 +36,7 @@ def write_private(path: Path, content: str) -> None:
     Raises:
         OSError: it can't be written; ``path`` is a folder.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)
     try:

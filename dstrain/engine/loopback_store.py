@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore, register_rendezvous_handler
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from dstrain.runs.this_machine import is_loopback, loopback_address
 
