@@ -16,10 +16,11 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
+from dstrain.launch.key_delivery import delivered
 from dstrain.launch.launch_spec import LaunchSpec, runs_here
 from dstrain.planning.hook_specs import variables_of
 from dstrain.planning.plan import Plan
-from dstrain.runs.control_key import KEY, new_key
+from dstrain.runs.control_key import new_key
 from dstrain.runs.record.record import write_record
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -44,13 +45,16 @@ def launch(
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = spec.runs_here or spec.launcher == "none"
         key = new_key()
-        with ControlServer(
-            plan.layout.world_size, plan_text, key=key, only_here=only_here, ranks=spec.ranks
-        ) as control:
+        with (
+            ControlServer(
+                plan.layout.world_size, plan_text, key=key, only_here=only_here, ranks=spec.ranks
+            ) as control,
+            delivered(key, spec) as private,
+        ):
             _name_launch(control, folder)
             return supervise(
                 ["bash", str(folder.launch_script)],
-                environment={**supervised_environment(spec, control.address()), KEY: key.hex()},
+                environment=supervised_environment(spec, control.address()) | private,
                 folder=folder,
                 control=control,
                 world_size=len(spec.ranks),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dstrain.diagnostics.host_facts import PACKAGES
 from dstrain.formatting import format_bytes
+from dstrain.runs.this_machine import is_loopback
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 # A rank holds this much before it has a model: torch, DeepSpeed and transformers.
@@ -160,7 +161,7 @@ def _room(host: str, slots: int, facts: Mapping[str, Any]) -> list[Check]:
 
 def _own_name(host: str, facts: Mapping[str, Any]) -> Check:
     name, addresses = facts["hostname"], facts["own_addresses"]
-    if addresses and not addresses[0].startswith("127."):
+    if addresses and not is_loopback(addresses[0]):
         return Check(host, "own name", OK, f"{name} is {addresses[0]}")
     message = (
         f"{name} resolves to {addresses[0]} on itself" if addresses else f"{name} does not resolve on itself"

@@ -21,6 +21,7 @@ from typing import Any
 
 from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
+from dstrain.runs.this_machine import listening_socket
 
 MARK = "dstrain-doctor "
 _CONNECT_SECONDS = 3.0
@@ -55,7 +56,7 @@ class Host:
     def listen(self) -> dict[str, Any]:
         """Listen where ranks do: on a port like MASTER_PORT, and on one that the kernel chooses, as gloo has."""
         for port in (free_port(), 0):
-            self._listeners.append(socket.create_server(("", port), backlog=1024))
+            self._listeners.append(listening_socket(port))
         return {"ports": [listener.getsockname()[1] for listener in self._listeners]}
 
     def free_port(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _try(target: dict[str, Any]) -> dict[str, Any] | None:
 def _connect(host: str, port: int) -> str | None:
     """Why there is no connection; None where there is one."""
     try:
-        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         return f"the name {host} is not known here ({error})"
     address = str(found[0][4][0])

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dstrain.diagnostics.host import MARK
+from dstrain.engine.loopback_store import init_method
 from dstrain.train.rank_environment import network_variables
 
 WAIT_SECONDS = 20
@@ -36,7 +37,7 @@ def main(device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=WAIT_SECONDS))
+    dist.init_process_group(backend, init_method=init_method(), timeout=timedelta(seconds=WAIT_SECONDS))
     rank, world = dist.get_rank(), dist.get_world_size()
     _say(doing="all-reduce")
     tensor = torch.empty(_BYTES // 4, device=device)

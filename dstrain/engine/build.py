@@ -15,6 +15,7 @@ from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.client_optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
+from dstrain.engine.loopback_store import init_method
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.pipeline_module import DualPipeVStagedModule, SingleStageModel, StagedModule
 from dstrain.engine.safe_unpickling import read_safely
@@ -136,4 +137,4 @@ def start_communication() -> None:
     (``deepspeed.comm.inference_all_reduce``): training takes torch's collectives. So it is left out.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, init_method=init_method())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import shlex
-import socket
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_atomically
+from dstrain.files import write_atomically, write_private
 from dstrain.launch.environment import check_environment, environment_text, forgetting
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
+from dstrain.runs.this_machine import listening_socket
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.
@@ -54,7 +54,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         "",
     ]
     try:
-        write_atomically(folder.environment, environment_text(_travelling(request)))
+        write_private(folder.environment, environment_text(_travelling(request)))
         if remote:
             hosts = [f"{host.name} slots={request.processes_per_host}\n" for host in request.hosts]
             write_atomically(folder.hostfile, "".join(hosts))
@@ -75,7 +75,7 @@ def supervised_environment(request: LaunchSpec, control: str) -> dict[str, str]:
     if request.over_ssh:
         travelling = RunFolder(request.run_folder).supervised_environment
         try:
-            write_atomically(travelling, environment_text(_travelling(request) | told))
+            write_private(travelling, environment_text(_travelling(request) | told))
         except OSError as error:
             raise DstrainError(f"it can't be written: {error.strerror}", where=str(travelling)) from error
         told[_TRAVELLING] = str(travelling)
@@ -117,12 +117,11 @@ def free_port() -> int:
         DstrainError: none of 100 tries was free.
     """
     for port in random.sample(_PORTS, 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
+        try:
+            listening_socket(port).close()
+        except OSError:
+            continue
+        return port
     raise DstrainError(
         f"no free TCP port was found from {_PORTS.start} to {_PORTS.stop - 1}.",
         hint="set --master-port to one that the ranks may use",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
+from dstrain.runs.this_machine import loopback_card
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
@@ -75,7 +75,7 @@ def default_environment(
     if single_host:
         # Gloo listens on the address of the own host name; Debian's 127.0.1.1 makes it hang.
         # Which interface joins several hosts, each rank finds out (train.rank_environment).
-        loopback = _loopback()
+        loopback = loopback_card()
         if loopback is not None:
             environment["GLOO_SOCKET_IFNAME"] = loopback
     else:
@@ -151,11 +151,6 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
-
-
-def _loopback() -> str | None:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), None)
 
 
 def _is_installed(environ: Mapping[str, str]) -> bool:

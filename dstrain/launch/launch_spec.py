@@ -11,6 +11,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.hosts import is_this_host
 from dstrain.planning.layout import Host
 from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.this_machine import is_loopback
 
 CONTROL_ADDRESS = "__CONTROL_ADDRESS__"
 """Stands in an argv where the supervisor's address belongs: launch.sh has the variable there."""
@@ -110,9 +111,7 @@ def check_slots(request: LaunchSpec) -> None:
 def check_remote(request: LaunchSpec) -> None:
     """Refuse what does not reach other hosts. Raises DstrainError."""
     check_slots(request)
-    if len(request.hosts) > 1 and (
-        request.master_addr == "localhost" or request.master_addr.startswith(("127.", "::1"))
-    ):
+    if len(request.hosts) > 1 and is_loopback(request.master_addr):
         raise DstrainError(
             f"the other hosts can't reach rank 0 at {request.master_addr}",
             hint="set --master-addr to an address of the first host that the others can reach",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -41,6 +42,48 @@ def silent_hosts(hosts: Sequence[Host]) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=max(1, min(64, len(others)))) as pool:
         said = pool.map(_why_silent, others)
     return {name: why for name, why in zip(others, said, strict=True) if why is not None}
+
+
+def run_on_hosts(lines: Mapping[str, str], *, seconds: float, given: str | None = None) -> dict[str, str]:
+    """Have the shell of each host run its line, on all at once.
+
+    Args:
+        lines: by the host's name.
+        seconds: for all together; what has not ended by then is left to itself there.
+        given: to each as its standard input, which stands in no command line.
+
+    Returns:
+        By host, why its line failed; nothing for those where it ended with 0.
+    """
+    started: dict[str, subprocess.Popen[str]] = {}
+    failed: dict[str, str] = {}
+    for host, line in lines.items():
+        try:
+            started[host] = subprocess.Popen(
+                ssh_command(host, line),
+                stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except FileNotFoundError:
+            failed[host] = NOT_INSTALLED
+    deadline = time.monotonic() + seconds
+    try:
+        for host, process in started.items():
+            try:
+                _, errors = process.communicate(given, timeout=max(0.01, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                failed[host] = f"no end within {seconds:.0f} s"
+                continue
+            if process.returncode:
+                failed[host] = _last_line(errors, process.returncode)
+    finally:
+        for process in started.values():
+            with process:  # closes its pipes, and waits
+                process.kill()
+    return failed
 
 
 def trouble(host: str, code: int, errors: str, python: str) -> Trouble:
@@ -102,5 +145,9 @@ def _why_silent(host: str) -> str | None:
         return "it answers too slowly"
     if done.returncode == 0:
         return None
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"ssh ended with exit code {done.returncode}"
+    return _last_line(done.stderr, done.returncode)
+
+
+def _last_line(errors: str, code: int) -> str:
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return lines[-1] if lines else f"ssh ended with exit code {code}"

@@ -16,6 +16,8 @@ from dstrain.errors import DstrainError
 
 HOSTS = "DSTRAIN_HOSTS"
 """The environment variable with the names of a run's hosts, in the order of their ranks, with commas in between."""
+STORE_PORT = "DSTRAIN_STORE_PORT"
+"""The environment variable with the port of the ranks' store, where their launcher says another in MASTER_PORT."""
 
 
 @dataclass(frozen=True)

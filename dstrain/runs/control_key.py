@@ -1,4 +1,4 @@
-"""The key of a launch's control connection, known to its supervisor and its ranks alone.
+"""The key of a launch's control connection: drawn by the supervisor, known to the ranks of that launch and nobody else.
 
 It never stands in an argv, nor in a file that another user can read. A rank finds it in its environment where that is
 handed down privately (a child process, Slurm), and else in a file of mode 0600 in the run folder of its host.

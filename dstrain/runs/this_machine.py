@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -141,7 +142,8 @@ def _text(path: str) -> str:
 _PORT = 9
 OUTSIDE = "192.0.2.1"
 """Reserved for documentation (RFC 5737): the way there is the way to the outside."""
-_OUTSIDE_6 = "2001:db8::1"  # as OUTSIDE (RFC 3849)
+OUTSIDE_6 = "2001:db8::1"
+"""The same of IPv6 (RFC 3849)."""
 LOOPBACK, LOOPBACK_6 = "127.0.0.1", "::1"
 
 
@@ -162,7 +164,7 @@ def own_addresses() -> list[str]:
 
     held = [entry for card in psutil.net_if_addrs().values() for entry in card]
     outside: list[str] = []
-    for family, place in ((socket.AF_INET, OUTSIDE), (socket.AF_INET6, _OUTSIDE_6)):
+    for family, place in ((socket.AF_INET, OUTSIDE), (socket.AF_INET6, OUTSIDE_6)):
         outward = address_towards(family, place)
         found = [] if outward is None else [outward]
         found += [entry.address for entry in held if entry.family == family]
@@ -176,20 +178,44 @@ def _is_local(address: str) -> bool:
     return found.is_loopback or (found.version == 6 and found.is_link_local)
 
 
-def listening_socket(*, only_here: bool = False, backlog: int = 1024) -> socket.socket:
-    """A TCP socket that listens at a free port: on loopback alone, or on all addresses of this machine.
+def listening_socket(port: int = 0, *, only_here: bool = False, backlog: int = 1024) -> socket.socket:
+    """A TCP socket that listens at ``port`` (0: a free one): on loopback alone, or on all addresses of this machine.
 
     Raises:
         OSError: there is none to be had.
     """
     if only_here:
         try:
-            return socket.create_server((LOOPBACK, 0), backlog=backlog)
+            return socket.create_server((LOOPBACK, port), backlog=backlog)
         except OSError:  # a host of IPv6 alone
-            return socket.create_server((LOOPBACK_6, 0), family=socket.AF_INET6, backlog=backlog)
+            return socket.create_server((LOOPBACK_6, port), family=socket.AF_INET6, backlog=backlog)
     if socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-        except OSError:
-            pass  # the kernel has IPv6, and this network namespace has not
-    return socket.create_server(("", 0), backlog=backlog)
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # else the kernel has IPv6, and this network namespace has not
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def loopback_address() -> str:
+    """127.0.0.1, or ::1 where this machine has no other."""
+    return LOOPBACK if address_towards(socket.AF_INET, LOOPBACK) else LOOPBACK_6
+
+
+def loopback_card() -> str | None:
+    """The name of the loopback interface; None where it has none of the usual ones."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether ``name`` says by itself that it is the machine that reads it: ``localhost``, 127.0.0.1, ::1. A host name
+    that resolves to such an address here may mean this machine to others as well."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"

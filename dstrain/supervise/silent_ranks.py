@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
-from dstrain.launch.ssh_reachability import ssh_command
+from dstrain.launch.ssh_reachability import run_on_hosts
 from dstrain.runs.run_folder import RunFolder
 
 _SECONDS = 8.0
@@ -26,23 +24,7 @@ def kill_silent(pids: Mapping[int, int], hosts: Sequence[str], folder: RunFolder
         hosts: by rank, the host on which the plan has it. What a rank says of its host is not asked: the name goes
             into a command.
     """
-    started = []
-    for host, command in kill_commands(pids, hosts, folder).items():
-        with suppress(FileNotFoundError):  # no ssh: another launcher than those that need it
-            started.append(
-                subprocess.Popen(
-                    ssh_command(host, command),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-            )
-    for process in started:
-        try:
-            process.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    run_on_hosts(kill_commands(pids, hosts, folder), seconds=_SECONDS)
 
 
 def kill_commands(pids: Mapping[int, int], hosts: Sequence[str], folder: RunFolder) -> dict[str, str]:

@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from dstrain.errors import DstrainError
-from dstrain.planning.layout import HOSTS
+from dstrain.planning.layout import HOSTS, STORE_PORT
 from dstrain.runs.run_folder import RunFolder
-from dstrain.runs.this_machine import OUTSIDE, address_towards
+from dstrain.runs.this_machine import (
+    OUTSIDE,
+    OUTSIDE_6,
+    address_towards,
+    is_loopback,
+    loopback_address,
+    loopback_card,
+)
 
 # RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE by other names. The launchers of DeepSpeed and torch set torch's.
 _OTHERS = (
@@ -56,6 +63,22 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
+def loopback_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR, and MASTER_PORT where the launcher has chosen another one than the launch, for ranks that are all
+    on this host: they meet at its loopback address, whatever name the host has. Empty for others, and where the
+    launcher's own process holds torch's store, at an address that only it knows.
+
+    Args:
+        environ: with `rank_variables`.
+    """
+    # The latter is by DeepSpeed's launcher.
+    local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    if local != environ["WORLD_SIZE"] or environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return {}
+    found = {"MASTER_ADDR": loopback_address()}
+    return found | ({"MASTER_PORT": environ[STORE_PORT]} if STORE_PORT in environ else {})
+
+
 def refuse_another_world(ranks: int, folder: RunFolder, environ: Mapping[str, str]) -> None:
     """Raises DstrainError where there are more or fewer ranks than the plan's: only a person can start those."""
     started = int(environ["WORLD_SIZE"])
@@ -75,35 +98,44 @@ def network_variables(environ: Mapping[str, str]) -> dict[str, str]:
     on the master's own host, the card that owns its address. Where that is a loopback address, only others know the
     master by the right one, and the card is that to the next host (``DSTRAIN_HOSTS``), or to the outside.
 
-    A run of one host has GLOO_SOCKET_IFNAME from its launch. Nothing is set where no card is found.
+    The ranks of one host, whose master is a loopback address, talk through the loopback interface, and nobody reaches
+    them from outside. Nothing is set where no card is found.
     """
     master = environ.get("MASTER_ADDR")
-    if not master or environ.get(_GLOO):
+    if not master:
         return {}
-    places = [master, *environ.get(HOSTS, "").split(","), OUTSIDE]
-    card = next((found for place in places if place and (found := card_towards(place))), None)
+    if is_loopback(master):
+        card = loopback_card()
+    elif environ.get(_GLOO):
+        return {}
+    else:
+        places = [master, *environ.get(HOSTS, "").split(","), OUTSIDE, OUTSIDE_6]
+        card = next((found for place in places if place and (found := card_towards(place))), None)
     if card is None:
         return {}
     # NCCL reads the beginning of a name, unless it is told that it is all of it.
-    return {_GLOO: card} if environ.get(_NCCL) else {_GLOO: card, _NCCL: f"={card}"}
+    return {name: value for name, value in ((_GLOO, card), (_NCCL, f"={card}")) if not environ.get(name)}
 
 
 def card_towards(place: str) -> str | None:
-    """The network interface by which packets to ``place`` (name or IPv4 address) leave, or that owns it.
+    """The network interface by which packets to ``place`` (name or address) leave, or that owns it.
 
     None where it has no address, no way leads there, or it is this machine under a loopback address.
     """
     try:
-        found = socket.getaddrinfo(place, None, socket.AF_INET, socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(place, None, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return None
     for family, _, _, _, address in found:
         own = address_towards(family, str(address[0]))
-        if own is not None and not own.startswith("127."):
+        if own is not None and not is_loopback(own):
             return _owner(own)
     return None
 
 
 def _owner(address: str) -> str | None:
     cards = psutil.net_if_addrs().items()
-    return next((name for name, held in cards if any(one.address == address for one in held)), None)
+    # That of a link-local address stands behind a % as well.
+    return next(
+        (name for name, held in cards if any(one.address.partition("%")[0] == address for one in held)), None
+    )

@@ -26,6 +26,7 @@ from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.rank_environment import (
     launch_variables,
+    loopback_variables,
     network_variables,
     rank_variables,
     typed_by_hand,
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
             )
             return 2
     os.environ.update(rank_variables(os.environ))
+    os.environ.update(loopback_variables(os.environ))
     os.environ.update(network_variables(os.environ))
     rank = int(os.environ["RANK"])
     console = _log_to(folder.rank_log(rank))

@@ -19,8 +19,9 @@ from dstrain.launch.environment import (
     environment_text,
     forgetting,
 )
+from dstrain.runs.this_machine import is_loopback
 from dstrain.train import rank_environment
-from dstrain.train.rank_environment import card_towards, network_variables
+from dstrain.train.rank_environment import card_towards, loopback_variables, network_variables
 
 SECRETS = {
     "HF_TOKEN": "s1",
@@ -198,6 +199,18 @@ CARDS = {
         {"n1": "ib0"},
         ("ib0", None),
     ),
+    "one host": ({"MASTER_ADDR": "127.0.0.1"}, {"192.0.2.1": "eth0"}, ("lo", "=lo")),
+    "one host, with the launch's": (
+        {"MASTER_ADDR": "::1", "GLOO_SOCKET_IFNAME": "lo"},
+        {"192.0.2.1": "eth0"},
+        (None, "=lo"),
+    ),
+    "one host, with the user's": (
+        {"MASTER_ADDR": "localhost", "NCCL_SOCKET_IFNAME": "ib0"},
+        {},
+        ("lo", None),
+    ),
+    "the outside by IPv6": ({"MASTER_ADDR": "n1"}, {"2001:db8::1": "eth0"}, ("eth0", "=eth0")),
     "one process": ({}, {"192.0.2.1": "eth0"}, (None, None)),
 }
 
@@ -210,6 +223,43 @@ def test_the_network_card(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.get("GLOO_SOCKET_IFNAME"), found.get("NCCL_SOCKET_IFNAME")) == wanted
 
 
-@pytest.mark.parametrize("place", ["127.0.0.1", "127.0.1.1", "localhost", "no-such-host.invalid", "a" * 300])
+@pytest.mark.parametrize(
+    "place", ["127.0.0.1", "127.0.1.1", "::1", "localhost", "no-such-host.invalid", "a" * 300]
+)
 def test_no_card_leads_there(place: str) -> None:
     assert card_towards(place) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    {
+        "torch's launchers": ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}),
+        "DeepSpeed's": ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}),
+        "torchrun, alone": (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DSTRAIN_STORE_PORT": "7", "MASTER_PORT": "9"},
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7"},
+        ),
+        "torchrun holds the store": (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            {},
+        ),
+        "other hosts": ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}, {}),
+        "nobody says": ({"WORLD_SIZE": "4"}, {}),
+    }.values(),
+)
+def test_the_ranks_of_one_host_meet_at_its_loopback_address(
+    variables: dict[str, str], wanted: dict[str, str]
+) -> None:
+    assert loopback_variables(variables) == wanted
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "127.9.9.9", "::1"])
+def test_loopback(name: str) -> None:
+    assert is_loopback(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "n1", "127.example.org", "10.0.0.1", "::10", "::1234", "fe80::1", "localhost.example"]
+)
+def test_not_loopback(name: str) -> None:
+    assert not is_loopback(name)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dstrain.errors import DstrainError
+from dstrain.launch import command as command_module
 from dstrain.launch import environment as environment_module
 from dstrain.launch.command import (
     free_port,
@@ -67,11 +68,20 @@ def test_hosts() -> None:
 
 
 def test_torchrun() -> None:
-    assert launch_command(replace(HERE, launcher="torchrun")) == [
-        *("/venv/bin/python", "-m", "torch.distributed.run", "--nnodes=1", "--node-rank=0"),
-        *("--nproc-per-node=4", "--master-addr=127.0.0.1", "--master-port=29501", "--max-restarts=0"),
+    """Alone, the agent keeps its store in a file without a name: no port is opened for it."""
+    sh, option, script, name, *argv = launch_command(replace(HERE, launcher="torchrun"))
+    assert (sh, option, name) == ("sh", "-c", "sh")
+    assert argv == [
+        *("/venv/bin/python", "-m", "torch.distributed.run", "--nnodes=1"),
+        *("--nproc-per-node=4", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
+        *("--rdzv-endpoint=/proc/self/fd/3", "--local-addr=127.0.0.1"),
         *("--module", "dstrain.train.worker", "/runs/a"),
     ]
+    seen = 'echo "$DSTRAIN_STORE_PORT $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"; echo x >/proc/$$/fd/3; cat /proc/$$/fd/3'
+    said = subprocess.run(
+        ["sh", "-c", script, "sh", "sh", "-c", seen], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "29501 1\nx\n"
 
 
 def test_torchrun_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +173,8 @@ def test_typed_on_every_node(tmp_path: Path) -> None:
         seen = json.loads(said.stdout)
         assert seen["env"]["DSTRAIN_NODE_RANK"] == "2"
         assert seen["argv"] == [
-            *("-m", "torch.distributed.run", "--nnodes=3", "--node-rank=2", "--nproc-per-node=4"),
-            *("--master-addr=train-0.train", "--master-port=29501", "--max-restarts=0"),
+            *("-m", "torch.distributed.run", "--nnodes=3", "--nproc-per-node=4", "--max-restarts=0"),
+            *("--node-rank=2", "--master-addr=train-0.train", "--master-port=29501"),
             *("--module", "dstrain.train.worker", str(tmp_path / "run")),
         ]
     said = subprocess.run(script, env=bare, capture_output=True, text=True, check=False)
@@ -186,6 +196,8 @@ def test_no_secret_is_written_or_shown(
     assert secret not in " ".join(launch_command(request))
     write_launch_files(request)
     supervised_environment(request, "ab@h:1")
+    for file in {"environment", ".environment"} & {path.name for path in tmp_path.iterdir()}:
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o600
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {"launch.sh", "environment"} <= written.keys()
     assert not [name for name, text in written.items() if secret in text]
@@ -392,3 +404,12 @@ def test_pythonpath_is_named_when_dstrain_is_borrowed() -> None:
 def test_free_port() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+def test_a_port_that_is_taken_at_one_address_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    families = [(socket.AF_INET, "127.0.0.1")] + [(socket.AF_INET6, "::1")] * socket.has_dualstack_ipv6()
+    for family, address in families:
+        with socket.create_server((address, 0), family=family) as taken:
+            monkeypatch.setattr(command_module.random, "sample", lambda *_: [taken.getsockname()[1]])
+            with pytest.raises(DstrainError, match="no free TCP port"):
+                free_port()

@@ -9,9 +9,17 @@ import shutil
 from dstrain.errors import DstrainError
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, LaunchSpec, check_remote, check_slots
 from dstrain.launch.launchers import output
+from dstrain.planning.layout import STORE_PORT
 from dstrain.runs.protocol import ADDRESS
 
 _KILLED = re.compile(output.HOST_PREFIX + r".*failed \(exitcode: -(?P<signal>\d+)\) local_rank: ")
+# A file that has no name any more: the kernel removes it with the agent, however that ends.
+_FILE = "/proc/self/fd/3"
+# Without the variable the agent opens a store for the ranks, on all addresses.
+_IN_A_FILE = (
+    f'f=$(mktemp) && exec 3<>"$f" && rm "$f" && export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 {STORE_PORT}={{port}}'
+    ' && exec "$@"'
+)
 
 
 def command(request: LaunchSpec) -> list[str]:
@@ -45,11 +53,23 @@ def command(request: LaunchSpec) -> list[str]:
 
 
 def agent(request: LaunchSpec, master: str, *, node_rank: str, nodes: int) -> list[str]:
-    """torchrun for the ranks of one node. ``master``: where node 0 is reached."""
+    """torchrun for the ranks of one node. ``master``: where node 0 is reached.
+
+    The agents of several nodes meet in a store that node 0 opens on all its addresses. A single one keeps it in a
+    file, and its ranks meet on the loopback interface (`engine.loopback_store`).
+    """
+    several = [f"--node-rank={node_rank}", f"--master-addr={master}", f"--master-port={request.master_port}"]
+    single = [
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=store_type=file",
+        f"--rdzv-endpoint={_FILE}",
+        "--local-addr=127.0.0.1",
+    ]
     return [
+        *([] if nodes > 1 else ["sh", "-c", _IN_A_FILE.format(port=request.master_port), "sh"]),
         *(request.python, "-m", "torch.distributed.run"),
-        *(f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--nproc-per-node={request.processes_per_host}"),
-        *(f"--master-addr={master}", f"--master-port={request.master_port}", "--max-restarts=0"),
+        *(f"--nnodes={nodes}", f"--nproc-per-node={request.processes_per_host}", "--max-restarts=0"),
+        *(several if nodes > 1 else single),
         *("--module", *request.worker),
     ]
 

@@ -14,6 +14,7 @@ from tests.support.cluster.needs import tool
 # MaxStartups: ten connections that log in at a time are the most by default, and others are dropped by chance.
 _SSHD_CONFIG = """\
 ListenAddress 0.0.0.0
+ListenAddress ::
 HostKey /etc/ssh/id
 AuthorizedKeysFile /etc/ssh/authorized_keys
 StrictModes no
@@ -54,7 +55,7 @@ def write_etc(
     ssh = folder / "ssh"
     ssh.mkdir(parents=True)
     names = "".join(f"{address} {name}\n" for name, address in addresses.items())
-    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
     user = pwd.getpwuid(os.getuid())
     # sshd refuses a user whose password is locked with "!", as root's is on Ubuntu.
     (folder / "shadow").write_text(f"{user.pw_name}:*:19000:0:99999:7:::\n")

@@ -59,15 +59,20 @@ def make_disks(binds: list[tuple[str, str]]) -> None:
 def join_network(address: str, silent: str) -> None:
     """``silent`` is an address whose packets go to a network card that nobody has."""
     ip("link", "set", "lo", "up")
-    ip("address", "add", f"{address}/24", "dev", "eth0")
+    if ":" in address:  # no other host can have it: there is nothing to wait for
+        ip("address", "add", f"{address}/64", "dev", "eth0", "nodad")
+    else:
+        ip("address", "add", f"{address}/24", "dev", "eth0")
     ip("link", "set", "eth0", "up")
     ip("neighbour", "add", silent, "lladdr", "02:00:00:00:00:01", "dev", "eth0", "nud", "permanent")
 
 
 def listening(port: int) -> bool:
     """Read, not tried: a connection that says nothing would be a line in sshd's log."""
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in map(str.split, lines))
+    return all(
+        any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in map(str.split, lines))
+        for lines in (Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6"))
+    )
 
 
 def reap(number: int, frame: object) -> None:

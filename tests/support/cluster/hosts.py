@@ -34,9 +34,9 @@ NOWHERE = "nowhere"
 SILENT = "silent"
 """A host name that never answers, as behind a firewall that drops what it does not like."""
 
-_NET = "10.77.0"
+_NET, _NET_6 = "10.77.0.", "fd77::"
 _MOST = 64
-_BEYOND = {NOWHERE: f"{_NET}.250", SILENT: f"{_NET}.251"}
+_BEYOND = {NOWHERE: 250, SILENT: 251}
 
 
 class Cluster:
@@ -47,6 +47,7 @@ class Cluster:
         hosts: how many, up to 64.
         loopback_names: each host's /etc/hosts calls the host itself 127.0.1.1, as Debian's installer does.
         locked: hosts that accept nobody's key: `Permission denied (publickey)`.
+        ipv6: their network has no IPv4, which is left to their loopback interfaces.
         own_folders: folders (existing ones) that each host has for itself, empty at first: no shared disk
             there. They outlive a crash; :meth:`seen` tells where the test finds them.
     """
@@ -58,6 +59,7 @@ class Cluster:
         *,
         loopback_names: bool = False,
         locked: Iterable[str] = (),
+        ipv6: bool = False,
         own_folders: Iterable[Path] = (),
     ) -> None:
         if not 1 <= hosts <= _MOST:
@@ -67,6 +69,7 @@ class Cluster:
         self.shared = folder / "shared"
         self.local = folder / "local"
         self._own_folders = [self.local, *own_folders]
+        self._net = _NET_6 if ipv6 else _NET
         self._loopback_names, self._locked = loopback_names, frozenset(locked)
         self._up: dict[str, Host] = {}
         self._switch: subprocess.Popen[bytes] | None = None
@@ -110,7 +113,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def address(self, host: str) -> str:
-        return f"{_NET}.{10 + self.names.index(host) + 1}"
+        return f"{self._net}{_BEYOND.get(host) or 10 + self.names.index(host) + 1}"
 
     def login_environment(self) -> dict[str, str]:
         """What a user's commands find after a login, and nothing that the test run was started with."""
@@ -192,6 +195,14 @@ class Cluster:
         """Of the hosts that are up, the names of their pid namespaces: they can be looked into after the end."""
         return [host.namespace for host in self._up.values()]
 
+    def namespace(self, host: str) -> str:
+        """The name of a host's pid namespace."""
+        return self._host(host).namespace
+
+    def first_process(self, host: str) -> int:
+        """The number on this machine of the process whose network is the host's."""
+        return self._host(host).first_process
+
     def adopt(self, host: str) -> None:
         """What runs there now belongs to the host, as its sshd does: it is no longer counted, nor ended."""
         self._host(host).adopt()
@@ -256,7 +267,7 @@ class Cluster:
         wish = {
             "name": name,
             "address": self.address(name),
-            "silent": _BEYOND[SILENT],
+            "silent": self.address(SILENT),
             "binds": [(str(source), str(target)) for source, target in self._binds(name)],
             "sshd": tool("sshd"),
             "path": SYSTEM_PATH,
@@ -265,7 +276,7 @@ class Cluster:
 
     def _binds(self, name: str) -> list[tuple[Path, Path]]:
         """What this host has for itself on its disk, and where: (what, where)."""
-        addresses = {**{other: self.address(other) for other in self.names}, **_BEYOND}
+        addresses = {other: self.address(other) for other in (*self.names, *_BEYOND)}
         if self._loopback_names:
             addresses[name] = "127.0.1.1"
         key = None if name in self._locked else (self.folder / "id.pub").read_text()

@@ -14,10 +14,10 @@ from tests.support.hooks.readers import from_metrics, from_tensorboard
 END_SECONDS = 30
 """The end of a run after a fault, on every host: what the user is promised."""
 
-_OWN_CODE = Path(__file__).parents[1] / "own_code"
+OWN_CODE = Path(__file__).parents[1] / "own_code"
 HOOKS = [
     *("--tracker", "tensorboard", "--set", "hooks=[watching_hosts:OnEveryRank]"),
-    *("--set", f"code_dirs={json.dumps([str(_OWN_CODE)])}"),
+    *("--set", f"code_dirs={json.dumps([str(OWN_CODE)])}"),
 ]
 """Arguments of a run whose hooks `check_hooks` looks at."""
 
