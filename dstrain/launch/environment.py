@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
+from dstrain.runs.run_folder import DIRECTORY
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
@@ -35,6 +36,10 @@ _DETERMINISTIC = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
+SAFE_PATH = sys.version_info >= (3, 11)
+"""Whether Python knows PYTHONSAFEPATH. Without it ``python -m``, which every launcher uses, looks for modules in the
+current folder first, and a random.py there is imported in place of Python's: the ranks are started in / then."""
+START_FOLDER = "/"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -61,6 +66,10 @@ def default_environment(
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
+    if SAFE_PATH:
+        environment["PYTHONSAFEPATH"] = environ.get("PYTHONSAFEPATH") or "1"
+    else:
+        environment[DIRECTORY] = os.getcwd()
     if accelerator == "cpu":
         # PyTorch takes all cores for each process: 4 ranks on 8 cores would fight with 32 threads.
         threads = max(1, _cores() // max(1, processes_per_host))
@@ -93,9 +102,14 @@ def default_environment(
     paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):
         paths = [_PACKAGE_ROOT, *paths]
-    if paths and (not single_host or _PACKAGE_ROOT in paths):
+    if paths and (not single_host or not SAFE_PATH or _PACKAGE_ROOT in paths):
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
+
+
+def start_folder(directory: Path) -> str:
+    """Where the ranks' launcher is started, for ranks that shall work in ``directory``."""
+    return str(directory.absolute()) if SAFE_PATH else START_FOLDER
 
 
 def forgetting(*, remote: bool) -> str:
