@@ -28,9 +28,9 @@ if (
     if __file__.startswith(_current.rstrip("/") + "/dstrain/"):
         sys.path.append(_current)
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from dstrain.version import __version__
+from dstrain.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from dstrain.api import (
