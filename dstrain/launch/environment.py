@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dstrain.config.files import cache_folder
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
 from dstrain.runs.run_folder import DIRECTORY
+from dstrain.shared_caches import is_own, own_place
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
@@ -99,6 +104,7 @@ def default_environment(
         for name, value in environ.items()
         if value and (name in _CARRIED or name in carried or name.startswith(_CARRIED_BEGINNINGS))
     }
+    environment |= _code_caches(environ)
     paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):
         paths = [_PACKAGE_ROOT, *paths]
@@ -165,6 +171,27 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+def _code_caches(environ: Mapping[str, str]) -> dict[str, str]:
+    """Folders of this user's in place of those into which others could put compiled code for the ranks to load.
+
+    Sources: torch.utils.cpp_extension and torch._inductor.runtime.cache_dir_utils.
+    """
+    base = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    usual = {
+        "TORCH_EXTENSIONS_DIR": base / "torch_extensions",
+        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir(), f"torchinductor_{user}"),
+    }
+    found = {}
+    for name, place in usual.items():
+        chosen = Path(environ[name]) if environ.get(name) else place
+        there = next(path for path in (chosen, *chosen.absolute().parents) if os.path.lexists(path))
+        sticky = there != chosen and there.stat().st_mode & stat.S_ISVTX and name not in environ
+        if not is_own(Path(os.path.realpath(there))) and not sticky:
+            found[name] = str(own_place(chosen) or cache_folder() / chosen.name)
+    return {name: path for name, path in found.items() if path != environ.get(name)}
 
 
 def _loopback() -> str | None:

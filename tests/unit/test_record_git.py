@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from dstrain.runs.record.source import UNKNOWN, source_of
-from tests.unit.test_record import git, repository  # noqa: F401
+from tests.unit import test_record
+from tests.unit.test_record import git
+
+repository = test_record.repository
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert not word.exists()
 
 
-def change(repository: Path) -> None:  # noqa: F811
+def change(repository: Path) -> None:
     """In the same size, so that nothing but the content tells, and with a racy time."""
     (repository / "train.yaml").write_text("zero: 3\n")
 
@@ -51,7 +54,7 @@ def test_what_a_configuration_names_is_not_run(
     settings: dict[str, str],
     repository: Path,
     canary: str,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     hooks, included = tmp_path / "hooks", tmp_path / "included"
     hooks.mkdir()
@@ -70,7 +73,7 @@ def test_what_a_configuration_names_is_not_run(
 
 def test_nor_what_a_submodule_or_a_missing_object_names(
     repository: Path, canary: str, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     inner = tmp_path / "inner"
     shutil.copytree(repository, inner)
     git(repository, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(inner), "sub")
@@ -97,7 +100,7 @@ def test_variables_of_git_do_not_lead_elsewhere(
     repository: Path,
     canary: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(repository, other)
@@ -111,14 +114,14 @@ def test_variables_of_git_do_not_lead_elsewhere(
     assert source is not None and source.folder == str(repository) and b"+zero: 3" in source.diff
 
 
-def test_a_work_tree_that_lies_elsewhere_is_not_read(repository: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_work_tree_that_lies_elsewhere_is_not_read(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "train.yaml").write_text("mine: 1\n")
     git(repository, "config", "core.worktree", str(tmp_path / "private"))
     assert source_of(repository, besides=repository / "runs") is None
 
 
-def test_a_bare_repository_among_files_is_none(repository: Path, canary: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_bare_repository_among_files_is_none(repository: Path, canary: str, tmp_path: Path) -> None:
     planted = tmp_path / "data"
     shutil.copytree(repository / ".git", planted)
     with (planted / "config").open("a") as config:
@@ -126,7 +129,7 @@ def test_a_bare_repository_among_files_is_none(repository: Path, canary: str, tm
     assert source_of(planted, besides=planted / "runs") is None
 
 
-def test_a_linked_work_tree_is_its_own(repository: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_linked_work_tree_is_its_own(repository: Path, tmp_path: Path) -> None:
     git(repository, "worktree", "add", "-q", str(tmp_path / "linked"))
     (tmp_path / "linked" / "train.yaml").write_text("zero: 3\n")
     source = source_of(tmp_path / "linked", besides=tmp_path / "runs")
@@ -135,7 +138,7 @@ def test_a_linked_work_tree_is_its_own(repository: Path, tmp_path: Path) -> None
     assert clean is not None and clean.changes is None
 
 
-def test_what_the_user_ignores_does_not_count(repository: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_the_user_ignores_does_not_count(repository: Path, tmp_path: Path) -> None:
     for name in ("own", "exclude", "tree", "seen"):
         (repository / f"{name}.x").write_text("a")
     (tmp_path / "ignored").write_text("own.x\n")
@@ -149,7 +152,7 @@ def test_what_the_user_ignores_does_not_count(repository: Path, tmp_path: Path) 
 def test_another_users_repository_is_said_to_be_one(
     repository: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """git itself looks at the owner; this variable of its own tests tells it that all are others'."""
     change(repository)
@@ -160,7 +163,7 @@ def test_another_users_repository_is_said_to_be_one(
     assert (source.changes, source.diff, source.revision) == (UNKNOWN, b"", None)
 
 
-def test_links_are_not_followed(repository: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_links_are_not_followed(repository: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("a")
     (repository / "link").symlink_to(outside)

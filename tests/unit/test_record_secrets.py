@@ -10,7 +10,10 @@ import pytest
 
 from dstrain.runs.record.secrets import looks_secret, names_secrets
 from dstrain.runs.record.source import source_of
-from tests.unit.test_record import git, repository  # noqa: F401
+from tests.unit import test_record
+from tests.unit.test_record import git
+
+repository = test_record.repository
 
 HEX = "0123456789abcdef" * 3
 
@@ -77,7 +80,7 @@ def test_names_of_files() -> None:
     assert [name for name in plain if names_secrets(name)] == []
 
 
-def test_a_diff_says_in_place_what_it_leaves_out(repository: Path) -> None:  # noqa: F811
+def test_a_diff_says_in_place_what_it_leaves_out(repository: Path) -> None:
     key = [
         "-----BEGIN OPENSSH PRIVATE KEY-----",
         "b3BlbnNzaC1rZXk",
