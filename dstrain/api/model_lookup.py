@@ -14,6 +14,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import read_text
 from dstrain.data.tokenizer_files import VOCABULARY_FILES
 from dstrain.errors import DstrainError
+from dstrain.model_config_bounds import refuse_sizes
 from dstrain.shared_caches import is_own, write_own
 
 _SHOWN = 3  # names in one line
@@ -83,6 +84,7 @@ def _refuse_no_config(file: Path, where: str) -> None:
             where=str(file),
             hint='add the model family, for example "model_type": "llama"',
         )
+    refuse_sizes(values, where=str(file))
 
 
 def _fetch(name: str, what: str, where: str, events: Events) -> Path:

@@ -46,6 +46,7 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     if known is None:
         named = own.request() if own else {"source": config.data}
         request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
+        request["max_document_bytes"] = config.max_document_bytes
         known = _asked("dstrain.data.prepare", request, resolved, events)
     return PlannedData.from_record(known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
 import sys
@@ -9,7 +10,9 @@ from contextlib import suppress
 
 import click
 
+from dstrain.config.text_file import shown
 from dstrain.errors import RESUMABLE, DstrainError
+from dstrain.formatting import plain
 from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
@@ -86,6 +89,11 @@ def main() -> None:
             raise
         _say(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        _say(f"{shown(error.filename or '')}: {error.strerror}\n  hint: check the path")
+        sys.exit(2)
     except click.exceptions.Abort:
         _say("stopped")
         sys.exit(130)
@@ -101,8 +109,7 @@ def main() -> None:
 
 def _say(message: str) -> None:
     # What the user typed or wrote may stand in it: nothing of that is for the terminal to carry out.
-    message = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in message)
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + plain(message), err=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
+from dstrain.data.tokenizer_files import refuse_large_files
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 
@@ -61,6 +62,7 @@ def _load_tokenizer(folder: Path) -> Any:
             where=str(folder),
             hint="put its tokenizer files there, e.g. tokenizer.json and tokenizer_config.json",
         )
+    refuse_large_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.e2e import Said
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 # Python's own modules, installed ones, and ones that libraries look for and do without.
 MODULES = (
@@ -58,7 +58,7 @@ class HostileFolder:
             input="y\n" * 100,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=600,
             check=False,
         )
         return Said(done.returncode, done.stdout, done.stderr)
