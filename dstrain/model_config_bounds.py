@@ -65,7 +65,7 @@ def refuse_sizes(values: Mapping[str, Any], *, where: str) -> None:
             )
         if pattern is _LAYERS:
             layers = max(layers, value)
-        elif pattern is _EXPERTS and "per" not in name:
+        elif pattern is _EXPERTS and "_per_" not in name:
             experts = max(experts, value)
     if layers * experts > _MOST_EXPERTS:
         raise DstrainError(

@@ -34,4 +34,4 @@ def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: in
     from dstrain.formatting import plain
 
     text = generate(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, events=PROGRESS)
-    click.echo(plain(text) if sys.stdout.isatty() else text)
+    click.echo(plain(text) if sys.stdout.isatty() else text, color=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -32,6 +33,9 @@ COMMANDS = {
     "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
     "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
+
+
+_LONG_WORD = re.compile(r"\S{1000,}")
 
 
 class LazyGroup(click.Group):
@@ -109,7 +113,8 @@ def main() -> None:
 
 def _say(message: str) -> None:
     # What the user typed or wrote may stand in it: nothing of that is for the terminal to carry out.
-    click.echo(click.style("error: ", fg="red", bold=True) + plain(message), err=True)
+    message = _LONG_WORD.sub(lambda found: f"{found.group()[:300]}...", plain(message))
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
 
 
 if __name__ == "__main__":

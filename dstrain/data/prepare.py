@@ -245,6 +245,9 @@ def _request(path: Path) -> dict[str, Any]:
     for key, kinds in _REQUEST.items():
         if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
             raise DstrainError(f"{key!r} is {request[key]!r}, which has the wrong type", where=str(path))
+    limit = request.get("max_document_bytes")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise DstrainError(f"'max_document_bytes' is {limit!r}, which has the wrong type", where=str(path))
     return request
 
 

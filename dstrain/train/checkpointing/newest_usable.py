@@ -81,7 +81,7 @@ def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
     if rank == 0 and any(file.sha256 is None for file in files.values()):
         say(f"{checkpoint.name} was saved by an older dstrain, without checksums: only sizes are checked")
     share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
-    parts = all_gather_json(wrong_files(checkpoint, files, share))
+    parts: list[dict[str, str]] = all_gather_json(wrong_files(checkpoint, files, share))
     found = {name: why for part in parts for name, why in part.items()}
     if not found:
         return None
