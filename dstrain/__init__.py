@@ -14,9 +14,23 @@ the use cases as functions, and ``cli`` shows them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
 
-from dstrain.version import __version__
+# `python -m dstrain...` comes here first, with the current folder in front of all other places of modules: a random.py
+# there would hide Python's. (sys is part of the interpreter.) In a checkout the folder stays, as the last place.
+_named = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+if (
+    sys.argv[:1] == ["-m"]  # as long as the module is looked for
+    and "".join(_named).startswith("dstrain.")
+    and not getattr(sys.flags, "safe_path", False)
+):
+    _current = sys.path.pop(0)
+    if __file__.startswith(_current.rstrip("/") + "/dstrain/"):
+        sys.path.append(_current)
+
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from dstrain.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from dstrain.api import (

@@ -19,10 +19,18 @@ _PROGRESS = "dstrain: "
 _POLL_SECONDS = 0.05
 _BLOCK = 2**16
 
-# The child ends with its parent, however that ends. `python -m` would put the current folder first among the places
-# where modules are looked for, and a random.py there would hide Python's; dstrain may be found nowhere else.
+# Nothing but sys, which is part of the interpreter, may be imported before the current folder is out. In one line and
+# without single quotes: any remote shell takes it.
+_MODULE = (
+    'import sys; sys.path[:1] == [""] and sys.path.pop(0); import runpy; module = sys.argv[1]; '
+    'sys.argv[:2] = [module]; runpy.run_module(module, run_name="__main__", alter_sys=True)'
+)
+# The child ends with its parent, however that ends. dstrain may be found nowhere else.
 _CHILD = """
-import ctypes, os, runpy, signal, sys
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+import ctypes, os, runpy, signal
 parent, root, module, *arguments = sys.argv[1:]
 try:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -30,13 +38,21 @@ except (AttributeError, OSError):
     pass
 if os.getppid() != int(parent):
     sys.exit(1)
-if sys.path[:1] == [""]:
-    del sys.path[0]
 sys.path.append(root)
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 _ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def module_command(module: str, *, python: str = sys.executable) -> list[str]:
+    """``python -m module``, but without the current folder among the places where modules are looked for: that is the
+    first one otherwise, and a random.py there hides Python's. Arguments go behind it."""
+    return [python, "-c", _MODULE, module]
+
+
+# multiprocessing hands -P on to the processes that it starts; with "" in sys.path they would look here first.
+_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 
 
 class ChildProcess:
@@ -48,7 +64,7 @@ class ChildProcess:
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(os.getpid()), _ROOT, module, *arguments],
+            [sys.executable, *_SAFE_PATH, "-c", _CHILD, str(os.getpid()), _ROOT, module, *arguments],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

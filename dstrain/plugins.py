@@ -99,13 +99,17 @@ def check_plugin(name: str, folders: Sequence[str], *, what: str, where: str) ->
 
 
 def load_plugin(name: str, folders: Sequence[str], *, what: str) -> Any:
-    """What ``module:name`` names. ``folders`` are put behind Python's own places, so that they hide none of them.
+    """What ``module:name`` names.
+
+    Only for a module that is not in Python's own places the ``folders`` become places of modules, the last ones: they
+    hide nothing, and what an installed module looks for and does not find is not taken from them.
 
     Raises:
         PluginError: it can't be imported, or has no such name; the traceback goes to standard error.
     """
     module_name, _, attribute = name.partition(":")
-    sys.path += [folder for folder in folders if folder not in sys.path]
+    if _find(module_name.partition(".")[0], ()) is None:
+        sys.path += [folder for folder in folders if folder not in sys.path]
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dstrain.api.events import SILENT, Events
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import not_writable
 from dstrain.config.loader import ResolvedConfig
@@ -33,6 +34,7 @@ def launch(
     resolved: ResolvedConfig,
     folder: RunFolder,
     on_tick: Callable[[], None],
+    events: Events = SILENT,
 ) -> Outcome:
     """Fill the run folder, start the ranks, and return when nothing of them is left.
 
@@ -41,7 +43,7 @@ def launch(
     """
     plan = planned.plan
     with locked(folder):
-        fill_run_folder(spec, planned, resolved, folder)
+        fill_run_folder(spec, planned, resolved, folder, events)
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = spec.runs_here or spec.launcher == "none"
         key = new_key()
@@ -94,14 +96,21 @@ def _name_launch(control: ControlServer, folder: RunFolder) -> None:
         raise not_writable(error, folder) from error
 
 
-def fill_run_folder(spec: LaunchSpec, planned: Planned, resolved: ResolvedConfig, folder: RunFolder) -> None:
+def fill_run_folder(
+    spec: LaunchSpec,
+    planned: Planned,
+    resolved: ResolvedConfig,
+    folder: RunFolder,
+    events: Events = SILENT,
+) -> None:
     """Write what a launch reads: afterwards launch.sh starts the run. Raises DstrainError where it can't be written."""
     try:
         # Of several nodes that share the folder the first one says what the run is. Where they don't, each has its own.
         if folder.node == 0 or not folder.config.exists():
             write_atomically(folder.config, resolved.to_yaml())
             write_json(folder.deepspeed_config, planned.plan.deepspeed)
-            write_record(folder, planned.plan, os.environ | spec.environment)
+            for note in write_record(folder, planned.plan, os.environ | spec.environment):
+                events.note(note)
             _keep_model_files(folder, planned.plan)
         write_json(folder.plan, planned.plan.to_record())
         write_launch_files(spec)

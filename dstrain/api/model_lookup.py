@@ -14,6 +14,8 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import read_text
 from dstrain.data.tokenizer_files import VOCABULARY_FILES
 from dstrain.errors import DstrainError
+from dstrain.model_config_bounds import refuse_sizes
+from dstrain.shared_caches import is_own, write_own
 
 _SHOWN = 3  # names in one line
 
@@ -82,6 +84,7 @@ def _refuse_no_config(file: Path, where: str) -> None:
             where=str(file),
             hint='add the model family, for example "model_type": "llama"',
         )
+    refuse_sizes(values, where=str(file))
 
 
 def _fetch(name: str, what: str, where: str, events: Events) -> Path:
@@ -112,17 +115,21 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     )
     content = f"{version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
-    if not kept.exists():
+    if not is_own(kept):
+        import tempfile
+
         from dstrain.child_process import run_module
 
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        run_module(
-            "dstrain.model.weights.check_weights",
-            str(model.config_file),
-            str(model.folder),
-            str(kept),
-            say=progress_to(events),
-        )
+        with tempfile.TemporaryDirectory() as place:
+            checked = Path(place) / kept.name
+            run_module(
+                "dstrain.model.weights.check_weights",
+                str(model.config_file),
+                str(model.folder),
+                str(checked),
+                say=progress_to(events),
+            )
+            write_own(kept, checked.read_text(encoding="utf-8"))
     found = json.loads(kept.read_text(encoding="utf-8"))
     for names, what in (
         (found["unexpected"], "are not part of the model, and are ignored"),

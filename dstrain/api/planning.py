@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +29,7 @@ from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines, Plan
+from dstrain.shared_caches import is_own, write_own
 
 
 @dataclass(frozen=True)
@@ -157,16 +160,23 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
     version = importlib.metadata.version("transformers")
     key = hashlib.sha256(f"{SHAPE_FORMAT} {version} ".encode() + model_file.read_bytes()).hexdigest()[:24]
     kept = cache_folder() / "shapes" / f"{key}.json"
-    if kept.exists():
-        try:
+    if is_own(kept):
+        with suppress(ValueError, KeyError, RecursionError):  # damaged: measured again
             return ModelShape.read(kept)
-        except (ValueError, KeyError):  # damaged: measured again
-            kept.unlink(missing_ok=True)
     from dstrain.child_process import run_module
 
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    run_module("dstrain.model.measuring.measure", str(model_file), str(kept), say=progress_to(events))
-    return ModelShape.read(kept)
+    with tempfile.TemporaryDirectory() as place:
+        measured = Path(place) / kept.name
+        run_module("dstrain.model.measuring.measure", str(model_file), str(measured), say=progress_to(events))
+        try:
+            write_own(kept, measured.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DstrainError(
+                f"cannot write the measurement: {error.strerror}",
+                where=str(kept),
+                hint="name a cache folder on a writable disk: DSTRAIN_CACHE=FOLDER",
+            ) from None
+        return ModelShape.read(measured)
 
 
 def load_config(

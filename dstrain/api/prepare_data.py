@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, progress_to
-from dstrain.config.files import cache_folder
+from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
 from dstrain.data.own_documents import Corpus, OwnSource, read_answer
@@ -40,10 +40,13 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
         "pack": config.pack,
     }
     cache = cache_folder() / "data"
+    if note := cache_note():
+        events.note(note)
     known = read_summary(summary_file(cache, source, tokenizer_state(tokenizer), **choices))
     if known is None:
         named = own.request() if own else {"source": config.data}
         request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
+        request["max_document_bytes"] = config.max_document_bytes
         known = _asked("dstrain.data.prepare", request, resolved, events)
     return PlannedData.from_record(known)
 

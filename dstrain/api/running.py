@@ -128,7 +128,7 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
     while True:
         events.started(folder.path, shlex.join(launch_command(spec)))
         follower = RunFollower(folder, events)
-        outcome = launch(spec, planned, resolved, folder, follower.update)
+        outcome = launch(spec, planned, resolved, folder, follower.update, events)
         follower.update()
         try:
             result = result_of(outcome, folder, saves=config.saves)
@@ -161,7 +161,7 @@ def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
     refuse_full_disk(job.planned.plan, folder)
     spec = launch_spec(job.planned, folder)
     with locked(folder):
-        fill_run_folder(spec, job.planned, job.resolved, folder)
+        fill_run_folder(spec, job.planned, job.resolved, folder, events)
     which = [str(folder.node)] if spec.launcher == "none" else []
     ways = [["bash", str(folder.launch_script), *which]]
     if spec.launcher == "pdsh":

@@ -97,7 +97,13 @@ def submit(job: SlurmJob) -> str:
     except OSError as error:
         raise not_writable(error, folder) from error
     script = str(folder.batch_script)
-    done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sbatch", "--parsable", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise DstrainError(
             f"sbatch refused the job: {done.stderr.strip().removeprefix('sbatch: ')}",

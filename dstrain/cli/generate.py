@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -24,8 +25,13 @@ import click
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed of the sampling."
 )
 def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Continue PROMPT with the model in FOLDER (from `dstrain export`, or any Hugging Face model)."""
+    """Continue PROMPT with the model in FOLDER (from `dstrain export`, or any Hugging Face model).
+
+    On a terminal, control characters in the text are shown as escapes (\\x1b); into a file or a pipe it goes as it is.
+    """
     from dstrain.api.exporting import generate
     from dstrain.cli.showing.progress import PROGRESS
+    from dstrain.formatting import plain
 
-    click.echo(generate(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, events=PROGRESS))
+    text = generate(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, events=PROGRESS)
+    click.echo(plain(text) if sys.stdout.isatty() else text, color=True)

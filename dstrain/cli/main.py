@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import re
 import signal
 import sys
 from contextlib import suppress
 
 import click
 
+from dstrain.config.text_file import shown
 from dstrain.errors import RESUMABLE, DstrainError
+from dstrain.formatting import plain
 from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
@@ -29,6 +33,9 @@ COMMANDS = {
     "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
     "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
+
+
+_LONG_WORD = re.compile(r"\S{1000,}")
 
 
 class LazyGroup(click.Group):
@@ -86,6 +93,11 @@ def main() -> None:
             raise
         _say(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        _say(f"{shown(error.filename or '')}: {error.strerror}\n  hint: check the path")
+        sys.exit(2)
     except click.exceptions.Abort:
         _say("stopped")
         sys.exit(130)
@@ -101,7 +113,7 @@ def main() -> None:
 
 def _say(message: str) -> None:
     # What the user typed or wrote may stand in it: nothing of that is for the terminal to carry out.
-    message = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in message)
+    message = _LONG_WORD.sub(lambda found: f"{found.group()[:300]}...", plain(message))
     click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
 
 

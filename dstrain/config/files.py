@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dstrain.errors import DstrainError
+from dstrain.shared_caches import own_place
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -98,8 +99,32 @@ def model_config_file(model: str, *, where: str) -> Path:
 def cache_folder() -> Path:
     """Where prepared data and measured model shapes are kept between runs.
 
-    ``DSTRAIN_CACHE``, else ``dstrain`` below ``XDG_CACHE_HOME`` or ``~/.cache``.
+    ``DSTRAIN_CACHE``, else ``dstrain`` below ``XDG_CACHE_HOME`` or ``~/.cache``. Where others can write there, it is a
+    folder of this user's in it, or else ``~/.cache/dstrain``.
+
+    Raises:
+        DstrainError: others can write there too.
     """
+    wanted = _wanted_cache()
+    for base in (wanted, Path("~/.cache/dstrain").expanduser().absolute()):
+        if (found := own_place(base)) is not None:
+            return found
+    raise DstrainError(
+        "other users can write to the cache, and what they put there can't be believed",
+        where=str(wanted),
+        hint="set DSTRAIN_CACHE to a folder that is yours alone (chmod 700)",
+    )
+
+
+def cache_note() -> str | None:
+    """That the cache is not where it was wanted; None where it is. Raises as `cache_folder`."""
+    wanted, found = _wanted_cache(), cache_folder()
+    if found == wanted:
+        return None
+    return f"other users can write to the cache {wanted}: {found} is used"
+
+
+def _wanted_cache() -> Path:
     chosen = os.environ.get("DSTRAIN_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()

@@ -76,6 +76,11 @@ class RunConfig(BaseModel):
     pack: bool = Field(
         True, description="pack several documents into a sample; documents do not attend to each other"
     )
+    max_document_bytes: PositiveInt | None = Field(
+        None,
+        description="bytes of the largest document that is read; default: 64 MiB for a line of a JSON-lines file, which"
+        " may be compressed, and 4 GiB for a text file",
+    )
     validation: Fraction = Field(
         0.05, description="fraction of the documents that is held back for validation"
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dstrain.data.own_documents import Corpus
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
+from dstrain.shared_caches import is_own, write_own
 from dstrain.version import __version__
 
 TOKEN_FILES = ("tokens.bin", "lengths.npy", "meta.json")
@@ -67,10 +67,16 @@ def summary_file(
 
 
 def read_summary(file: Path) -> dict[str, Any] | None:
-    """The summary in ``file``; None where there is none, or its token files are not those that it speaks of."""
+    """The summary in ``file``; None where there is none, it is another user's, or its token files are not those that it
+    speaks of."""
+    if not is_own(file):
+        return None
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        state = _state(file.parents[1] / kept["tokens"], TOKEN_FILES)
+        tokens = file.parents[1] / kept["tokens"]
+        if not all(map(is_own, (tokens, *(tokens / name for name in TOKEN_FILES)))):
+            return None
+        state = _state(tokens, TOKEN_FILES)
         if len(state) == len(TOKEN_FILES) and state == kept["state"]:
             summary: dict[str, Any] = kept["summary"]
             return summary
@@ -81,12 +87,9 @@ def read_summary(file: Path) -> dict[str, Any] | None:
 
 def keep_summary(file: Path, tokens: Path, summary: dict[str, Any]) -> None:
     """Leave ``summary`` of the tokens in the folder ``tokens`` for others, where the cache can be written."""
-    aside = file.with_name(f"{file.name}.{os.urandom(8).hex()}.part")
     with suppress(OSError):
         kept = {"tokens": tokens.name, "state": _state(tokens, TOKEN_FILES), "summary": summary}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        aside.replace(file)
+        write_own(file, json.dumps(kept, indent=1) + "\n")
 
 
 def _state(folder: Path, names: tuple[str, ...] | list[str]) -> State:

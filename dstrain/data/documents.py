@@ -19,6 +19,13 @@ _GZIP_MARK = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
+"""Bytes of a document, where no limit is set. A line is held in memory several times while it is parsed, and a packed
+file does not show how long its lines are; a text file is as large as it looks."""
+_LIMIT_KEY = "max_document_bytes"
+_CHECKED_FIRST = 2**20
+
+
 @dataclass(frozen=True)
 class Document:
     """A text that is encodable as UTF-8, and how many of the source's bytes were read to get this far."""
@@ -40,9 +47,11 @@ def read_documents(source: Source) -> Iterator[Document]:
     for file in source.files:
         try:
             if file.kind == "text":
-                yield Document(_read_text(file), before + file.size)
+                yield Document(
+                    _read_text(file, source.max_document_bytes or LARGEST_FILE), before + file.size
+                )
             else:
-                for document in _read_json_lines(file):
+                for document in _read_json_lines(file, source.max_document_bytes or LARGEST_LINE):
                     yield Document(document.text, before + document.bytes_read)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DstrainError(
@@ -55,9 +64,22 @@ def read_documents(source: Source) -> Iterator[Document]:
         before += file.size
 
 
-def _read_text(file: SourceFile) -> str:
+def _read_text(file: SourceFile, limit: int) -> str:
     with open(file.path, "rb") as stream:
-        content = stream.read()
+        content = stream.read(min(limit, _CHECKED_FIRST))
+        _refuse_no_text(content, file)
+        content += stream.read(limit + 1 - len(content))
+    if len(content) > limit:
+        raise DstrainError(
+            f"this text file is a document of more than {limit:,} bytes",
+            hint=f"set {_LIMIT_KEY} to at least its size, or divide it",
+            where=file.path,
+        )
+    _refuse_no_text(content, file)
+    return _decode(content.removeprefix(_BYTE_ORDER_MARK), file.path, first_line=1)
+
+
+def _refuse_no_text(content: bytes, file: SourceFile) -> None:
     if content.startswith(_UTF16_MARKS):
         raise DstrainError("this text is UTF-16, not UTF-8", hint="iconv -f UTF-16 -t UTF-8", where=file.path)
     if content.startswith(_GZIP_MARK):
@@ -72,16 +94,22 @@ def _read_text(file: SourceFile) -> str:
             hint="remove it from the source, or convert it to UTF-8 text",
             where=file.path,
         )
-    return _decode(content.removeprefix(_BYTE_ORDER_MARK), file.path, first_line=1)
 
 
-def _read_json_lines(file: SourceFile) -> Iterator[Document]:
+def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
     with open(file.path, "rb") as raw:
         lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
         plain_bytes = 0
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(limit + 1), b""), start=1):
             where = f"{file.path}:{number}"
             plain_bytes += len(line)
+            if len(line) > limit:
+                raise DstrainError(
+                    f"this line has more than {limit:,} bytes",
+                    hint=f"set {_LIMIT_KEY} higher, or divide the document; a packed file may hold far more than its"
+                    " size",
+                    where=where,
+                )
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 
+_OPTIONAL = {"own", "max_document_bytes"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
@@ -86,6 +87,7 @@ def prepare(
     validation: float | int,
     cache_dir: Path | str,
     pack: bool = True,
+    max_document_bytes: int | None = None,
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -99,6 +101,7 @@ def prepare(
         seq_len: tokens a row, at least 1.
         validation: the share of the documents to keep from training, at least 0 (none) and less than 1.
         cache_dir: made if it is not there.
+        max_document_bytes: None: as `dstrain.data.documents` has it.
         pack: fill each row with as many documents as it takes, else with one and padding.
 
     Raises:
@@ -112,7 +115,11 @@ def prepare(
             hint="0.01 holds back about one document in a hundred",
         )
     tokens_of = load_tokenizer(tokenizer)
-    files = source if isinstance(source, OwnSource) else find_files(source)
+    files: Corpus
+    if isinstance(source, OwnSource):
+        files = source
+    else:
+        files = replace(find_files(source), max_document_bytes=max_document_bytes)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     train, held = split_stream(tokens.stream, validation)
     if pack:
@@ -231,13 +238,16 @@ def _request(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise DstrainError(f"the request is not JSON: {error}", where=str(path)) from error
-    if not isinstance(request, dict) or set(request) - {"own"} != set(_REQUEST):
+    if not isinstance(request, dict) or set(request) - _OPTIONAL != set(_REQUEST):
         raise DstrainError(
             f"the request is not an object with exactly {', '.join(_REQUEST)}", where=str(path)
         )
     for key, kinds in _REQUEST.items():
         if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
             raise DstrainError(f"{key!r} is {request[key]!r}, which has the wrong type", where=str(path))
+    limit = request.get("max_document_bytes")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise DstrainError(f"'max_document_bytes' is {limit!r}, which has the wrong type", where=str(path))
     return request
 
 

@@ -62,11 +62,15 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus as a sorted list of files; `name` is what the user wrote, `root` the folder they are in."""
+    """A corpus as a sorted list of files; `name` is what the user wrote, `root` the folder they are in.
+
+    `max_document_bytes` is the limit that the user set for a document.
+    """
 
     name: str
     root: str
     files: tuple[SourceFile, ...]
+    max_document_bytes: int | None = None
 
     @property
     def bytes(self) -> int:

@@ -31,6 +31,7 @@ from dstrain.data.token_writer import write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import flush
+from dstrain.shared_caches import is_own, make_folder, open_lock
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
@@ -66,7 +67,7 @@ def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Toke
         found = _open(folder, tokenizer)
         if found is not None:
             return found
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(cache_dir)
         with _lock(cache_dir / f"{folder.name}.lock", source) as locked:
             found = _open(folder, tokenizer)  # another process may have built it while this one waited
             if found is None:
@@ -115,7 +116,8 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
         aside.with_name(f"{aside.stem}.scratch.part") if locked else Path(tempfile.mkdtemp(prefix="dstrain-"))
     )
     try:
-        aside.mkdir()
+        aside.mkdir(mode=0o700)
+        scratch.mkdir(mode=0o700, exist_ok=True)
         written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS, scratch)
         if isinstance(source, Source) and find_files(source.name).files != source.files:
             raise DstrainError(
@@ -130,7 +132,9 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
             "checks": {name: _check(aside / name) for name in (_TOKENS, _LENGTHS)},
         }
         (aside / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        for name in (_TOKENS, _LENGTHS, _META, "."):
+        for name in TOKEN_FILES:
+            (aside / name).chmod(0o600)
+        for name in (*TOKEN_FILES, "."):
             flush(aside / name)
         _name(aside, folder, tokenizer)
     finally:
@@ -161,7 +165,9 @@ def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
-    """The tokens in `folder`; None if it is not there, not complete, or not what was written."""
+    """The tokens in `folder`; None if it is not there, not complete, not what was written, or another user's."""
+    if not all(map(is_own, (folder, *(folder / name for name in TOKEN_FILES)))):
+        return None
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or meta["dtype"] != tokenizer.dtype.name:
@@ -203,7 +209,7 @@ def _check(path: Path) -> list[int | str]:
 @contextmanager
 def _lock(path: Path, source: Corpus) -> Iterator[bool]:
     """Hold an exclusive lock: True, or False where the file system has none. A lock ends with its process."""
-    with open(path, "ab") as stream:
+    with open(open_lock(path), "ab") as stream:
         locked = True
         start = time.monotonic()
         said = False

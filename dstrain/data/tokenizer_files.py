@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.errors import DstrainError
+from dstrain.model_config_bounds import LARGEST_TOKENIZER_FILE
 
 BYTES = "bytes"
 """The tokenizer that needs no file."""
@@ -50,4 +51,18 @@ def tokenizer_folder(name: str) -> Path:
             hint=f"looked for {', '.join(VOCABULARY_FILES)}; `tokenizer.save_pretrained(folder)` writes one",
             where=str(folder),
         )
+    refuse_large_files(folder)
     return folder
+
+
+def refuse_large_files(folder: Path) -> None:
+    """Raises DstrainError where a file of the tokenizer is larger than any tokenizer's."""
+    for file in TOKENIZER_FILES:
+        size = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        if size > LARGEST_TOKENIZER_FILE:
+            raise DstrainError(
+                f"this file of the tokenizer has {size / 1e6:,.0f} MB, and the limit is"
+                f" {LARGEST_TOKENIZER_FILE / 1e6:.0f}",
+                hint="check that it is the right file",
+                where=str(folder / file),
+            )

@@ -131,8 +131,15 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises, the user wants to know which folder it was
+        if "trust_remote_code" in str(error):
+            raise DstrainError(
+                "this tokenizer needs code of its own (auto_map in its tokenizer_config.json), and code that comes"
+                " with a model is never run",
+                hint="name a tokenizer that transformers has a class for",
+                where=str(folder),
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DstrainError(
             f"transformers can't load this tokenizer: {reason}",

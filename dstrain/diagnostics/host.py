@@ -13,12 +13,12 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dstrain.child_process import module_command
 from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
 from dstrain.runs.this_machine import listening_socket
@@ -76,7 +76,7 @@ class Host:
 
         Returns ``said``: what it said, in order; ``error``: how it failed, or None.
         """
-        command = [sys.executable, "-m", "dstrain.diagnostics.network_exchange", device]
+        command = [*module_command("dstrain.diagnostics.network_exchange"), device]
         with (
             subprocess.Popen(
                 command,

@@ -73,7 +73,13 @@ def _version(package: str) -> str | None:
 def _driver() -> str | None:
     try:
         done = subprocess.run(
-            _DRIVER, capture_output=True, text=True, errors="replace", timeout=_DRIVER_SECONDS, check=True
+            _DRIVER,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_DRIVER_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

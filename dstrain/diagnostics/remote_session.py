@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dstrain.child_process import module_command
 from dstrain.diagnostics.host import MARK
 from dstrain.launch.ssh_reachability import NOT_INSTALLED, Trouble, ssh_command, trouble
 
@@ -54,7 +55,7 @@ class Conversation:
         self._trouble: Trouble | None = None
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115
-        program = [python, "-m", _MODULE]
+        program = module_command(_MODULE, python=python)
         if over_ssh:
             # Where there is no such folder, the shell says so and goes on; the host says it as well.
             line = f"cd {shlex.quote(directory)} ; exec env {_assignments(environment)} {shlex.join(program)}"

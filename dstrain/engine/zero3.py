@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -26,6 +25,7 @@ from torch import nn
 
 from dstrain.engine.deepspeed_patches import is_copy, whole_norm
 from dstrain.engine.interface import DTYPES
+from dstrain.json_collectives import all_gather_json
 from dstrain.model.initialise import cast
 
 
@@ -75,8 +75,7 @@ def check_orders_among(group: Any) -> None:
 
 def _same_among(group: Any) -> Callable[[list[int]], None]:
     def check(numbers: list[int]) -> None:
-        everyone: list[list[int] | None] = [None] * dist.get_world_size(group)
-        torch.distributed.all_gather_object(everyone, list(numbers), group=group)
+        everyone = all_gather_json([int(number) for number in numbers], group)
         if any(other != everyone[0] for other in everyone):
             raise RuntimeError(
                 f"the replicas of a stage use their parameters in different orders: {everyone}"

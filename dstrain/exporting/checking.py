@@ -70,7 +70,12 @@ def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTraine
     """The model as a user loads it. Raises DstrainError (exit code 1) if weights were left out."""
     options = {} if attention == "auto" else {"attn_implementation": attention}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
     )
     model: PreTrainedModel
     model, told = loaded

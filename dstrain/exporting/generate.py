@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
+from dstrain.data.tokenizer_files import refuse_large_files
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 
@@ -32,7 +33,9 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
     config = load_config(folder)  # says in one line what is wrong with a config.json
     tokenizer = _load_tokenizer(folder)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # damaged files raise nearly anything
         raise DstrainError(f"this model can't be loaded: {_in_a_line(error)}", where=str(folder)) from error
     if torch.cuda.is_available():
@@ -59,8 +62,9 @@ def _load_tokenizer(folder: Path) -> Any:
             where=str(folder),
             hint="put its tokenizer files there, e.g. tokenizer.json and tokenizer_config.json",
         )
+    refuse_large_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
         raise DstrainError(
             f"the tokenizer can't be loaded: {_in_a_line(error)}",

@@ -33,7 +33,11 @@ def names_of(node_list: str) -> list[str]:
     import subprocess
 
     said = subprocess.run(
-        ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False
+        ["scontrol", "show", "hostnames", node_list],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if said.returncode:
         raise DstrainError(

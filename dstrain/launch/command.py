@@ -7,7 +7,7 @@ import shlex
 
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_private
-from dstrain.launch.environment import check_environment, environment_text, forgetting
+from dstrain.launch.environment import check_environment, environment_text, forgetting, start_folder
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
@@ -41,7 +41,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         "#!/usr/bin/env bash",
         "# Starts this run: written by dstrain; can be run manually from any folder.",
         "set -eu",
-        f"cd -- {shlex.quote(str(request.directory.absolute()))}",
+        f"cd -- {shlex.quote(start_folder(request.directory))}",
         forgetting(remote=remote),
         *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
         *_environment_file(folder, remote),

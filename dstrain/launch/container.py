@@ -62,7 +62,11 @@ def _why_not(engine: str, image: str) -> str | None:
     """What the engine says where it can't give the image; None where it can."""
     try:
         done = subprocess.run(
-            [engine, "image", "inspect", image], capture_output=True, timeout=_SECONDS, check=False
+            [engine, "image", "inspect", image],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
         )
     except OSError as error:
         return str(error.strerror)

@@ -138,7 +138,13 @@ def _query(environ: Mapping[str, str]) -> list[_Gpu]:
 
     try:
         answer = subprocess.run(
-            _QUERY, env=dict(environ), capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True
+            _QUERY,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import stat
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dstrain.config.files import cache_folder
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
+from dstrain.runs.run_folder import DIRECTORY
 from dstrain.runs.this_machine import loopback_card
+from dstrain.shared_caches import is_own, own_place
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
@@ -35,6 +41,10 @@ _DETERMINISTIC = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
+SAFE_PATH = sys.version_info >= (3, 11)
+"""Whether Python knows PYTHONSAFEPATH. Without it ``python -m``, which every launcher uses, looks for modules in the
+current folder first, and a random.py there is imported in place of Python's: the ranks are started in / then."""
+START_FOLDER = "/"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -61,6 +71,10 @@ def default_environment(
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
+    if SAFE_PATH:
+        environment["PYTHONSAFEPATH"] = environ.get("PYTHONSAFEPATH") or "1"
+    else:
+        environment[DIRECTORY] = os.getcwd()
     if accelerator == "cpu":
         # PyTorch takes all cores for each process: 4 ranks on 8 cores would fight with 32 threads.
         threads = max(1, _cores() // max(1, processes_per_host))
@@ -90,12 +104,18 @@ def default_environment(
         for name, value in environ.items()
         if value and (name in _CARRIED or name in carried or name.startswith(_CARRIED_BEGINNINGS))
     }
+    environment |= _code_caches(environ)
     paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):
         paths = [_PACKAGE_ROOT, *paths]
-    if paths and (not single_host or _PACKAGE_ROOT in paths):
+    if paths and (not single_host or not SAFE_PATH or _PACKAGE_ROOT in paths):
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
+
+
+def start_folder(directory: Path) -> str:
+    """Where the ranks' launcher is started, for ranks that shall work in ``directory``."""
+    return str(directory.absolute()) if SAFE_PATH else START_FOLDER
 
 
 def forgetting(*, remote: bool) -> str:
@@ -151,6 +171,27 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+def _code_caches(environ: Mapping[str, str]) -> dict[str, str]:
+    """Folders of this user's in place of those into which others could put compiled code for the ranks to load.
+
+    Sources: torch.utils.cpp_extension and torch._inductor.runtime.cache_dir_utils.
+    """
+    base = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    usual = {
+        "TORCH_EXTENSIONS_DIR": base / "torch_extensions",
+        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir(), f"torchinductor_{user}"),
+    }
+    found = {}
+    for name, place in usual.items():
+        chosen = Path(environ[name]) if environ.get(name) else place
+        there = next(path for path in (chosen, *chosen.absolute().parents) if os.path.lexists(path))
+        sticky = there != chosen and there.stat().st_mode & stat.S_ISVTX and name not in environ
+        if not is_own(Path(os.path.realpath(there))) and not sticky:
+            found[name] = str(own_place(chosen) or cache_folder() / chosen.name)
+    return {name: path for name, path in found.items() if path != environ.get(name)}
 
 
 def _is_installed(environ: Mapping[str, str]) -> bool:

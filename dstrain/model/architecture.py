@@ -10,6 +10,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from dstrain.errors import DstrainError
+from dstrain.model_config_bounds import LARGEST_FILE, refuse_sizes
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -68,6 +69,13 @@ def canonical_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise DstrainError(
+                f"the model configuration has {path.stat().st_size / 1e6:,.0f} MB, and the limit is"
+                f" {LARGEST_FILE / 1e6:.0f}",
+                hint="check that this is the right file",
+                where=str(path),
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DstrainError(
@@ -81,8 +89,11 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise DstrainError(f"malformed JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DstrainError(f"malformed JSON: {error}", where=str(path)) from None
     if not isinstance(values, dict):
         raise DstrainError(f"expected a JSON object, found {type(values).__name__}", where=str(path))
+    refuse_sizes(values, where=str(path))
     return values
 
 

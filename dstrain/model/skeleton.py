@@ -110,7 +110,9 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
         with untouched_rng(), no_init_weights(), _parameters_on_meta():
             # Constructors that draw values shall draw the same on every rank.
             torch.default_generator.manual_seed(0)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False, **options
+            )
     except Exception as error:  # families raise what they like for values that do not fit together
         text = " ".join(str(error).split())
         if options and "attention" in text.lower():

@@ -22,6 +22,8 @@ NOTE = "dstrain: note: "
 """In front of a line of rank 0 that is for the user's eyes."""
 NODE_RANK = "DSTRAIN_NODE_RANK"
 """The environment variable that tells a rank of the launcher ``none`` the number of its node."""
+DIRECTORY = "DSTRAIN_DIRECTORY"
+"""The environment variable with the folder that a rank goes to first, where it was not started there."""
 
 
 class RunFolder:

@@ -202,11 +202,11 @@ class Hooks:
             return
         from torch import distributed  # here: a test of a hook needs this file, and no torch
 
+        from dstrain.json_collectives import broadcast_json
+
         rank = distributed.get_rank()
-        everywhere: list[bool] = [False for _ in specs]
-        if rank == 0:
-            everywhere = [self._make(spec, folders) for spec in specs]
-        distributed.broadcast_object_list(everywhere, src=0)
+        everywhere = [self._make(spec, folders) for spec in specs] if rank == 0 else []
+        everywhere = broadcast_json(everywhere)
         if rank != 0:
             for spec, wanted in zip(specs, everywhere, strict=True):
                 if wanted:

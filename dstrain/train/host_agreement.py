@@ -11,6 +11,7 @@ from torch import distributed
 
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
+from dstrain.json_collectives import all_gather_json, broadcast_json
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.manifest import named_checkpoints
 from dstrain.runs.run_folder import RunFolder
@@ -67,27 +68,27 @@ def _refuse_other_weights(model: str) -> None:
 
 def _shared_for(folder: RunFolder, plan: Plan) -> tuple[str, str] | None:
     """What a shared folder is needed for, as rank 0 sees it, and how to do without; None for nothing."""
-    told: list[tuple[str, str] | None] = [None]
+    told: tuple[str, str] | None = None
     if distributed.get_rank() == 0:
         if named_checkpoints(folder.checkpoints):
-            told[0] = "all ranks read the checkpoint to resume from", ""
+            told = "all ranks read the checkpoint to resume from", ""
         elif plan.run_config.saves:
             why = "all ranks write checkpoints and read them again"
-            told[0] = why, "; or --save-every never, which trains without checkpoints"
+            told = why, "; or --save-every never, which trains without checkpoints"
         elif plan.run_config.save_weights:
-            told[0] = "all stages write the final weights", "; or --set save_weights=false"
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
+            told = "all stages write the final weights", "; or --set save_weights=false"
+    of_rank_0 = broadcast_json(told)
+    return None if of_rank_0 is None else (of_rank_0[0], of_rank_0[1])
 
 
 def _refuse_own_folders(folder: RunFolder, needed_for: str, instead: str) -> None:
     """Rank 0 leaves a word that nobody can know; who does not find it has another folder at the same place."""
-    word: list[str] = [secrets.token_hex(8)]
+    mine = secrets.token_hex(8)
     rank = distributed.get_rank()
     if rank == 0:
-        write_atomically(folder.shared, word[0] + "\n")
-    distributed.broadcast_object_list(word, src=0)
-    seen = _of_all_ranks(sees(folder.shared, word[0]))
+        write_atomically(folder.shared, mine + "\n")
+    word = broadcast_json(mine)
+    seen = _of_all_ranks(sees(folder.shared, word))
     if rank == 0:
         folder.shared.unlink(missing_ok=True)
     blind = dict.fromkeys(host for host, sees_it in seen if not sees_it)
@@ -101,6 +102,4 @@ def _refuse_own_folders(folder: RunFolder, needed_for: str, instead: str) -> Non
 
 def _of_all_ranks(mine: Any) -> list[tuple[str, Any]]:
     """(host, value) of each rank."""
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, (socket.gethostname(), mine))
-    return found
+    return [(host, value) for host, value in all_gather_json([socket.gethostname(), mine])]

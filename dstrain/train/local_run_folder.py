@@ -17,6 +17,7 @@ from torch import distributed
 
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
+from dstrain.json_collectives import all_gather_json
 from dstrain.runs.protocol import plan_digest
 from dstrain.runs.record.record import append_launch
 from dstrain.runs.run_folder import RunFolder
@@ -77,10 +78,8 @@ def record_launch(folder: RunFolder, first_step: int, device: torch.device) -> N
     Raises:
         DstrainError: it can't be written.
     """
-    here = distributed.get_rank() == 0
-    devices: list[Any] | None = [None] * distributed.get_world_size() if here else None
-    distributed.gather_object(device_record(device), devices)
-    if devices is not None:
+    devices = all_gather_json(device_record(device))
+    if distributed.get_rank() == 0:
         try:
             append_launch(folder, first_step, devices)
         except OSError as error:

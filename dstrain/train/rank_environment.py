@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +10,7 @@ import psutil
 
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS, STORE_PORT
-from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.run_folder import DIRECTORY, RunFolder
 from dstrain.runs.this_machine import (
     OUTSIDE,
     OUTSIDE_6,
@@ -48,6 +49,13 @@ def launch_variables(folder: RunFolder) -> dict[str, str]:
     """What launch.sh would have brought: the run folder's ``environment``. Raises OSError where there is none."""
     lines = folder.environment.read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines)
+
+
+def enter_directory(environ: Mapping[str, str]) -> None:
+    """Go to the folder that relative paths count from, where the launch named one. Raises OSError."""
+    directory = environ.get(DIRECTORY)
+    if directory:
+        os.chdir(directory)
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -41,6 +41,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
         "validation": config.validation,
         "cache_dir": str(cache_folder() / "data"),
         "pack": config.pack,
+        "max_document_bytes": config.max_document_bytes,
     }
     try:
         data = prepare(_own_source(plan, choices) if own else config.data, **choices)

@@ -21,6 +21,7 @@ from dstrain.engine.interface import DTYPES, Engine, StepResult
 from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
+from dstrain.json_collectives import broadcast_json
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.loss import BUILT_IN, OwnLoss, TokenLoss
 from dstrain.model.pipeline_model import PipelineModel
@@ -199,9 +200,8 @@ def _result(folder: RunFolder) -> dict[str, Any]:
 
 def _run_id(folder: RunFolder) -> str:
     """The run's id on every rank; rank 0 draws it where there is none."""
-    told = [keep_run_id(folder.run_id, folder.checkpoints) if distributed.get_rank() == 0 else ""]
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
+    drawn = keep_run_id(folder.run_id, folder.checkpoints) if distributed.get_rank() == 0 else ""
+    return str(broadcast_json(drawn))
 
 
 def _say(line: str, console: TextIO | None) -> None:

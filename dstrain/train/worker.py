@@ -25,6 +25,7 @@ from dstrain.runs.run_folder import NODE_RANK, RunFolder
 from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.rank_environment import (
+    enter_directory,
     launch_variables,
     loopback_variables,
     network_variables,
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
     os.environ.update(rank_variables(os.environ))
     os.environ.update(loopback_variables(os.environ))
     os.environ.update(network_variables(os.environ))
+    enter_directory(os.environ)
     rank = int(os.environ["RANK"])
     console = _log_to(folder.rank_log(rank))
     status = RankStatus(rank=rank, host=socket.gethostname(), pid=os.getpid(), state="running")

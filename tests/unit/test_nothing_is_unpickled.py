@@ -31,6 +31,13 @@ UNPICKLERS = {
     *("torch.jit.load", "torch.package.PackageImporter", "yaml.unsafe_load", "yaml.full_load"),
     *("yaml.unsafe_load_all", "yaml.full_load_all", "yaml.load_all"),
 }
+# Collectives of torch that send pickles, by whatever name the module has.
+PICKLED_COLLECTIVES = (
+    *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
+    *("send_object_list", "recv_object_list"),
+)
+# Loaders of transformers that run code out of a folder, unless they are told not to.
+AUTO_LOADERS = ("from_pretrained", "from_config")
 MODULES = ("pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 
 
@@ -58,6 +65,12 @@ def dangers(source: str) -> Iterator[str]:
             or (called in ("np.load", "numpy.load") and given.get("allow_pickle") != "False")
             or (called == "yaml.load" and (given.get("Loader") or arguments[1:2] or [""])[0] != "_Loader")
             or given.get("trust_remote_code", "False") != "False"
+            or called.rpartition(".")[2] in PICKLED_COLLECTIVES
+            or (
+                called.startswith("Auto")
+                and called.rpartition(".")[2] in AUTO_LOADERS
+                and given.get("trust_remote_code") != "False"
+            )
         ):
             yield f"{node.lineno}: {ast.unparse(node)}"
 
@@ -79,6 +92,11 @@ def dangers(source: str) -> Iterator[str]:
         "yaml.load(text, yaml.Loader)",
         "yaml.unsafe_load(text)",
         "AutoModel.from_pretrained(folder, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(folder)",
+        "AutoModelForCausalLM.from_config(config, dtype=dtype)",
+        "torch.distributed.all_gather_object(found, mine)",
+        "dist.broadcast_object_list(told, src=0)",
+        "distributed.gather_object(mine)",
     ],
 )
 def test_the_check_sees_what_is_dangerous(line: str) -> None:
@@ -93,6 +111,8 @@ def test_the_check_sees_what_is_dangerous(line: str) -> None:
         "yaml.load(text, _Loader)",
         "json.loads(text)",
         "engine.load(folder)",
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)",
+        "all_gather_json(mine)",
     ],
 )
 def test_the_check_lets_pass_what_is_not(line: str) -> None:

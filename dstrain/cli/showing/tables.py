@@ -7,18 +7,29 @@ all columns alike. Here a cell folds instead, and paths and free text give way b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.box import Box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from dstrain.formatting import plain
 
 _ENDLESS = 1_000_000
 # A column that gives way keeps this many letters while others can give way too; words up to the second stay whole.
 _LEAST, _WORD = 12, 24
+
+
+class _PlainConsole(Console):
+    """Shows what stands in a text, and lets the terminal carry out nothing of it."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
 
 def make_console(*, whole_lines: bool = False) -> Console:
@@ -27,7 +38,7 @@ def make_console(*, whole_lines: bool = False) -> Console:
     Args:
         whole_lines: where there is no terminal, a row is a line, however long: for grep and the like.
     """
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = _PlainConsole(markup=False, emoji=False, highlight=False)
     if whole_lines and not console.is_terminal:
         console.width = _ENDLESS
     return console

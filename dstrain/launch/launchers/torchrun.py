@@ -7,6 +7,7 @@ import shlex
 import shutil
 
 from dstrain.errors import DstrainError
+from dstrain.launch.environment import start_folder
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, LaunchSpec, check_remote, check_slots
 from dstrain.launch.launchers import output
 from dstrain.planning.layout import STORE_PORT
@@ -48,7 +49,7 @@ def command(request: LaunchSpec) -> list[str]:
     )
     exported += f"export {ADDRESS}={CONTROL_ADDRESS}; "
     names = ",".join(host.name for host in request.hosts)
-    place = shlex.quote(str(request.directory.absolute()))
+    place = shlex.quote(start_folder(request.directory))
     return ["pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", names, f"{exported}cd {place} && exec {started}"]
 
 

@@ -64,7 +64,7 @@ def reference(config: PretrainedConfig, weights: dict[str, list[nn.Parameter]]) 
     """
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float32
+        copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
     ).train()
     own = dict(model.named_parameters(remove_duplicate=False))
     assert set(own) == set(weights), f"other names: {sorted(set(own) ^ set(weights))}"

@@ -171,9 +171,12 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    size = path.stat().st_size
+    if size > _LARGEST_HEADER:
+        raise DstrainError(f"an index of {size:,} bytes is none", where=str(path))
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DstrainError(f"the index can't be read: {_describe(error)}", where=str(path)) from None
     named = isinstance(entries, dict) and all(isinstance(name, str) for name in entries.values())
     # A name with a folder in it could reach files outside.
@@ -192,7 +195,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             header = json.loads(file.read(length))
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _broken(path, _describe(error)) from None
     end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=0)
     if end > size:

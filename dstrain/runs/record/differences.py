@@ -17,7 +17,7 @@ _SAME_NUMBERS = frozenset(
         "prompt", "sample_tokens", "time_limit", "nvme_path", "eval_every", "trackers", "profile", "code_dirs",
         # Compared as what they came to: fingerprints, the layout, the batch, DeepSpeed's JSON.
         "model", "data", "data_options", "tokenizer", "data_parallel", "micro_batch", "partition", "ds_config",
-        "deepspeed",
+        "deepspeed", "max_document_bytes",
     )
 )  # fmt: skip
 # The packages that compute stand in front.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dstrain.runs.record.secrets import looks_secret
 from dstrain.version import __file__ as VERSION_FILE
 from dstrain.version import __version__
 
@@ -68,11 +69,14 @@ _OTHER_VARIABLES = (
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of ``environment`` that can change a run's numbers, sorted."""
+    """Those of ``environment`` that can change a run's numbers, sorted; none that looks like a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())
-        if value and name not in _OTHER_VARIABLES and (name in _VARIABLES or name.startswith(_PREFIXES))
+        if value
+        and name not in _OTHER_VARIABLES
+        and (name in _VARIABLES or name.startswith(_PREFIXES))
+        and not looks_secret(f"{name}={value}".encode(errors="replace"))
     }
 
 

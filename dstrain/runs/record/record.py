@@ -17,6 +17,7 @@ from typing import Any
 
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
+from dstrain.formatting import format_count
 from dstrain.planning.plan import Plan
 from dstrain.renamed_keys import CONFIG_KEYS, with_new_names
 from dstrain.runs.record.environment import (
@@ -27,14 +28,15 @@ from dstrain.runs.record.environment import (
     variables,
     weights_fingerprint,
 )
-from dstrain.runs.record.source import source_of
+from dstrain.runs.record.source import Source, source_of
 from dstrain.runs.run_folder import RunFolder
 
 FORMAT = 1
 
 
-def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) -> None:
-    """Write ``record.json``, and the diff of the user's folder beside it. Raises OSError.
+def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) -> list[str]:
+    """Write ``record.json``, and the diff of the user's folder beside it; what the user should know of them. Raises
+    OSError.
 
     Args:
         environment: what the ranks are given.
@@ -75,6 +77,16 @@ def write_record(folder: RunFolder, plan: Plan, environment: Mapping[str, str]) 
     write_json(folder.record, record)
     if source is not None and source.diff and source.changes is not None:
         write_atomically(folder.source_diff(source.changes), source.diff)
+    return _notes(folder, source)
+
+
+def _notes(folder: RunFolder, source: Source | None) -> list[str]:
+    if source is not None and source.refused:
+        return [f"the record says nothing of the git repository of {source.folder}: {source.refused}"]
+    if source is not None and source.left_out and source.changes is not None:
+        places = format_count(source.left_out, "place")
+        return [f"{folder.source_diff(source.changes).name} leaves out {places} that look like secrets"]
+    return []
 
 
 def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[str, Any]]) -> None:

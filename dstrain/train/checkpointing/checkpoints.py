@@ -17,6 +17,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
+from dstrain.json_collectives import all_gather_json, broadcast_json
 from dstrain.runs.checkpoint.identity import is_other_layout, refuse_other
 from dstrain.runs.checkpoint.manifest import FileRecord, file_sizes, newest_complete, share_out
 from dstrain.train.checkpointing.background_writer import (
@@ -186,9 +187,8 @@ class Checkpoints:
     def _share_of_written(self, aside: Path) -> list[str]:
         """Which of the files that are there already this rank flushes and reads back."""
         distributed.barrier()
-        listed: list[Any] = [file_sizes(aside) if self._rank == 0 else None]
-        distributed.broadcast_object_list(listed, src=0)
-        return share_out(listed[0], distributed.get_world_size())[self._rank]
+        listed = broadcast_json(file_sizes(aside) if self._rank == 0 else None)
+        return share_out(listed, distributed.get_world_size())[self._rank]
 
     def _complete(self, aside: Path, step: int, files: Mapping[str, FileRecord]) -> None:
         """Rank 0's thread: every file of the folder gets into the manifest, and the folder its name."""
@@ -234,8 +234,7 @@ class Checkpoints:
 
 def _first_of_all_ranks(failure: Failure | None) -> str | None:
     """The reason of the first rank that failed, on every rank; None where none did."""
-    reasons: list[str | None] = [None for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(reasons, failure.reason if failure else None)
+    reasons = all_gather_json(failure.reason if failure else None)
     return next((reason for reason in reasons if reason is not None), None)
 
 

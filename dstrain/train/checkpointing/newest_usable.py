@@ -9,6 +9,7 @@ from typing import Any
 from torch import distributed
 
 from dstrain.errors import DstrainError
+from dstrain.json_collectives import all_gather_json, broadcast_json
 from dstrain.runs.checkpoint.manifest import (
     Choice,
     choose_newest,
@@ -59,19 +60,18 @@ def find_newest_usable(
 
 def _choose(folder: Path, run: str, damaged: dict[str, str]) -> Choice:
     """Rank 0 looks at names, manifests and sizes, so that all ranks choose alike."""
-    told: list[Any] = [None, None]
+    told: dict[str, Any] = {}
     if distributed.get_rank() == 0:
         try:
-            told[0] = choose_newest(folder, run, damaged)
+            choice = choose_newest(folder, run, damaged)
+            told = {"name": choice.checkpoint.name if choice.checkpoint else None, "passed": choice.passed}
         except DstrainError as error:
-            told[1] = (error.message, error.hint, error.where)
-    distributed.broadcast_object_list(told, src=0)
-    choice: Choice  # unless there is a refusal
-    choice, refusal = told
-    if refusal is not None:
-        message, hint, where = refusal
-        raise DstrainError(message, hint=hint, where=where)
-    return choice
+            told = {"refusal": {"message": error.message, "hint": error.hint, "where": error.where}}
+    told = broadcast_json(told)
+    if "refusal" in told:
+        raise DstrainError(**told["refusal"])
+    passed = tuple((name, why) for name, why in told["passed"])
+    return Choice(folder / told["name"] if told["name"] is not None else None, passed)
 
 
 def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
@@ -81,8 +81,7 @@ def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
     if rank == 0 and any(file.sha256 is None for file in files.values()):
         say(f"{checkpoint.name} was saved by an older dstrain, without checksums: only sizes are checked")
     share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
-    parts: list[dict[str, str]] = [{} for _ in range(ranks)]
-    distributed.all_gather_object(parts, wrong_files(checkpoint, files, share))
+    parts: list[dict[str, str]] = all_gather_json(wrong_files(checkpoint, files, share))
     found = {name: why for part in parts for name, why in part.items()}
     if not found:
         return None

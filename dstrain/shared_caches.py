@@ -1,0 +1,88 @@
+"""Which folders and files of a cache are believed, and how they are made: several users may share its place.
+
+An entry that another user can write may say anything: other tokens under the hash of this corpus, a library for a
+kernel. So only what belongs to this user or to root, and can be written by nobody else, is read.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+_OTHERS, _GROUP = 0o002, 0o020
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file or folder is there, is no link, belongs to this user or root, and nobody else may write it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return (
+        (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
+        and status.st_uid in (os.geteuid(), 0)
+        and not status.st_mode & _OTHERS
+        and not (status.st_mode & _GROUP and not _is_private(status.st_gid))
+    )
+
+
+def own_place(base: Path) -> Path | None:
+    """Where below ``base`` this user's entries go: ``base`` itself if it `is_own`, else a folder of this user's in it.
+
+    It is made if it is not there. None where there is none that nobody else can write.
+    """
+    with suppress(OSError):
+        make_folder(base)
+    real = Path(os.path.realpath(base))
+    if is_own(real) or not os.path.lexists(base):  # what can't be made is told of by who writes there
+        return base
+    own = base / f"uid-{os.geteuid()}"
+    with suppress(OSError):
+        own.mkdir(mode=0o700)
+    return own if is_own(own) else None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone. Raises OSError."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+
+
+def write_own(path: Path, text: str) -> None:
+    """Write a file that this user alone may read, in one step, and follow no link. Raises OSError."""
+    make_folder(path.parent)
+    aside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor to lock, of a file that no other user may open, let alone lock. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with suppress(OSError):  # root's
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is this user's own, as most distributions make one for each user."""
+    try:
+        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return (
+        found.gr_gid == user.pw_gid and found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+    )

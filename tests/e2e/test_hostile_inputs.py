@@ -1,0 +1,139 @@
+"""Folders that others have filled, through the commands: nothing in them is run, and nothing outside is written.
+
+All processes are real ones, with a canary: a file that whatever is run would write to.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support.e2e import Said
+
+pytestmark = pytest.mark.timeout(900)
+
+# Python's own modules, installed ones, and ones that libraries look for and do without.
+MODULES = (
+    *(
+        "random",
+        "json",
+        "typing",
+        "runpy",
+        "socket",
+        "subprocess",
+        "multiprocessing",
+        "logging",
+        "dataclasses",
+    ),
+    *(
+        "sitecustomize",
+        "usercustomize",
+        "torch",
+        "numpy",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "datasets",
+    ),
+    *("yaml", "click", "pydantic", "rich", "psutil", "safetensors", "dstrain", "wandb", "mlflow", "trackio"),
+    *("flash_attn", "sentencepiece", "pandas", "sklearn", "cupy", "apex", "triton", "mpi4py", "peft"),
+)
+RUN = (
+    *(
+        "--model",
+        "model",
+        "--data",
+        "text.jsonl",
+        "--seq-len",
+        "32",
+        "--global-batch",
+        "4",
+        "--micro-batch",
+        "2",
+    ),
+    *("--steps", "2", "--set", "sample_tokens=4", "--set", "validation=0.2", "--set", "save_every=2"),
+)
+
+
+class HostileFolder:
+    """A folder to stand in, where every import that finds it leaves a word in the canary."""
+
+    def __init__(self, place: Path, environment: Mapping[str, str], console_script: Path) -> None:
+        self.place, self.canary = place, place.parent / "canary"
+        self._environment, self._script = dict(environment), console_script
+        self.canary.touch()
+        code = f"open({str(self.canary)!r}, 'a').write(__file__ + '\\n')\n"
+        for number, name in enumerate(MODULES):
+            if number % 2:
+                (place / f"{name}.py").write_text(code)
+            else:
+                (place / name).mkdir()
+                (place / name / "__init__.py").write_text(code)
+
+    def call(self, *arguments: str, change: str = "", **environment: str) -> Said:
+        """The installed ``dstrain`` command. ``change``: code that is run first."""
+        script = self._script
+        if change:
+            script = self.place.parent / "changed"
+            script.write_text(f"{change}\n{self._script.read_text()}")
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            cwd=self.place,
+            env=self._environment | environment,
+            input="y\n" * 100,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    def log(self, name: str) -> str:
+        logs = sorted((self.place / "runs" / name / "logs").glob("*"))
+        return "\n".join(log.read_text() for log in logs)
+
+
+@pytest.fixture
+def hostile(place: Path, materials: Path, tmp_path: Path) -> HostileFolder:
+    script = tmp_path / "bin" / "dstrain"
+    script.parent.mkdir()
+    script.write_text("from dstrain.cli.main import main\nmain()\n")
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in ("model", "text.jsonl"):
+        (folder / name).symlink_to(materials / name)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return HostileFolder(folder, environment, script)
+
+
+def test_no_module_of_the_current_folder_is_imported(hostile: HostileFolder) -> None:
+    for arguments in (
+        ("run", *RUN, "--data-parallel", "2", "--name", "r"),
+        ("export", "runs/r", "out"),
+        ("generate", "out", "one", "--tokens", "3"),
+        ("doctor",),
+    ):
+        said = hostile.call(*arguments)
+        assert said.code == 0, (arguments, said, hostile.log("r"))
+        assert hostile.canary.read_text() == "", arguments
+
+
+def test_nor_with_python_3_10_which_knows_no_safe_path(hostile: HostileFolder) -> None:
+    change = "from dstrain.launch import environment\nenvironment.SAFE_PATH = False"
+    said = hostile.call("run", *RUN, "--name", "r", "--launcher", "none", "--processes", "1", change=change)
+    assert said.code == 0, said.out + said.err + hostile.log("r")
+    assert hostile.canary.read_text() == ""
+
+
+def test_the_canary_sings(hostile: HostileFolder) -> None:
+    """Where Python looks into the current folder, it is found."""
+    subprocess.run([sys.executable, "-m", "tabnanny"], cwd=hostile.place, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", "import torch"], cwd=hostile.place, capture_output=True, check=False
+    )
+    assert "torch" in hostile.canary.read_text()
