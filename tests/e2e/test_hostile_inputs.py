@@ -19,13 +19,43 @@ pytestmark = pytest.mark.timeout(900)
 
 # Python's own modules, installed ones, and ones that libraries look for and do without.
 MODULES = (
-    *("random", "json", "typing", "runpy", "socket", "subprocess", "multiprocessing", "logging", "dataclasses"),
-    *("sitecustomize", "usercustomize", "torch", "numpy", "deepspeed", "transformers", "tokenizers", "datasets"),
+    *(
+        "random",
+        "json",
+        "typing",
+        "runpy",
+        "socket",
+        "subprocess",
+        "multiprocessing",
+        "logging",
+        "dataclasses",
+    ),
+    *(
+        "sitecustomize",
+        "usercustomize",
+        "torch",
+        "numpy",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "datasets",
+    ),
     *("yaml", "click", "pydantic", "rich", "psutil", "safetensors", "dstrain", "wandb", "mlflow", "trackio"),
     *("flash_attn", "sentencepiece", "pandas", "sklearn", "cupy", "apex", "triton", "mpi4py", "peft"),
 )
 RUN = (
-    *("--model", "model", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "4", "--micro-batch", "2"),
+    *(
+        "--model",
+        "model",
+        "--data",
+        "text.jsonl",
+        "--seq-len",
+        "32",
+        "--global-batch",
+        "4",
+        "--micro-batch",
+        "2",
+    ),
     *("--steps", "2", "--set", "sample_tokens=4", "--set", "validation=0.2", "--set", "save_every=2"),
 )
 
@@ -103,5 +133,7 @@ def test_nor_with_python_3_10_which_knows_no_safe_path(hostile: HostileFolder) -
 def test_the_canary_sings(hostile: HostileFolder) -> None:
     """Where Python looks into the current folder, it is found."""
     subprocess.run([sys.executable, "-m", "tabnanny"], cwd=hostile.place, capture_output=True, check=False)
-    subprocess.run([sys.executable, "-c", "import torch"], cwd=hostile.place, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", "import torch"], cwd=hostile.place, capture_output=True, check=False
+    )
     assert "torch" in hostile.canary.read_text()
