@@ -61,7 +61,14 @@ ONE_HOST: dict[str, list[str]] = {
 TWO_HOSTS: dict[str, set[tuple[str, str]]] = {
     "pdsh": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD)},
     "torchrun": {(CHECK, ALL), (SUPERVISOR, ALL), (AGENT, ALL), (RANK, CARD)},
-    "openmpi": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("mpirun", ALL)},
+    "openmpi": {
+        (CHECK, ALL),
+        (SUPERVISOR, ALL),
+        (RANK, ALL),
+        (RANK, CARD),
+        ("mpirun", ALL),
+        ("mpirun", LOOPBACK),
+    },
     "slurm": {(SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("srun", ALL)},
     "none": {(SUPERVISOR, LOOPBACK), (AGENT, ALL), (RANK, CARD)},
 }
@@ -128,18 +135,17 @@ def who_listens_where(run: Run) -> set[tuple[str, str]]:
 
 
 def _who(listener: Listener) -> str:
-    programs = {
+    """What starts a rank has the rank's words among its own."""
+    program = os.path.basename(listener.program.partition(" ")[0])
+    if program in ("mpirun", "orted", "srun"):
+        return {"orted": "mpirun"}.get(program, program)
+    modules = {
+        "torch.distributed.run": AGENT,
         "dstrain.train.worker": RANK,
         "dstrain.diagnostics.host": CHECK,
         "dstrain.cli.main": SUPERVISOR,
-        "mpirun": "mpirun",
-        "orted": "mpirun",
-        "srun": "srun",
     }
-    # A rank's agent has the rank's words among its own.
-    if "torch.distributed.run" in listener.program:
-        return AGENT
-    return next((name for part, name in programs.items() if part in listener.program), listener.program)
+    return next((name for module, name in modules.items() if module in listener.program), listener.program)
 
 
 def _where(listener: Listener) -> str:
