@@ -7,7 +7,7 @@ import shlex
 import socket
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_atomically
+from dstrain.files import make_executable, write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
@@ -54,6 +54,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         "",
     ]
     try:
+        folder.make("private")
         write_atomically(folder.environment, environment_text(_travelling(request)))
         if remote:
             hosts = [f"{host.name} slots={request.processes_per_host}\n" for host in request.hosts]
@@ -61,7 +62,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         else:
             folder.hostfile.unlink(missing_ok=True)
         write_atomically(folder.launch_script, "\n".join(lines))
-        folder.launch_script.chmod(0o755)
+        make_executable(folder.launch_script)
     except OSError as error:
         raise DstrainError(
             f"the launch files can't be written: {error.strerror}.", where=str(folder.path)

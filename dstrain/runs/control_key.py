@@ -53,6 +53,7 @@ def _read_private(file: Path) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise DstrainError(
-                "the key of the control connection is not a file that this user alone can read", where=str(file)
+                "the key of the control connection is not a file that this user alone can read",
+                where=str(file),
             )
         return opened.read(1024)
