@@ -12,7 +12,7 @@ from dstrain.launch.environment import check_environment, environment_text, forg
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import NODE_RANK, RunFolder
+from dstrain.runs.run_folder import NODE_RANK, RunFolder, make_open_to
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.
@@ -54,7 +54,7 @@ def write_launch_files(request: LaunchSpec) -> None:
         "",
     ]
     try:
-        folder.make("private")
+        make_open_to(folder.path, "private")
         write_atomically(folder.environment, environment_text(_travelling(request)))
         if remote:
             hosts = [f"{host.name} slots={request.processes_per_host}\n" for host in request.hosts]
