@@ -155,40 +155,51 @@ class FolderLock:
             if error.errno not in _NO_LOCKS:
                 raise not_writable(error, self._folder) from error
             has_locks = False
-        for path in (lock, claim):
-            holder = _read(path)
-            if holder is not None and self._lives(holder, path, wait=wait):
-                raise self._held_by(holder)
+        holder = _read(lock)
+        if holder is not None and self._lives(holder, lock, wait=wait):
+            raise self._held_by(holder)
+        dead = self._dead_claim(wait=wait)
         if has_locks:
             with suppress(OSError):  # left by a host that has no locks, and is gone
                 claim.unlink(missing_ok=True)
         else:
-            self._claim = self._make_claim()
+            self._claim = self._make_claim(dead)
             self._say("this file system has no locks; the run folder is held with a file (.lock-claim)")
 
-    def _make_claim(self) -> int:
-        """Only one process can make this file; what stands there belongs to nobody any more."""
+    def _make_claim(self, dead: int | None) -> int:
+        """Only one process can make this file. ``dead``: the inode of one that belongs to nobody any more."""
         claim = self._folder.lock_claim
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
-            before = _read(claim)
-            try:
-                return open_to_write(claim, flags)
-            except FileExistsError:
+            if dead is not None:
                 aside = claim.with_name(f"{claim.name}.{secrets.token_hex(4)}")
                 os.rename(claim, aside)
-                taken = _read(aside)
-                if (taken and taken.token) != (before and before.token):  # another one was faster
+                taken = _inode(aside)
+                if taken != dead:  # another one was faster
                     with suppress(FileExistsError):
                         os.link(aside, claim)
-                    aside.unlink(missing_ok=True)
-                    raise self._held_by(taken) from None
-                aside.unlink(missing_ok=True)
+                aside.unlink()
+                if taken != dead:
+                    raise self._held_by(_read(claim))
             return open_to_write(claim, flags)
         except (FileExistsError, FileNotFoundError):
             raise self._held_by(_read(claim)) from None
         except OSError as error:
             raise not_writable(error, self._folder) from error
+
+    def _dead_claim(self, *, wait: bool) -> int | None:
+        """The inode of a claim whose maker is gone; None where there is no claim. Raises DstrainError for a living one."""
+        claim = self._folder.lock_claim
+        inode, holder = _inode(claim), _read(claim)
+        if inode is None:
+            return None
+        if holder is not None:
+            lives = self._lives(holder, claim, wait=wait)
+        else:  # it is just being made, or its maker did not come to say who he is
+            lives = _age(claim) < WATCH_SECONDS
+        if lives:
+            raise self._held_by(holder)
+        return inode
 
     def _lives(self, holder: Holder, path: Path, *, wait: bool) -> bool:
         """Whether a holder is still there. One of another machine is watched: only he changes what is written."""
@@ -326,6 +337,21 @@ def lost(folder: RunFolder) -> DstrainError:
 def _place(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was changed, as far as the clocks of two hosts agree; infinity where it is gone."""
+    try:
+        return abs(time.time() - path.lstat().st_mtime)
+    except OSError:
+        return float("inf")
 
 
 def _read(path: Path) -> Holder | None:

@@ -181,12 +181,17 @@ def test_two_hosts_that_have_no_locks_at_the_same_moment(
 ) -> None:
     """Both have looked, and seen nobody."""
     without_locks(monkeypatch, errno.ENOLCK)
-    monkeypatch.setattr(FolderLock, "_lives", lambda *_, **__: False)
     folder.make("private")
     barrier, found = threading.Barrier(8), []
+    make_claim = FolderLock._make_claim
+
+    def all_at_once(self: FolderLock, dead: int | None) -> int:
+        barrier.wait()
+        return make_claim(self, dead)
+
+    monkeypatch.setattr(FolderLock, "_make_claim", all_at_once)
 
     def take() -> None:
-        barrier.wait()
         try:
             found.append(FolderLock(folder, lambda line: None))
         except DstrainError:
@@ -197,15 +202,19 @@ def test_two_hosts_that_have_no_locks_at_the_same_moment(
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) >= 1
-    kept = []
-    for lock in found:
-        try:
-            lock.check(now=True)
-        except DstrainError:
-            continue
-        kept.append(lock)
-    assert len(kept) == 1
+    assert len(found) == 1
+    found[0].check(now=True)
+
+
+def test_a_claim_that_was_left_half_made_holds_nobody_up_for_long(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch, errno.ENOLCK)
+    folder.make("private")
+    folder.lock_claim.touch()
+    assert is_held(folder) is not None
+    os.utime(folder.lock_claim, (time.time() - 60, time.time() - 60))
+    assert is_held(folder) is None
 
 
 def test_what_was_shown_long_ago_is_not_waited_for(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
