@@ -188,7 +188,7 @@ class FolderLock:
             raise not_writable(error, self._folder) from error
 
     def _dead_claim(self, *, wait: bool) -> int | None:
-        """The inode of a claim whose maker is gone; None where there is no claim. Raises DstrainError for a living one."""
+        """The inode of a claim whose maker is gone; None where there is no claim. Raises DstrainError where he lives."""
         claim = self._folder.lock_claim
         inode, holder = _inode(claim), _read(claim)
         if inode is None:
@@ -227,12 +227,13 @@ class FolderLock:
         if self._folder_is_there():
             self._gone_since = None
             return
-        if self._gone_since is None:
-            self._gone_since = time.monotonic()
-            if now:
-                time.sleep(_GONE_SECONDS)
-                self._check_folder(now=False)
-        elif time.monotonic() - self._gone_since >= _GONE_SECONDS:
+        self._gone_since = self._gone_since or time.monotonic()
+        if now:
+            time.sleep(max(0.0, self._gone_since + _GONE_SECONDS - time.monotonic()))
+            if self._folder_is_there():
+                self._gone_since = None
+                return
+        if now or time.monotonic() - self._gone_since >= _GONE_SECONDS:
             raise lost(self._folder)
 
     def _folder_is_there(self) -> bool:

@@ -1,4 +1,4 @@
-"""Run folders from others through the command line: what leads out of them is not followed, and their code is not run."""
+"""Run folders from others through the command line: nothing that leads out is followed, and their code is not run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,54 @@ CANARY = "alias ls='ls --color'\n"
 RUN_ID = "0123456789abcdef"
 CONFIG = "model: model\ndata: text.jsonl\nsteps: 4\nseq_len: 32\nglobal_batch: 8\n"
 LINKED = [
-    *("config.yaml", "plan.json", "ds_config.json", "launch.sh", "launch.sbatch", "environment", ".environment"),
-    *(".lock", ".lock-claim", ".lock-node-1", ".launch", ".shared", "stop", "hostfile", "metrics.jsonl", "result.json"),
+    *(
+        "config.yaml",
+        "plan.json",
+        "ds_config.json",
+        "launch.sh",
+        "launch.sbatch",
+        "environment",
+        ".environment",
+    ),
+    *(
+        ".lock",
+        ".lock-claim",
+        ".lock-node-1",
+        ".launch",
+        ".shared",
+        "stop",
+        "hostfile",
+        "metrics.jsonl",
+        "result.json",
+    ),
     *("record.json", "launches.jsonl", "reproduction.json", "run-id", "source-0123.diff", "slurm-17.log"),
     *("mlflow.db", "mlflow.db-wal", ".plan-node-1.json", ".anything"),
     *("logs", "logs/launcher.log", "logs/launcher-node-1.log", "logs/rank-0.log", "logs/rank-0.status.json"),
-    *("logs/rank-0.stacks.txt", "checkpoints", "checkpoints/step-000004", "checkpoints/step-000002/manifest.json"),
-    *("checkpoints/step-000002/DAMAGED", "checkpoints/step-000002/state", "checkpoints/step-000002/state/model.pt"),
-    *("checkpoints/.step-000006.partial", "checkpoints/.step-000001.removed", "model", "model/config.json", "weights"),
-    *("weights/stage-0.safetensors", "trackers", "trackers/wandb.json", "profile", "profile/rank-0.pt.trace.json"),
+    *(
+        "logs/rank-0.stacks.txt",
+        "checkpoints",
+        "checkpoints/step-000004",
+        "checkpoints/step-000002/manifest.json",
+    ),
+    *(
+        "checkpoints/step-000002/DAMAGED",
+        "checkpoints/step-000002/state",
+        "checkpoints/step-000002/state/model.pt",
+    ),
+    *(
+        "checkpoints/.step-000006.partial",
+        "checkpoints/.step-000001.removed",
+        "model",
+        "model/config.json",
+        "weights",
+    ),
+    *(
+        "weights/stage-0.safetensors",
+        "trackers",
+        "trackers/wandb.json",
+        "profile",
+        "profile/rank-0.pt.trace.json",
+    ),
     *("tensorboard", "tensorboard/events.out.tfevents.1", "wandb", "wandb/run-1"),
 ]
 HARD_LINKED = [".lock", "launches.jsonl", "logs/launcher.log", "logs/rank-0.log", "mlflow.db"]
@@ -97,7 +136,9 @@ def test_links_are_refused_at_every_name(
     put_link(given / name, folder if is_folder and name not in ("launch", "stop") else file)
     for command in COMMANDS if name in ("logs", "launches.jsonl", "config.yaml") else COMMANDS[:1]:
         said = dstrain_here(*command)
-        one_message(said, [f"runs/given: {name} is a link to ", "no link is followed", "hint: put what it links to"])
+        one_message(
+            said, [f"runs/given: {name} is a link to ", "no link is followed", "hint: put what it links to"]
+        )
     assert file.read_text() == before and list(folder.iterdir()) == [file]
 
 
@@ -112,7 +153,9 @@ def test_hard_links_are_refused_where_files_are_written_in_place(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["plan.json", ".lock", "metrics.jsonl", "logs/rank-0.log", "checkpoints/step-000002/x"])
+@pytest.mark.parametrize(
+    "name", ["plan.json", ".lock", "metrics.jsonl", "logs/rank-0.log", "checkpoints/step-000002/x"]
+)
 def test_pipes_are_refused_and_never_waited_for(
     name: str, given: Path, dstrain_here: Callable[..., Said]
 ) -> None:
@@ -121,7 +164,9 @@ def test_pipes_are_refused_and_never_waited_for(
     one_message(dstrain_here("resume", "given"), [f"{name} is a pipe, and not a file"])
 
 
-def test_links_of_the_users_own_are_not_ours(given: Path, place: Path, dstrain_here: Callable[..., Said]) -> None:
+def test_links_of_the_users_own_are_not_ours(
+    given: Path, place: Path, dstrain_here: Callable[..., Said]
+) -> None:
     """Names that dstrain does not use, W&B's link to its newest run, and the run folder itself on another disk."""
     (given / "best").symlink_to(given / "checkpoints" / "step-000002")
     (given / "wandb" / "offline-run-1").mkdir(parents=True)
@@ -171,7 +216,9 @@ def test_code_that_another_user_names_is_not_imported(
     (given / "config.yaml").write_text(f"{lines}{NAMED[key]}\ncode_dirs: [{place}/theirs]\n")
     give_away(given, monkeypatch)
     said = dstrain_here("resume", "given", "--steps", "6")
-    one_message(said, ["this run folder belongs to user 12345" if os.geteuid() == 0 else "belongs to", "their_code"])
+    one_message(
+        said, ["this run folder belongs to user 12345" if os.geteuid() == 0 else "belongs to", "their_code"]
+    )
     assert "add --trust" in said.err and not marker.exists()
 
 
@@ -181,7 +228,9 @@ def test_what_was_typed_is_ones_own(
     write_code(place)
     monkeypatch.setenv("PYTHONPATH", f"{place}/theirs:{os.environ['PYTHONPATH']}")
     give_away(given, monkeypatch)
-    said = dstrain_here("resume", "given", "--hook", "their_code:Hook", "--set", f"code_dirs=[{place}/theirs]")
+    said = dstrain_here(
+        "resume", "given", "--hook", "their_code:Hook", "--set", f"code_dirs=[{place}/theirs]"
+    )
     assert "--trust" not in said.err + said.out
 
 
@@ -216,7 +265,9 @@ def test_a_folder_that_all_may_write_to_is_anybodys(given: Path, dstrain_here: C
     assert stat.S_IMODE((given / "config.yaml").stat().st_mode) == 0o666
 
 
-def test_a_folder_of_ones_own_needs_no_trust(place: Path, given: Path, dstrain_here: Callable[..., Said]) -> None:
+def test_a_folder_of_ones_own_needs_no_trust(
+    place: Path, given: Path, dstrain_here: Callable[..., Said]
+) -> None:
     write_code(place)
     (given / "config.yaml").write_text(
         CONFIG + f"hooks: ['their_code:Hook']\ncode_dirs: [{place}/theirs]\nruns_dir: /somewhere/else\n"

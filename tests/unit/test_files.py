@@ -1,4 +1,4 @@
-"""Files are written where they were meant to be: not through links, and open to nobody who does not get into the folder."""
+"""Files are written where they were meant to be, not through links, and are as open as the folder that they are in."""
 
 from __future__ import annotations
 
@@ -224,5 +224,7 @@ def test_json_that_nobody_has_written_is_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             parse_json(text)
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n[1]\n' + "[" * 100_000 + '\n{"step": 2}\n' + "x" * 200_001 + '\n{"step": 3}\n')
+    path.write_text(
+        '{"step": 1}\n[1]\n' + "[" * 100_000 + '\n{"step": 2}\n' + "x" * 200_001 + '\n{"step": 3}\n'
+    )
     assert list(json_lines(path, 200_000)) == [{"step": 1}, {"step": 2}]

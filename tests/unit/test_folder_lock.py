@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ def is_held(folder: RunFolder) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("others", "mine"), [(None, None), *((number, number) for number in NO_LOCKS), (None, NO_LOCKS[0]), (NO_LOCKS[0], None)]
+    ("others", "mine"),
+    [(None, None), *((number, number) for number in NO_LOCKS), (None, NO_LOCKS[0]), (NO_LOCKS[0], None)],
 )
 def test_two_processes(
     others: int | None,
@@ -192,10 +194,8 @@ def test_two_hosts_that_have_no_locks_at_the_same_moment(
     monkeypatch.setattr(FolderLock, "_make_claim", all_at_once)
 
     def take() -> None:
-        try:
+        with suppress(DstrainError):
             found.append(FolderLock(folder, lambda line: None))
-        except DstrainError:
-            pass
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
@@ -217,7 +217,9 @@ def test_a_claim_that_was_left_half_made_holds_nobody_up_for_long(
     assert is_held(folder) is None
 
 
-def test_what_was_shown_long_ago_is_not_waited_for(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_shown_long_ago_is_not_waited_for(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder.make("private")
     OnAnotherHost(folder, monkeypatch).die()
     record = json.loads(folder.lock.read_text())
@@ -247,7 +249,9 @@ def test_a_lock_that_is_removed_is_made_again(
         assert is_held(folder) is not None
     watched = ".lock" if number is None else ".lock-claim"
     assert [line for line in said if "was removed" in line] == (
-        [f"{name} of the run folder was removed while the run trained, and was made again"] if name == watched else []
+        [f"{name} of the run folder was removed while the run trained, and was made again"]
+        if name == watched
+        else []
     )
 
 
@@ -259,7 +263,9 @@ def test_a_lock_that_another_has_taken_ends_the_run(
         folder.lock.unlink()
         process = hold(others)
         before = folder.lock.read_text()
-        with pytest.raises(DstrainError, match=f"was removed while it trained, and .*process {process.pid} on") as end:
+        with pytest.raises(
+            DstrainError, match=f"was removed while it trained, and .*process {process.pid} on"
+        ) as end:
             lock.check(now=True)
         assert end.value.exit_code == 1
     assert folder.lock.read_text() == before, "it is the other's"
@@ -280,7 +286,10 @@ def replace(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("change", [remove, move, replace])
 def test_a_folder_that_is_lost_ends_the_run(change: Callable[[RunFolder], None], folder: RunFolder) -> None:
-    with pytest.raises(DstrainError, match="its folder was deleted, moved or replaced") as end, locked(folder) as lock:
+    with (
+        pytest.raises(DstrainError, match="its folder was deleted, moved or replaced") as end,
+        locked(folder) as lock,
+    ):
         lock.check(now=True)
         change(folder)
         began = time.monotonic()
@@ -289,6 +298,15 @@ def test_a_folder_that_is_lost_ends_the_run(change: Callable[[RunFolder], None],
             lock.check()
     assert end.value.exit_code == 1 and time.monotonic() - began < 5
     assert not folder.path.exists() or not list(folder.path.iterdir())
+
+
+def test_a_run_that_ends_just_then_ends_for_that(folder: RunFolder) -> None:
+    """Its ranks have failed for want of the folder, in the second in which it was waited for."""
+    with pytest.raises(DstrainError, match="its folder was deleted"), locked(folder) as lock:
+        remove(folder)
+        lock._looked_at = 0.0
+        lock.check()
+        lock.check(now=True)
 
 
 def test_a_folder_that_is_out_of_sight_for_a_moment_is_not_lost(folder: RunFolder) -> None:
