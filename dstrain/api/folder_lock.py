@@ -188,7 +188,7 @@ class FolderLock:
             raise not_writable(error, self._folder) from error
 
     def _dead_claim(self, *, wait: bool) -> int | None:
-        """The inode of a claim whose maker is gone; None where there is no claim. Raises DstrainError where he lives."""
+        """The inode of a claim whose maker is gone; None where there is no claim. Raises DstrainError if he lives."""
         claim = self._folder.lock_claim
         inode, holder = _inode(claim), _read(claim)
         if inode is None:
