@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dstrain.api.events import SILENT, Events, progress_to
+from dstrain.api.received import note_owner, refused
 from dstrain.api.resuming import find_run
 from dstrain.child_process import run_module
 from dstrain.errors import DstrainError
+from dstrain.files import read_json
+from dstrain.plugins import is_code
 from dstrain.runs.checkpoint.manifest import complete_checkpoints, step_of
+from dstrain.runs.received import first_owner
 from dstrain.runs.run_folder import RunFolder
 
 
@@ -51,6 +55,7 @@ def export(
     step: int | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     with_loss: bool = True,
+    trust: bool = False,
     events: Events = SILENT,
 ) -> ExportResult:
     """Write a run's model as a Hugging Face folder, tokenizer and generation config included.
@@ -63,14 +68,17 @@ def export(
         step: of which checkpoint; by default of the newest.
         dtype: by default the precision that was trained in.
         with_loss: load the exported model for its validation loss.
+        trust: for that, import the dataset that the run's config names, though its folder belongs to another user.
         events: told of the progress.
 
     Raises:
-        DstrainError: there is no such run or checkpoint, or ``out`` can't be written.
+        DstrainError: there is no such run or checkpoint, ``out`` can't be written, or the folder belongs to another
+            user and names code.
     """
     folder, target = find_run(run), Path(out)
     checkpoint = _checkpoint(folder, step)
     _refuse_occupied(target)
+    _look_at_owner(folder, checkpoint, with_loss=with_loss, trust=trust, events=events)
     request = {
         "run": str(folder.path),
         "checkpoint": str(checkpoint),
@@ -112,10 +120,30 @@ def generate(
             where="FOLDER",
             hint="`dstrain export RUN FOLDER` creates one from a run",
         )
+    note_owner(events, place)
     choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
     answer = _ask("dstrain.exporting.generate", {"folder": str(place)} | choices, events)
     text: str = answer["text"]
     return text
+
+
+def _look_at_owner(
+    folder: RunFolder, checkpoint: Path, *, with_loss: bool, trust: bool, events: Events
+) -> None:
+    """Say whose the run is. Raises DstrainError where its loss needs code of another user's."""
+    note_owner(events, folder.path, folder.plan, folder.checkpoints, checkpoint)
+    found = first_owner(folder.path, folder.plan)
+    if found is None or trust or not with_loss:
+        return
+    try:
+        data = str(read_json(folder.plan)["config"]["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the export says what is wrong with it
+    if is_code(data):
+        error = refused([f"dataset {data}"], *found)
+        raise DstrainError(
+            error.message, where=error.where, hint=f"{error.hint}, or leave it out with --no-loss"
+        )
 
 
 def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from dstrain.api.events import SILENT, Events
+from dstrain.api.folder_lock import locked
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import not_writable
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES
-from dstrain.errors import DstrainError
-from dstrain.files import write_atomically, write_json
+from dstrain.files import make_folder, write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment
 from dstrain.launch.key_delivery import delivered
@@ -39,10 +37,15 @@ def launch(
     """Fill the run folder, start the ranks, and return when nothing of them is left.
 
     Raises:
-        DstrainError: the folder can't be written, or is another's.
+        DstrainError: the folder can't be written, or is another's; or it was lost while the run trained.
     """
     plan = planned.plan
-    with locked(folder):
+    with locked(folder, plan.run_config.access, say=lambda line: events.note(line, "lock")) as lock:
+
+        def tick() -> None:
+            lock.check()
+            on_tick()
+
         fill_run_folder(spec, planned, resolved, folder, events)
         plan_text = folder.plan.read_text(encoding="utf-8")
         only_here = spec.runs_here or spec.launcher == "none"
@@ -54,7 +57,7 @@ def launch(
             delivered(key, spec) as private,
         ):
             _name_launch(control, folder)
-            return supervise(
+            outcome = supervise(
                 ["bash", str(folder.launch_script)],
                 environment=supervised_environment(spec, control.address()) | private,
                 folder=folder,
@@ -62,30 +65,12 @@ def launch(
                 world_size=len(spec.ranks),
                 first_rank=spec.ranks.start,
                 hosts=spec.host_of_rank,
-                on_tick=on_tick,
+                on_tick=tick,
                 hang_seconds=plan.run_config.hang_after_seconds,
                 terminate=spec.may_terminate,
             )
-
-
-@contextmanager
-def locked(folder: RunFolder) -> Iterator[None]:
-    """While nobody else may run in this folder. Raises DstrainError where somebody does, or it can't be written."""
-    try:
-        folder.logs.mkdir(parents=True, exist_ok=True)
-        lock = folder.lock.open("w")
-    except OSError as error:
-        raise not_writable(error, folder) from error
-    with lock:
-        try:  # released by the kernel when this process ends, however it ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DstrainError(
-                "another dstrain process is using this run folder",
-                where=str(folder.path),
-                hint="wait for it, stop it, or start a run under another --name",
-            ) from None
-        yield
+        lock.check(now=True)  # what ranks say for want of their folder is not the cause
+        return outcome
 
 
 def _name_launch(control: ControlServer, folder: RunFolder) -> None:
@@ -105,6 +90,7 @@ def fill_run_folder(
 ) -> None:
     """Write what a launch reads: afterwards launch.sh starts the run. Raises DstrainError where it can't be written."""
     try:
+        folder.make(planned.plan.run_config.access)
         # Of several nodes that share the folder the first one says what the run is. Where they don't, each has its own.
         if folder.node == 0 or not folder.config.exists():
             write_atomically(folder.config, resolved.to_yaml())
@@ -159,4 +145,5 @@ def _keep_model_files(folder: RunFolder, plan: Plan) -> None:
     for name, source in wanted.items():
         kept = folder.model / name
         if source.is_file() and not kept.exists():
-            write_atomically(kept, source.read_bytes())
+            make_folder(folder.model, below=folder.path)
+            write_atomically(kept, source.read_bytes(), below=folder.path)

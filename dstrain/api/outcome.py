@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.errors import RESUMABLE, DstrainError
+from dstrain.files import read_json
 from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
 from dstrain.runs.run_folder import RunFolder, last_step
@@ -91,7 +91,7 @@ def result_of(outcome: Outcome, folder: RunFolder, *, saves: bool) -> RunResult:
         raise _failure(outcome, folder)
     if folder.node != 0:  # the first node's supervisor knows what came out
         return RunResult(folder.path, last_step(folder.metrics), True, saves, checkpoint)
-    result = with_new_names(json.loads(folder.result.read_text(encoding="utf-8")), METRICS)
+    result = with_new_names(read_json(folder.result), METRICS)
     return RunResult(
         folder=folder.path,
         step=result["steps"],

@@ -15,11 +15,16 @@ from dstrain.launch.placement import Placement
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.identity import refuse_other, what_changes
 from dstrain.runs.checkpoint.manifest import newest_complete
+from dstrain.runs.received import refuse_links
 from dstrain.runs.run_folder import RunFolder
 
 
 def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
-    """The folder of this run, not made yet. Raises DstrainError if there is one and it is not resumed."""
+    """The folder of this run, not made yet.
+
+    Raises:
+        DstrainError: there is one and it is not resumed, or there are links in it.
+    """
     config = resolved.config
     name = config.name
     if name is None:
@@ -46,6 +51,8 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
             where=str(resolved.origin("name")),
             hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
         )
+    if folder.path.is_dir():
+        refuse_links(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from dstrain.api.events import SILENT, Events
 from dstrain.api.planning import plan_for
 from dstrain.api.preflight import new_run_folder, not_writable
+from dstrain.api.received import check_received, note_other_owners
 from dstrain.api.resuming import find_run
 from dstrain.api.running import Job, execute
 from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
@@ -61,6 +62,7 @@ def reproduce(
     *,
     changes: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
+    trust: bool = False,
     events: Events = SILENT,
 ) -> ReproduceResult:
     """Train ``run`` again beside it, and compare every step.
@@ -69,6 +71,7 @@ def reproduce(
         run: a run folder, or a run's name below ``runs/``.
         changes: config keys that change on purpose, such as ``{"seed": 5}``.
         settings: the same as ``KEY=VALUE`` strings.
+        trust: import the code that the run's config names, though the run folder belongs to another user.
         events: told of the repetition.
 
     Raises:
@@ -82,7 +85,12 @@ def reproduce(
         raise DstrainError(
             "the run has not trained a step, so there is nothing to compare with", where=str(folder.metrics)
         )
-    resolved = choices_again(folder, first, changes or {}, settings)
+    try:
+        resolved = choices_again(folder, first, changes or {}, settings)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DstrainError("the record of its first launch is damaged", where=str(folder.launches)) from error
+    check_received(folder, resolved, [folder.config, folder.launches], trust=trust, events=events)
+    note_other_owners(resolved, events)
     again = new_run_folder(resolved, resume=False)
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)

@@ -12,12 +12,14 @@ from dstrain.api.events import SILENT, Events
 from dstrain.api.outcome import RunResult
 from dstrain.api.planning import plan_for
 from dstrain.api.preflight import node_of
+from dstrain.api.received import check_received, note_other_owners
 from dstrain.api.running import Job, execute
 from dstrain.config.loader import override, read_config
 from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.identity import refuse_other_batch
 from dstrain.runs.checkpoint.manifest import choose_newest, newest_complete, run_id, step_of
+from dstrain.runs.received import refuse_links
 from dstrain.runs.run_folder import RunFolder, last_step
 
 
@@ -26,6 +28,7 @@ def resume(
     *,
     changes: Mapping[str, Any] | None = None,
     node_rank: int | None = None,
+    trust: bool = False,
     events: Events = SILENT,
 ) -> RunResult:
     """Go on with a run from its newest complete checkpoint; at the same layout, with the same bits.
@@ -35,6 +38,7 @@ def resume(
         changes: config keys that change, such as ``{"steps": 200}`` to train longer, or ``{"zero": 3, "pipeline": 1}``
             to continue in another layout.
         node_rank: as in `run`.
+        trust: import the code that the run's config names, though the run folder belongs to another user.
         events: told of what happens.
 
     Returns:
@@ -42,10 +46,11 @@ def resume(
 
     Raises:
         RunFailedError: the first rank that failed, its host and its reason.
-        DstrainError: there is no such run, or what would change makes it another training.
+        DstrainError: there is no such run, what would change makes it another training, there are links in its folder,
+            or it belongs to another user and names code.
     """
     folder = find_run(run)
-    job = resumed_job(folder, changes or {}, node_rank=node_rank, events=events)
+    job = resumed_job(folder, changes or {}, node_rank=node_rank, trust=trust, events=events)
     if job is None:
         checkpoint = newest_complete(folder.checkpoints)
         return RunResult(folder.path, last_step(folder.metrics), True, checkpoint is not None, checkpoint)
@@ -58,12 +63,14 @@ def resumed_job(
     settings: Sequence[str] = (),
     *,
     node_rank: int | None = None,
+    trust: bool = False,
     events: Events = SILENT,
 ) -> Job | None:
     """What goes on with a run; None where all of its steps are trained.
 
     Args:
         flags, settings: what changes in its config.
+        trust: as in `resume`.
 
     Raises:
         DstrainError: it can't be resumed so.
@@ -71,6 +78,7 @@ def resumed_job(
     if flags.get("name") is not None:
         raise DstrainError("a run can't be renamed when it is resumed", where="--name", hint="remove --name")
     resolved = override(read_config(folder.config), flags, settings)
+    check_received(folder, resolved, [folder.config], trust=trust, events=events)
     node = node_of(resolved, node_rank)
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
     trained = step_of(newest) if newest else 0 if resolved.config.saves else last_step(folder.metrics)
@@ -86,18 +94,25 @@ def resumed_job(
         events.note(f"{folder.name} continues from {newest.name}", "resume")
         config = resolved.config
         refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
+    note_other_owners(resolved, events)
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)
     return Job(resolved, planned, RunFolder(folder.path, node or 0), node)
 
 
 def find_run(run: str | PathLike[str]) -> RunFolder:
-    """The run folder that ``run`` means: a path, or a name below ``runs/``. Raises DstrainError."""
+    """The run folder that ``run`` means: a path, or a name below ``runs/``.
+
+    Raises:
+        DstrainError: there is none, or what bears one of its names is a link, or no file.
+    """
     name = str(run)
     with suppress(OSError):  # a name that no folder can have
         for path in (Path(name), Path("runs") / name):
             if (path / "config.yaml").is_file():
-                return RunFolder(path)
+                folder = RunFolder(path)
+                refuse_links(folder)
+                return folder
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
     hint = f"run folders in runs/: {', '.join(known[-8:])}" if known else "`dstrain run` creates one"
     raise DstrainError(f"{shown(name)!r} is not a run folder (it has no config.yaml)", where="RUN", hint=hint)

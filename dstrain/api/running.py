@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.api.events import SILENT, Events
+from dstrain.api.folder_lock import locked, lost
 from dstrain.api.following import RunFollower
-from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec, locked
+from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec
 from dstrain.api.outcome import RunResult, result_of
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import (
@@ -18,6 +19,7 @@ from dstrain.api.preflight import (
     refuse_full_disk,
     refuse_other_training,
 )
+from dstrain.api.received import note_other_owners, note_owner
 from dstrain.api.restart_policy import RestartLoop
 from dstrain.config.loader import ResolvedConfig
 from dstrain.diagnostics.host_checks import refuse_unfit_hosts
@@ -97,6 +99,8 @@ def new_job(
     node = node_of(resolved, node_rank)
     # Whichever node comes first makes the folder: the others find it.
     folder = RunFolder(new_run_folder(resolved, resume=resume or node_rank is not None).path, node or 0)
+    note_owner(events, folder.path, folder.checkpoints)
+    note_other_owners(resolved, events)
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)
     return Job(resolved, planned, folder, node)
@@ -136,6 +140,8 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
             if outcome.by_user:
                 raise
             planned = restarts.next_attempt(error, trained=outcome.trained)
+            if not folder.plan.exists():
+                raise lost(folder) from error
             spec = launch_spec(planned, folder)
         else:
             events.ended(result)
@@ -160,7 +166,7 @@ def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
     refuse_other_training(job.planned.plan, folder, events)
     refuse_full_disk(job.planned.plan, folder)
     spec = launch_spec(job.planned, folder)
-    with locked(folder):
+    with locked(folder, job.resolved.config.access):
         fill_run_folder(spec, job.planned, job.resolved, folder, events)
     which = [str(folder.node)] if spec.launcher == "none" else []
     ways = [["bash", str(folder.launch_script), *which]]

@@ -92,6 +92,7 @@ def submit(job: SlurmJob) -> str:
         )
     folder = job.folder
     try:
+        folder.make(job.resolved.config.access)
         write_atomically(folder.config, job.resolved.to_yaml())
         write_atomically(folder.batch_script, job.script)
     except OSError as error:

@@ -20,7 +20,7 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.devices import local_devices
 from dstrain.planning.layout_names import LayoutChoice, layouts_for
-from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder, make_open_to
 
 # fp32 agrees to this at least; more only where one process itself spreads further.
 FLOOR = 1e-5
@@ -110,6 +110,7 @@ def verify(
         "hostfile": None, "launcher": "local", "nodes": None, "processes": None,
     }  # fmt: skip
     if tiny:
+        make_open_to(folder, config.config.access)
         quiet |= {
             "model": str(shrink_model(config, folder / "model")),
             "seq_len": min(64, config.config.seq_len),
@@ -151,6 +152,7 @@ def _compare(
                 where=str(config.origin("model")),
                 hint="set the dropout probabilities in its config.json to 0 to compare layouts",
             )
+        make_open_to(folder, choices.access)
         references.append(_train(planned, reference)[0])
     bound = bound_from(references, FLOOR)
     rows = []

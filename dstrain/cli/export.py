@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.cli.options import trust_option
+
 if TYPE_CHECKING:
     from dstrain.api.exporting import ExportResult
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Do not compute the validation loss, for which the exported model must fit into memory.",
 )
-def command(run: str, out: Path, step: int | None, dtype: Any, no_loss: bool) -> None:
+@trust_option
+def command(run: str, out: Path, step: int | None, dtype: Any, no_loss: bool, trust: bool) -> None:
     """Write the model of RUN (a run folder, or its name in runs/) to the folder OUT.
 
     AutoModelForCausalLM.from_pretrained(OUT) loads it, tokenizer and generation config included. Works
@@ -35,7 +38,8 @@ def command(run: str, out: Path, step: int | None, dtype: Any, no_loss: bool) ->
     from dstrain.api.exporting import export
     from dstrain.cli.showing.progress import PROGRESS
 
-    _show(export(run, out, step=step, dtype=dtype, with_loss=not no_loss, events=PROGRESS), not no_loss)
+    made = export(run, out, step=step, dtype=dtype, with_loss=not no_loss, trust=trust, events=PROGRESS)
+    _show(made, not no_loss)
 
 
 def _show(result: ExportResult, with_loss: bool) -> None:

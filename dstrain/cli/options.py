@@ -104,6 +104,13 @@ def node_rank_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the one who types the command: no config can set it."""
+    return click.option(
+        "--trust", is_flag=True, help="Import the code that RUN names, though it belongs to another user."
+    )(function)
+
+
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given."""
     return {key: value for key, value in flags.items() if value is not None}

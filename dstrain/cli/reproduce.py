@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from dstrain.cli.options import GroupedOptions, choices, given
+from dstrain.cli.options import GroupedOptions, choices, given, trust_option
 from dstrain.errors import DstrainError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ _SHOWN = 12  # differences in full; there may be hundreds of packages
     metavar="[NAME]",
     help="Repeat it in the container image that RUN used, or in this one.",
 )
-def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any) -> None:
+@trust_option
+def command(run: str, settings: tuple[str, ...], image: str | None, trust: bool, **flags: Any) -> None:
     """Repeat RUN (a run folder, or its name in runs/), and compare the two step by step.
 
     Bit-equal on the same kind of device; else the first number that differs, and what was recorded of RUN that is
@@ -43,10 +44,10 @@ def command(run: str, settings: tuple[str, ...], image: str | None, **flags: Any
     from dstrain.cli.showing.tables import make_console
 
     if image is not None:
-        _in_image(find_run(run), image, settings, given(flags))
+        _in_image(find_run(run), image, settings, given(flags), trust=trust)
     console = make_console()
     with ConsoleEvents(console, plans=False) as events:
-        result = reproduce(run, changes=given(flags), settings=settings, events=events)
+        result = reproduce(run, changes=given(flags), settings=settings, trust=trust, events=events)
     _show(result, console)
     if result.stopped is not None:
         if result.deviation is not None:
@@ -81,7 +82,9 @@ def _equal(result: ReproduceResult) -> str:
     )
 
 
-def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: dict[str, Any]) -> NoReturn:
+def _in_image(
+    folder: RunFolder, image: str, settings: tuple[str, ...], flags: dict[str, Any], *, trust: bool
+) -> NoReturn:
     """Become the same command in a container. Raises DstrainError.
 
     Args:
@@ -109,7 +112,12 @@ def _in_image(folder: RunFolder, image: str, settings: tuple[str, ...], flags: d
         ) from None
     changed = changed_keys(flags, settings)
     refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in changed})
-    words = ["reproduce", str(run), *(word for setting in settings for word in ("--set", setting))]
+    words = [
+        "reproduce",
+        str(run),
+        *(["--trust"] if trust else []),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     for key, value in flags.items():
         words += as_flags(key, value)
     argv, environment = in_image(image, words)

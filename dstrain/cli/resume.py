@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dstrain.cli.options import GroupedOptions, choices, given, node_rank_option
+from dstrain.cli.options import GroupedOptions, choices, given, node_rank_option, trust_option
 
 
 @click.command("resume", cls=GroupedOptions)
@@ -16,12 +16,14 @@ from dstrain.cli.options import GroupedOptions, choices, given, node_rank_option
     "--dry-run", is_flag=True, help="Show the plan and the launch command, without starting anything."
 )
 @click.option("--verbose", is_flag=True, help="Show the whole plan, as `dstrain plan` does.")
+@trust_option
 @node_rank_option
 def command(
     run: str,
     settings: tuple[str, ...],
     dry_run: bool,
     verbose: bool,
+    trust: bool,
     node_rank: int | None,
     **flags: Any,
 ) -> None:
@@ -38,7 +40,9 @@ def command(
 
     console = make_console()
     with ConsoleEvents(console, verbose=verbose) as events:
-        job = resumed_job(find_run(run), given(flags), settings, node_rank=node_rank, events=events)
+        job = resumed_job(
+            find_run(run), given(flags), settings, node_rank=node_rank, trust=trust, events=events
+        )
         if job is None:
             return
         if job.for_every_node:

@@ -180,6 +180,11 @@ class RunConfig(BaseModel):
     # Run folder, checkpoints and launch.
     name: str | None = Field(None, description="name of the run folder; default: date and model")
     runs_dir: str = Field("runs", description="folder that holds the run folders")
+    access: Literal["private", "group", "umask"] = Field(
+        "private",
+        description="who may read a new run folder: only you (private), your group too (group), or as the umask says"
+        " (umask)",
+    )
     eval_every: NonNegativeInt = Field(
         50, description="steps between evaluations on the validation set; 0: only after the last step"
     )

@@ -39,8 +39,11 @@ def read_text(path: Path, *, where: str) -> str:
     """
     name = shown(path)
     try:
-        _refuse_other_kinds(path, name, where)
-        content = path.read_bytes()
+        # Looked at before it is opened, which a device may notice; and then again: it may have been replaced.
+        _refuse_other_kinds(path.stat(), name, where)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            _refuse_other_kinds(os.fstat(file.fileno()), name, where)
+            content = file.read(LARGEST)
     except FileNotFoundError:
         raise DstrainError(f"there is no file {name}", where=where, hint=_near(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -59,8 +62,7 @@ def shown(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _refuse_other_kinds(path: Path, name: str, where: str) -> None:
-    status = path.stat()
+def _refuse_other_kinds(status: os.stat_result, name: str, where: str) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise DstrainError(f"{name} is a folder, not a file", where=where, hint="name a file in it")
     for is_kind, kind in _KINDS:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dstrain.files import make_folder
 from dstrain.train.hooks import EndInfo, Hook, StartInfo, StepInfo
 
 
@@ -70,8 +72,8 @@ class Profiler(Hook):
     def _write(self, last: int) -> None:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_name(f".{self._file.name}")
+        make_folder(self._file.parent, below=self._file.parent.parent)
+        aside = self._file.with_name(f".{secrets.token_hex(8)}.{self._file.name}")
         profiler.export_chrome_trace(str(aside))
         aside.replace(self._file)
         self.say(f"steps {self._first} to {last} were profiled: {self._file}")

@@ -6,7 +6,6 @@ what has come, a batch at a time, and tries again after a failure. What hangs is
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dstrain.files import write_json
+from dstrain.files import make_folder, read_json, write_json
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.hooks import EndInfo, FailureInfo, Hook, StartInfo, StepInfo, ValidationInfo
 
@@ -167,8 +166,8 @@ class Tracker(Hook):
 
     def _open(self, start: StartInfo) -> None:
         """Open, and take what an earlier launch did not write: it had no time, or no such tracker."""
-        with suppress(OSError, ValueError, KeyError):
-            self.last_step = int(json.loads(self._file(start).read_text(encoding="utf-8"))["last_step"])
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            self.last_step = int(read_json(self._file(start))["last_step"])
         self.open(start)
         if start.first_step > 1:
             lines = read_metrics(RunFolder(start.folder).metrics)
@@ -185,7 +184,9 @@ class Tracker(Hook):
             self.write(batch)
             self._taken = self._taken[len(batch) :]
             self.last_step = batch[-1][1]["step"]
-            write_json(self._file(start), {"last_step": self.last_step})
+            file = self._file(start)
+            make_folder(file.parent, below=file.parent.parent)
+            write_json(file, {"last_step": self.last_step}, below=file.parent.parent)
         return time.thread_time() - began
 
     def _file(self, start: StartInfo) -> Path:

@@ -6,12 +6,12 @@ import random
 import shlex
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_atomically, write_private
+from dstrain.files import make_executable, write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting, start_folder
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import NODE_RANK, RunFolder
+from dstrain.runs.run_folder import NODE_RANK, RunFolder, make_open_to
 from dstrain.runs.this_machine import listening_socket
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
@@ -54,14 +54,15 @@ def write_launch_files(request: LaunchSpec) -> None:
         "",
     ]
     try:
-        write_private(folder.environment, environment_text(_travelling(request)))
+        make_open_to(folder.path, "private")
+        write_atomically(folder.environment, environment_text(_travelling(request)), private=True)
         if remote:
             hosts = [f"{host.name} slots={request.processes_per_host}\n" for host in request.hosts]
             write_atomically(folder.hostfile, "".join(hosts))
         else:
             folder.hostfile.unlink(missing_ok=True)
         write_atomically(folder.launch_script, "\n".join(lines))
-        folder.launch_script.chmod(0o755)
+        make_executable(folder.launch_script)
     except OSError as error:
         raise DstrainError(
             f"the launch files can't be written: {error.strerror}.", where=str(folder.path)
@@ -75,7 +76,7 @@ def supervised_environment(request: LaunchSpec, control: str) -> dict[str, str]:
     if request.over_ssh:
         travelling = RunFolder(request.run_folder).supervised_environment
         try:
-            write_private(travelling, environment_text(_travelling(request) | told))
+            write_atomically(travelling, environment_text(_travelling(request) | told), private=True)
         except OSError as error:
             raise DstrainError(f"it can't be written: {error.strerror}", where=str(travelling)) from error
         told[_TRAVELLING] = str(travelling)

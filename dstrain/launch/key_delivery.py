@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_private
+from dstrain.files import write_atomically
 from dstrain.launch.hosts import is_this_host
 from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import run_on_hosts
@@ -61,7 +61,7 @@ def delivered(key: bytes, spec: LaunchSpec) -> Iterator[dict[str, str]]:
 def _put(text: str, file: Path, others: Sequence[str]) -> None:
     """Raises DstrainError where a host does not take it."""
     try:
-        write_private(file, text + "\n")
+        write_atomically(file, text + "\n", private=True)
     except OSError as error:
         raise DstrainError(f"it can't be written: {error.strerror}", where=str(file)) from error
     script = _PUT.format(folder=shlex.quote(str(file.parent)), file=shlex.quote(str(file)))

@@ -6,24 +6,72 @@ the names inside it.
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dstrain.files import write_atomically
+from dstrain.files import (
+    make_folder,
+    make_shared_folder,
+    open_to_write,
+    parse_json,
+    read_bounded,
+    write_atomically,
+)
 from dstrain.renamed_keys import METRICS, with_new_names
-from dstrain.runs.protocol import ProtocolError, RankStatus, parse_status, status_text
+from dstrain.runs.protocol import MAX_RANK_MESSAGE_BYTES, ProtocolError, RankStatus, parse_status, status_text
 
 NOTE = "dstrain: note: "
 """In front of a line of rank 0 that is for the user's eyes."""
+Access = Literal["private", "group", "umask"]
+"""Who may read a run folder: its owner; his group too; or as the umask says."""
+FILES = (
+    *(
+        "config.yaml",
+        "plan.json",
+        "ds_config.json",
+        "launch.sh",
+        "launch.sbatch",
+        "environment",
+        "hostfile",
+        "stop",
+    ),
+    *(
+        "metrics.jsonl",
+        "result.json",
+        "record.json",
+        "source-*.diff",
+        "launches.jsonl",
+        "reproduction.json",
+        "run-id",
+    ),
+    *("mlflow.db*", "slurm-*.log", ".environment", ".lock*", ".launch*", ".plan-node-*.json", ".shared"),
+)
+"""Names of the files in a run folder, as patterns."""
+FOLDERS = ("logs", "checkpoints", "model", "weights", "trackers", "profile", "tensorboard", "wandb")
+"""Names of the folders in a run folder."""
+
 NODE_RANK = "DSTRAIN_NODE_RANK"
 """The environment variable that tells a rank of the launcher ``none`` the number of its node."""
 DIRECTORY = "DSTRAIN_DIRECTORY"
 """The environment variable with the folder that a rank goes to first, where it was not started there."""
+
+
+def make_open_to(path: Path, access: Access) -> None:
+    """Make a folder for runs, or of one; one that is there keeps its permissions. Raises OSError."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # another node was faster
+        if access == "umask":
+            path.mkdir()
+        else:
+            make_shared_folder(path, 0o750 if access == "group" else 0o700)
 
 
 class RunFolder:
@@ -35,6 +83,15 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], node: int = 0) -> None:
         self.path = Path(path).absolute()
         self.node = node
+
+    def make(self, access: Access) -> None:
+        """Make the folder and ``logs/``, as far as they are not there. One that is there keeps its permissions.
+
+        Raises:
+            OSError: it can't be made.
+        """
+        make_open_to(self.path, access)
+        make_folder(self.logs, below=self.path)
 
     @property
     def name(self) -> str:
@@ -84,6 +141,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Held by the process that watches the run, so that no second one starts in the same folder."""
         return self.path / (f".lock-node-{self.node}" if self.node else ".lock")
+
+    @property
+    def lock_claim(self) -> Path:
+        """Stands for the lock where the file system has none."""
+        return self.lock.with_name(f"{self.lock.name}-claim")
 
     @property
     def launch(self) -> Path:
@@ -179,17 +241,17 @@ class RunFolder:
         path = self.rank_status(status.rank)
         text = status_text(replace(status, time=time.time()))
         try:
-            write_atomically(path, text)
+            write_atomically(path, text, below=self.path)
         except OSError:
-            with path.open("r+", encoding="utf-8") as file:
+            with open(open_to_write(path, os.O_WRONLY, below=self.path), "w", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()
 
     def read_status(self, rank: int) -> RankStatus | None:
         """The rank's last word, or None when it has not said any, or what stands there is none."""
         try:
-            return parse_status(self.rank_status(rank).read_bytes())
-        except (FileNotFoundError, ProtocolError):
+            return parse_status(read_bounded(self.rank_status(rank), MAX_RANK_MESSAGE_BYTES))
+        except (FileNotFoundError, ProtocolError, ValueError):
             return None
 
     def clear_statuses(self, ranks: Sequence[int]) -> None:
@@ -198,17 +260,46 @@ class RunFolder:
             self.rank_status(rank).unlink(missing_ok=True)
 
 
+_LONGEST_LINE = 4_000_000
+"""Bytes of one record in a .jsonl file."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, of 0.1 too; what a killed run left half written is no line."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(with_new_names(json.loads(text), METRICS))
-        except json.JSONDecodeError:
-            continue
-    return found
+    return [
+        record
+        for record in (with_new_names(record, METRICS) for record in json_lines(path))
+        if _is_number(record.get("step"))
+    ]
+
+
+def json_lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file with one a line; what is none is passed over. Nothing where there is no file.
+
+    Args:
+        longest: bytes of a line; where one has more, it is no file of ours, and the rest is not read.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                return
+            with suppress(ValueError):
+                record = parse_json(line)
+                if isinstance(record, dict):
+                    yield record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def last_step(metrics: Path) -> int:

@@ -122,7 +122,7 @@ class HangWatch:
         ranks = self._control.ranks
         for number, rank in ranks.items():
             if rank.stacks is not None:
-                write_atomically(self._folder.rank_stacks(number), rank.stacks)
+                write_atomically(self._folder.rank_stacks(number), rank.stacks, below=self._folder.path)
         self.silent = silent = [number for number, rank in sorted(ranks.items()) if rank.stacks is None]
         first = silent[0] if silent else min(ranks)
         if silent:

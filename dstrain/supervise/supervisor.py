@@ -8,11 +8,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
+from dstrain.files import open_to_write, umask_in
 from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer
@@ -72,13 +72,13 @@ def supervise(
         settle_seconds: how long the launcher may take to end by itself after the first failure, and how late
             a rank's last word may arrive (over NFS) after the launcher's end.
     """
-    folder.logs.mkdir(parents=True, exist_ok=True)
+    folder.make("private")
     ranks = range(first_rank, first_rank + world_size)
     folder.clear_statuses(ranks)
     folder.stop_request.unlink(missing_ok=True)
     log_start = folder.launcher_log.stat().st_size if folder.launcher_log.exists() else 0
     with _stop_signals() as stops:
-        launcher = _Launcher(command, environment, folder.launcher_log, terminate)
+        launcher = _Launcher(command, environment, folder, terminate)
         watch = RankWatch(folder, ranks, lambda: launcher.pid, control.ranks)
         log = LauncherLogWatch(folder.launcher_log, log_start)
         hang = HangWatch(control, Progress(hang_seconds), folder)
@@ -110,7 +110,7 @@ def supervise(
         try:
             wait(float("inf"), lambda: stopped() or failed())
             if stops.numbers and not launcher.ended():
-                folder.stop_request.touch()
+                _ask_to_stop(folder)
                 control.broadcast(Stop())
                 wait(leave_seconds, lambda: launcher.ended() or failed() or len(stops.numbers) > 1)
             first = watch.first_failure()
@@ -135,7 +135,8 @@ def supervise(
             watch.update(force=True)
             watch.stop()  # what is killed now is no sign
             code = launcher.kill_everything(watch)
-            folder.stop_request.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is gone, or what stands in its place
+                folder.stop_request.unlink(missing_ok=True)
         control.poll()
         watch.update(force=True)
         if own_end and code == 0:
@@ -146,13 +147,20 @@ def supervise(
     return judge(folder, watch, log_start, code, own_end, stops.numbers)
 
 
+def _ask_to_stop(folder: RunFolder) -> None:
+    """For ranks that have no connection: they look for this file. A full disk takes none."""
+    with suppress(OSError):
+        os.close(open_to_write(folder.stop_request, os.O_WRONLY | os.O_CREAT))
+
+
 class _Launcher:
     """The launcher under its subreaper, which leads the session of the whole run."""
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminate: bool
+        self, command: Sequence[str], environment: Mapping[str, str], folder: RunFolder, terminate: bool
     ) -> None:
-        with log.open("ab") as output:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with open(open_to_write(folder.launcher_log, flags, below=folder.path), "ab") as output:
             self._subreaper = subprocess.Popen(
                 guarded(list(command), terminate=terminate),
                 env={**os.environ, **environment},
@@ -160,6 +168,7 @@ class _Launcher:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=umask_in(folder.path),
             )
         self.pid = self._subreaper.pid
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 import torch
@@ -10,14 +12,19 @@ from torch import distributed
 
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.engine.interface import Engine, MicroBatch
+from dstrain.files import make_folder, open_to_group
 
 
 def save_weights(engine: Engine, folder: Path, stage: int, replica: int) -> None:
     """Write ``stage-N.safetensors``; the first replica of each stage does. Collective."""
     tensors = dict(engine.weights())
     if replica == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"stage-{stage}.safetensors")
+        make_folder(folder, below=folder.parent)
+        path = folder / f"stage-{stage}.safetensors"
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        save_file(tensors, aside)
+        open_to_group(aside)
+        os.replace(aside, path)
     distributed.barrier()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
+from dstrain.files import open_to_write, write_atomically
 from dstrain.runs.run_folder import read_metrics
 
 
@@ -23,14 +25,15 @@ class MetricsFile:
     def __init__(self, path: Path, *, after_step: int) -> None:
         # Step 0, the loss before training, is written anew by a run that starts from the beginning.
         kept = [line for line in read_metrics(path) if after_step and line["step"] <= after_step]
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
-        self._file = path.open("a", encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._path = path
+        self._file = open(open_to_write(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises DstrainError where the disk takes no more."""
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was deleted while the run trained")
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
@@ -47,9 +50,11 @@ class MetricsFile:
         self._file.close()
 
     def _not_written(self, error: OSError) -> DstrainError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return DstrainError(
             f"the metrics could not be written: {error.strerror}",
-            where=self._file.name,
-            hint="make room on this disk; `dstrain resume` then continues from the newest checkpoint",
+            where=str(self._path),
+            hint=("make room on this disk; " if full else "")
+            + "`dstrain resume` then continues from the newest checkpoint",
             exit_code=1,
         )

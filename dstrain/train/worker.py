@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from dstrain.errors import DstrainError
+from dstrain.files import make_folder, open_to_write, umask_in
+from dstrain.planning.layout import HOSTS
 from dstrain.runs.control_key import KEY, find_key
 from dstrain.runs.protocol import ADDRESS, RankState, RankStatus
+from dstrain.runs.received import first_owner
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
 from dstrain.train.control_client import ControlClient
 from dstrain.train.local_run_folder import keep_plan, plan_seen
@@ -45,6 +48,14 @@ def main(arguments: list[str]) -> int:
         return 2
     folder = RunFolder(Path(words[0]), int(os.environ.get(NODE_RANK, 0)))
     if typed_by_hand(arguments):
+        found = first_owner(folder.path, folder.environment, folder.plan)
+        if found is not None:
+            print(
+                f"error: {found[0]} belongs to {found[1]}, and would decide what is run here\n  hint: `dstrain resume"
+                f" {folder.path}` reads it as data",
+                file=sys.stderr,
+            )
+            return 2
         try:
             os.environ.update(launch_variables(folder))
         except OSError:
@@ -59,7 +70,14 @@ def main(arguments: list[str]) -> int:
     os.environ.update(network_variables(os.environ))
     enter_directory(os.environ)
     rank = int(os.environ["RANK"])
-    console = _log_to(folder.rank_log(rank))
+    os.umask(umask_in(folder.path))
+    try:
+        if HOSTS in os.environ:  # this one may have no such folder yet
+            folder.make("private")
+        console = _log_to(folder, rank)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     status = RankStatus(rank=rank, host=socket.gethostname(), pid=os.getpid(), state="running")
     folder.write_status(status)
     control: ControlClient | None = None
@@ -113,11 +131,12 @@ class _Console(io.TextIOWrapper):
             super().flush()
 
 
-def _log_to(path: Path) -> TextIO:
+def _log_to(folder: RunFolder, rank: int) -> TextIO:
     """Send this process's output to its own log, and give back what was standard output."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.logs, below=folder.path)
     console = _Console(io.FileIO(os.dup(1), "w"), encoding="utf-8", errors="replace", write_through=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    log = open_to_write(folder.rank_log(rank), flags, below=folder.path)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

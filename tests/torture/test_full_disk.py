@@ -79,6 +79,7 @@ def test_words_on_a_full_disk(tmp_path: Path) -> None:
     """A rank's last word takes the place of the one before, and metrics that don't fit are an error for the user."""
     with small_disk(tmp_path, "256k"):
         folder = RunFolder(tmp_path)
+        folder.make("umask")
         metrics = MetricsFile(folder.metrics, after_step=0)
         running = RankStatus(rank=0, host="here", pid=1, state="running")
         folder.write_status(running)

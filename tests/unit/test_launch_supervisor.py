@@ -178,6 +178,7 @@ def test_a_late_word_counts(fake: Fake) -> None:
 
 
 def test_words_of_an_earlier_launch_do_not_count(fake: Fake) -> None:
+    fake.folder.make("umask")
     for rank in (0, 1):
         fake.folder.write_status(RankStatus(rank, "n1", 1, "done"))
     assert not fake.run("", settle_seconds=0.1).ok

@@ -323,6 +323,7 @@ def test_no_address(text: str) -> None:
 
 def test_a_status_in_a_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    folder.make("umask")
     folder.write_status(RUNNING)
     written = folder.read_status(0)
     assert written is not None and dataclasses.replace(written, time=0.0) == RUNNING

@@ -81,6 +81,7 @@ def test_the_models_config_is_the_plans(tmp_path: Path) -> None:
 def test_a_plan_that_was_sent_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert plan_seen(folder) is None
+    folder.make("umask")
     keep_plan(folder, Line("the plan", "a launch"), rank=1)  # type: ignore[arg-type]
     assert folder.plan.read_text() == "the plan"
     assert plan_seen(folder) == plan_digest("the plan")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_atomically
+from dstrain.files import read_bounded, read_json, write_atomically
 
 MANIFEST = "manifest.json"
 DAMAGED = "DAMAGED"
 """A file in a checkpoint whose bytes were found to be wrong: why, in one line."""
 FORMAT = 2
 
+_LONGEST_NOTE = 100_000  # bytes
 _STEP = re.compile(r"step-[0-9]+")
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -89,7 +91,7 @@ def digest(record: Any) -> str:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where there is none, half of one, or one that was changed."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(checkpoint / MANIFEST)
     if not isinstance(manifest, dict):
         raise ValueError("it is not a JSON object")
     if "sha256" in manifest or "format" in manifest:  # earlier ones have neither
@@ -112,7 +114,7 @@ def files_of(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 
 def named_checkpoints(folder: Path) -> list[Path]:
-    """All that bear a checkpoint's name in a run's ``checkpoints/``, whole or not, oldest first."""
+    """All that bear a checkpoint's name in a run's ``checkpoints/``, whole or not, oldest first; links too."""
     named = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
     return sorted(named, key=step_of)
 
@@ -142,6 +144,8 @@ def damage_of(checkpoint: Path, *, noted: bool = True) -> str | None:
 
     Nothing but the manifest is read. With ``noted`` wrong bytes that were found earlier count (`note_damage`).
     """
+    if checkpoint.is_symlink():
+        return "it is a link"
     try:
         manifest = read_manifest(checkpoint)
         if manifest.get("step") != step_of(checkpoint):
@@ -175,7 +179,7 @@ def unknown_files(checkpoint: Path) -> list[str]:
 
 def note_damage(checkpoint: Path, why: str) -> None:
     """Leave word that this checkpoint's bytes are wrong, so that nobody has to read them again to know."""
-    (checkpoint / DAMAGED).write_text(why + "\n", encoding="utf-8")
+    write_atomically(checkpoint / DAMAGED, why + "\n", below=checkpoint.parent)
 
 
 def forget_damage(checkpoint: Path) -> None:
@@ -185,9 +189,10 @@ def forget_damage(checkpoint: Path) -> None:
 
 def _noted(checkpoint: Path) -> str | None:
     try:
-        return (checkpoint / DAMAGED).read_text(encoding="utf-8").strip() or "its checksums do not match"
+        text = read_bounded(checkpoint / DAMAGED, _LONGEST_NOTE).decode("utf-8", errors="replace")
     except (OSError, ValueError):
         return None
+    return text.strip() or "its checksums do not match"
 
 
 def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None = None) -> Choice:
@@ -236,7 +241,7 @@ def of_another_run(checkpoint: Path, run: str | None) -> str | None:
 def run_id(file: Path, checkpoints: Path) -> str | None:
     """The id of a run: as its file says, else as its newest complete checkpoint does; None where there is none."""
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = read_bounded(file, _LONGEST_NOTE).decode("utf-8").strip()
     except (OSError, ValueError):
         text = ""
     if _RUN_ID.fullmatch(text):
@@ -257,7 +262,8 @@ def keep_run_id(file: Path, checkpoints: Path) -> str:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file but the manifest and the note of damage, by its path inside the checkpoint.
+    """Bytes of every file but the manifest and the note of damage, by its path inside the checkpoint. Links and pipes
+    are none: what they lead to is nobody's checkpoint, and may never end.
 
     A run that trains removes old checkpoints at any time: what goes while it is looked at is not in it.
     """
@@ -267,7 +273,9 @@ def file_sizes(checkpoint: Path) -> dict[str, int]:
             name = path.relative_to(checkpoint).as_posix()
             if name not in (MANIFEST, DAMAGED):
                 with suppress(FileNotFoundError):
-                    sizes[name] = path.stat().st_size
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        sizes[name] = status.st_size
     return dict(sorted(sizes.items()))
 
 

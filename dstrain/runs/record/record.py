@@ -10,13 +10,12 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
-from dstrain.files import write_atomically, write_json
+from dstrain.files import LARGEST_JSON, open_to_write, read_json, write_atomically, write_json
 from dstrain.formatting import format_count
 from dstrain.planning.plan import Plan
 from dstrain.renamed_keys import CONFIG_KEYS, with_new_names
@@ -29,7 +28,7 @@ from dstrain.runs.record.environment import (
     weights_fingerprint,
 )
 from dstrain.runs.record.source import Source, source_of
-from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder, json_lines
 
 FORMAT = 1
 
@@ -95,11 +94,12 @@ def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[
     A rank 0 that does not see the folder that the run was started from knows only its own part.
     """
     try:
-        record = json.loads(folder.record.read_text(encoding="utf-8"))
+        record = read_json(folder.record)
     except FileNotFoundError:
         record = {"format": FORMAT}
     line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
-    with folder.launches.open("a+b") as file:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    with open(open_to_write(folder.launches, flags), "a+b") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")  # a launch was killed while it wrote its line
         file.write(line.encode() + b"\n")
@@ -111,18 +111,14 @@ def read_launches(folder: RunFolder) -> list[dict[str, Any]]:
     Raises:
         DstrainError: there is none, or it is of another format.
     """
-    try:
-        lines = folder.launches.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        lines = []
     launches = []
-    for line in lines:
-        with suppress(json.JSONDecodeError):  # half a line of a launch that was killed
-            launch = json.loads(line)
-            if isinstance(launch, dict) and "first_step" in launch:
-                if "config" in launch:
-                    launch["config"] = with_new_names(launch["config"], CONFIG_KEYS)
-                launches.append(launch)
+    for launch in json_lines(
+        folder.launches, LARGEST_JSON
+    ):  # without half a line of a launch that was killed
+        if "first_step" in launch:
+            if "config" in launch:
+                launch["config"] = with_new_names(launch["config"], CONFIG_KEYS)
+            launches.append(launch)
     where = str(folder.launches)
     hint = f"`dstrain run --config {folder.config} --name NAME` trains it again without comparing"
     if not launches:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dstrain.files import flush
+from dstrain.files import flush, make_folder
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -32,9 +32,10 @@ def begin(folder: Path, step: int, *, keep: int, keep_every: int, damaged: Colle
 
     A process that ended between the name of a checkpoint and the removal of an old one left that one too.
     """
+    make_folder(folder, below=folder.parent)
     prune(folder, keep=keep, keep_every=keep_every, damaged=damaged)
     aside = aside_of(folder, step)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     return aside
 
 

@@ -88,6 +88,7 @@ def rank(folder: str, steps: str, number: str) -> int:
     status = RankStatus(int(number), socket.gethostname(), os.getpid(), "running")
     # The real one leaves after its step, which does not end without the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    run.make("private")
     run.write_status(status)
     control = ControlClient(os.environ, status, key=find_key(os.environ, run.control_key))
     others = _Others(status.rank)
