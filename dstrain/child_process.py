@@ -7,6 +7,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ from dstrain.errors import DstrainError
 _PROGRESS = "dstrain: "
 _POLL_SECONDS = 0.05
 _BLOCK = 2**16
+# For a child that nobody waits for any more to remove what it has half written.
+_CLEAN_SECONDS = 3.0
 
 # The child ends with its parent, however that ends. `python -m` would put the current folder first among the places
 # where modules are looked for, and a random.py there would hide Python's; dstrain may be found nowhere else.
@@ -34,7 +37,17 @@ if sys.path[:1] == [""]:
     del sys.path[0]
 sys.path.append(root)
 sys.argv = [module, *arguments]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
+class Stop(BaseException): pass
+def stop(number, frame, own=os.getpid()):
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() == own:
+        raise Stop  # what it has half written goes
+    os.kill(os.getpid(), number)  # a fork of the user's code
+signal.signal(signal.SIGTERM, stop)
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except Stop:
+    os.kill(os.getpid(), signal.SIGTERM)
 """
 _ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -64,6 +77,8 @@ class ChildProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if any(exception):
+            self._terminate()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -90,6 +105,14 @@ class ChildProcess:
             yield rest.decode(errors="replace")
         # Its group is ended next: it may have closed standard error, and work on.
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def _terminate(self) -> None:
+        """Let it remove what it has half written, unless that takes long."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGTERM)
+        until = time.monotonic() + _CLEAN_SECONDS
+        while not self._has_ended() and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
 
     def _has_ended(self) -> bool:
         """It stays a zombie, so that no other process gets the number of its group."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from pathlib import Path
 from typing import Any
+
+from dstrain.strict_json import to_json
 
 
 def flush(path: Path) -> None:
@@ -31,5 +32,5 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write ``record`` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    """Write ``record`` as indented, strict JSON, atomically."""
+    write_atomically(path, to_json(record, indent=2) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dstrain.api.events import Events
@@ -19,7 +21,7 @@ from dstrain.runs.run_folder import RunFolder
 
 
 def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
-    """The folder of this run, not made yet. Raises DstrainError if there is one and it is not resumed."""
+    """The folder of this run, not made yet (`claim`). Raises DstrainError if there is one and it is not resumed."""
     config = resolved.config
     name = config.name
     if name is None:
@@ -40,13 +42,48 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
         )
     _refuse_no_folder(Path(config.runs_dir), str(resolved.origin("runs_dir")))
     folder = RunFolder(Path(config.runs_dir) / name)
-    if folder.path.exists() and not resume:
-        raise DstrainError(
-            f"the run folder {folder.path} already exists",
-            where=str(resolved.origin("name")),
-            hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
-        )
+    if config.name is not None and folder.path.exists() and not resume:
+        raise _exists(folder, resolved)
     return folder
+
+
+def claim(folder: RunFolder, resolved: ResolvedConfig) -> RunFolder:
+    """Make the folder of a new run, which another command may have made since `new_run_folder`.
+
+    One without a name of the user's gets a number then.
+
+    Raises:
+        DstrainError: it is there already, or can't be made.
+    """
+    try:
+        if resolved.config.name is None:
+            return RunFolder(make_numbered(folder.path), folder.node)
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir()
+    except FileExistsError:
+        raise _exists(folder, resolved) from None
+    except OSError as error:
+        raise not_writable(error, folder) from error
+    return folder
+
+
+def make_numbered(path: Path) -> Path:
+    """Make a folder that nobody else has made: ``path``, or the first of ``path-2``, ``path-3``, ... Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            own.mkdir()
+            return own
+    raise AssertionError("numbers end")
+
+
+def _exists(folder: RunFolder, resolved: ResolvedConfig) -> DstrainError:
+    return DstrainError(
+        f"the run folder {folder.path} already exists",
+        where=str(resolved.origin("name")),
+        hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
+    )
 
 
 def _refuse_no_folder(runs: Path, where: str) -> None:

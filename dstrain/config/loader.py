@@ -144,11 +144,15 @@ def load_config(
     return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
 
 
-def read_config(path: Path) -> ResolvedConfig:
-    """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
+def read_config(path: Path, *, name: str | None = None) -> ResolvedConfig:
+    """Read a run folder's config.yaml: complete, so that no recipe lies below it.
+
+    ``name``: the file as places name it, where more than one run is looked at; by default without its folder.
+    """
     document = read_yaml(path, where=str(path))
-    _rename_deprecated(document, path.name)  # an earlier dstrain wrote it: nothing for its user to change
-    origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
+    name = name or path.name
+    _rename_deprecated(document, name)  # an earlier dstrain wrote it: nothing for its user to change
+    origins = {keys: Origin("file", f"{name}:{line}") for keys, line in document.lines.items()}
     return _finish(document.values, origins, (), {}, origins)
 
 
@@ -189,6 +193,7 @@ def _finish(
     user's config file.
     """
     notes = list(notes)
+    laid: set[str] = set()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -198,6 +203,14 @@ def _finish(
         if key in CONFIG_KEYS:
             notes.append(_deprecated(f"--set {key}", key))
             key = CONFIG_KEYS[key]
+        if key in laid or key in flags:
+            other = flag_origin(key) if key in flags else f"another --set {key}"
+            raise DstrainError(
+                f"{key} is also set by {other}, and only one counts",
+                where=f"--set {key}",
+                hint="remove one of them",
+            )
+        laid.add(key)
         for path, value in leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():

@@ -21,6 +21,7 @@ from typing import Any
 
 from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
+from dstrain.strict_json import to_json
 
 MARK = "dstrain-doctor "
 _CONNECT_SECONDS = 3.0
@@ -47,7 +48,7 @@ class Host:
                 "free_port": self.free_port,
                 "exchange": self.exchange,
             }
-            print(f"{MARK}{json.dumps(answers[ask](**question))}", flush=True)
+            print(f"{MARK}{to_json(answers[ask](**question))}", flush=True)
 
     def time(self) -> dict[str, Any]:
         return {"time": time.time()}

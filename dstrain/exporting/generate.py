@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
+from dstrain.strict_json import to_json
 
 # A folder without any of these has no tokenizer. (transformers gives some families one without tokens then.)
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
@@ -119,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
             temperature=request["temperature"],
             seed=request["seed"],
         )
-        Path(argv[1]).write_text(json.dumps({"text": text}), encoding="utf-8")
+        Path(argv[1]).write_text(to_json({"text": text}), encoding="utf-8")
     except DstrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -7,6 +7,7 @@ the names inside it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -195,13 +196,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, of 0.1 too; what a killed run left half written is no line."""
     if not path.exists():
         return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(with_new_names(json.loads(text), METRICS))
-        except json.JSONDecodeError:
-            continue
-    return found
+    records = (metrics_record(line) for line in path.read_bytes().split(b"\n"))
+    return [record for record in records if record is not None]
+
+
+# Where null stands for a number that is none; a norm is null where fp16 skipped the step.
+_LOSSES = ("loss", "validation_loss")
+
+
+def metrics_record(line: bytes) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl, of 0.1 too; None where it is no whole one. A loss that is null was no number."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    renamed = with_new_names(record, METRICS)
+    return renamed | {key: math.nan for key in _LOSSES if renamed.get(key, 0) is None}
+
+
+def last_validation_loss(metrics: Path) -> float | None:
+    """The last one that a metrics.jsonl has, nan included; None where there is none."""
+    losses = [record["validation_loss"] for record in read_metrics(metrics) if "validation_loss" in record]
+    return losses[-1] if losses else None
 
 
 def last_step(metrics: Path) -> int:

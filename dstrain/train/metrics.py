@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dstrain.errors import DstrainError
+from dstrain.files import write_atomically
 from dstrain.runs.run_folder import read_metrics
+from dstrain.strict_json import to_json
 
 
 class MetricsFile:
     """Appends one line a step; opened by rank 0 alone.
 
     Args:
-        path: of the file.
+        path: of the file. It is appended to; where something is dropped, a new file takes its place.
         after_step: the step that the run goes on from; later lines, of steps that will be repeated,
             and a line that was cut off are dropped.
+
+    Raises:
+        DstrainError: the disk takes no more.
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
+        self._path = path
         # Step 0, the loss before training, is written anew by a run that starts from the beginning.
         kept = [line for line in read_metrics(path) if after_step and line["step"] <= after_step]
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
-        self._file = path.open("a", encoding="utf-8")
+        text = "".join(to_json(line) + "\n" for line in kept)
+        # Who follows the file goes on with it where it stays what it is.
+        try:
+            if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+                write_atomically(path, text)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises DstrainError where the disk takes no more."""
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise self._not_written(error) from error
@@ -49,7 +58,7 @@ class MetricsFile:
     def _not_written(self, error: OSError) -> DstrainError:
         return DstrainError(
             f"the metrics could not be written: {error.strerror}",
-            where=self._file.name,
+            where=str(self._path),
             hint="make room on this disk; `dstrain resume` then continues from the newest checkpoint",
             exit_code=1,
         )

@@ -30,7 +30,7 @@ from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
-from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
+from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_loss
 from dstrain.train.batches import TrainBatches, ValidationBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
@@ -126,7 +126,7 @@ def _train(
             fewest=engine.fewest_micro_batches,
         )
 
-    validation_loss = _last_validation_loss(folder)  # of a run that is resumed at its end
+    validation_loss = last_validation_loss(folder.metrics)  # of a run that is resumed at its end
     if first == 1 and validation is not None:
         validation_loss = engine.eval_loss(validation.micro_batches())
         if metrics:
@@ -229,13 +229,6 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
         f"{what} at step {step}",
         hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
     )
-
-
-def _last_validation_loss(folder: RunFolder) -> float | None:
-    losses = [
-        record["validation_loss"] for record in read_metrics(folder.metrics) if "validation_loss" in record
-    ]
-    return losses[-1] if losses else None
 
 
 def _build(

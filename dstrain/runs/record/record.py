@@ -29,6 +29,7 @@ from dstrain.runs.record.environment import (
 )
 from dstrain.runs.record.source import source_of
 from dstrain.runs.run_folder import RunFolder
+from dstrain.strict_json import to_json
 
 FORMAT = 1
 
@@ -86,7 +87,7 @@ def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[
         record = json.loads(folder.record.read_text(encoding="utf-8"))
     except FileNotFoundError:
         record = {"format": FORMAT}
-    line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
+    line = to_json(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
     with folder.launches.open("a+b") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")  # a launch was killed while it wrote its line
