@@ -193,7 +193,6 @@ def _finish(
     user's config file.
     """
     notes = list(notes)
-    laid: set[str] = set()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -203,14 +202,6 @@ def _finish(
         if key in CONFIG_KEYS:
             notes.append(_deprecated(f"--set {key}", key))
             key = CONFIG_KEYS[key]
-        if key in laid or key in flags:
-            other = flag_origin(key) if key in flags else f"another --set {key}"
-            raise DstrainError(
-                f"{key} is also set by {other}, and only one counts",
-                where=f"--set {key}",
-                hint="remove one of them",
-            )
-        laid.add(key)
         for path, value in leaves({key: _parse_setting(key, text)}):
             _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():

@@ -46,14 +46,14 @@ def export(
     checkpoint: Path,
     out: Path,
     *,
-    aside: Path,
+    aside: Path | None = None,
     dtype: str | None = None,
     with_loss: bool = True,
 ) -> dict[str, Any]:
     """Write ``out``, which appears whole and checked, or not at all.
 
     Args:
-        aside: beside ``out``, where it is written before it has its name.
+        aside: where it is written before it has its name; None: hidden beside ``out``.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
         with_loss: load the exported model and take its validation loss.
 
@@ -71,6 +71,7 @@ def export(
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
     tokenizer = load_tokenizer(_tokenizer(plan, run))
+    aside = aside or out.with_name(f".{out.name}.partial")
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(out.parent, tensors.bytes)
