@@ -38,12 +38,20 @@ if sys.path[:1] == [""]:
 sys.path.append(root)
 sys.argv = [module, *arguments]
 class Stop(BaseException): pass
-def stop(number, frame, own=os.getpid()):
+def stop(number, frame):
     signal.signal(number, signal.SIG_DFL)
-    if os.getpid() == own:
-        raise Stop  # what it has half written goes
-    os.kill(os.getpid(), number)  # a fork of the user's code
+    raise Stop  # what it has half written goes
 signal.signal(signal.SIGTERM, stop)
+def block(how):  # while a fork of the user's code has this handler: Python forgets what it is sent then
+    signal.pthread_sigmask(how, [signal.SIGTERM])
+def end_as_ever():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    block(signal.SIG_UNBLOCK)
+os.register_at_fork(
+    before=lambda: block(signal.SIG_BLOCK),
+    after_in_parent=lambda: block(signal.SIG_UNBLOCK),
+    after_in_child=end_as_ever,
+)
 try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 except Stop:
