@@ -60,9 +60,9 @@ def claim(folder: RunFolder, resolved: ResolvedConfig) -> RunFolder:
             return RunFolder(make_numbered(folder.path), folder.node)
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         folder.path.mkdir()
-    except FileExistsError:
-        raise _exists(folder, resolved) from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and folder.path.exists():
+            raise _exists(folder, resolved) from None
         raise not_writable(error, folder) from error
     return folder
 
