@@ -248,7 +248,7 @@ def test_places_of_two_runs_name_their_folders(place: Path, dstrain_here: Dstrai
     for name in ("a", "b"):
         (place / "runs" / name / "config.yaml").write_text(f"model: model\nzero: {ord(name) - 96}\n")
         parts = ("deepspeed_origins", "deepspeed", "layout", "batch", "model", "data")
-        record = {**dict.fromkeys(parts, {}), **resumed, "accelerator": "cpu", "dstrain": "0"}
+        record = {**{part: {} for part in parts}, **resumed, "accelerator": "cpu", "dstrain": "0"}
         (place / "runs" / name / "plan.json").write_text(json.dumps(record))
     said = dstrain_here("config", "diff", "a", "b")
     assert re.search(r"zero +1 \(runs/a/config\.yaml:9\) +\| +2 \(runs/b/config\.yaml:9\)", said.out), said

@@ -138,7 +138,12 @@ def test_layers_of_a_stage_that_nothing_can_be_learnt_in(
 ) -> None:
     """Three stages of six layers: with DualPipeV stage 0 holds the first and the last, stage 1 the second and fifth."""
     model = untied(shape(4))
-    given = {"pipeline": 3, "schedule": schedule, "global_batch": 6, "settings": (f'freeze=["layer.{frozen}"]',)}
+    given = {
+        "pipeline": 3,
+        "schedule": schedule,
+        "global_batch": 6,
+        "settings": (f'freeze=["layer.{frozen}"]',),
+    }
     cut = "0,1,1,1,1,0" if schedule == "dualpipev" else "1,2,1"
     if words is None:
         plan(model=model, partition=cut, **given)

@@ -154,7 +154,9 @@ def test_the_end_of_one_layout_by_the_user_is_the_end_of_all(
     assert [row["layout"] for row in table["layouts"]] == ["zero2-pp1-dp1"]
 
 
-@pytest.mark.parametrize("broken", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "broken", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
     broken: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
