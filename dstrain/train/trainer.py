@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 import torch
@@ -206,7 +207,8 @@ def _run_id(folder: RunFolder) -> str:
 
 def _say(line: str, console: TextIO | None) -> None:
     """For the user: into this rank's log, and to the command line, which watches for it."""
-    print(line, flush=True)
+    with suppress(OSError):  # a full disk under the log
+        print(line, flush=True)
     if console:
         console.write(NOTE + line + "\n")
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -18,6 +19,8 @@ import pytest
 
 from dstrain.cli import main as command_line
 from dstrain.cli.standard_streams import StandardStreams, standard_streams, wait_for_readers
+from dstrain.train.trainer import _say
+from dstrain.train.worker import _Console
 
 
 def full_disk() -> int:
@@ -173,6 +176,17 @@ with standard_streams():
     command = f'exec "{sys.executable}" -c "$1" <&- >&- 2>&-'
     done = subprocess.run(["bash", "-c", command, "bash", code], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0 and (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_rank_whose_console_is_gone_trains_on(broken: str) -> None:
+    """Its launcher's log lies on a disk that is full, or the ssh that carried it was lost."""
+    console = _Console(io.FileIO(BROKEN[broken][0](), "w"), encoding="utf-8", write_through=True)
+    _say("a note", console)
+    console.write("step 1\n")
+    console.flush()
+    with suppress(OSError):
+        console.detach().close()
 
 
 def test_a_stream_without_a_descriptor_stays(capsys: pytest.CaptureFixture[str]) -> None:
