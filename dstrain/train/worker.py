@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
 
 
 class _Console(io.TextIOWrapper):
-    """Standard output for as long as it can be written: a lost ssh or a full disk under the log is no reason to fail."""
+    """Standard output for as long as it can be written: a lost ssh or a full disk is no reason to fail."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
