@@ -7,6 +7,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ from dstrain.errors import DstrainError
 _PROGRESS = "dstrain: "
 _POLL_SECONDS = 0.05
 _BLOCK = 2**16
+# For a child that nobody waits for any more to remove what it has half written.
+_CLEAN_SECONDS = 3.0
 
 # Nothing but sys, which is part of the interpreter, may be imported before the current folder is out. In one line and
 # without single quotes: any remote shell takes it.
@@ -40,7 +43,25 @@ if os.getppid() != int(parent):
     sys.exit(1)
 sys.path.append(root)
 sys.argv = [module, *arguments]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
+class Stop(BaseException): pass
+def stop(number, frame):
+    signal.signal(number, signal.SIG_DFL)
+    raise Stop  # what it has half written goes
+signal.signal(signal.SIGTERM, stop)
+def block(how):  # while a fork of the user's code has this handler: Python forgets what it is sent then
+    signal.pthread_sigmask(how, [signal.SIGTERM])
+def end_as_ever():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    block(signal.SIG_UNBLOCK)
+os.register_at_fork(
+    before=lambda: block(signal.SIG_BLOCK),
+    after_in_parent=lambda: block(signal.SIG_UNBLOCK),
+    after_in_child=end_as_ever,
+)
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except Stop:
+    os.kill(os.getpid(), signal.SIGTERM)
 """
 _ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -80,6 +101,8 @@ class ChildProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if any(exception):
+            self._terminate()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -106,6 +129,14 @@ class ChildProcess:
             yield rest.decode(errors="replace")
         # Its group is ended next: it may have closed standard error, and work on.
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def _terminate(self) -> None:
+        """Let it remove what it has half written, unless that takes long."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGTERM)
+        until = time.monotonic() + _CLEAN_SECONDS
+        while not self._has_ended() and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
 
     def _has_ended(self) -> bool:
         """It stays a zombie, so that no other process gets the number of its group."""

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dstrain.strict_json import to_json
+
 # Linux needs no right to read a folder for this; others do.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _KINDS = (
@@ -139,8 +141,8 @@ def write_atomically(
 
 
 def write_json(path: Path, record: Any, *, below: Path | None = None) -> None:
-    """Write ``record`` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(record, indent=2) + "\n", below=below)
+    """Write ``record`` as indented, strict JSON, atomically."""
+    write_atomically(path, to_json(record, indent=2) + "\n", below=below)
 
 
 def read_bounded(path: Path, most: int) -> bytes:

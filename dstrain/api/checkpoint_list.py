@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from dstrain.api.events import SILENT, Events
 from dstrain.api.resuming import find_run
 from dstrain.planning.layout_names import LayoutChoice
+from dstrain.runs.checkpoint.hold import held
 from dstrain.runs.checkpoint.manifest import (
     damage_of,
     file_sizes,
@@ -89,12 +90,15 @@ def checkpoints(
     found = []
     for path in named_checkpoints(folder.checkpoints):
         step = int(path.name.removeprefix("step-"))
-        info = replace(_sizes(path, step), loss=losses.get(step))
-        # Bytes that are read now count more than what was found in them before.
-        why = damage_of(path, noted=not verify)
-        if why is None and verify:
-            why = _verify(path, on_bytes, events)
-        info = _with_manifest(info, path, own_id, why)
+        with ExitStack() as holding:
+            with suppress(OSError):  # it has no manifest, or is gone
+                holding.enter_context(held(path))
+            info = replace(_sizes(path, step), loss=losses.get(step))
+            # Bytes that are read now count more than what was found in them before.
+            why = damage_of(path, noted=not verify)
+            if why is None and verify:
+                why = _verify(path, on_bytes, events)
+            info = _with_manifest(info, path, own_id, why)
         if path.is_dir():  # one that a running training has removed meanwhile is no damaged one
             found.append(info)
     for path in half_written(folder.checkpoints):

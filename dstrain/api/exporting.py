@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from os import PathLike
@@ -16,9 +17,11 @@ from dstrain.child_process import run_module
 from dstrain.errors import DstrainError
 from dstrain.files import read_json
 from dstrain.plugins import is_code
+from dstrain.runs.checkpoint.hold import held
 from dstrain.runs.checkpoint.manifest import complete_checkpoints, step_of
 from dstrain.runs.received import first_owner
 from dstrain.runs.run_folder import RunFolder
+from dstrain.strict_json import to_json
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,30 @@ def export(
             user and names code.
     """
     folder, target = find_run(run), Path(out)
-    checkpoint = _checkpoint(folder, step)
     _refuse_occupied(target)
-    _look_at_owner(folder, checkpoint, with_loss=with_loss, trust=trust, events=events)
+    _look_at_owner(folder, _checkpoint(folder, step), with_loss=with_loss, trust=trust, events=events)
+    aside = target.absolute().with_name(f".{target.absolute().name}.partial")
     request = {
         "run": str(folder.path),
-        "checkpoint": str(checkpoint),
         "out": str(target.absolute()),
+        "aside": str(aside),
         "dtype": dtype,
         "with_loss": with_loss,
     }
-    return ExportResult(folder=target, **_ask("dstrain.exporting.convert", request, events))
+    while True:
+        checkpoint = _checkpoint(folder, step)
+        chosen = request | {"checkpoint": str(checkpoint)}
+        try:
+            with held(checkpoint):
+                return ExportResult(folder=target, **_ask("dstrain.exporting.convert", chosen, events))
+        except (FileNotFoundError, DstrainError):
+            if checkpoint.exists():
+                raise
+        except BaseException:  # told to end: what was killed leaves what it had written
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        # The training goes on, where files can't be locked or with an older dstrain, and keeps newer ones.
+        events.note(f"{checkpoint.name} was removed by the training meanwhile", "export")
 
 
 def generate(
@@ -150,7 +166,7 @@ def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]
     """Run a module that reads a request and writes an answer. Raises DstrainError."""
     with tempfile.TemporaryDirectory() as aside:
         asked, answered = Path(aside) / "request.json", Path(aside) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        asked.write_text(to_json(request), encoding="utf-8")
         run_module(module, str(asked), str(answered), say=progress_to(events))
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -130,8 +131,9 @@ def fit_for(
     rows, refused = _rows(found, resolved, prepared, machines)
     if not rows:
         raise refused[0]
+    fallen = Counter(found.fallen) + Counter(error.message for error in refused)
     return FitResult(
-        fit=found,
+        fit=replace(found, fallen=dict(fallen.most_common())),
         rows=rows,
         machines=_describe(machines),
         fixed=tuple(" ".join(as_flags(key, value)) for key, value in fixed_choices(resolved).items()),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, Step
-from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
-from dstrain.runs.run_folder import NOTE, RunFolder
+from dstrain.runs.run_folder import NOTE, RunFolder, metrics_record
 
 
 class RunFollower:
@@ -59,7 +57,7 @@ class NotesTail:
             with self._log.open("rb") as file:
                 file.seek(self._position)
                 new = file.read()
-        except FileNotFoundError:
+        except OSError:
             return []
         self._position += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
@@ -85,18 +83,20 @@ class _MetricsTail:
     def new(self) -> list[dict[str, Any]]:
         """Whole lines that were not there at the start, and were not read before."""
         try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._file:
+                    self._file, self._position, self._rest = inode, 0, b""
+                file.seek(self._position)
+                new = file.read()
+        except (
+            OSError
+        ):  # not there yet, or its disk does not answer: a run that is well does not end for that
             return []
-        with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._file:
-                self._file, self._position, self._rest = inode, 0, b""
-            file.seek(self._position)
-            new = file.read()
         self._position += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
-        return [with_new_names(json.loads(line), METRICS) for line in lines if line not in self._old and line]
+        records = (metrics_record(line) for line in lines if line not in self._old)
+        return [record for record in records if record is not None]
 
 
 class _CheckpointWatch:

@@ -9,7 +9,7 @@ from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.files import read_json
 from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
-from dstrain.runs.run_folder import RunFolder, last_step
+from dstrain.runs.run_folder import RunFolder, last_step, last_validation_loss
 from dstrain.supervise.failure_cause import Cause, Outcome
 
 FAILED = 1
@@ -92,13 +92,14 @@ def result_of(outcome: Outcome, folder: RunFolder, *, saves: bool) -> RunResult:
     if folder.node != 0:  # the first node's supervisor knows what came out
         return RunResult(folder.path, last_step(folder.metrics), True, saves, checkpoint)
     result = with_new_names(read_json(folder.result), METRICS)
+    scored = result["validation_loss"]  # null where there is none, or it is no number
     return RunResult(
         folder=folder.path,
         step=result["steps"],
         completed=True,
         saved=saves,
         checkpoint=checkpoint,
-        validation_loss=result["validation_loss"],
+        validation_loss=last_validation_loss(folder.metrics) if scored is None else scored,
         prompt=result["prompt"] if result["continuation"] else None,
         continuation=result["continuation"] or None,
     )

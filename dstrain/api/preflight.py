@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dstrain.api.events import Events
@@ -16,11 +18,11 @@ from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.identity import refuse_other, what_changes
 from dstrain.runs.checkpoint.manifest import newest_complete
 from dstrain.runs.received import refuse_links
-from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.run_folder import Access, RunFolder, make_new
 
 
 def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
-    """The folder of this run, not made yet.
+    """The folder of this run, not made yet (`claim`).
 
     Raises:
         DstrainError: there is one and it is not resumed, or there are links in it.
@@ -45,15 +47,48 @@ def new_run_folder(resolved: ResolvedConfig, *, resume: bool) -> RunFolder:
         )
     _refuse_no_folder(Path(config.runs_dir), str(resolved.origin("runs_dir")))
     folder = RunFolder(Path(config.runs_dir) / name)
-    if folder.path.exists() and not resume:
-        raise DstrainError(
-            f"the run folder {folder.path} already exists",
-            where=str(resolved.origin("name")),
-            hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
-        )
-    if folder.path.is_dir():
+    if config.name is not None and folder.path.exists() and not resume:
+        raise _exists(folder, resolved)
+    if config.name is not None and folder.path.is_dir():
         refuse_links(folder)
     return folder
+
+
+def claim(folder: RunFolder, resolved: ResolvedConfig) -> RunFolder:
+    """Make the folder of a new run, which another command may have made since `new_run_folder`.
+
+    One without a name of the user's gets a number then.
+
+    Raises:
+        DstrainError: it is there already, or can't be made.
+    """
+    try:
+        if resolved.config.name is None:
+            return RunFolder(make_numbered(folder.path, resolved.config.access), folder.node)
+        make_new(folder.path, resolved.config.access)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.path.exists():
+            raise _exists(folder, resolved) from None
+        raise not_writable(error, folder) from error
+    return folder
+
+
+def make_numbered(path: Path, access: Access) -> Path:
+    """Make a folder that nobody else has made: ``path``, or the first of ``path-2``, ``path-3``, ... Raises OSError."""
+    for number in itertools.count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            make_new(own, access)
+            return own
+    raise AssertionError("numbers end")
+
+
+def _exists(folder: RunFolder, resolved: ResolvedConfig) -> DstrainError:
+    return DstrainError(
+        f"the run folder {folder.path} already exists",
+        where=str(resolved.origin("name")),
+        hint=f"choose another --name, or continue it with `dstrain resume {folder.name}`",
+    )
 
 
 def _refuse_no_folder(runs: Path, where: str) -> None:

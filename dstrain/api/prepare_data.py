@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import PlannedData
 from dstrain.plugins import Plugin, PluginError, check_plugin, is_code
+from dstrain.strict_json import to_json
 
 # The user's code is run twice before its documents are trusted, and hashes of Python's differ between the two: what
 # comes in the order of a set shows.
@@ -88,7 +88,7 @@ def _asked(
     name, user_code = resolved.config.data, is_code(resolved.config.data)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        asked.write_text(to_json(request), encoding="utf-8")
         environment = {"PYTHONHASHSEED": _HASH_SEEDS[module]} if user_code else {}
         failed = ""
         try:

@@ -97,7 +97,7 @@ def reproduce(
     events.note(f"repeating {folder.name} as {again.name}: {planned.plan.batch.describe()}", "reproduce")
     stopped: DstrainError | None = None
     try:
-        result = execute(Job(resolved, planned, again), events)
+        result = execute(Job(resolved, planned, again, new=True), events)
         if not result.completed:
             stopped = DstrainError(f"stopped after step {result.step}", exit_code=result.exit_code)
     except DstrainError as error:  # what it has trained is compared all the same

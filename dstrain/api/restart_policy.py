@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from dstrain.api.events import Events
 from dstrain.api.planning import Planned
 from dstrain.config.loader import ResolvedConfig, override
-from dstrain.errors import DstrainError
+from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.launch.launch_spec import runs_here
 from dstrain.launch.ssh_reachability import silent_hosts
 from dstrain.runs.checkpoint.identity import refuse_other
 from dstrain.runs.checkpoint.manifest import newest_complete, step_of
 from dstrain.runs.run_folder import RunFolder, last_step
+from dstrain.stop_signals import StoppedError, raised
 
 
 class RestartLoop:
@@ -30,7 +31,8 @@ class RestartLoop:
         self._restarts = Restarts(resolved.config.restarts)
 
     def next_attempt(self, error: DstrainError, *, trained: bool) -> Planned:
-        """What to launch now; returns when it can be launched. Raises ``error`` where the run is given up.
+        """What to launch now; returns when it can be launched. Raises ``error`` where the run is given up, and
+        DstrainError where it is told to end meanwhile.
 
         ``trained``: the launch that failed came as far as to train. Otherwise the metrics are those of one before.
         """
@@ -42,8 +44,23 @@ class RestartLoop:
             raise error
         self._events.note(error.message, "failed")
         self._events.note(f"{decision.number} of {decision.most} in {decision.seconds:.0f} s", "restart")
-        time.sleep(decision.seconds)
-        return self._when_hosts_answer(decision.seconds)
+        try:
+            with raised():
+                time.sleep(decision.seconds)
+                return self._when_hosts_answer(decision.seconds)
+        except (KeyboardInterrupt, StoppedError):
+            raise self._stopped() from None
+
+    def _stopped(self) -> DstrainError:
+        """For a run that is told to end while none of its ranks runs."""
+        newest = newest_complete(self._folder.checkpoints)
+        resume = f"`dstrain resume {self._folder.path}`"
+        return DstrainError(
+            "stopped while waiting to restart",
+            where=str(self._folder.path),
+            hint=f"{resume} continues from {newest.name}" if newest else f"{resume} starts again from step 0",
+            exit_code=RESUMABLE if newest else 1,
+        )
 
     def _when_hosts_answer(self, seconds: float) -> Planned:
         """Those of the plan; or, if the run is elastic, enough others. They are asked again after ``seconds`` each."""

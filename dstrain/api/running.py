@@ -13,6 +13,7 @@ from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec
 from dstrain.api.outcome import RunResult, result_of
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import (
+    claim,
     new_run_folder,
     node_of,
     refuse_elastic_alone,
@@ -37,12 +38,14 @@ class Job:
         planned: the plan and the machines.
         folder: not necessarily made yet.
         node: with the launcher ``none``, the number of this node; None where it was not given.
+        new: whether the folder is this command's to make.
     """
 
     resolved: ResolvedConfig
     planned: Planned
     folder: RunFolder
     node: int | None = None
+    new: bool = False
 
     @property
     def for_every_node(self) -> bool:
@@ -103,7 +106,7 @@ def new_job(
     note_other_owners(resolved, events)
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)
-    return Job(resolved, planned, folder, node)
+    return Job(resolved, planned, folder, node, new=not resume and node is None)
 
 
 def command_of(job: Job, events: Events = SILENT) -> str:
@@ -123,11 +126,12 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
         RunFailedError: the first failing rank, its host and its reason.
         DstrainError: before anything is started: a checkpoint of another training, a full disk, unfit hosts.
     """
-    planned, resolved, folder = job.planned, job.resolved, job.folder
+    planned, resolved = job.planned, job.resolved
     _check(job, events)
-    spec = launch_spec(planned, folder)
     config = resolved.config
-    refuse_unfit_hosts(spec, config.hostfile)
+    refuse_unfit_hosts(launch_spec(planned, job.folder), config.hostfile)
+    folder = _claimed(job)
+    spec = launch_spec(planned, folder)
     restarts = RestartLoop(planned, resolved, folder, events)
     while True:
         events.started(folder.path, shlex.join(launch_command(spec)))
@@ -148,14 +152,19 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
             return result
 
 
+def _claimed(job: Job) -> RunFolder:
+    """The job's folder, which is made where the job is a new run's. Raises DstrainError."""
+    return claim(job.folder, job.resolved) if job.new else job.folder
+
+
 def _check(job: Job, events: Events) -> None:
     refuse_other_training(job.planned.plan, job.folder, events)
     refuse_full_disk(job.planned.plan, job.folder)
     refuse_elastic_alone(job.planned.placement, job.resolved)
 
 
-def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
-    """Fill the run folder; the shell commands any of which starts the ranks.
+def prepare_manual_launch(job: Job, events: Events = SILENT) -> tuple[RunFolder, list[str]]:
+    """Fill the run folder; it, and the shell commands any of which starts the ranks.
 
     These ranks are not monitored: if one fails, the others may hang.
 
@@ -165,6 +174,7 @@ def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
     folder = job.folder
     refuse_other_training(job.planned.plan, folder, events)
     refuse_full_disk(job.planned.plan, folder)
+    folder = _claimed(job)
     spec = launch_spec(job.planned, folder)
     with locked(folder, job.resolved.config.access):
         fill_run_folder(spec, job.planned, job.resolved, folder, events)
@@ -175,7 +185,7 @@ def prepare_manual_launch(job: Job, events: Events = SILENT) -> list[str]:
         address = ["--master_addr", spec.master_addr] if job.resolved.config.master_addr else []
         place = ["--hostfile", str(folder.hostfile), *alone, *address]
         ways.append(["deepspeed", *place, "--module", *spec.worker])
-    return [shlex.join(way) for way in ways]
+    return folder, [shlex.join(way) for way in ways]
 
 
 def prepare_for_nodes(job: Job, *, dry_run: bool = False) -> list[str]:

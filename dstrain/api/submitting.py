@@ -6,9 +6,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dstrain.api.preflight import new_run_folder, not_writable
+from dstrain.api.preflight import claim, new_run_folder, not_writable
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
@@ -27,12 +27,14 @@ class SlurmJob:
         folder: the run folder, not made yet.
         job: nodes, tasks and options.
         script: the text of the batch script.
+        new: whether the folder is `submit`'s to make.
     """
 
     resolved: ResolvedConfig
     folder: RunFolder
     job: Job
     script: str
+    new: bool = True
 
 
 def slurm_job(
@@ -74,11 +76,11 @@ def slurm_job(
     )
     folder = new_run_folder(config, resume=resume)
     job = Job(folder.path, nodes, tasks, gpus_per_node or 0, tuple(options))
-    return SlurmJob(config, folder, job, batch_script(job))
+    return SlurmJob(config, folder, job, batch_script(job), new=not resume)
 
 
-def submit(job: SlurmJob) -> str:
-    """Write the script and the config, hand it to sbatch, and return the job's number.
+def submit(job: SlurmJob) -> tuple[str, SlurmJob]:
+    """Write the script and the config, hand it to sbatch, and return the job's number, and the job with its folder.
 
     Raises:
         DstrainError: there is no sbatch, it takes no such job, or the folder can't be written.
@@ -90,6 +92,10 @@ def submit(job: SlurmJob) -> str:
             hint="run it on a login node of the cluster; without Slurm, `dstrain run` trains here or on"
             " the hosts of a --hostfile",
         )
+    if job.new:
+        folder = claim(job.folder, job.resolved)
+        own = replace(job.job, run_folder=folder.path)
+        job = replace(job, folder=folder, job=own, script=batch_script(own))
     folder = job.folder
     try:
         folder.make(job.resolved.config.access)
@@ -111,7 +117,7 @@ def submit(job: SlurmJob) -> str:
             where=script,
             hint=f"fix the script, then run: sbatch {shlex.quote(script)}",
         )
-    return done.stdout.strip().split(";")[0]  # "number;cluster" where there are several clusters
+    return done.stdout.strip().split(";")[0], job  # "number;cluster" where there are several clusters
 
 
 def _refuse_other_places(resolved: ResolvedConfig) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstrain.api.events import SILENT, Events
 from dstrain.api.launch_attempt import launch, launch_spec
 from dstrain.api.outcome import result_of
 from dstrain.api.planning import Planned, plan_for
-from dstrain.api.preflight import new_run_folder, refuse_full_disk
+from dstrain.api.preflight import make_numbered, new_run_folder, not_writable, refuse_full_disk
 from dstrain.config.files import model_config_file
 from dstrain.config.loader import ResolvedConfig, override
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.devices import local_devices
 from dstrain.planning.layout_names import LayoutChoice, layouts_for
-from dstrain.runs.run_folder import RunFolder, make_open_to
+from dstrain.runs.run_folder import Access, RunFolder, make_open_to
+
+if TYPE_CHECKING:
+    from dstrain.report.comparison import Difference
 
 # fp32 agrees to this at least; more only where one process itself spreads further.
 FLOOR = 1e-5
@@ -103,7 +107,17 @@ def verify(
     """
     if config.origin("steps").kind in ("default", "recipe"):
         config = override(config, {"steps": STEPS})
-    folder = Path(config.config.runs_dir) / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    precision = config.config.precision
+    wanted = (
+        list(dict.fromkeys(LayoutChoice.parse(name) for name in layouts))
+        if layouts
+        else layouts_for(ranks or local_devices().count or 4, precision)
+    )
+    for choice in wanted:
+        refusal = choice.refusal(precision)
+        if refusal:
+            raise DstrainError(f"{choice.name}: {refusal.reason}", where="--layouts", hint=refusal.instead)
+    folder = _new_folder(Path(config.config.runs_dir), config.config.access)
     quiet: dict[str, Any] = {
         "eval_every": 0, "sample_tokens": 0, "save_every": 0, "save_weights": True, "check_every": 1,
         "runs_dir": str(folder), "trackers": [], "profile": None,
@@ -116,24 +130,26 @@ def verify(
             "seq_len": min(64, config.config.seq_len),
         }
     config = override(config, quiet)
-    precision = config.config.precision
-    wanted = (
-        list(dict.fromkeys(LayoutChoice.parse(name) for name in layouts))
-        if layouts
-        else layouts_for(ranks or local_devices().count or 4, precision)
-    )
-    for choice in wanted:
-        refusal = choice.refusal(precision)
-        if refusal:
-            raise DstrainError(f"{choice.name}: {refusal.reason}", where="--layouts", hint=refusal.instead)
-    return _compare(config, wanted, folder, events)
+    try:
+        return _compare(config, wanted, folder, events)
+    finally:
+        with suppress(OSError):  # nothing was written: the config was refused
+            folder.rmdir()
+
+
+def _new_folder(runs: Path, access: Access) -> Path:
+    """For the runs and the table of one `verify`. Raises DstrainError."""
+    try:
+        return make_numbered(runs / f"verify-{time.strftime('%Y-%m-%d-%H%M%S')}", access)
+    except OSError as error:
+        raise not_writable(error, RunFolder(runs)) from error
 
 
 def _compare(
     config: ResolvedConfig, wanted: list[LayoutChoice], folder: Path, events: Events
 ) -> VerifyResult:
     """Run the references and the layouts, and write the table."""
-    from dstrain.report.comparison import bound_from, compare_runs  # numpy
+    from dstrain.report.comparison import bound_from  # numpy
 
     choices = config.config
     alone = LayoutChoice(zero=0 if choices.precision == "fp32" else 1)
@@ -155,28 +171,44 @@ def _compare(
         make_open_to(folder, choices.access)
         references.append(_train(planned, reference)[0])
     bound = bound_from(references, FLOOR)
-    rows = []
+    result = VerifyResult((), asdict(bound), folder)
     for choice in wanted:
+        _write(result)  # what was measured is kept, whatever happens to the next layout
         events.note(f"{choice.name} ...", "verify")
-        try:
-            planned, layout_config = _plan(config, choice, {}, choice.name, events, first)
-        except DstrainError as error:  # this model, batch or machine can't have the layout
-            rows.append(VerifyRow(choice.name, f"refused: {error.message}"))
-            continue
-        try:
-            run, seconds = _train(planned, layout_config)
-            found = compare_runs(run, references[0])
-        except _StoppedError:
-            _write(VerifyResult(tuple(rows), asdict(bound), folder))
-            raise
-        except (DstrainError, ValueError) as error:  # the others are compared all the same
-            rows.append(VerifyRow(choice.name, f"failed: {str(error).splitlines()[0]}"))
-            continue
-        verdict = "equal" if found.within(bound) else "DIFFERS"
-        rows.append(VerifyRow(choice.name, verdict, **asdict(found), seconds=round(seconds, 1)))
-    result = VerifyResult(tuple(rows), asdict(bound), folder)
+        row = _row(config, choice, references[0], bound, events, first)
+        result = replace(result, rows=(*result.rows, row))
     _write(result)
     return result
+
+
+def _row(
+    config: ResolvedConfig,
+    choice: LayoutChoice,
+    reference: RunFolder,
+    bound: Difference,
+    events: Events,
+    earlier: Planned | None,
+) -> VerifyRow:
+    """Train one layout, and compare it. What is wrong with it is its verdict: the others are compared all the same.
+
+    Raises:
+        _StoppedError: the user has stopped it.
+    """
+    from dstrain.report.comparison import compare_runs  # numpy
+
+    try:
+        planned, layout_config = _plan(config, choice, {}, choice.name, events, earlier)
+    except DstrainError as error:  # this model, batch or machine can't have the layout
+        return VerifyRow(choice.name, f"refused: {error.message}")
+    try:
+        run, seconds = _train(planned, layout_config)
+        found = compare_runs(run, reference)
+    except _StoppedError:
+        raise
+    except (DstrainError, ValueError, OSError) as error:
+        return VerifyRow(choice.name, f"failed: {str(error).splitlines()[0]}")
+    verdict = "equal" if found.within(bound) else "DIFFERS"
+    return VerifyRow(choice.name, verdict, **asdict(found), seconds=round(seconds, 1))
 
 
 def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:
@@ -271,5 +303,6 @@ def shrink_model(resolved: ResolvedConfig, folder: Path) -> Path:
         if key == "layer_types" and isinstance(value, list):
             config[key] = value[:blocks]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
+    # As it was read: Infinity, where it is one, means something to the family.
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.cli.once_options import OnceOptions
+from dstrain.strict_json import to_json
+
 if TYPE_CHECKING:
     from dstrain.api.checkpoint_list import CheckpointInfo
 
 
-@click.command("checkpoints")
+@click.command("checkpoints", cls=OnceOptions)
 @click.argument("run")
 @click.option("--verify", is_flag=True, help="Read all files, and compare them with their checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -35,7 +37,7 @@ def command(run: str, verify: bool, as_json: bool) -> None:
         found = checkpoints(run, verify=verify, on_bytes=progress.update, events=PROGRESS)
     if as_json:
         records = [asdict(info) for info in found]
-        click.echo(json.dumps({"run": name, "verified": verify, "checkpoints": records}, indent=2))
+        click.echo(to_json({"run": name, "verified": verify, "checkpoints": records}, indent=2))
     elif not found:
         click.echo(f"{name} has no checkpoint")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.cli.once_options import OnceOptions
 from dstrain.cli.options import GroupedOptions, choices, given, layers
 from dstrain.errors import DstrainError
+from dstrain.strict_json import to_json
 
 if TYPE_CHECKING:
     from dstrain.report.difference import Difference, Side, Value
@@ -34,7 +35,7 @@ def command() -> None:
     """Create, check, show and compare configurations."""
 
 
-@click.command("init")
+@click.command("init", cls=OnceOptions)
 @click.argument("file", default="dstrain.yaml")
 def init(file: str) -> None:
     """Write a commented YAML file with every key and its default to FILE (dstrain.yaml; - for standard output)."""
@@ -62,7 +63,7 @@ def init(file: str) -> None:
     click.echo(f"wrote {path}; edit it, then run `dstrain config check {path}`")
 
 
-@click.command("check")
+@click.command("check", cls=OnceOptions)
 @click.argument("file")
 @click.option("--recipe", metavar="NAME", help="Recipe that FILE is applied on top of.")
 @click.option(
@@ -82,7 +83,7 @@ def check(file: str, recipe: str | None, settings: tuple[str, ...], as_json: boo
     found = mistakes_in(file, recipe, settings)
     if as_json:
         record = [{"where": each.where, "message": each.message, "hint": each.hint} for each in found]
-        click.echo(json.dumps(record, indent=2))
+        click.echo(to_json(record, indent=2))
     else:
         for each in found:
             click.echo(click.style("error: ", fg="red", bold=True) + str(each), err=True)
@@ -118,7 +119,7 @@ def _line(error: DstrainError) -> tuple[str, int]:
     return (file, int(line)) if line.isdecimal() else ("", 0)
 
 
-@click.command("schema")
+@click.command("schema", cls=OnceOptions)
 def schema() -> None:
     """Print the JSON Schema (draft 2020-12) of config files, including DeepSpeed keys.
 
@@ -127,7 +128,7 @@ def schema() -> None:
     """
     from dstrain.config.json_schema import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    click.echo(to_json(json_schema(), indent=1, ascii_only=False))
 
 
 @click.command("show", cls=GroupedOptions)
@@ -147,16 +148,16 @@ def show(
     resolved = load_config(recipe=recipe, config_file=config_file, settings=settings, flags=given(flags))
     plan = plan_for(resolved, events=PROGRESS).plan
     if not origins:
-        click.echo(json.dumps(plan.deepspeed, indent=2))
+        click.echo(to_json(plan.deepspeed, indent=2))
         return
     table = FoldingTable(Column(gives=True), Column(gives=True), Column(gives=True))
     for path, value in leaves(plan.deepspeed):
         key = ".".join(path)
-        table.add_row(key, json.dumps(value), plan.deepspeed_origins[key])
+        table.add_row(key, to_json(value), plan.deepspeed_origins[key])
     make_console(whole_lines=True).print(table)
 
 
-@click.command("diff")
+@click.command("diff", cls=OnceOptions)
 @click.argument("run_a")
 @click.argument("run_b")
 @click.option("--json", "as_json", is_flag=True, help="Print the differences as JSON.")
@@ -172,7 +173,7 @@ def diff(run_a: str, run_b: str, as_json: bool) -> None:
 
     found = differences(_side(run_a), _side(run_b))
     if as_json:
-        click.echo(json.dumps([asdict(each) for each in found], indent=2))
+        click.echo(to_json([asdict(each) for each in found], indent=2))
     else:
         _show_differences(found)
     sys.exit(1 if found else 0)
@@ -190,7 +191,9 @@ def _side(name: str) -> Side:
     if path.suffix in (".yaml", ".yml"):
         raise DstrainError(f"there is no file {name}", where="RUN", hint="check the path")
     folder = find_run(name)
-    return followed(folder, read_config(folder.config))
+    here, config = Path.cwd(), folder.config
+    place = str(config.relative_to(here) if config.is_relative_to(here) else config)
+    return followed(folder, read_config(config, name=place), place)
 
 
 def _show_differences(found: Sequence[Difference]) -> None:
@@ -215,7 +218,7 @@ def _show_differences(found: Sequence[Difference]) -> None:
 def _value(value: Value) -> str:
     if value.value is None and value.origin is None:
         return "-"
-    return json.dumps(value.value, ensure_ascii=False) + (f" ({value.origin})" if value.origin else "")
+    return to_json(value.value, ascii_only=False) + (f" ({value.origin})" if value.origin else "")
 
 
 for each in (init, check, schema, show, diff):

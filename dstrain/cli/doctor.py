@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+
+from dstrain.cli.once_options import OnceOptions
+from dstrain.strict_json import to_json
 
 if TYPE_CHECKING:
     from dstrain.cli.showing.tables import FoldingTable
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 FAILED_CODE = 1
 
 
-@click.command("doctor")
+@click.command("doctor", cls=OnceOptions)
 @click.option(
     "--hostfile", type=click.Path(), help="Hosts to check: `NAME slots=N` lines. Default: this machine."
 )
@@ -37,7 +39,7 @@ def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> 
     result = doctor(hostfile, runs_dir=runs_dir, quick=quick)
     if as_json:
         checks = [asdict(check) for check in result.checks]
-        click.echo(json.dumps({"ok": result.ok, "checks": checks}, indent=1))
+        click.echo(to_json({"ok": result.ok, "checks": checks}, indent=1))
     else:
         from dstrain.cli.showing.tables import make_console
 

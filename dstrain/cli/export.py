@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.cli.once_options import OnceOptions
 from dstrain.cli.options import trust_option
 
 if TYPE_CHECKING:
     from dstrain.api.exporting import ExportResult
 
 
-@click.command("export")
+@click.command("export", cls=OnceOptions)
 @click.argument("run")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(1), help="Step of the checkpoint to export. Default: the newest.")

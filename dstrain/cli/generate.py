@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from dstrain.cli.once_options import OnceOptions
 
-@click.command("generate")
+
+@click.command("generate", cls=OnceOptions)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option(

@@ -7,13 +7,14 @@ import importlib
 import re
 import signal
 import sys
-from contextlib import suppress
 
 import click
 
+from dstrain.cli.standard_streams import standard_streams
 from dstrain.config.text_file import shown
 from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.formatting import plain
+from dstrain.stop_signals import StoppedError, raised
 from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
@@ -33,6 +34,9 @@ COMMANDS = {
     "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
     "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
+
+# What these are called for lies in a folder or with Slurm, and is as it should be where its display is not.
+_NOT_FOR_THEIR_OUTPUT = ("run", "submit", "resume", "verify", "reproduce", "export")
 
 
 _LONG_WORD = re.compile(r"\S{1000,}")
@@ -83,32 +87,47 @@ def main() -> None:
     """Entry point: errors that are for the user become one message and an exit code."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1  # wherever it stands: it is often added to the end
-    # Slurm's warning that the job's time is nearly over, outside of a training (`supervise`): come back later.
-    with suppress(ValueError):  # called in another thread than the main one
-        signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(RESUMABLE))
+    command = next((word for word in arguments if word in COMMANDS), "")
+    with standard_streams() as streams:
+        with raised():
+            code = _run(arguments, command, debug)
+        if streams.lost_output is not None:
+            _say(f"standard output: {streams.lost_output}: not all of it could be written")
+            code = code or int(command not in _NOT_FOR_THEIR_OUTPUT)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], command: str, debug: bool) -> int | str | None:
+    """Run a command, and say what ended it; its exit code."""
     try:
         group.main(["--debug"] * debug + arguments, prog_name="dstrain", standalone_mode=False)
     except DstrainError as error:
         if debug:
             raise
         _say(str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
         if debug or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         _say(f"{shown(error.filename or '')}: {error.strerror}\n  hint: check the path")
-        sys.exit(2)
+        return 2
+    except StoppedError as stop:
+        _say(f"stopped by {signal.Signals(stop.number).name}")
+        # Slurm's warning that the job's time is nearly over, outside of a training: come back later.
+        return RESUMABLE if stop.number == signal.SIGUSR1 else 128 + stop.number
     except click.exceptions.Abort:
         _say("stopped")
-        sys.exit(130)
+        return 130
     except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
+        return end.exit_code
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is None:  # what the parser says names no command
-            command = next((word for word in arguments if word in COMMANDS), "")
             click.echo(f"Try '{f'dstrain {command}'.strip()} --help' for help.\n", err=True)
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def _say(message: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dstrain.cli.once_options import OnceOptions
 from dstrain.config.origins import REPEATED, flag_name
 from dstrain.config.schema import RunConfig
 from dstrain.config.template import GROUPS
@@ -56,7 +57,7 @@ class _ListOf(_ParamType):
         return [self.kind.convert(part, param, ctx) for part in value.split(",")]
 
 
-class GroupedOptions(click.Command):
+class GroupedOptions(OnceOptions):
     """A command whose ``--help`` has a section for each group of run-config keys, its own options first."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from dstrain.cli.options import GroupedOptions, choices, given, layers
 from dstrain.errors import DstrainError
+from dstrain.strict_json import to_json
 
 
 @click.command("plan", cls=GroupedOptions)
@@ -69,7 +69,7 @@ def command(
         show_explanation(plan, explained, as_json=as_json)
         return
     if as_json:
-        click.echo(json.dumps(plan.to_record(), indent=2))
+        click.echo(to_json(plan.to_record(), indent=2))
         return
     from dstrain.cli.showing.plan import show_plan
     from dstrain.cli.showing.tables import make_console

@@ -104,12 +104,13 @@ def _show_manual_launch(job: Job, console: Console) -> None:
 
     from dstrain.api.running import prepare_manual_launch
 
-    for heading, line in zip(("type     ", "or here  "), prepare_manual_launch(job), strict=False):
+    folder, lines = prepare_manual_launch(job)
+    for heading, line in zip(("type     ", "or here  "), lines, strict=False):
         console.print(Text.assemble((heading, "bold"), line), soft_wrap=True)
     console.print(
         Text(
             "Ranks started this way are not monitored: if one fails, the others may hang. `dstrain resume"
-            f" {job.folder.path}` starts and monitors them."
+            f" {folder.path}` starts and monitors them."
         ),
         soft_wrap=True,
     )

@@ -61,7 +61,8 @@ def command(
     if dry_run:
         click.echo(job.script, nl=False)
         return
-    _show(submit(job), job.folder, job.job)
+    number, submitted = submit(job)
+    _show(number, submitted.folder, submitted.job)
 
 
 def _show(number: str, folder: RunFolder, job: Job) -> None:

@@ -136,11 +136,15 @@ def load_config(
     return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
 
 
-def read_config(path: Path) -> ResolvedConfig:
-    """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
+def read_config(path: Path, *, name: str | None = None) -> ResolvedConfig:
+    """Read a run folder's config.yaml: complete, so that no recipe lies below it.
+
+    ``name``: the file as places name it, where more than one run is looked at; by default without its folder.
+    """
     document = read_yaml(path, where=str(path))
-    _rename_deprecated(document, path.name)  # an earlier dstrain wrote it: nothing for its user to change
-    origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
+    name = name or path.name
+    _rename_deprecated(document, name)  # an earlier dstrain wrote it: nothing for its user to change
+    origins = {keys: Origin("file", f"{name}:{line}") for keys, line in document.lines.items()}
     return _finish(document.values, origins, (), {}, origins)
 
 

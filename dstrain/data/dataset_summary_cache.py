@@ -18,6 +18,7 @@ from typing import Any
 from dstrain.data.own_documents import Corpus
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.shared_caches import is_own, write_own
+from dstrain.strict_json import to_json
 from dstrain.version import __version__
 
 TOKEN_FILES = ("tokens.bin", "lengths.npy", "meta.json")
@@ -53,7 +54,7 @@ def summary_file(
     raised manually.
     """
     here = Path(__file__).parent
-    content = json.dumps(
+    content = to_json(
         [
             __version__,
             _state(here, sorted(path.name for path in here.glob("*.py"))),
@@ -89,7 +90,7 @@ def keep_summary(file: Path, tokens: Path, summary: dict[str, Any]) -> None:
     """Leave ``summary`` of the tokens in the folder ``tokens`` for others, where the cache can be written."""
     with suppress(OSError):
         kept = {"tokens": tokens.name, "state": _state(tokens, TOKEN_FILES), "summary": summary}
-        write_own(file, json.dumps(kept, indent=1) + "\n")
+        write_own(file, to_json(kept, indent=1) + "\n")
 
 
 def _state(folder: Path, names: tuple[str, ...] | list[str]) -> State:

@@ -23,6 +23,7 @@ from dstrain.data.progress import Progress
 from dstrain.data.sources import Source
 from dstrain.errors import DstrainError
 from dstrain.plugins import load_plugin
+from dstrain.strict_json import to_json
 
 WHAT = "dataset"
 _SAME = (
@@ -132,7 +133,7 @@ def answer(out: Path, ask: Callable[[], Mapping[str, Any]]) -> int:
     except DstrainError as error:
         told = {"message": error.message, "hint": error.hint, "where": error.where}
         found, code = {"error": told}, error.exit_code
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    out.write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
     return code
 
 

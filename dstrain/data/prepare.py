@@ -24,6 +24,7 @@ from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
+from dstrain.strict_json import to_json
 
 _OPTIONAL = {"own", "max_document_bytes"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
@@ -206,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
         summary = _prepare_and_keep(request)
         try:
             aside = out.with_name(f"{out.name}.{os.getpid()}.part")
-            aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            aside.write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
             aside.replace(out)
         except OSError as error:
             raise DstrainError(

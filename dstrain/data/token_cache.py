@@ -32,6 +32,7 @@ from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import flush
 from dstrain.shared_caches import is_own, make_folder, open_lock
+from dstrain.strict_json import to_json
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
@@ -102,7 +103,7 @@ def is_cached(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> bool:
 
 
 def _key(source: Corpus, tokenizer: Tokenizer) -> str:
-    content = json.dumps([FORMAT, tokenizer.fingerprint, *source.state])
+    content = to_json([FORMAT, tokenizer.fingerprint, *source.state])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -131,7 +132,7 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
             **asdict(written),
             "checks": {name: _check(aside / name) for name in (_TOKENS, _LENGTHS)},
         }
-        (aside / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        (aside / _META).write_text(to_json(meta, indent=1) + "\n", encoding="utf-8")
         for name in TOKEN_FILES:
             (aside / name).chmod(0o600)
         for name in (*TOKEN_FILES, "."):

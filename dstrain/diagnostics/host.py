@@ -22,6 +22,7 @@ from dstrain.child_process import module_command
 from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
 from dstrain.runs.this_machine import listening_socket
+from dstrain.strict_json import to_json
 
 MARK = "dstrain-doctor "
 _CONNECT_SECONDS = 3.0
@@ -48,7 +49,7 @@ class Host:
                 "free_port": self.free_port,
                 "exchange": self.exchange,
             }
-            print(f"{MARK}{json.dumps(answers[ask](**question))}", flush=True)
+            print(f"{MARK}{to_json(answers[ask](**question))}", flush=True)
 
     def time(self) -> dict[str, Any]:
         return {"time": time.time()}

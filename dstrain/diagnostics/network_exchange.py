@@ -8,7 +8,6 @@ Before each part it says what it is about to do, so that the one in which it han
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from dstrain.diagnostics.host import MARK
 from dstrain.engine.loopback_store import init_method
+from dstrain.strict_json import to_json
 from dstrain.train.rank_environment import network_variables
 
 WAIT_SECONDS = 20
@@ -114,7 +114,7 @@ def _peers(rank: int, world: int) -> Iterator[int]:
 
 
 def _say(**what: Any) -> None:
-    print(f"{MARK}{json.dumps(what)}", flush=True)
+    print(f"{MARK}{to_json(what)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from dstrain.child_process import module_command
 from dstrain.diagnostics.host import MARK
 from dstrain.launch.ssh_reachability import NOT_INSTALLED, Trouble, ssh_command, trouble
+from dstrain.strict_json import to_json
 
 _MODULE = "dstrain.diagnostics.host"
 _END_SECONDS = 3.0
@@ -83,7 +84,7 @@ class Conversation:
         stdin = self._process.stdin
         assert stdin is not None
         with contextlib.suppress(OSError):  # it has ended: the end of its answers tells why
-            stdin.write(json.dumps({"ask": question, **arguments}).encode() + b"\n")
+            stdin.write(to_json({"ask": question, **arguments}).encode() + b"\n")
             stdin.flush()
         try:
             answer = self._answers.get(timeout=seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,11 +42,18 @@ from dstrain.train.run_data import prepare_run_data
 
 
 def export(
-    run: RunFolder, checkpoint: Path, out: Path, *, dtype: str | None = None, with_loss: bool = True
+    run: RunFolder,
+    checkpoint: Path,
+    out: Path,
+    *,
+    aside: Path | None = None,
+    dtype: str | None = None,
+    with_loss: bool = True,
 ) -> dict[str, Any]:
     """Write ``out``, which appears whole and checked, or not at all.
 
     Args:
+        aside: where it is written before it has its name; None: hidden beside ``out``.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
         with_loss: load the exported model and take its validation loss.
 
@@ -63,7 +71,7 @@ def export(
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
     tokenizer = load_tokenizer(_tokenizer(plan, run))
-    aside = out.with_name(f".{out.name}.partial")
+    aside = aside or out.with_name(f".{out.name}.partial")
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(out.parent, tensors.bytes)
@@ -181,7 +189,8 @@ def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | N
     check_loaded(model, tensors)
     if rows is None:
         return None, reason
-    return validation_loss(model, rows, plan.run_config.eval_samples), None
+    loss = validation_loss(model, rows, plan.run_config.eval_samples)
+    return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}")
 
 
 def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:
@@ -207,6 +216,7 @@ def main(argv: Sequence[str]) -> int:
             RunFolder(request["run"]),
             Path(request["checkpoint"]),
             Path(request["out"]),
+            aside=Path(request["aside"]),
             dtype=request["dtype"],
             with_loss=request["with_loss"],
         )

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dstrain.data.tokenizer_files import refuse_large_files
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
+from dstrain.strict_json import to_json
 
 # A folder without any of these has no tokenizer. (transformers gives some families one without tokens then.)
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
             temperature=request["temperature"],
             seed=request["seed"],
         )
-        Path(argv[1]).write_text(json.dumps({"text": text}), encoding="utf-8")
+        Path(argv[1]).write_text(to_json({"text": text}), encoding="utf-8")
     except DstrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

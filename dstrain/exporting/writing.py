@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from dstrain.data.progress import Progress
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.model.weights.on_disk import OnDisk
+from dstrain.strict_json import to_json
 
 LARGEST_FILE = 2_000_000_000
 """Bytes. A file is collected in memory before it is written; one larger tensor gets a file of its own."""
@@ -62,7 +62,7 @@ def write_weights(tensors: ExportedTensors, folder: Path) -> list[str]:
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             path = folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            path.write_text(to_json(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise DstrainError(f"the weights can't be written: {error}", where=str(folder)) from error
     return list(split.filename_to_tensors)

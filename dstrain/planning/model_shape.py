@@ -203,3 +203,12 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
                 where=where,
                 hint="fewer --pipeline stages, so that each has a trainable layer, or freeze less",
             )
+    # No gradient arrives at what comes first from anywhere else. With DualPipeV the same rank has the last layers too.
+    first = [name for layer in layout.chunks(0)[0] for name in shape.layers[layer].tensors]
+    if layout.pipeline > 1 and first and frozen.issuperset(first):
+        raise DstrainError(
+            "the first layers of stage 0 would have only frozen parameters, and the schedule"
+            f" {layout.schedule} computes their gradients apart from those of its last layers",
+            where=where,
+            hint="--schedule 1f1b, fewer --pipeline stages, or freeze less",
+        )

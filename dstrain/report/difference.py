@@ -57,8 +57,11 @@ def chosen(resolved: ResolvedConfig) -> dict[tuple[str, str], Value]:
     return values
 
 
-def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str], Value]:
+def followed(folder: RunFolder, resolved: ResolvedConfig, name: str) -> dict[tuple[str, str], Value]:
     """The side of a run folder: its config with the origins that it had, its plan, and what its checkpoints say.
+
+    Args:
+        name: of its config.yaml, as places name it: both sides have one.
 
     Raises:
         DstrainError: its plan is damaged.
@@ -73,6 +76,8 @@ def followed(folder: RunFolder, resolved: ResolvedConfig) -> dict[tuple[str, str
             if key.startswith("deepspeed."):
                 origin = plan["deepspeed_origins"].get(key.removeprefix("deepspeed."))
             if origin:
+                if origin.startswith(f"{folder.config.name}:"):
+                    origin = name + origin.removeprefix(folder.config.name)
                 side[part, key] = Value(side[part, key].value, origin)
         for path, value in leaves(plan["deepspeed"]):
             if value == {}:

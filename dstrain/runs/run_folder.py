@@ -6,6 +6,7 @@ the names inside it.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import time
@@ -66,12 +67,17 @@ def make_open_to(path: Path, access: Access) -> None:
     """Make a folder for runs, or of one; one that is there keeps its permissions. Raises OSError."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):  # another node was faster
-        if access == "umask":
-            path.mkdir()
-        else:
-            make_shared_folder(path, 0o750 if access == "group" else 0o700)
+        make_new(path, access)
+
+
+def make_new(path: Path, access: Access) -> None:
+    """Make a folder for runs, or of one, and those above it. Raises OSError, FileExistsError where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if access == "umask":
+        path.mkdir()
+    else:
+        make_shared_folder(path, 0o750 if access == "group" else 0o700)
 
 
 class RunFolder:
@@ -266,11 +272,34 @@ _LONGEST_LINE = 4_000_000
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, of 0.1 too; what a killed run left half written is no line."""
-    return [
-        record
-        for record in (with_new_names(record, METRICS) for record in json_lines(path))
-        if _is_number(record.get("step"))
-    ]
+    return [record for each in json_lines(path) if (record := _metrics_record(each)) is not None]
+
+
+# Where null stands for a number that is none; a norm is null where fp16 skipped the step.
+_LOSSES = ("loss", "validation_loss")
+
+
+def metrics_record(line: bytes) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl, of 0.1 too; None where it is no whole one. A loss that is null was no number."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return _metrics_record(record) if isinstance(record, dict) else None
+
+
+def _metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        return None
+    renamed = with_new_names(record, METRICS)
+    return renamed | {key: math.nan for key in _LOSSES if renamed.get(key, 0) is None}
+
+
+def last_validation_loss(metrics: Path) -> float | None:
+    """The last one that a metrics.jsonl has, nan included; None where there is none."""
+    losses = [record["validation_loss"] for record in read_metrics(metrics) if "validation_loss" in record]
+    return losses[-1] if losses else None
 
 
 def json_lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[dict[str, Any]]:
@@ -296,10 +325,6 @@ def json_lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[dict[str, A
                 record = parse_json(line)
                 if isinstance(record, dict):
                     yield record
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def last_step(metrics: Path) -> int:

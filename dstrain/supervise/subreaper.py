@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from dstrain.runs.this_machine import Process
+from dstrain.stop_signals import heeded
 from dstrain.supervise.process_tree import family, kill, signal_name
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -59,9 +60,9 @@ def main(arguments: list[str]) -> int:
         pass
 
     signal.signal(signal.SIGTERM, stop)
-    # Not SIG_IGN, which the launcher would inherit: a handler ends at exec.
-    signal.signal(signal.SIGINT, ignore)
-    signal.signal(signal.SIGHUP, ignore)
+    # Not SIG_IGN, which the launcher would inherit: a handler ends at exec. What the caller ignores stays ignored.
+    for number in heeded((signal.SIGINT, signal.SIGHUP)):
+        signal.signal(number, ignore)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from types import FrameType
 from dstrain.files import open_to_write, umask_in
 from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
+from dstrain.stop_signals import handled
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.failure_cause import Cause, LauncherLogWatch, Outcome, judge
 from dstrain.supervise.hang_detection import HangWatch, Progress
@@ -32,6 +32,8 @@ _AT_ONCE_SECONDS = 2.0
 # For ranks to end after their connections have.
 _CONNECTION_SECONDS = 5.0
 _KILL_SECONDS = 10.0
+# Wrappers pass a signal on that the terminal has sent to all.
+_SAME_STOP_SECONDS = 0.3
 _LOOKS_A_POLL = 4
 
 
@@ -204,28 +206,28 @@ class _Launcher:
 
 @dataclass
 class _Stops:
+    """The signals that asked the run to end, in their order. What one cause sends twice counts once."""
+
     numbers: list[int] = field(default_factory=list)
+    _at: float = 0.0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        again = bool(self.numbers) and (
+            # A terminal that is closed tells it by itself and through the shell; nobody asks so twice.
+            number == signal.SIGHUP or time.monotonic() < self._at + _SAME_STOP_SECONDS
+        )
+        if not again:
+            self.numbers.append(number)
+            self._at = time.monotonic()
 
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stops]:
-    """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) instead of dying of them.
+    """Note a signal that asks to end, instead of dying of it; what the caller has ignored stays ignored.
 
     Only the main thread may set handlers; in another one they stay as they are, and the subreaper ends the run
     if they end this process.
     """
     stops = _Stops()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stops.numbers.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
+    with handled(stops.note):
         yield stops
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

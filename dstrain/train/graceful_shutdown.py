@@ -10,8 +10,9 @@ from types import FrameType
 import torch
 from torch import distributed
 
+from dstrain.stop_signals import heeded
+
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-"""SIGUSR1 is what Slurm is usually told to send before a job's time is over (``--signal=USR1@300``)."""
 
 
 class GracefulShutdown:
@@ -27,12 +28,13 @@ class GracefulShutdown:
         self._deadline = None if limit is None else time.monotonic() + limit
         self._rank = distributed.get_rank()
         self._signalled = False
-        for number in SIGNALS:
+        self._heeded = heeded(SIGNALS)
+        for number in self._heeded:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-        for each in SIGNALS:
+        for each in self._heeded:
             signal.signal(each, signal.SIG_DFL)
 
     def agreed(self, device: torch.device) -> bool:

@@ -6,7 +6,6 @@ A host without a disk in common with the others needs copies of the same files; 
 from __future__ import annotations
 
 import hashlib
-import json
 import socket
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from dstrain.data.tokenizers import load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import Plan
 from dstrain.plugins import is_code
+from dstrain.strict_json import to_json
 
 
 def prepare_run_data(plan: Plan) -> PackedData:
@@ -82,7 +82,7 @@ def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
     if not is_cached(source, load_tokenizer(data.tokenizer), Path(choices["cache_dir"])):
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-            asked.write_text(json.dumps({**source.request(), **choices}), encoding="utf-8")
+            asked.write_text(to_json({**source.request(), **choices}), encoding="utf-8")
             failed = ""
             try:
                 run_module("dstrain.data.prepare", str(asked), str(answered), say=_say, user_code=True)

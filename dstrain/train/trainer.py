@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 import torch
@@ -31,7 +32,7 @@ from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
-from dstrain.runs.run_folder import NOTE, RunFolder, read_metrics
+from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_loss
 from dstrain.train.batches import TrainBatches, ValidationBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
@@ -127,7 +128,7 @@ def _train(
             fewest=engine.fewest_micro_batches,
         )
 
-    validation_loss = _last_validation_loss(folder)  # of a run that is resumed at its end
+    validation_loss = last_validation_loss(folder.metrics)  # of a run that is resumed at its end
     if first == 1 and validation is not None:
         validation_loss = engine.eval_loss(validation.micro_batches())
         if metrics:
@@ -206,7 +207,8 @@ def _run_id(folder: RunFolder) -> str:
 
 def _say(line: str, console: TextIO | None) -> None:
     """For the user: into this rank's log, and to the command line, which watches for it."""
-    print(line, flush=True)
+    with suppress(OSError):  # a full disk under the log
+        print(line, flush=True)
     if console:
         console.write(NOTE + line + "\n")
 
@@ -229,13 +231,6 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
         f"{what} at step {step}",
         hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
     )
-
-
-def _last_validation_loss(folder: RunFolder) -> float | None:
-    losses = [
-        record["validation_loss"] for record in read_metrics(folder.metrics) if "validation_loss" in record
-    ]
-    return losses[-1] if losses else None
 
 
 def _build(

@@ -119,15 +119,15 @@ def main(arguments: list[str]) -> int:
 
 
 class _Console(io.TextIOWrapper):
-    """Standard output for as long as somebody reads it: an ssh that was lost is no reason to fail."""
+    """Standard output for as long as it can be written: a lost ssh or a full disk is no reason to fail."""
 
     def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             return super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             super().flush()
 
 

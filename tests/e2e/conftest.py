@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.arguments import layered
 from tests.support.e2e import Child, Said, start
 
 
@@ -41,7 +42,7 @@ def dstrain_here(
     def call(*arguments: str) -> Said:
         from dstrain.cli.main import main
 
-        monkeypatch.setattr(sys, "argv", ["dstrain", *arguments])
+        monkeypatch.setattr(sys, "argv", ["dstrain", *layered(arguments)])
         code = 0
         try:
             main()

@@ -235,6 +235,25 @@ def test_diff_of_files(place: Path, dstrain_here: Dstrain) -> None:
     assert dstrain_here("config", "diff", "a.yaml", "a.yaml") == Said(0, "no differences\n", "")
 
 
+def test_places_of_two_runs_name_their_folders(place: Path, dstrain_here: Dstrain) -> None:
+    for name, zero in (("a", 1), ("b", 2)):
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "config.yaml").write_text(f"model: model\nzero: {zero}\n")
+    said = dstrain_here("config", "diff", "a", "runs/b")
+    assert re.search(r"zero +1 \(runs/a/config\.yaml:2\) +\| +2 \(runs/b/config\.yaml:2\)", said.out), said
+    (place / "runs" / "b" / "config.yaml").write_text("model: model\nkey_of_2027: 3\n")
+    said = dstrain_here("config", "diff", "a", "b")
+    assert said.code == 2 and "runs/b/config.yaml:2: " in said.err, said
+    resumed = {"origins": {"zero": "config.yaml:9"}}
+    for name in ("a", "b"):
+        (place / "runs" / name / "config.yaml").write_text(f"model: model\nzero: {ord(name) - 96}\n")
+        parts = ("deepspeed_origins", "deepspeed", "layout", "batch", "model", "data")
+        record = {**{part: {} for part in parts}, **resumed, "accelerator": "cpu", "dstrain": "0"}
+        (place / "runs" / name / "plan.json").write_text(json.dumps(record))
+    said = dstrain_here("config", "diff", "a", "b")
+    assert re.search(r"zero +1 \(runs/a/config\.yaml:9\) +\| +2 \(runs/b/config\.yaml:9\)", said.out), said
+
+
 def test_diff_of_runs_shows_what_followed(place: Path, dstrain_here: Dstrain) -> None:
     from dstrain.planning.plan import Plan
 

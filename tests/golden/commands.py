@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tests.support.arguments import layered
 from tests.support.forking.program import Program
 
 GOLDEN = Path(__file__).resolve().parent
@@ -78,7 +79,7 @@ def start(place: Path, environ: Mapping[str, str], *arguments: str, real: bool |
 
     ``real``: as a new interpreter; by default where GOLDEN_REAL says so.
     """
-    argv = [sys.executable, "-m", "dstrain.cli.main", *arguments]
+    argv = [sys.executable, "-m", "dstrain.cli.main", *layered(arguments)]
     if real is None:
         real = bool(os.environ.get("GOLDEN_REAL"))
     return _Interpreter(argv, place, environ) if real else _Fork(argv, cwd=place, env=environ)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.child_process import ChildProcess
+from tests.support.arguments import layered
 from tests.support.forking.program import Program
 
 
@@ -36,7 +37,7 @@ def start(place: Path, environment: Mapping[str, str], *arguments: str, change: 
     program = ["-m", "dstrain.cli.main"]
     if change:
         program = ["-c", f"{change}\nfrom dstrain.cli.main import main\nmain()"]
-    return CommandLine([sys.executable, *program, *arguments], cwd=place, env=environment)
+    return CommandLine([sys.executable, *program, *layered(arguments)], cwd=place, env=environment)
 
 
 class Child(Program):

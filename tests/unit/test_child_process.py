@@ -107,3 +107,65 @@ def test_files_of_the_current_folder_hide_nothing(
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
     monkeypatch.chdir(tmp_path)
     run_module(module("import json, random, token, dstrain.errors"))
+
+
+def test_what_it_has_half_written_goes_where_the_caller_gives_up(
+    module: Callable[[str], str], tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    code = f"""
+try:
+    open({str(half)!r}, "w").close()
+    print("begun", file=sys.stderr, flush=True)
+    time.sleep(600)
+finally:
+    os.unlink({str(half)!r})
+"""
+
+    def give_up(line: str) -> None:
+        assert half.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_module(module(code), say=give_up, user_code=True)
+    assert not half.exists()
+
+
+def test_one_that_does_not_end_by_itself_is_not_waited_for(
+    module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstrain.child_process._CLEAN_SECONDS", 0.2)
+    said: list[str] = []
+
+    def give_up(line: str) -> None:
+        said.append(line)
+        raise KeyboardInterrupt
+
+    code = """
+while True:
+    try:
+        print(os.getpid(), file=sys.stderr, flush=True)
+        time.sleep(600)
+    except BaseException:
+        pass
+"""
+    with pytest.raises(KeyboardInterrupt):
+        run_module(module(code), say=give_up, user_code=True)
+    wait_for_the_end(int(said[0]))
+
+
+def test_who_ended_it_is_said(module: Callable[[str], str]) -> None:
+    with pytest.raises(DstrainError, match=r"^mine failed: it was ended by SIGTERM$"):
+        run_module(module("os.kill(os.getpid(), signal.SIGTERM); time.sleep(600)"))
+
+
+def test_forks_of_its_own_end_as_ever(module: Callable[[str], str]) -> None:
+    """``multiprocessing`` ends its workers by SIGTERM."""
+    code = """
+worker = os.fork()
+if not worker:
+    time.sleep(600)
+os.kill(worker, signal.SIGTERM)
+assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+"""
+    run_module(module(code))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from dstrain.api.planning import Planned
 from dstrain.api.preflight import refuse_elastic_alone
 from dstrain.api.restart_policy import RestartLoop, fewer_replicas
 from dstrain.config.loader import ResolvedConfig, load_config
-from dstrain.errors import DstrainError
+from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.layout import Host
@@ -130,6 +134,24 @@ def test_it_shrinks_at_once_and_returns_to_all_hosts_at_the_next_restart(
     said = "\n".join(heard.notes)
     assert "elastic: on n1, n2, n4: 24 samples per step" in said and "without n3: No route to host" in said
     assert "restart: 2 of 3" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stop_while_a_restart_is_waited_for(
+    number: signal.Signals, saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a checkpoint was made the run can be resumed, as after a stop of its ranks."""
+    newest = tmp_path / "checkpoints" / "step-000006" if saved else None
+    monkeypatch.setattr("dstrain.api.restart_policy.newest_complete", lambda _: newest)
+    restarting = RestartLoop(*planned(), RunFolder(tmp_path), Heard())
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    began = time.monotonic()
+    with pytest.raises(DstrainError, match="stopped while waiting to restart") as caught:
+        restarting.next_attempt(DstrainError("n3 is gone"), trained=True)
+    assert time.monotonic() - began < 4
+    assert caught.value.exit_code == (RESUMABLE if saved else 1)
+    assert ("continues from step-000006" if saved else "starts again") in (caught.value.hint or "")
 
 
 def test_it_waits_where_it_can_not_shrink_and_says_why(

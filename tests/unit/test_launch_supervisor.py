@@ -337,6 +337,47 @@ def test_a_second_stop_ends_at_once(fake: Fake) -> None:
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP), (signal.SIGTERM, signal.SIGHUP)],
+    ids=["a wrapper passes it on", "the shell tells it too", "the terminal closes as well"],
+)
+def test_what_one_cause_sends_twice_is_no_second_stop(
+    fake: Fake, first: signal.Signals, then: signal.Signals
+) -> None:
+    rank = """
+say(rank, "running")
+while not folder.stop_request.exists(): time.sleep(0.05)
+time.sleep(1)
+folder.write_status(RankStatus(rank, socket.gethostname(), os.getpid(), "stopped", step=7))
+"""
+
+    def send() -> None:
+        os.kill(os.getpid(), first)
+        time.sleep(0.02)
+        os.kill(os.getpid(), then)
+
+    threading.Timer(1.0, send).start()
+    assert fake.run(TWO_RANKS, rank) == Outcome(False, RESUMABLE, None, stopped_after=7)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_what_the_caller_ignores_ends_nothing(fake: Fake, number: signal.Signals) -> None:
+    """``nohup dstrain run``, or the background job of a script: the launcher and the ranks ignore it as well."""
+    rank = f"""
+say(rank, "running")
+os.kill(os.getpid(), {int(number)})
+time.sleep(1)
+say(rank, "done")
+"""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        assert fake.run(TWO_RANKS, rank) == Outcome(True, 0, None)
+    finally:
+        signal.signal(number, before)
+
+
 def test_nothing_outlives_a_killed_supervisor(fake: Fake) -> None:
     command = fake.command(TWO_RANKS, "say(rank, 'running'); time.sleep(300)")
     code = f"""

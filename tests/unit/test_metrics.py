@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from dstrain.api.events import Events, Step
 from dstrain.api.following import RunFollower
-from dstrain.runs.run_folder import RunFolder
+from dstrain.runs.run_folder import RunFolder, last_validation_loss
 from dstrain.train.metrics import MetricsFile
 
 
@@ -100,3 +102,60 @@ def test_a_resumed_run_shows_what_it_repeats(folder: RunFolder, last: int) -> No
     screen = Screen(folder)
     write(folder, 6, last, after_step=5)
     assert screen.shown() == list(range(6, last + 1))
+
+
+def test_a_follower_of_the_file_sees_a_resume_that_drops_nothing(folder: RunFolder) -> None:
+    write(folder, 1, 4, after_step=0)
+    with folder.metrics.open() as follower:
+        follower.seek(0, 2)
+        write(folder, 5, 6, after_step=4)
+        assert [json.loads(line)["step"] for line in follower] == [5, 6]
+    assert steps(folder) == list(range(7))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 4, "held_out_loss": 5.0}\n', '{"step": 4, "validation_loss": NaN}\n', "\xff\n", "[]\n"],
+    ids=["of 0.1", "no JSON", "no UTF-8", "no record"],
+)
+def test_lines_that_are_written_otherwise_now(folder: RunFolder, line: str) -> None:
+    write(folder, 1, 3, after_step=0)
+    with folder.metrics.open("ab") as file:
+        file.write(line.encode("latin-1"))
+    write(folder, 5, 5, after_step=4)
+    read = [json.loads(text, parse_constant=lambda _: pytest.fail()) for text in folder.metrics.open()]
+    assert [record["step"] for record in read if record["step"] != 4] == [0, 1, 2, 3, 5]
+    assert not any("held_out_loss" in record for record in read)
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_file_and_nan_to_its_readers(folder: RunFolder) -> None:
+    seen: list[float] = []
+
+    class Observer(Events):
+        def validated(self, step: int, loss: float) -> None:
+            seen.append(loss)
+
+        def step(self, step: Step) -> None:
+            seen.append(step.loss)
+            assert step.grad_norm is None
+
+    follower = RunFollower(folder, Observer())
+    file = MetricsFile(folder.metrics, after_step=0)
+    file.write({"step": 0, "validation_loss": math.nan, "tokens": 0})
+    file.write(record(1) | {"loss": math.inf, "grad_norm": None})
+    file.close()
+    assert "NaN" not in folder.metrics.read_text() and "Infinity" not in folder.metrics.read_text()
+    follower.update()
+    assert len(seen) == 2 and all(math.isnan(loss) for loss in seen)
+    last = last_validation_loss(folder.metrics)
+    assert last is not None and math.isnan(last)
+
+
+def test_a_disk_that_does_not_answer_ends_no_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown comes later."""
+    screen = Screen(folder)
+    write(folder, 1, 2, after_step=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+        assert screen.shown() == []
+    assert screen.shown() == [0, 1, 2]

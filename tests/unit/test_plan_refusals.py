@@ -114,6 +114,44 @@ def test_a_pattern_that_freezes_nothing(pattern: str) -> None:
     assert error.where == "--set freeze"
 
 
+def untied(model: ModelShape) -> ModelShape:
+    layers = tuple(replace(x, tensors={f"layer.{i}": x.parameters}) for i, x in enumerate(model.layers))
+    return replace(model, layers=layers, tied=())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "frozen", "words"),
+    [
+        ("dualpipev", "0", "the first layers of stage 0"),
+        ("dualpipev", "[01]", "the first layers of stage 0"),
+        ("dualpipev", "[012345]", "stage 0 would have only frozen parameters"),
+        ("dualpipev", "1", None),
+        ("dualpipev", "[14]", "stage 1 would have only frozen parameters"),
+        ("dualpipev", "5", None),
+        ("1f1b", "[01]", "stage 0 would have only frozen parameters"),
+        ("1f1b", "0", None),
+        ("1f1b", "[45]", "stage 2 would have only frozen parameters"),
+    ],
+)
+def test_layers_of_a_stage_that_nothing_can_be_learnt_in(
+    schedule: str, frozen: str, words: str | None
+) -> None:
+    """Three stages of six layers: with DualPipeV stage 0 holds the first and the last, stage 1 the second and fifth."""
+    model = untied(shape(4))
+    given = {
+        "pipeline": 3,
+        "schedule": schedule,
+        "global_batch": 6,
+        "settings": (f'freeze=["layer.{frozen}"]',),
+    }
+    cut = "0,1,1,1,1,0" if schedule == "dualpipev" else "1,2,1"
+    if words is None:
+        plan(model=model, partition=cut, **given)
+    else:
+        error = refused(model=model, partition=cut, **given)
+        assert error.message.startswith(words) and error.where == "--set freeze" and error.hint
+
+
 @pytest.mark.parametrize("name", ["embed.weight", "head.weight", "*"])
 def test_a_tied_weight_that_is_frozen_counts_once(name: str) -> None:
     model = named(shape(2))

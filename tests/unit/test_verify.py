@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,31 @@ def test_the_end_of_one_layout_by_the_user_is_the_end_of_all(
     assert trained[-2:] == ["zero2-pp1-dp1", "zero2-pp2-dp1"], "not zero2-pp4"
     table = json.loads((tmp_path / "verify.json").read_text())
     assert [row["layout"] for row in table["layouts"]] == ["zero2-pp1-dp1"]
+
+
+@pytest.mark.parametrize(
+    "broken", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
+def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
+    broken: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
+        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), name
+
+    def train(planned, name):  # type: ignore[no-untyped-def]
+        if name == "zero2-pp2-dp1":
+            raise broken
+        return make_run(tmp_path / name), 1.0
+
+    monkeypatch.setattr(verifying, "_plan", plan)
+    monkeypatch.setattr(verifying, "_train", train)
+    wanted = [LayoutChoice(2, size) for size in (1, 2, 4)]
+    own = isinstance(broken, OSError)  # of the layout's own run
+    with contextlib.nullcontext() if own else pytest.raises(type(broken)):
+        verifying._compare(load_config(), wanted, tmp_path, SILENT)
+    table = json.loads((tmp_path / "verify.json").read_text())["layouts"]
+    verdicts = ["equal", "failed: [Errno 28] No space left on device", "equal"] if own else ["equal"]
+    assert [row["verdict"] for row in table] == verdicts
 
 
 def test_model_and_data_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

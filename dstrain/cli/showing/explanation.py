@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from dstrain.planning.explain import Explanation, explain
 from dstrain.planning.plan import Plan
+from dstrain.strict_json import to_json
 
 _WIDTH = 110
 
@@ -19,7 +19,7 @@ def show_explanation(plan: Plan, name: str, *, as_json: bool) -> None:
     """Print what ``name`` does, its value in this plan, why, and its origin. Raises DstrainError for no such key."""
     found = explain(plan, name)
     if as_json:
-        click.echo(json.dumps([each.to_record() for each in found], indent=2))
+        click.echo(to_json([each.to_record() for each in found], indent=2))
         return
     width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
     click.echo("\n\n".join(format_explanation(each, width) for each in found))
@@ -56,4 +56,4 @@ def format_explanation(found: Explanation, in_all: int = _WIDTH) -> str:
 
 
 def _value(value: Any) -> str:
-    return json.dumps(value)
+    return to_json(value)

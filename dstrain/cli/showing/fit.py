@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 from rich.text import Text
 
@@ -11,12 +9,13 @@ from dstrain.api.fitting import FitResult, FitRow
 from dstrain.cli.showing.estimates import format_duration, headed
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.formatting import format_bytes, format_count
+from dstrain.strict_json import to_json
 
 
 def show_fit(fitted: FitResult, *, as_json: bool) -> None:
     """Print what was found, for the eyes or for programs."""
     if as_json:
-        click.echo(json.dumps(fitted.to_record(), indent=2))
+        click.echo(to_json(fitted.to_record(), indent=2))
         return
     console, fit = make_console(), fitted.fit
     console.print(headed("on", fitted.machines))

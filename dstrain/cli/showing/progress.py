@@ -14,11 +14,14 @@ from rich.text import Text
 from dstrain.api.events import Events, Step
 from dstrain.api.outcome import RunResult
 from dstrain.cli.showing.plan import show_plan
+from dstrain.cli.standard_streams import wait_for_readers
 from dstrain.planning.plan import Plan
 from dstrain.runs.run_folder import RunFolder
 
 # Without a terminal: about this many lines in a whole run, besides those with a validation loss.
 _PLAIN_LINES = 20
+# For a reader who stands still while ranks train: a stop, and a failure, must be seen meanwhile.
+_READER_SECONDS = 2.0
 # What a narrow terminal does without first. Step and loss stay.
 _LEFT_OUT = ("lr", "tokens/s", "grad", "left", "validation")
 
@@ -59,6 +62,7 @@ class ConsoleEvents(ProgressEvents):
 
     def __exit__(self, *exception: object) -> None:
         self._end_live()
+        wait_for_readers(None)
 
     def planned(self, plan: Plan) -> None:
         self._steps = plan.run_config.steps
@@ -67,6 +71,7 @@ class ConsoleEvents(ProgressEvents):
 
     def started(self, folder: Path, command: str) -> None:
         self._end_live()
+        wait_for_readers(_READER_SECONDS)
         show_command(command, self._console)
         if self._console.is_terminal:
             self._live = Live(Text("starting the ranks ..."), console=self._console, refresh_per_second=4)
@@ -101,6 +106,7 @@ class ConsoleEvents(ProgressEvents):
 
     def ended(self, result: RunResult) -> None:
         self._end_live()
+        wait_for_readers(None)
         if result.completed and RunFolder(result.folder).result.exists():
             show_result(result, self._console)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient
+from dstrain.strict_json import to_json
 
 FORMAT = 7
 
@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> int:
         if len(arguments) != 2:
             raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json")
         source, out = arguments
-        text = json.dumps(measure(load_config(source)), indent=1)
+        text = to_json(measure(load_config(source)), indent=1)
         try:
             Path(out).write_text(text + "\n", encoding="utf-8")
         except OSError as error:

@@ -7,7 +7,6 @@ no place for), ``absent`` (buffers that keep their first value), ``bytes`` and `
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.skeleton import empty_model
 from dstrain.model.weights.pretrained import PretrainedWeights
+from dstrain.strict_json import to_json
 
 
 def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]:
@@ -51,9 +51,7 @@ def main(arguments: list[str]) -> int:
                 "usage: python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json"
             )
         config_file, folder, out = arguments
-        Path(out).write_text(
-            json.dumps(check_weights(config_file, folder), indent=1) + "\n", encoding="utf-8"
-        )
+        Path(out).write_text(to_json(check_weights(config_file, folder), indent=1) + "\n", encoding="utf-8")
     except DstrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -26,6 +26,7 @@ from huggingface_hub.utils import logging
 from tqdm import tqdm
 
 from dstrain.errors import DstrainError
+from dstrain.strict_json import to_json
 
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 """Configuration, tokenizer, and the index of the weights."""
@@ -152,7 +153,7 @@ def main(arguments: list[str]) -> int:
                 "usage: python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json"
             )
         folder = fetch(arguments[0], weights=arguments[1] == "weights")
-        Path(arguments[2]).write_text(json.dumps({"folder": str(folder)}), encoding="utf-8")
+        Path(arguments[2]).write_text(to_json({"folder": str(folder)}), encoding="utf-8")
     except DstrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

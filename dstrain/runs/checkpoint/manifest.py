@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from typing import Any
 
 from dstrain.errors import DstrainError
 from dstrain.files import read_bounded, read_json, write_atomically
+from dstrain.strict_json import to_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "DAMAGED"
@@ -86,7 +86,7 @@ def make_manifest(
 
 def digest(record: Any) -> str:
     """SHA-256 of a JSON-like value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

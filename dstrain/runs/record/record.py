@@ -6,7 +6,6 @@ the step that they begin with and their devices, and appends it all to ``launche
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from dstrain.runs.record.environment import (
 )
 from dstrain.runs.record.source import Source, source_of
 from dstrain.runs.run_folder import RunFolder, json_lines
+from dstrain.strict_json import to_json
 
 FORMAT = 1
 
@@ -97,7 +97,7 @@ def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[
         record = read_json(folder.record)
     except FileNotFoundError:
         record = {"format": FORMAT}
-    line = json.dumps(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
+    line = to_json(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     with open(open_to_write(folder.launches, flags), "a+b") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":

@@ -16,6 +16,7 @@ from typing import Any
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.files import flush
 from dstrain.runs.checkpoint.manifest import FileRecord, checksum
+from dstrain.strict_json import to_json
 from dstrain.train.checkpointing.checkpoint_folder import why_not_written
 
 WORDS = "words"
@@ -184,7 +185,7 @@ class BackgroundWriter:
     def _leave_word(self, word: Mapping[str, Any]) -> None:
         path = self._aside / WORDS / f"rank-{self._rank}.json"
         aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(word), encoding="utf-8")
+        aside.write_text(to_json(word), encoding="utf-8")
         os.replace(aside, path)
 
 

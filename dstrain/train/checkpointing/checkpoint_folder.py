@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from dstrain.files import flush, make_folder
+from dstrain.runs.checkpoint.hold import unless_held
 from dstrain.runs.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -24,6 +24,7 @@ from dstrain.runs.checkpoint.manifest import (
     missing_or_cut,
     read_manifest,
 )
+from dstrain.strict_json import to_json
 from dstrain.version import __version__
 
 
@@ -76,7 +77,7 @@ def write_manifest(
         files=files,
     )
     with (aside / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=2) + "\n")
+        file.write(to_json(manifest, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     flush_folders(aside)
@@ -95,11 +96,14 @@ def give_name(aside: Path, final: Path) -> None:
 
 
 def prune(folder: Path, *, keep: int, keep_every: int, damaged: Collection[str]) -> None:
-    """Remove all but the newest ``keep`` and those that are kept for good; a damaged one is left as it is."""
+    """Remove all but the newest ``keep`` and those that are kept for good; a damaged one is left as it is, and so is
+    one that somebody reads, until the next time."""
     complete = [path for path in complete_checkpoints(folder) if path.name not in damaged]
     for old in complete[:-keep]:
         if not (keep_every and int(old.name.removeprefix("step-")) % keep_every == 0):
-            os.replace(old, _hidden(old))
+            with unless_held(old) as free:
+                if free:
+                    os.replace(old, _hidden(old))
     _remove_leftovers(folder)
 
 

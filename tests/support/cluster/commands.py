@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.arguments import layered
 from tests.support.cluster.needs import tool
 from tests.support.cluster.plain_path import plain_python
 from tests.support.cluster.processes import children, leads_session, send
@@ -18,7 +19,7 @@ from tests.support.forking.program import Program, may_fork
 
 def dstrain_argv(*arguments: str) -> list[str]:
     """The command line of this checkout, with the python of the tests."""
-    return [plain_python(), "-m", "dstrain.cli.main", *arguments]
+    return [plain_python(), "-m", "dstrain.cli.main", *layered(arguments)]
 
 
 @dataclass(frozen=True)

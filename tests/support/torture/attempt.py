@@ -19,6 +19,7 @@ from dstrain.runs.checkpoint.manifest import MANIFEST
 from dstrain.runs.run_folder import RunFolder
 from dstrain.runs.this_machine import Process, read_process
 from dstrain.supervise.process_tree import family, kill
+from tests.support.arguments import layered
 from tests.support.forking import becoming
 from tests.support.forking.program import Program
 from tests.support.torture import in_rank
@@ -76,7 +77,7 @@ class Attempt:
         }
         self._roots: dict[int, Process] = {}  # the command and its guard: each leads a session
         self._seen: dict[int, Process] = {}
-        command = [sys.executable, "-m", "dstrain.cli.main", *arguments]
+        command = [sys.executable, "-m", "dstrain.cli.main", *layered(arguments)]
         self._process: subprocess.Popen[bytes] | Program
         if real:
             with self.output.open("ab") as output:
