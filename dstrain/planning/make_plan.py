@@ -20,6 +20,7 @@ from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.checks import (
     check_batch,
     check_layerdrop,
+    check_rows,
     check_model,
     check_partition,
     check_precision,
@@ -151,6 +152,7 @@ def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape, dat
     fastest, without_limit = _fastest_cuts(config, machines, shape, batch, times)
     asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
     layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
+    check_rows(resolved, shape, batch)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
     check_profiled_ranks(resolved, layout)
