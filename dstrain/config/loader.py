@@ -19,7 +19,7 @@ from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.values import leaves
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
-from dstrain.renamed_keys import CONFIG_KEYS
+from dstrain.renamed_keys import CONFIG_KEYS, MEANT_BEFORE
 
 DEFAULT_RECIPE = "quickstart"
 # What the same thing is called elsewhere.
@@ -148,8 +148,9 @@ def read_config(path: Path) -> ResolvedConfig:
     """Read a run folder's config.yaml: complete, so that no recipe lies below it."""
     document = read_yaml(path, where=str(path))
     _rename_deprecated(document, path.name)  # an earlier dstrain wrote it: nothing for its user to change
+    values = {**MEANT_BEFORE, **document.values}
     origins = {keys: Origin("file", f"{path.name}:{line}") for keys, line in document.lines.items()}
-    return _finish(document.values, origins, (), {}, origins)
+    return _finish(values, origins, (), {}, origins)
 
 
 def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[str] = ()) -> ResolvedConfig:

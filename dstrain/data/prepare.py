@@ -32,6 +32,7 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
     "validation": (int, float),
     "cache_dir": str,
     "pack": bool,
+    "begin": str,
 }
 
 
@@ -56,8 +57,8 @@ class PackedData:
     folder: Path
 
     def summary(self) -> dict[str, Any]:
-        """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens; `padding` is the
-        share of tokens in the rows to train on that only fill them up.
+        """What `dstrain` tells of the data, as JSON values. Tokens count what documents begin and end with; `padding`
+        is the share of tokens in the rows to train on that only fill them up.
         """
         return {
             "source": self.source.name,
@@ -76,6 +77,8 @@ class PackedData:
             "vocab_size": self.tokenizer.vocab_size,
             "fingerprint": self.fingerprint,
             "documents_hash": self.source.content if isinstance(self.source, OwnSource) else "",
+            "begins_with": self.tokenizer.begins_with,
+            "ends_with": self.tokenizer.ends_with,
         }
 
 
@@ -86,6 +89,7 @@ def prepare(
     validation: float | int,
     cache_dir: Path | str,
     pack: bool = True,
+    begin: str = "auto",
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -100,6 +104,7 @@ def prepare(
         validation: the share of the documents to keep from training, at least 0 (none) and less than 1.
         cache_dir: made if it is not there.
         pack: fill each row with as many documents as it takes, else with one and padding.
+        begin: what documents begin with: see `dstrain.data.tokenizers.load_tokenizer`.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -111,7 +116,7 @@ def prepare(
             f"validation is {validation}, but must be a fraction of the documents: at least 0 (none), less than 1",
             hint="0.01 holds back about one document in a hundred",
         )
-    tokens_of = load_tokenizer(tokenizer)
+    tokens_of = load_tokenizer(tokenizer, begin)
     files = source if isinstance(source, OwnSource) else find_files(source)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     train, held = split_stream(tokens.stream, validation)
@@ -215,7 +220,7 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     """`prepare`, and the summary, which is kept for others."""
     state = tokenizer_state(request["tokenizer"])  # before it is read
     data = prepare(**request)
-    choices = {key: request[key] for key in ("seq_len", "validation", "pack")}
+    choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
     kept = summary_file(Path(request["cache_dir"]).expanduser(), data.source, state, **choices)
     keep_summary(kept, data.folder, data.summary())
     return data.summary()

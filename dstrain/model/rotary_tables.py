@@ -1,9 +1,9 @@
 """Rotary tables of each document by itself, where transformers makes them by the largest position of all.
 
-With ``longrope`` the short or the long factors, and with ``dynamic`` the base, follow from the largest position that the
-module is called with (transformers' ``dynamic_rope_update``). Left alone, a document's result would depend on the other
-documents of its sample and on the other samples of its micro-batch, and with ``dynamic`` on those of steps before, since
-the module keeps the largest it has met. Here each document gets the tables that it gets alone.
+With ``longrope`` the short or the long factors, and with ``dynamic`` the base, follow from the largest position that
+the module is called with (transformers' ``dynamic_rope_update``). Left alone, a document's result would depend on the
+other documents of its sample and on the other samples of its micro-batch, and with ``dynamic`` on those of steps
+before, since the module keeps the largest it has met. Here each document gets the tables that it gets alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _by_document(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
             return module.forward(*args, **{**kwargs, "position_ids": positions})
         return module.forward(args[0], positions, *args[2:], **kwargs)
 
-    of_tokens = position_ids[0] if position_ids.dim() == 3 else position_ids  # time, height, width: equal for text
+    of_tokens = (
+        position_ids[0] if position_ids.dim() == 3 else position_ids
+    )  # time, height, width: equal for text
     least, most = _bounds(module, kwargs.get("layer_type", args[2] if len(args) > 2 else None))
     group = _largest_of_document(of_tokens).clamp(least, most)
     whole: Any = None

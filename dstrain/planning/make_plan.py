@@ -20,10 +20,10 @@ from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.checks import (
     check_batch,
     check_layerdrop,
-    check_rows,
     check_model,
     check_partition,
     check_precision,
+    check_rows,
     refuse,
 )
 from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config

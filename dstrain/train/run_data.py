@@ -41,6 +41,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
         "validation": config.validation,
         "cache_dir": str(cache_folder() / "data"),
         "pack": config.pack,
+        "begin": config.begin_token,
     }
     try:
         data = prepare(_own_source(plan, choices) if own else config.data, **choices)
@@ -78,7 +79,7 @@ def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
     source = OwnSource(
         config.data, config.data_options, config.code_dirs or (), data.documents_hash, data.bytes
     )
-    if not is_cached(source, load_tokenizer(data.tokenizer), Path(choices["cache_dir"])):
+    if not is_cached(source, load_tokenizer(data.tokenizer, config.begin_token), Path(choices["cache_dir"])):
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(json.dumps({**source.request(), **choices}), encoding="utf-8")

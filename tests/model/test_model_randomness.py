@@ -46,8 +46,8 @@ def test_noise_on_routers_is_found_with_its_key():
     "draw",
     [
         lambda: float(torch.rand(())),
-        lambda: random.random(),  # noqa: S311 - what a family's code may do
-        lambda: float(np.random.rand()),  # noqa: NPY002 - the same
+        lambda: random.random(),
+        lambda: float(np.random.rand()),
     ],
     ids=["torch", "random", "numpy"],
 )

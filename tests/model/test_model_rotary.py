@@ -41,9 +41,7 @@ FACTORS: dict[str, dict[str, Any]] = {
 DEPENDING = "dynamic", "longrope"
 LENGTHS = 12, 5, 9, 3
 IDS = torch.randint(3, 99, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
-POSITIONS = torch.stack(
-    [torch.cat([torch.arange(length) for length in LENGTHS]), torch.arange(sum(LENGTHS))]
-)
+POSITIONS = torch.stack([torch.cat([torch.arange(length) for length in LENGTHS]), torch.arange(sum(LENGTHS))])
 """A row of four documents, and one of a longer one."""
 
 

@@ -1,4 +1,4 @@
-"""Tests what a family computes independently: each packed document, each row of a micro-batch, each token at the head."""
+"""Tests what a family computes independently: packed documents, rows of a micro-batch, tokens at the head."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def _row_leak(model: UnsplitModel) -> str | None:
     positions = torch.cat([_positions(SHORTER)[:1], _positions(LENGTHS)[:1]])
 
     def alone(model: UnsplitModel) -> Tensor:
-        return torch.cat([_logits(model, ids[row : row + 1], positions[row : row + 1]) for row in range(ROWS)])
+        return torch.cat(
+            [_logits(model, ids[row : row + 1], positions[row : row + 1]) for row in range(ROWS)]
+        )
 
     first = alone(trial_model(model.config).train(model.training))
     after = _distance(first, alone(model))

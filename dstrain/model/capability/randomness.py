@@ -1,4 +1,4 @@
-"""Tests whether a training forward draws random numbers, under whatever name: two of them with other generators differ."""
+"""Tests by trying whether a training forward draws random numbers, whatever they are called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def is_random(model: UnsplitModel) -> bool:
     Raises:
         DstrainError: the family's code does not run.
     """
-    ids = torch.randint(3, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     positions = torch.arange(LENGTH).repeat(ROWS, 1)
     results = []
     for seed in range(2):
@@ -55,7 +57,9 @@ def randomness_beside_dropout(config: PretrainedConfig) -> str | None:
             return None
     except DstrainError:  # what does not run on a small copy is no news of this check
         return None
-    return ", ".join(f"{'.'.join(path)} {value:g}" for path, value in _numbers(small) if _is_cause(small, path))
+    return ", ".join(
+        f"{'.'.join(path)} {value:g}" for path, value in _numbers(small) if _is_cause(small, path)
+    )
 
 
 def largest_dropout(config: PretrainedConfig) -> float:

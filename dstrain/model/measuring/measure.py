@@ -44,8 +44,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``dstrain.model.capability.randomness``), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
         ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak``,
-        ``looks_ahead`` and ``row_leak`` (see ``dstrain.model.capability.independence.Packing``). For a model that cannot be split, the
-        layers are the best guess.
+        ``looks_ahead`` and ``row_leak`` (see ``dstrain.model.capability.independence.Packing``). For a model that
+        cannot be split, the layers are the best guess.
 
     Raises:
         DstrainError: the model cannot be built.
