@@ -189,10 +189,14 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
             hint='set "eos_token" in its tokenizer_config.json',
             where=str(folder),
         )
-    if begin == "always" and tokenizer.bos_token_id is None:
-        raise _no_begin_token(str(folder))
-    begins = {"auto": lambda: added_in_front(tokenizer), "always": lambda: [tokenizer.bos_token_id]}
-    return FolderTokenizer(folder, name, tokenizer, begins[begin]() if begin in begins else ())
+    ids: list[int] = []
+    if begin == "auto":
+        ids = added_in_front(tokenizer)
+    elif begin == "always":
+        if tokenizer.bos_token_id is None:
+            raise _no_begin_token(str(folder))
+        ids = [int(tokenizer.bos_token_id)]
+    return FolderTokenizer(folder, name, tokenizer, ids)
 
 
 def added_in_front(tokenizer: Any) -> list[int]:

@@ -63,15 +63,18 @@ def test_the_command_line_says_one_thing_about_an_error(tmp_path, capsys):
         ("[]", "exactly source"),
         ('{"source": "stdlib"}', "exactly source"),
         (
-            '{"source": "", "tokenizer": "", "seq_len": "8", "validation": 0, "cache_dir": "", "pack": true, "begin": ""}',
+            '{"source": "", "tokenizer": "", "seq_len": "8", "validation": 0,'
+            ' "cache_dir": "", "pack": true, "begin": ""}',
             "'seq_len' is '8'",
         ),
         (
-            '{"source": "", "tokenizer": "", "seq_len": 8, "validation": true, "cache_dir": "", "pack": true, "begin": ""}',
+            '{"source": "", "tokenizer": "", "seq_len": 8, "validation": true,'
+            ' "cache_dir": "", "pack": true, "begin": ""}',
             "'validation' is True",
         ),
         (
-            '{"source": "s", "tokenizer": "b", "seq_len": 8, "validation": 0, "cache_dir": "", "pack": 1, "begin": ""}',
+            '{"source": "s", "tokenizer": "b", "seq_len": 8, "validation": 0,'
+            ' "cache_dir": "", "pack": 1, "begin": ""}',
             "'pack' is 1",
         ),
     ],

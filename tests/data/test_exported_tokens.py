@@ -46,7 +46,7 @@ def tokenizer_folder(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     words = ["<s>", "</s>", "<pad>", "a", "b"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))  # noqa: S106
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder = tmp_path / "tokenizer"
     PreTrainedTokenizerFast(
