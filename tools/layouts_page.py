@@ -59,7 +59,7 @@ def markdown() -> str:
         "activation checkpointing and tied weights: in fp32 to 1e-5 in each step's loss and gradient norm and",
         "in the final weights; in bf16 and fp16 within twice the spread of single-process runs that sum in other",
         "orders. Every such row is trained by `make test` (states on disk by `make test-heavy`, where libaio is",
-        "installed). A model with dropout is equal on average only: its masks depend on the layout.",
+        "installed). A model with dropout or other noise is equal on average only: it depends on the layout.",
         "Numbers refer to the notes below the table.",
         "",
         "| ZeRO | stages | optimizer states | fp32 | bf16 | fp16 |",

@@ -34,11 +34,12 @@ from dstrain.shared_caches import is_own, write_own
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the local devices that it was made for, and where it is to run."""
+    """A plan, the local devices that it was made for, where it is to run, and the measured shape of its model."""
 
     plan: Plan
     devices: Devices
     placement: Placement
+    shape: ModelShape
     make: Callable[[ResolvedConfig, tuple[Host, ...]], Plan]
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
     hosts: tuple[Host, ...] = ()
@@ -116,7 +117,7 @@ def plan_for(
         )
     if placement.told is not None:
         plan = replace(plan, warnings=(*plan.warnings, placement.told))
-    return Planned(plan, prepared.devices, placement, prepared.make, prepared.machines.hosts)
+    return Planned(plan, prepared.devices, placement, prepared.shape, prepared.make, prepared.machines.hosts)
 
 
 def check_code_here(resolved: ResolvedConfig) -> None:

@@ -38,6 +38,7 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
         "seq_len": config.seq_len,
         "validation": config.validation,
         "pack": config.pack,
+        "begin": config.begin_token,
     }
     cache = cache_folder() / "data"
     if note := cache_note():

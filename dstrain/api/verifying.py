@@ -21,6 +21,7 @@ from dstrain.errors import DstrainError
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.devices import local_devices
 from dstrain.planning.layout_names import LayoutChoice, layouts_for
+from dstrain.planning.model_shape import ModelShape, describe_randomness
 from dstrain.runs.run_folder import Access, RunFolder, make_open_to
 
 if TYPE_CHECKING:
@@ -158,16 +159,15 @@ def _compare(
     references = []
     first: Planned | None = None
     for size in sizes:
+        if first is not None and first.shape.row_leak:
+            break  # the only size that is accepted was the first
+        if first is not None and first.shape.router_loss and choices.precision == "fp32":
+            break  # another size is another model: their distance would be a bound for nothing
         events.note(f"one process, micro-batches of {size} ...", "verify")
         name = f"one-process-micro-batch-{size}"
         planned, reference = _plan(config, alone, {"micro_batch": size}, name, events, first)
         first = first or planned
-        if planned.plan.model.dropout:
-            raise DstrainError(
-                "the model uses dropout, and which activations it drops depends on the layout",
-                where=str(config.origin("model")),
-                hint="set the dropout probabilities in its config.json to 0 to compare layouts",
-            )
+        _refuse_incomparable(config, planned.shape)
         make_open_to(folder, choices.access)
         references.append(_train(planned, reference)[0])
     bound = bound_from(references, FLOOR)
@@ -209,6 +209,30 @@ def _row(
         return VerifyRow(choice.name, f"failed: {str(error).splitlines()[0]}")
     verdict = "equal" if found.within(bound) else "DIFFERS"
     return VerifyRow(choice.name, verdict, **asdict(found), seconds=round(seconds, 1))
+
+
+def _refuse_incomparable(config: ResolvedConfig, shape: ModelShape) -> None:
+    """Refuse a model that layouts train alike on average only. Raises DstrainError."""
+    if shape.dropout:
+        raise DstrainError(
+            "the model uses dropout, and which activations it drops depends on the layout",
+            where=str(config.origin("model")),
+            hint="set the dropout probabilities in its config.json to 0 to compare layouts",
+        )
+    if shape.randomness is not None:
+        raise DstrainError(
+            f"the model draws random numbers in training ({describe_randomness(shape)}), which depend on the layout",
+            where=str(config.origin("model")),
+            hint="set it to 0 in its config.json to compare layouts"
+            if shape.randomness
+            else "a model of another family",
+        )
+    if shape.router_loss and config.config.micro_batch is None:
+        raise DstrainError(
+            "the experts' router loss is computed per micro-batch, whose size would follow from the layout",
+            where=str(config.origin("micro_batch")),
+            hint="--micro-batch N, one for all layouts",
+        )
 
 
 def _micro_batches(global_batch: int, wanted: int | None) -> list[int]:

@@ -21,7 +21,7 @@ from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.values import leaves
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
 from dstrain.errors import DstrainError
-from dstrain.renamed_keys import CONFIG_KEYS
+from dstrain.renamed_keys import CONFIG_KEYS, MEANT_BEFORE
 
 DEFAULT_RECIPE = "quickstart"
 _NEAR = 0.77  # of 1, how alike a misspelt key must be
@@ -144,8 +144,9 @@ def read_config(path: Path, *, name: str | None = None) -> ResolvedConfig:
     document = read_yaml(path, where=str(path))
     name = name or path.name
     _rename_deprecated(document, name)  # an earlier dstrain wrote it: nothing for its user to change
+    values = {**MEANT_BEFORE, **document.values}
     origins = {keys: Origin("file", f"{name}:{line}") for keys, line in document.lines.items()}
-    return _finish(document.values, origins, (), {}, origins)
+    return _finish(values, origins, (), {}, origins)
 
 
 def override(base: ResolvedConfig, flags: Mapping[str, Any], settings: Sequence[str] = ()) -> ResolvedConfig:

@@ -73,6 +73,11 @@ class RunConfig(BaseModel):
         " auto: sdpa if the model family supports it",
     )
     seq_len: PositiveInt = Field(256, description="sequence length of a sample, in tokens")
+    begin_token: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="what documents begin with: auto: what the tokenizer itself puts in front of a text, mostly its bos"
+        " token or nothing; always: its bos token; never: nothing",
+    )
     pack: bool = Field(
         True, description="pack several documents into a sample; documents do not attend to each other"
     )

@@ -46,7 +46,14 @@ def tokenizer_state(tokenizer: str) -> State:
 
 
 def summary_file(
-    cache_dir: Path, source: Corpus, tokenizer: State, *, seq_len: int, validation: float, pack: bool
+    cache_dir: Path,
+    source: Corpus,
+    tokenizer: State,
+    *,
+    seq_len: int,
+    validation: float,
+    pack: bool,
+    begin: str,
 ) -> Path:
     """Where the summary of these choices is kept, if it is.
 
@@ -61,7 +68,7 @@ def summary_file(
             source.name,
             *source.state,
             tokenizer,
-            [seq_len, validation, pack],
+            [seq_len, validation, pack, begin],
         ]
     )
     return cache_dir / "summaries" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"

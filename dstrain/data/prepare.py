@@ -34,6 +34,7 @@ _REQUEST: dict[str, type | tuple[type, ...]] = {
     "validation": (int, float),
     "cache_dir": str,
     "pack": bool,
+    "begin": str,
 }
 
 
@@ -58,8 +59,8 @@ class PackedData:
     folder: Path
 
     def summary(self) -> dict[str, Any]:
-        """What `dstrain` tells of the data, as JSON values. Tokens count end-of-document tokens; `padding` is the
-        share of tokens in the rows to train on that only fill them up.
+        """What `dstrain` tells of the data, as JSON values. Tokens count what documents begin and end with; `padding`
+        is the share of tokens in the rows to train on that only fill them up.
         """
         return {
             "source": self.source.name,
@@ -78,6 +79,8 @@ class PackedData:
             "vocab_size": self.tokenizer.vocab_size,
             "fingerprint": self.fingerprint,
             "documents_hash": self.source.content if isinstance(self.source, OwnSource) else "",
+            "begins_with": self.tokenizer.begins_with,
+            "ends_with": self.tokenizer.ends_with,
         }
 
 
@@ -89,6 +92,7 @@ def prepare(
     cache_dir: Path | str,
     pack: bool = True,
     max_document_bytes: int | None = None,
+    begin: str = "auto",
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -104,6 +108,7 @@ def prepare(
         cache_dir: made if it is not there.
         max_document_bytes: None: as `dstrain.data.documents` has it.
         pack: fill each row with as many documents as it takes, else with one and padding.
+        begin: what documents begin with: see `dstrain.data.tokenizers.load_tokenizer`.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -115,7 +120,7 @@ def prepare(
             f"validation is {validation}, but must be a fraction of the documents: at least 0 (none), less than 1",
             hint="0.01 holds back about one document in a hundred",
         )
-    tokens_of = load_tokenizer(tokenizer)
+    tokens_of = load_tokenizer(tokenizer, begin)
     files: Corpus
     if isinstance(source, OwnSource):
         files = source
@@ -223,7 +228,7 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     """`prepare`, and the summary, which is kept for others."""
     state = tokenizer_state(request["tokenizer"])  # before it is read
     data = prepare(**request)
-    choices = {key: request[key] for key in ("seq_len", "validation", "pack")}
+    choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
     kept = summary_file(Path(request["cache_dir"]).expanduser(), data.source, state, **choices)
     keep_summary(kept, data.folder, data.summary())
     return data.summary()

@@ -55,9 +55,9 @@ class Tokens:
 def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
     """The tokens of `source`, from the cache if they are there and whole, else built into it.
 
-    The key covers the format, the tokenizer's content, and each file's path, size and modification time; of documents
-    that code gives, a hash of their texts. Any number of processes, on any number of hosts that share `cache_dir`, may
-    call this at once.
+    The key covers the format, the tokenizer's content, what documents begin with, and each file's path, size and
+    modification time; of documents that code gives, a hash of their texts. Any number of processes, on any number of
+    hosts that share `cache_dir`, may call this at once.
 
     Raises:
         DstrainError: the source can't be read, changed meanwhile, or the cache can't be written.
@@ -103,7 +103,8 @@ def is_cached(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> bool:
 
 
 def _key(source: Corpus, tokenizer: Tokenizer) -> str:
-    content = to_json([FORMAT, tokenizer.fingerprint, *source.state])
+    begin = [list(tokenizer.begin_of_document)] if tokenizer.begin_of_document else []
+    content = to_json([FORMAT, tokenizer.fingerprint, *begin, *source.state])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

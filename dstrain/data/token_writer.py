@@ -23,7 +23,7 @@ _BATCH = 64  # documents that are in memory and in the tokenizer at once
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: `tokens` with all end-of-document tokens, `content` a hash of tokens and lengths."""
+    """What was written: `tokens` with what documents begin and end with, `content` a hash of tokens and lengths."""
 
     tokens: int
     documents: int
@@ -34,11 +34,11 @@ class Written:
 def write_tokens(
     source: Corpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path, scratch: Path
 ) -> Written:
-    """Tokenize every document of `source`, each followed by the end-of-document token.
+    """Tokenize every document of `source`, each between the tokens that it begins and ends with.
 
     Documents without a single token are left out and counted. `tokens_path` becomes raw little-endian
-    integers of ``tokenizer.dtype``, `lengths_path` an int64 .npy file with each document's tokens, its end
-    included. `scratch` is a folder of our own for the Arrow copy of the text that `datasets` keeps meanwhile
+    integers of ``tokenizer.dtype``, `lengths_path` an int64 .npy file with each document's tokens, its begin and
+    end included. `scratch` is a folder of our own for the Arrow copy of the text that `datasets` keeps meanwhile
     (about the corpus's size).
 
     Raises:
@@ -61,8 +61,9 @@ def write_tokens(
                 if ids.size == 0:
                     empty += 1
                     continue
-                pieces += (ids.astype(dtype, copy=False), end)
-                lengths.append(ids.size + 1)
+                begin = np.array(tokenizer.begin_before(ids), dtype=dtype)
+                pieces += (begin, ids.astype(dtype, copy=False), end)
+                lengths.append(begin.size + ids.size + 1)
             if pieces:
                 block = np.concatenate(pieces).tobytes()
                 digest.update(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.errors import DstrainError
+from dstrain.files import write_json
 
 
 class Tokenizer(ABC):
@@ -20,13 +22,21 @@ class Tokenizer(ABC):
     Attributes:
         name: what the user wrote: ``bytes`` or a folder.
         vocab_size: the largest token id + 1. A model's vocabulary may be larger, padded.
+        begin_of_document: the ids that each document begins with, and every prompt; mostly one or none.
         end_of_document: the id that ends each document.
+        begins_with, ends_with: the same as the tokenizer writes them.
+        begin_of_sequence, padding: the ids that the tokenizer itself has for these, or None.
         fingerprint: a hash of its content; equal fingerprints tokenize alike.
     """
 
     name: str
     vocab_size: int
+    begin_of_document: tuple[int, ...] = ()
     end_of_document: int
+    begins_with: str = ""
+    ends_with: str
+    begin_of_sequence: int | None = None
+    padding: int | None = None
     fingerprint: str
 
     @property
@@ -37,6 +47,19 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, without any special token around them: `dtype` [n]."""
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a text to be continued: as a document begins, with nothing behind it.
+
+        Without any text and without a token that documents begin with, what follows the end of a document is asked for.
+        """
+        ids = [int(token) for token in self.encode(text)]
+        return [*self.begin_before(ids), *ids] or [self.end_of_document]
+
+    def begin_before(self, ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+        """What goes in front of a document of these tokens: nothing, where its text has spelled that already."""
+        begin = self.begin_of_document
+        return () if begin and tuple(ids[: len(begin)]) == begin else begin
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -57,6 +80,7 @@ class ByteTokenizer(Tokenizer):
     name = BYTES
     vocab_size = 257
     end_of_document = 256
+    ends_with = "<|endoftext|>"
     fingerprint = "bytes-v1"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -79,7 +103,7 @@ class ByteTokenizer(Tokenizer):
         backend = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = hf.decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=self.ends_with).save_pretrained(
             str(folder)
         )
 
@@ -87,8 +111,13 @@ class ByteTokenizer(Tokenizer):
 class FolderTokenizer(Tokenizer):
     """A Hugging Face tokenizer. A text that spells a special token gets its id, as in transformers."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: Any) -> None:
+    def __init__(self, folder: Path, name: str, tokenizer: Any, begin: Sequence[int]) -> None:
         self.name = name
+        self.begin_of_document = tuple(begin)
+        self.begins_with = " ".join(tokenizer.convert_ids_to_tokens(list(begin)))
+        self.ends_with = str(tokenizer.eos_token)
+        self.begin_of_sequence = tokenizer.bos_token_id
+        self.padding = tokenizer.pad_token_id
         self.end_of_document = int(tokenizer.eos_token_id)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.fingerprint = _fingerprint(folder, type(tokenizer).__name__, self.end_of_document)
@@ -114,17 +143,32 @@ class FolderTokenizer(Tokenizer):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+        path = Path(folder) / "tokenizer_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        # Code and files that lay beside the tokenizer which was read; what is written is complete without them.
+        own = {
+            name: value
+            for name, value in written.items()
+            if name not in ("auto_map", "name_or_path") and not name.endswith("_file")
+        }
+        if own != written:
+            write_json(path, own)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
     """The tokenizer called `name`: ``bytes``, or a folder that holds a Hugging Face tokenizer. Never asks the
     network.
 
+    Args:
+        begin: what documents begin with: the config's ``begin_token``.
+
     Raises:
         DstrainError: there is no such folder, no tokenizer in it, it can't be loaded, or it has no
-        end-of-sequence token.
+        end-of-sequence token, or no begin-of-sequence token where each document is to begin with it.
     """
     if name == BYTES:
+        if begin == "always":
+            raise _no_begin_token(BYTES)
         return ByteTokenizer()
     folder = tokenizer_folder(name)
     # transformers takes seconds to import, and the byte tokenizer does without it.
@@ -152,7 +196,32 @@ def load_tokenizer(name: str) -> Tokenizer:
             hint='set "eos_token" in its tokenizer_config.json',
             where=str(folder),
         )
-    return FolderTokenizer(folder, name, tokenizer)
+    ids: list[int] = []
+    if begin == "auto":
+        ids = added_in_front(tokenizer)
+    elif begin == "always":
+        if tokenizer.bos_token_id is None:
+            raise _no_begin_token(str(folder))
+        ids = [int(tokenizer.bos_token_id)]
+    return FolderTokenizer(folder, name, tokenizer, ids)
+
+
+def added_in_front(tokenizer: Any) -> list[int]:
+    """The ids that a Hugging Face tokenizer puts in front of every text by itself."""
+    text = "a b"
+    plain: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+    full: list[int] = tokenizer(text, truncation=False, padding=False)["input_ids"]
+    places = range(len(full) - len(plain) + 1)
+    first = next((place for place in places if full[place : place + len(plain)] == plain), 0)
+    return full[:first]
+
+
+def _no_begin_token(where: str) -> DstrainError:
+    return DstrainError(
+        "begin_token: always, but this tokenizer has no begin-of-sequence token",
+        hint='begin_token: auto; or set "bos_token" in its tokenizer_config.json',
+        where=where,
+    )
 
 
 def _byte_characters() -> list[str]:

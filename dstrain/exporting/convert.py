@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
@@ -39,6 +39,9 @@ from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.manifest import read_manifest
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.run_data import prepare_run_data
+
+OF_OTHER_FILES = ("auto_map", "custom_pipelines", "custom_generate", "quantization_config")
+"""Keys of configurations that speak of code or weights beside the model at the start; the export has neither."""
 
 
 def export(
@@ -164,18 +167,49 @@ def _write_descriptions(
     """config.json, generation_config.json and the tokenizer."""
     config.architectures = [tensors.architecture]
     config.dtype = str(tensors.dtype).removeprefix("torch.")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the weights that this model did not start from; these are plain
+    for name in OF_OTHER_FILES:
+        if hasattr(config, name):
+            delattr(config, name)
+    # Where the tokenizer has none, the model's own stays only if it means a token of this tokenizer.
+    keep = plan.model.folder is not None and _same_folder(plan.data.tokenizer, plan.model.folder)
+    ids = {
+        "bos_token_id": tokenizer.begin_of_sequence,
+        "eos_token_id": tokenizer.end_of_document,
+        "pad_token_id": tokenizer.padding,
+    }
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        for name, wanted in ids.items():
+            if name != "pad_token_id" or not tensors.padding_moves_positions:
+                setattr(part, name, _agreeing(getattr(part, name, None), wanted, keep=keep))
     config.save_pretrained(folder)
-    own = Path(plan.model.file).parent / "generation_config.json"
-    if own.is_file():
-        shutil.copyfile(own, folder / own.name)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-        if generation.eos_token_id is None:
-            generation.eos_token_id = tokenizer.end_of_document
-        generation.save_pretrained(folder)
+    generation = _own_generation_config(Path(plan.model.file).parent / GENERATION_CONFIG_NAME)
+    if generation is None:
+        generation = json.loads(GenerationConfig.from_model_config(config).to_json_string())
+    for name, wanted in ids.items():
+        generation[name] = _agreeing(generation.get(name), wanted, keep=keep)
+    generation = {name: value for name, value in generation.items() if value is not None}
+    write_json(folder / GENERATION_CONFIG_NAME, generation)
     tokenizer.save_pretrained(folder)
+
+
+def _agreeing(now: int | list[int] | None, wanted: int | None, *, keep: bool) -> int | list[int] | None:
+    """A special token's id that agrees with the tokenizer; of several ids, ``wanted`` must be one."""
+    if wanted is None:
+        return now if keep else None
+    return now if isinstance(now, list) and wanted in now else wanted
+
+
+def _own_generation_config(path: Path) -> dict[str, Any] | None:
+    """What lies beside the model's config; None where nothing readable does."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return {name: value for name, value in found.items() if name not in OF_OTHER_FILES} if found else None
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return one != BYTES and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from dstrain.data.tokenizer_files import refuse_large_files
+from dstrain.data.tokenizers import added_in_front
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.strict_json import to_json
@@ -41,19 +42,30 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
         raise DstrainError(f"this model can't be loaded: {_in_a_line(error)}", where=str(folder)) from error
     if torch.cuda.is_available():
         model.to("cuda")
-    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=bool(prompt))
-    if not ids["input_ids"].shape[-1]:  # nothing to continue: as after the end of a document
-        ids = {"input_ids": torch.tensor([[tokenizer.eos_token_id or 0]])}
-    tokens = _tokens_that_fit(config, ids["input_ids"].shape[-1], tokens)
+    ids = _prompt_ids(tokenizer, prompt)
+    tokens = _tokens_that_fit(config, len(ids), tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     [written] = model.generate(
-        **{name: value.to(model.device) for name, value in ids.items()},
+        input_ids=(given := torch.tensor([ids], device=model.device)),
+        attention_mask=torch.ones_like(given),
         max_new_tokens=tokens,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
     return str(tokenizer.decode(written, skip_special_tokens=True))
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """As a document begins with this tokenizer, and nothing behind it that would end one.
+
+    Without any text and without a token to begin with: as after the end of a document.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    begin = added_in_front(tokenizer)
+    if ids[: len(begin)] != begin:
+        ids = [*begin, *ids]
+    return ids or [tokenizer.eos_token_id or 0]
 
 
 def _load_tokenizer(folder: Path) -> Any:

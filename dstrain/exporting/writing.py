@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dstrain.data.progress import Progress
 from dstrain.engine.checkpoint_state import SavedState
@@ -105,6 +105,16 @@ class ExportedTensors:
                     f"the model has {name} of shape {list(want.shape)}, and in the checkpoint {have}",
                     where=str(state.folder.parent),
                 )
+
+    @property
+    def padding_moves_positions(self) -> bool:
+        """Whether the family counts positions from the padding token's id on, as roberta does."""
+        model = self._model.model
+        return any(
+            getattr(module, "padding_idx", None) is not None
+            for module in model.modules()
+            if not isinstance(module, PreTrainedModel) and module is not model.get_input_embeddings()
+        )
 
     @property
     def bytes(self) -> int:

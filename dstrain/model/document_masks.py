@@ -7,6 +7,8 @@ therefore given our position ids.
 
 Lengths: flash attention takes no mask. Hugging Face's flash path finds the documents by position ids in a batch of one
 row only; with more rows it must be told where each document begins, which families hand down as keyword arguments.
+
+Rotary tables: see `dstrain.model.rotary_tables`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+
+from dstrain.model.rotary_tables import document_begins, rotary_tables_by_document
 
 Mask = Callable[..., Any]
 
@@ -43,6 +47,7 @@ class Documents:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._config = model.config
+        rotary_tables_by_document(model)
         kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
         self._takes_lengths = inspect.Parameter.VAR_KEYWORD in kinds
         # Python modules by their names: a copy of the model shall not try to copy them.
@@ -112,15 +117,13 @@ def document_lengths(position_ids: Tensor) -> dict[str, Any]:
     """Where the documents of a batch lie, as Hugging Face's flash attention wants to know it.
 
     Args:
-        position_ids: int64 [B, S]. A document begins with each row, and wherever a position is not the one before
-            plus 1, as Hugging Face's masks have it.
+        position_ids: int64 [B, S]. Where documents begin says `document_begins`.
 
     Returns:
         ``cu_seq_lens_q`` and ``cu_seq_lens_k``: int32 [documents + 1], where each begins among the B * S tokens
         laid end to end, and the end of the last; ``max_length_q`` and ``max_length_k``: tokens of the longest.
     """
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    begins = document_begins(position_ids)
     places = begins.flatten().nonzero().flatten()
     edges = torch.cat([places, places.new_tensor([begins.numel()])]).to(torch.int32)
     longest = int(edges.diff().max())

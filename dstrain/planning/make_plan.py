@@ -27,6 +27,7 @@ from dstrain.planning.model_checks import (
     check_model,
     check_partition,
     check_precision,
+    check_rows,
 )
 from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
@@ -151,6 +152,7 @@ def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape, dat
     fastest, without_limit = _fastest_cuts(config, machines, shape, batch, times)
     asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
     layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
+    check_rows(resolved, shape, batch)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
     check_profiled_ranks(resolved, layout)

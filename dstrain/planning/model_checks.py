@@ -45,6 +45,17 @@ def check_layerdrop(resolved: ResolvedConfig, shape: ModelShape, layout: Layout)
         )
 
 
+def check_rows(resolved: ResolvedConfig, shape: ModelShape, batch: Batch) -> None:
+    """Refuse micro-batches whose samples depend on each other. Raises DstrainError."""
+    if shape.row_leak and batch.micro_batch > 1:
+        raise DstrainError(
+            f"samples can't share a micro-batch: {shape.row_leak}, so it would train another model with"
+            " micro-batches of another size",
+            where=str(resolved.origin("micro_batch" if resolved.config.micro_batch else "model")),
+            hint="--micro-batch 1",
+        )
+
+
 def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
     """Refuse fewer micro-batches than the schedule needs. Raises DstrainError."""
     config = resolved.config

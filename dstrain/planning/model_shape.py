@@ -14,7 +14,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Layout
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class ModelShape:
     largest probability in its config, ``layerdrop`` the one with which it drops whole layers. ``router_loss``
     says whether its experts' routers add to the loss. ``packing_leak`` says why documents can't share a sample,
     or is None, ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those
-    after them, or is None.
+    after them, or is None, and ``row_leak`` that samples of one micro-batch depend on each other. ``randomness`` has
+    what makes training random beside dropout: keys of the config with their values, or nothing where no key turns it
+    off; None where nothing does.
     """
 
     model_type: str
@@ -98,6 +100,8 @@ class ModelShape:
     tokenwise_head: bool = True
     flash_packing_leak: str | None = None
     looks_ahead: str | None = None
+    row_leak: str | None = None
+    randomness: str | None = None
     layerdrop: float = 0.0
     router_loss: bool = False
 
@@ -142,6 +146,8 @@ class ModelShape:
             tokenwise_head=record["tokenwise_head"],
             flash_packing_leak=record["flash_packing_leak"],
             looks_ahead=record["looks_ahead"],
+            row_leak=record["row_leak"],
+            randomness=record["randomness"],
             layerdrop=record["layerdrop"],
             router_loss=record["router_loss"],
         )
@@ -160,6 +166,11 @@ class ModelShape:
             if (count := sum(layer in held for layer in tied.layers)) > 1
         )
         return own - doubled
+
+
+def describe_randomness(shape: ModelShape) -> str:
+    """What makes its training random beside dropout, in a few words."""
+    return shape.randomness or "no single value of its config.json turns that off"
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:

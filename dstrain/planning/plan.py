@@ -17,7 +17,7 @@ from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.layout import Host, Layout
 from dstrain.plugins import is_code
-from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, with_new_names
+from dstrain.renamed_keys import CONFIG_KEYS, DATA_SUMMARY, MEANT_BEFORE, with_new_names
 from dstrain.version import __version__
 
 FORMAT = 6
@@ -104,7 +104,8 @@ class PlannedData:
         source: name of what was read, of so many ``files`` and ``bytes``.
         documents: all of them; of these ``validation_documents`` are kept from training, and ``empty_documents`` hold
             nothing.
-        tokens: of all documents, end-of-document tokens included.
+        tokens: of all documents, with the tokens that each begins and ends with.
+        begins_with, ends_with: those tokens, as the tokenizer writes them; empty: none.
         train_rows, validation_rows: samples of ``seq_len`` tokens.
         padding: share of the tokens to train on that only fill rows up.
         tokenizer: its name, with the ``tokenizer_fingerprint`` of its files.
@@ -129,6 +130,8 @@ class PlannedData:
     vocab_size: int = 0
     fingerprint: str = ""
     documents_hash: str = ""
+    begins_with: str = ""
+    ends_with: str = ""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
@@ -250,6 +253,7 @@ class Plan:
             record = _from_0_1(record)
         if record.get("format") != FORMAT:
             raise DstrainError(f"the plan has format {record.get('format')}, and this dstrain reads {FORMAT}")
+        record = {**record, "config": {**MEANT_BEFORE, **record["config"]}}
         layout = record["layout"]
         hosts = tuple(Host(host["name"], host["slots"]) for host in layout["hosts"])
         return cls(

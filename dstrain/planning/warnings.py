@@ -17,7 +17,7 @@ from dstrain.lr_schedules import schedule_keys
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, describe_randomness
 from dstrain.planning.plan import PlannedData
 from dstrain.plugins import is_code
 
@@ -45,6 +45,12 @@ def warnings_about(
         found.append(
             f"the model uses dropout (up to {shape.dropout:g}), which depends on the layout: layouts"
             " agree only on average; set dropout to 0 in its config.json to make them equal"
+        )
+    if shape.randomness is not None:
+        found.append(
+            f"the model draws random numbers in training ({describe_randomness(shape)}), which depend on the layout:"
+            " layouts agree only on average"
+            + ("; set it to 0 in its config.json to make them equal" if shape.randomness else "")
         )
     if shape.router_loss and config.micro_batch is None:
         found.append(

@@ -47,7 +47,7 @@ def continuation(
     Collective. The whole sequence is run again for each token, in the shape of a training
     micro-batch: slow, but it works for every layout and needs no other form of the model.
     """
-    ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_document]
+    ids = tokenizer.encode_prompt(prompt)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
         window = ids[-seq_len:]
@@ -62,9 +62,13 @@ def continuation(
 
 
 def _as_micro_batch(window: list[int], micro_batch: int, seq_len: int) -> MicroBatch:
-    """The window in row 0, padded behind: a causal model does not see what comes later."""
+    """The window in row 0, padded behind: a causal model does not see what comes later.
+
+    Positions restart behind it, since rotary tables may depend on how long a document is.
+    """
     input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
     input_ids[0, : len(window)] = torch.tensor(window)
-    position_ids = torch.arange(seq_len).expand(micro_batch, seq_len).contiguous()
+    position_ids = torch.arange(seq_len).repeat(micro_batch, 1)
+    position_ids[0, len(window) :] -= len(window)
     labels = torch.full((micro_batch, seq_len), -100)
     return MicroBatch(input_ids, position_ids, labels, torch.zeros(1))

@@ -42,6 +42,7 @@ def prepare_run_data(plan: Plan) -> PackedData:
         "cache_dir": str(cache_folder() / "data"),
         "pack": config.pack,
         "max_document_bytes": config.max_document_bytes,
+        "begin": config.begin_token,
     }
     try:
         data = prepare(_own_source(plan, choices) if own else config.data, **choices)
@@ -79,7 +80,7 @@ def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
     source = OwnSource(
         config.data, config.data_options, config.code_dirs or (), data.documents_hash, data.bytes
     )
-    if not is_cached(source, load_tokenizer(data.tokenizer), Path(choices["cache_dir"])):
+    if not is_cached(source, load_tokenizer(data.tokenizer, config.begin_token), Path(choices["cache_dir"])):
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(to_json({**source.request(), **choices}), encoding="utf-8")

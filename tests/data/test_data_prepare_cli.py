@@ -12,7 +12,7 @@ from dstrain.data.prepare import main
 
 def write_request(tmp_path, **changes):
     request = {"source": "stdlib", "tokenizer": "bytes", "seq_len": 128, "validation": 0.05}
-    request |= {"cache_dir": str(tmp_path / "cache"), "pack": True, **changes}
+    request |= {"cache_dir": str(tmp_path / "cache"), "pack": True, "begin": "auto", **changes}
     path = tmp_path / "request.json"
     path.write_text(json.dumps(request))
     return path
@@ -63,15 +63,18 @@ def test_the_command_line_says_one_thing_about_an_error(tmp_path, capsys):
         ("[]", "exactly source"),
         ('{"source": "stdlib"}', "exactly source"),
         (
-            '{"source": "s", "tokenizer": "bytes", "seq_len": "8", "validation": 0, "cache_dir": "c", "pack": true}',
+            '{"source": "", "tokenizer": "", "seq_len": "8", "validation": 0,'
+            ' "cache_dir": "", "pack": true, "begin": ""}',
             "'seq_len' is '8'",
         ),
         (
-            '{"source": "s", "tokenizer": "bytes", "seq_len": 8, "validation": true, "cache_dir": "c", "pack": true}',
+            '{"source": "", "tokenizer": "", "seq_len": 8, "validation": true,'
+            ' "cache_dir": "", "pack": true, "begin": ""}',
             "'validation' is True",
         ),
         (
-            '{"source": "s", "tokenizer": "bytes", "seq_len": 8, "validation": 0, "cache_dir": "c", "pack": 1}',
+            '{"source": "s", "tokenizer": "b", "seq_len": 8, "validation": 0,'
+            ' "cache_dir": "", "pack": 1, "begin": ""}',
             "'pack' is 1",
         ),
     ],

@@ -17,7 +17,7 @@ from dstrain.data.prepare import main
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 
-CHOICES = {"seq_len": 16, "validation": 0.25, "pack": True}
+CHOICES = {"seq_len": 16, "validation": 0.25, "pack": True, "begin": "auto"}
 
 
 @pytest.fixture

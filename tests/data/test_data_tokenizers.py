@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dstrain.data.prepare import prepare
 from dstrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 
@@ -123,3 +124,89 @@ def test_folders_that_hold_no_usable_tokenizer_are_refused(hf_folder, tmp_path):
     error = refused(tmp_path)
     assert "no end-of-sequence token" in error.message
     assert error.where == str(tmp_path)
+
+
+@pytest.fixture
+def like_llama(hf_folder, tmp_path):
+    """A function: the same vocabulary, in a tokenizer that puts something around every text by itself."""
+
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def save(template: str, **tokens: str):
+        backend = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
+        given = {"bos_token": "<s>", "eos_token": "</s>", **tokens}
+        PreTrainedTokenizerFast(tokenizer_object=backend, **given).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("template", "choice", "begins"),
+    [
+        ("<s> $A", "auto", (0,)),
+        ("<s> $A </s>", "auto", (0,)),
+        ("$A", "auto", ()),
+        ("$A </s>", "auto", ()),
+        ("<s> $A", "never", ()),
+        ("$A", "always", (0,)),
+        ("<s> <s> $A", "auto", (0, 0)),
+    ],
+)
+def test_documents_begin_as_the_tokenizer_begins_a_text(template, choice, begins, like_llama, tmp_path):
+    folder = like_llama(template)
+    tokenizer = load_tokenizer(str(folder), choice)
+    assert tokenizer.begin_of_document == begins
+    assert (tokenizer.begins_with, tokenizer.ends_with) == (" ".join(["<s>"] * len(begins)), "</s>")
+    assert not {0, 1} & set(tokenizer.encode("the cat").tolist())
+    words = tokenizer.encode("the cat").tolist()
+    assert tokenizer.encode_prompt("the cat") == [*begins, *words], "nothing behind a prompt"
+    assert tokenizer.encode_prompt("") == [*begins] or [1]
+
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n{"text": ""}\n{"text": "<s>the cat"}\n')
+    data = prepare(str(tmp_path / "a.jsonl"), str(folder), 2, 0, tmp_path / "cache", begin=choice)
+    spelled = [0, *words, 1] if len(begins) < 2 else [0, 0, 0, *words, 1]
+    tokens = np.concatenate(
+        [data.train.rows(np.array([row])).input_ids[0] for row in range(len(data.train))]
+    ).tolist()
+    wanted = [*begins, *words, 1, *spelled]  # what a text spells itself is not put in front of it again
+    assert tokens == wanted[: len(tokens)] and len(tokens) >= len(wanted) - 1
+    assert data.tokens == len(wanted) and data.empty_documents == 1
+    assert (data.summary()["begins_with"], data.summary()["ends_with"]) == (tokenizer.begins_with, "</s>")
+
+
+def test_tokens_are_cached_for_what_documents_begin_with(like_llama, tmp_path):
+    folder = like_llama("<s> $A")
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    found = {
+        choice: prepare(str(tmp_path / "a.txt"), str(folder), 4, 0, tmp_path / "cache", begin=choice)
+        for choice in ("never", "auto", "always")
+    }
+    assert found["auto"].tokens == found["never"].tokens + 1
+    assert found["auto"].fingerprint == found["always"].fingerprint != found["never"].fingerprint
+    assert found["auto"].folder == found["always"].folder != found["never"].folder
+
+
+def test_a_begin_token_that_is_not_there_is_refused(like_llama):
+    with pytest.raises(DstrainError, match="no begin-of-sequence token"):
+        load_tokenizer("bytes", "always")
+    with pytest.raises(DstrainError, match="no begin-of-sequence token"):
+        load_tokenizer(str(like_llama("$A", bos_token=None)), "always")
+
+
+@pytest.mark.parametrize(("template", "begins"), [("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
+def test_generate_continues_what_a_document_begins_with(template, begins, like_llama):
+    from transformers import AutoTokenizer
+
+    from dstrain.exporting.generate import _prompt_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(like_llama(template))
+    words = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert _prompt_ids(tokenizer, "the cat") == [*begins, *words]
+    assert _prompt_ids(tokenizer, "<s>the cat") == [0, *words]
+    assert _prompt_ids(tokenizer, "") == (begins or [1])

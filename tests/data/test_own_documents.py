@@ -153,8 +153,15 @@ def test_what_it_prints_goes_to_standard_error(capsys):
 def test_threads_and_processes_at_once_share_the_work(tmp_path):
     log = tmp_path / "calls"
     own = source_of("numbered", log=str(log))
-    request = {"source": own.name, "tokenizer": "bytes", "seq_len": 16, "validation": 0.1, "pack": True}
-    request |= {"cache_dir": str(tmp_path / "cache")}
+    request = {
+        "source": own.name,
+        "tokenizer": "bytes",
+        "seq_len": 16,
+        "validation": 0.1,
+        "pack": True,
+        "begin": "auto",
+    }
+    request |= {"pack": True, "begin": "auto", "cache_dir": str(tmp_path / "cache")}
     request["own"] = {key: getattr(own, key) for key in ("options", "folders", "content", "bytes")}
     (tmp_path / "request.json").write_text(json.dumps(request))
     processes = [

@@ -252,6 +252,20 @@ def test_router_loss_is_carried_from_stage_to_stage(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        Case(zero=0, longrope=True),
+        Case(zero=2, data_parallel=2, accumulation=2, longrope=True),
+        Case(zero=1, pipeline=2, accumulation=8, checkpointing=True, longrope=True),
+    ],
+    ids=str,
+)
+def test_each_document_has_its_own_rotary_tables(case: Case) -> None:
+    """The yardstick takes one row at a time; upstream's tables would follow from the longest of a micro-batch."""
+    assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
         Case(zero=1, pipeline=1, loss_chunk=24),
         Case(zero=2, pipeline=2, loss_chunk=24),
         Case(zero=2, pipeline=2, loss_chunk=24, schedule="dualpipev"),

@@ -20,8 +20,15 @@ pytestmark = pytest.mark.timeout(300)
 
 # As a folder of quantized weights has it; the run starts at random, and with weights of its own.
 QUANTIZED = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-MODEL = LLAMA | {"a_note": {"of": "the user's"}, "eos_token_id": None} | QUANTIZED
-GENERATION = {"max_new_tokens": 7, "eos_token_id": 256}
+# Of the tokenizer that the model came with, which the run does not take, and of code that lay beside it.
+OTHERS = {
+    "bos_token_id": 5,
+    "eos_token_id": [6, 7],
+    "pad_token_id": 8,
+    "auto_map": {"AutoModel": "own.Model"},
+}
+MODEL = LLAMA | {"a_note": {"of": "the user's"}} | OTHERS | QUANTIZED
+GENERATION = {"max_new_tokens": 7, "bos_token_id": 5, "eos_token_id": 6, "custom_generate": "own"}
 ARGUMENTS = [
     *("--model", "own", "--data", "text.jsonl", "--tokenizer", "bytes", "--zero", "1", "--pipeline", "2"),
     *("--steps", "6", "--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--lr", "1e-2"),
@@ -110,6 +117,11 @@ def test_configuration_tokenizer_and_generation_come_along(bench: Bench, newest:
     assert config["a_note"] == MODEL["a_note"] and config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
     assert "quantization_config" not in config, "from_pretrained would look for quantized weights"
+    assert "auto_map" not in config, "from_pretrained would look for code"
+    tokens = [config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert tokens == [None, 256, None], "those of the tokenizer that was trained with"
+    written = json.loads((bench.place / "out" / "generation_config.json").read_text())
+    assert written == {"max_new_tokens": 7, "eos_token_id": 256}
     generation = GenerationConfig.from_pretrained(bench.place / "out")
     assert (generation.max_new_tokens, generation.eos_token_id) == (7, 256)
     tokenizer = AutoTokenizer.from_pretrained(bench.place / "out")

@@ -34,7 +34,7 @@ def planned(hosts: tuple[Host, ...] = HOSTS, **flags: object) -> tuple[Planned, 
         return make_plan(resolved, Machines(hosts, "cuda"), shape(), DATA, "/models/tiny/config.json")
 
     devices = Devices("cuda", 2, ("a GPU", "a GPU"), memory_bytes=None)
-    return Planned(make(resolved, hosts), devices, Placement(hosts, "pdsh"), make), resolved
+    return Planned(make(resolved, hosts), devices, Placement(hosts, "pdsh"), shape(), make), resolved
 
 
 @pytest.mark.parametrize(

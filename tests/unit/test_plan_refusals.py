@@ -43,6 +43,31 @@ def test_one_replica_may_drop_layers() -> None:
     assert plan(model=shape(layerdrop=0.0), data_parallel=2).layout.data_parallel == 2
 
 
+# --- samples that depend on each other in a micro-batch
+
+
+def test_samples_that_depend_on_each_other_do_not_share_a_micro_batch() -> None:
+    leaking = shape(row_leak="x computes another result beside another sample")
+    for choices in ({"micro_batch": 2}, {}):
+        error = refused(model=leaking, data_parallel=1, global_batch=8, **choices)
+        assert "x computes another result beside another sample" in error.message
+        assert error.hint == "--micro-batch 1"
+    assert plan(model=leaking, data_parallel=1, global_batch=8, micro_batch=1).batch.accumulation == 8
+
+
+# --- randomness
+
+
+def test_randomness_under_other_names_is_told() -> None:
+    def told(**choices: Any) -> list[str]:
+        return [w for w in plan(model=shape(**choices)).warnings if "random numbers" in w]
+
+    assert "router_jitter_noise 0.01" in told(randomness="router_jitter_noise 0.01")[0]
+    assert "set it to 0" in told(randomness="router_jitter_noise 0.01")[0]
+    assert "no single value" in told(randomness="")[0] and "set it" not in told(randomness="")[0]
+    assert not told()
+
+
 # --- the router loss
 
 

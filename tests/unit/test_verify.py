@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from dstrain.planning.layout_names import LayoutChoice, layouts_for
 from dstrain.report.comparison import bound_from, compare_runs
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.failure_cause import Cause, Outcome
-from tests.support.plans import plan
+from tests.support.plans import MINIMAL, plan, shape
 
 
 def make_run(path: Path, *, shift: float = 0.0, steps: int = 3, skipped: bool = False) -> RunFolder:
@@ -103,7 +104,7 @@ def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
-        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), name
+        return SimpleNamespace(shape=shape()), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0
@@ -115,6 +116,44 @@ def test_a_layout_that_differs_is_an_error(
     table = json.loads((tmp_path / "verify.json").read_text())
     assert [row["verdict"] for row in table["layouts"]] == ["DIFFERS" if differs else "equal"]
     assert "zero2-pp4-dp1" in (tmp_path / "verify.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dropout": 0.1}, ["dropout", "config.json"]),
+        ({"randomness": "router_jitter_noise 0.01"}, ["router_jitter_noise 0.01", "set it to 0"]),
+        ({"randomness": ""}, ["no single value"]),
+        ({"router_loss": True}, ["router loss", "--micro-batch"]),
+    ],
+)
+def test_what_layouts_do_not_train_alike_is_refused_before_anything_is_trained(
+    changes: dict[str, Any], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "_plan", lambda *_: (SimpleNamespace(shape=shape(**changes)), None))
+    monkeypatch.setattr(verifying, "_train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(DstrainError) as caught:
+        verifying._compare(load_config(config_file=str(MINIMAL)), [LayoutChoice(2, 4)], tmp_path, SILENT)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"), [({}, [2, 1, 4]), ({"row_leak": "x"}, [2]), ({"router_loss": True}, [2])]
+)
+def test_one_process_is_compared_with_itself_at_the_sizes_that_train_the_same_model(
+    changes: dict[str, Any], sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
+        tried.extend(more.values())
+        return SimpleNamespace(shape=shape(**changes)), name
+
+    monkeypatch.setattr(verifying, "_plan", plan)
+    monkeypatch.setattr(verifying, "_train", lambda planned, name: (make_run(tmp_path / name), 1.0))
+    config = load_config(flags={"micro_batch": 2, "global_batch": 8})
+    assert verifying._compare(config, [LayoutChoice(2, 4)], tmp_path, SILENT).equal
+    assert tried == sizes
 
 
 @pytest.mark.parametrize(
@@ -133,7 +172,7 @@ def test_the_end_of_one_layout_by_the_user_is_the_end_of_all(
 
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
         trained.append(name)
-        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), config
+        return SimpleNamespace(plan=None, shape=shape()), config
 
     def launch(*_):  # type: ignore[no-untyped-def]
         folder = make_run(tmp_path / trained[-1])
@@ -182,7 +221,7 @@ def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
 def test_model_and_data_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The documents of a user's code may take long to read."""
     made = plan()
-    earlier = Planned(made, SimpleNamespace(), SimpleNamespace(), lambda resolved, hosts: made)  # type: ignore[arg-type]
+    earlier = Planned(made, SimpleNamespace(), SimpleNamespace(), shape(), lambda resolved, hosts: made)  # type: ignore[arg-type]
     monkeypatch.setattr("dstrain.api.planning.prepare", None)
     assert plan_for(load_config(), earlier=earlier).plan is made
 

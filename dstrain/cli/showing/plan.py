@@ -7,9 +7,10 @@ from rich.console import Console
 from dstrain.cli.showing.estimates import format_duration, headed, memory, stages, time
 from dstrain.cli.showing.picture import picture
 from dstrain.cli.showing.tables import Column, FoldingTable
+from dstrain.config.text_file import shown
 from dstrain.estimate.disk import most_checkpoints
 from dstrain.formatting import format_bytes, format_count
-from dstrain.planning.plan import Plan
+from dstrain.planning.plan import Plan, PlannedData
 from dstrain.plugins import is_code
 
 _VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -82,10 +83,18 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
         headed(
             "data",
             f"{data.source}: {data.documents:,} documents, {data.tokens:,} tokens,"
-            f" {data.train_rows:,} training samples, {data.validation_rows:,} validation samples",
+            f" {data.train_rows:,} training samples, {data.validation_rows:,} validation samples"
+            f"{_ends_of_documents(data)}",
         )
     )
     console.print(headed("batch", plan.batch.describe()))
+
+
+def _ends_of_documents(data: PlannedData) -> str:
+    if not data.ends_with:  # a plan of a version that did not say it
+        return ""
+    begins = f"begins with {shown(data.begins_with)}, " if data.begins_with else ""
+    return f"; each document {begins}ends with {shown(data.ends_with)}"
 
 
 def _show_not_covered(plan: Plan, console: Console) -> None:

@@ -1,7 +1,8 @@
-"""Tests what a family computes independently: each of several packed documents, each token at the head."""
+"""Tests what a family computes independently: packed documents, rows of a micro-batch, tokens at the head."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,35 +13,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import flash_attention_mask
 
 from dstrain.errors import DstrainError
-from dstrain.model.architecture import canonical_config
+from dstrain.model.capability.randomness import calm, is_random
 from dstrain.model.capability.small_model import small_config
+from dstrain.model.capability.trial_model import small_trial, trial_model
 from dstrain.model.document_masks import document_lengths
 from dstrain.model.pipeline_model import PipelineModel
-from dstrain.model.skeleton import empty_model
 from dstrain.model.unsplit_model import UnsplitModel
 
 LENGTHS = 20, 15, 13
 """Tokens of the documents in a test row: more than a small model's window or block, fewer than its positions."""
 
-SHORT = {
-    "attention_chunk_size": 4,
-    "block_size": 4,
-    "index_block_size": 4,
-    "index_topk_blocks": 2,
-    "local_attention": 8,
-    # Sparse attention takes the keys of the highest score. Few heads often agree on 0 for several keys, and then it
-    # is their place in the row that decides; many heads do not.
-    "index_n_heads": 32,
-    "indexer_n_heads": 32,
-}
-"""What a small model has otherwise here, so that rows this short show what it does in long ones."""
+SHORTER = 12, 12, 12, 12
+"""Those of a row beside it, in which every document is short."""
+
+THRESHOLD = 16
+"""Positions from which on a small model's rotary tables are others, where they depend on the length: between these."""
 
 ROWS = 2
-VOCABULARY = 256
-
-LARGEST = 300_000_000
-"""Parameters up to which a model is tried where no small copy of it can be made: 1.2 GB."""
-
 UNEQUAL = 1e-5
 """Differences up to this share of the largest logit are rounding: sums over rows of another length. Measured over 161
 families: up to 2.7e-6 where documents are apart, 5e-2 and more where they are not."""
@@ -57,11 +46,13 @@ class Packing:
         leak: with sdpa and eager, which get the same masks.
         flash_leak: with flash attention, which gets lengths instead of masks.
         looks_ahead: a token sees those after it, packed or not: such a model can't be trained to predict them.
+        row_leak: a row's result depends on the other rows of its micro-batch, or on those of micro-batches before.
     """
 
     leak: str | None
     flash_leak: str | None
     looks_ahead: str | None
+    row_leak: str | None
 
 
 def judge_packing(config: PretrainedConfig) -> Packing:
@@ -70,12 +61,28 @@ def judge_packing(config: PretrainedConfig) -> Packing:
     What can't be tried counts as a leak, with the reason.
     """
     try:
-        model = _trial_model(_small(config))
-        leak, looks_ahead = _leak(model), _looks_ahead(model)
+        model = _model_to_try(config)
+        leak, looks_ahead, row_leak = _leak(model), _looks_ahead(model), _row_leak(model)
     except DstrainError as error:
         leak = f"packed rows of a {config.model_type} model could not be tried: {error.message}"
-        return Packing(leak, leak, None)
-    return Packing(leak, _flash_leak(model), looks_ahead)
+        return Packing(leak, leak, None, None)
+    return Packing(leak, _flash_leak(model), looks_ahead, row_leak)
+
+
+def _model_to_try(config: PretrainedConfig) -> UnsplitModel:
+    """A small model in training mode, if that draws no random numbers; else as it is evaluated.
+
+    Raises:
+        DstrainError: there is none, or it does not run.
+    """
+    small = calm(small_trial(config))
+    try:
+        model = trial_model(_with_threshold(small))
+        _logits(model, _tokens(model, seed=0), _positions(LENGTHS))
+    except DstrainError:  # learned positions end where rotary ones change
+        model = trial_model(small)
+    model.train()
+    return model.eval() if is_random(model) else model
 
 
 def packing_leaks(config: PretrainedConfig, attention: str = "auto") -> str | None:
@@ -99,7 +106,7 @@ def _leak(model: UnsplitModel) -> str | None:
     one = _tokens(model, seed=0)
     other = one.clone()
     other[:, : LENGTHS[0]] = _tokens(model, seed=1)[:, : LENGTHS[0]]
-    positions = torch.cat([torch.arange(length) for length in LENGTHS]).repeat(ROWS, 1)
+    positions = _positions(LENGTHS)
     packed = _logits(model, one, positions)
     moved = _distance(packed[:, LENGTHS[0] :], _logits(model, other, positions)[:, LENGTHS[0] :])
     if not moved <= UNEQUAL:
@@ -110,7 +117,37 @@ def _leak(model: UnsplitModel) -> str | None:
     if not apart <= UNEQUAL:
         return (
             f"{family} computes another result for a document in a packed row than for the same document alone"
-            f" (logits differ by {apart:.0%}): its positions do not restart"
+            f" (logits differ by {apart:.0%}): its positions do not restart, or it looks at the longest document"
+        )
+    return None
+
+
+def _row_leak(model: UnsplitModel) -> str | None:
+    """Compare two rows of a micro-batch, of long and of short documents, with each of them in one of its own.
+
+    Raises:
+        DstrainError: the family's code does not run.
+    """
+    ids = _tokens(model, seed=0)
+    positions = torch.cat([_positions(SHORTER)[:1], _positions(LENGTHS)[:1]])
+
+    def alone(model: UnsplitModel) -> Tensor:
+        return torch.cat(
+            [_logits(model, ids[row : row + 1], positions[row : row + 1]) for row in range(ROWS)]
+        )
+
+    first = alone(trial_model(model.config).train(model.training))
+    after = _distance(first, alone(model))
+    if not after <= UNEQUAL:
+        return (
+            f"{model.config.model_type} computes another result for a sample after other ones than at first"
+            f" (logits differ by {after:.0%})"
+        )
+    apart = _distance(first, _logits(model, ids, positions))
+    if not apart <= UNEQUAL:
+        return (
+            f"{model.config.model_type} computes another result for a sample beside another one in a micro-batch"
+            f" than for the same sample alone (logits differ by {apart:.0%})"
         )
     return None
 
@@ -137,6 +174,10 @@ def _looks_ahead(model: UnsplitModel) -> str | None:
     return f"{model.config.model_type} lets a token see the ones after it (logits move by {moved:.0%})"
 
 
+def _positions(lengths: tuple[int, ...]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).repeat(ROWS, 1)
+
+
 def _tokens(model: UnsplitModel, seed: int) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.vocab_size, (ROWS, sum(LENGTHS)), generator=random)
@@ -157,57 +198,21 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
-@torch.no_grad()
-def _trial_model(config: PretrainedConfig) -> UnsplitModel:
-    """A model whose every weight tells: initial values are small, and gates often 0."""
-    model = UnsplitModel(config, seed=0, attention="auto").eval()
-    random = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=random)
-        if parameter.dim() > 1:
-            parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
-        else:
-            parameter.add_(0.1 * noise)
-    return model
-
-
-def _small(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy that is cheap to run.
-
-    Raises:
-        DstrainError: there is none.
-    """
-    try:
-        small = small_config(config)
-    except DstrainError:
-        small = shallow(config)
-        if sum(parameter.numel() for parameter in empty_model(small).parameters()) > LARGEST:
-            raise
-    for name, value in SHORT.items():
-        if isinstance(getattr(small, name, None), int):
-            setattr(small, name, value)
-    return small
-
-
-def shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of ``config`` with a small vocabulary and as few blocks as show each kind of its blocks.
-
-    Its width stays.
-    """
-    config = canonical_config(config)
-    config.vocab_size = min(config.vocab_size, VOCABULARY)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        if isinstance(token, int) and token >= config.vocab_size:
-            setattr(config, name, 0)
-    kinds = getattr(config, "layer_types", None)
-    depth = 2 if not kinds else 1 + max(kinds.index(kind) for kind in set(kinds))
-    if depth < config.num_hidden_layers:
-        config.num_hidden_layers = depth
-        for name, value in list(vars(config).items()):
-            if name.endswith("layer_types") and isinstance(value, list):
-                setattr(config, name, value[:depth])
-    return config
+def _with_threshold(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy in which rotary tables that depend on the length of what is computed change at `THRESHOLD`."""
+    low = copy.deepcopy(config)
+    names = ["original_max_position_embeddings"]
+    parameters = getattr(low, "rope_parameters", None) or {}
+    kinds = [values for values in (parameters, *parameters.values()) if isinstance(values, dict)]
+    if any("dynamic" in str(values.get("rope_type")) for values in kinds):
+        names.append("max_position_embeddings")
+    for name in names:
+        if isinstance(getattr(low, name, None), int):
+            setattr(low, name, THRESHOLD)
+        for values in kinds:
+            if isinstance(values.get(name), int):
+                values[name] = THRESHOLD
+    return low
 
 
 # A stand-in for flash attention

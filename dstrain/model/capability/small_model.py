@@ -34,7 +34,10 @@ from dstrain.model.skeleton import empty_model
 LARGEST = 2_000_000
 """Parameters above which a size was overlooked: the result would not be small."""
 
-RANDOM = "dropout", "dropout_prob", "dropout_rate", "pdrop", "layerdrop", "jitter_noise", "mask_time_prob"
+RANDOM = (
+    *("dropout", "dropout_prob", "dropout_rate", "pdrop", "layerdrop", "dropout_p", "drop_path_rate"),
+    *("jitter_noise", "jitter_eps", "mask_time_prob"),
+)
 """How the names end of what makes a training forward random."""
 
 NOT_SIZES = (

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
+from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
 from dstrain.model.measuring.activations import Activations, block_activations, outer_activations
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
 from dstrain.model.pipeline_split.probe import find_structure
@@ -23,7 +24,7 @@ from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 7
+FORMAT = 8
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -39,11 +40,12 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``pipeline_refusal`` (or None),
-        ``dropout`` (the largest probability in the config), ``layerdrop`` (with which whole layers are dropped at
+        ``dropout`` (the largest probability in the config), ``randomness`` (see
+        ``dstrain.model.capability.randomness``), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
-        ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak`` and
-        ``looks_ahead`` (see ``dstrain.model.capability.independence.Packing``). For a model that cannot be split, the
-        layers are the best guess.
+        ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak``,
+        ``looks_ahead`` and ``row_leak`` (see ``dstrain.model.capability.independence.Packing``). For a model that
+        cannot be split, the layers are the best guess.
 
     Raises:
         DstrainError: the model cannot be built.
@@ -72,13 +74,15 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "tied": tied,
         "total_parameters": structure.total_parameters,
         "pipeline_refusal": structure.refusal,
-        "dropout": _largest_dropout(structure.config),
+        "dropout": largest_dropout(structure.config),
+        "randomness": randomness_beside_dropout(config),
         "layerdrop": _layerdrop(structure.config),
         "router_loss": _has_router_loss(config, structure),
         "tokenwise_head": head_is_tokenwise(config),
         "packing_leak": packing.leak,
         "flash_packing_leak": packing.flash_leak,
         "looks_ahead": packing.looks_ahead,
+        "row_leak": packing.row_leak,
     }
 
 
@@ -144,16 +148,6 @@ def _has_router_loss(config: PretrainedConfig, structure: ModelStructure) -> boo
     if structure.refusal is None:
         return structure.router is not None and structure.router.coefficient != 0
     return bool(getattr(config, "output_router_logits", False) and router_coefficient(structure.model))
-
-
-def _largest_dropout(config: PretrainedConfig) -> float:
-    """Families name it otherwise: attention_dropout, resid_pdrop, hidden_dropout_prob, ..."""
-    found = [
-        float(value)
-        for key, value in config.to_dict().items()
-        if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    return max(found, default=0.0)
 
 
 def _entry(

@@ -82,6 +82,8 @@ def find_candidates(
     if shape.router_loss:
         # A router's loss is taken over a micro-batch: another one would train another model.
         fixed.setdefault("micro_batch", _micro_batch_of(resolved, hosts))
+    if shape.row_leak:
+        fixed.setdefault("micro_batch", 1)
     found = Candidates([], Counter())
     offloads = fixed_or(fixed, "offload", ("none",) if device_is_host else ("none", "cpu"))
     recomputations = fixed_or(fixed, "activation_checkpointing", (False, True))

@@ -50,6 +50,7 @@ class Case(LayoutCase):
     loss: str = "cross-entropy"
     lr_schedule: str = ""  # empty: every step has the same learning rate
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
+    longrope: bool = False  # the longer documents of `samples` get other rotary tables than the shorter ones
 
     ALWAYS_NAMED: ClassVar[tuple[str, ...]] = (
         *("zero", "pipeline", "data_parallel", "precision", "optimizer", "clip", "tied", "accumulation"),
@@ -74,7 +75,9 @@ class Case(LayoutCase):
         layout = ("zero", "pipeline", "data_parallel", "checkpointing", "schedule", "offload", "loss_chunk")
         if not self.experts:  # a router loss is the product of two means over a micro-batch
             layout += ("accumulation",)
-        return replace(self, **{name: getattr(plain, name) for name in layout})
+        plain = replace(self, **{name: getattr(plain, name) for name in layout})
+        # Hugging Face takes one table for a micro-batch; a row of `samples` has documents of one length.
+        return replace(plain, accumulation=GLOBAL_BATCH) if self.longrope else plain
 
     def named(self, name: str) -> str:
         return f"clip{self.clip:g}" if name == "clip" else super().named(name)
@@ -102,6 +105,16 @@ def model_config(case: Case, **sizes: int) -> Any:
             "router_aux_loss_coef": 0.3,
         }
         family = MixtralConfig
+    if case.longrope:
+        pairs = 4
+        options["rope_parameters"] = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 3 * SEQ_LEN // 4,
+            "short_factor": [1.0] * pairs,
+            "long_factor": [4.0] * pairs,
+        }
     return family(
         **options,
         **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, **sizes},

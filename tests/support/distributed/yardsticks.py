@@ -183,7 +183,9 @@ def _loss_of(
 def _finished(hf: torch.nn.Module, outcome: Outcome) -> Outcome:
     hf.eval()
     with torch.no_grad():
-        outcome.validation = _loss_of(hf, torch.arange(GLOBAL_BATCH), samples(HELD_OUT)).item()
+        alone = hf.config.rope_parameters["rope_type"] == "longrope"
+        rows = torch.arange(GLOBAL_BATCH).split(1 if alone else GLOBAL_BATCH)
+        outcome.validation = sum(_loss_of(hf, part, samples(HELD_OUT)).item() for part in rows)
     outcome.weights = {
         name: p.detach().float().clone() for name, p in hf.named_parameters(remove_duplicate=False)
     }
