@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -32,6 +33,8 @@ _OTHERS = (
 )
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _BY_HAND = "--local_rank="
+# deepspeed.launcher.multinode_runner, add_export: what holds any but these signs.
+_QUOTED = re.compile(r'"([^"]*[^\w@%+=:,./"-][^"]*)"')
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
@@ -69,6 +72,17 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         if names[0] in environ:
             return {ours: environ[name] for ours, name in zip(_NAMES, names, strict=True) if name in environ}
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def without_quotes(environ: Mapping[str, str]) -> dict[str, str]:
+    """dstrain's own variables as they were before DeepSpeed put them in quotes for a remote shell, which Open MPI does
+    not have: an IPv6 address in brackets, a path with a space."""
+    if "OMPI_COMM_WORLD_RANK" not in environ:
+        return {}
+    quoted = {
+        name: _QUOTED.fullmatch(value) for name, value in environ.items() if name.startswith("DSTRAIN_")
+    }
+    return {name: match[1] for name, match in quoted.items() if match}
 
 
 def loopback_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -35,6 +35,7 @@ from dstrain.train.rank_environment import (
     rank_variables,
     typed_by_hand,
     without_local_rank,
+    without_quotes,
 )
 
 _TAIL_LINES = 20
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
     if len(words) != 1:
         print("usage: deepspeed --hostfile FILE --module dstrain.train.worker RUN_FOLDER", file=sys.stderr)
         return 2
+    os.environ.update(without_quotes(os.environ))
     folder = RunFolder(Path(words[0]), int(os.environ.get(NODE_RANK, 0)))
     if typed_by_hand(arguments):
         found = first_owner(folder.path, folder.environment, folder.plan)

@@ -66,7 +66,9 @@ def test_nonces_are_fresh() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "launch"), [(new_key(), "x"), (KEY, "y"), (KEY, ""), (b"", "x"), (KEY[:-1] + b"\0", "x")]
+    ("key", "launch"),
+    [(new_key(), "x"), (KEY, "y"), (KEY, ""), (b"", "x"), (KEY[:-1] + bytes([KEY[-1] ^ 1]), "x")],
+    ids=["another key", "another launch", "no launch", "no key", "one bit"],
 )
 def test_another_key_or_launch(key: bytes, launch: str) -> None:
     for rank, supervisor in (

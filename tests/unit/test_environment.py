@@ -21,7 +21,7 @@ from dstrain.launch.environment import (
 )
 from dstrain.runs.this_machine import is_loopback
 from dstrain.train import rank_environment
-from dstrain.train.rank_environment import card_towards, loopback_variables, network_variables
+from dstrain.train.rank_environment import card_towards, loopback_variables, network_variables, without_quotes
 
 SECRETS = {
     "HF_TOKEN": "s1",
@@ -263,3 +263,19 @@ def test_loopback(name: str) -> None:
 )
 def test_not_loopback(name: str) -> None:
     assert not is_loopback(name)
+
+
+@pytest.mark.parametrize(
+    "value", ["ab@[fd77::11],10.0.0.1:4711", "two words", "plain", "ab@10.0.0.1,127.0.0.1:4711", ""]
+)
+def test_what_deepspeed_puts_in_quotes_for_open_mpi(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.multinode_runner import OpenMPIRunner
+
+    monkeypatch.setattr(OpenMPIRunner, "validate_args", lambda self: None)
+    runner = OpenMPIRunner(Namespace(user_args=[], user_script=""), "", {})
+    runner.add_export("DSTRAIN_X", value)
+    arrived = {"DSTRAIN_X": runner.exports["DSTRAIN_X"], "MINE": '"a b"'}
+    assert without_quotes(arrived) == {}, "a shell has taken them away"
+    arrived["OMPI_COMM_WORLD_RANK"] = "0"
+    assert arrived | without_quotes(arrived) == {**arrived, "DSTRAIN_X": value}
