@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from dstrain.errors import DstrainError
-from dstrain.model.capability import independence
+from dstrain.model.capability import independence, trial_model
 from dstrain.model.capability.independence import judge_packing, packing_leaks
 from dstrain.model.capability.small_model import small_family
 from dstrain.model.document_masks import Documents, document_lengths
@@ -127,9 +127,9 @@ class TestJudgement:
         def refuses(config: PretrainedConfig) -> None:
             raise DstrainError("no")
 
-        monkeypatch.setattr(independence, "small_config", refuses)
+        monkeypatch.setattr(trial_model, "small_config", refuses)
         assert packing_leaks(tiny("llama")) is None
-        monkeypatch.setattr(independence, "LARGEST", 1000)
+        monkeypatch.setattr(trial_model, "LARGEST", 1000)
         assert packing_leaks(tiny("llama")) == "packed rows of a llama model could not be tried: no"
 
 
