@@ -19,7 +19,7 @@ RENAMED: dict[str, str] = {
 indices left out (``layout.ranks.spans``), and stands for all below it. Only the first entry that fits is applied."""
 
 NEW: set[str] = {
-    *("access", "code_dirs", "hooks", "trackers", "profile", "not_covered"),
+    *("max_document_bytes", "access", "code_dirs", "hooks", "trackers", "profile", "not_covered"),
     *("begin_token", "data.begins_with", "data.ends_with"),
     *("data.documents_hash", "config.loss", "origins.loss"),
     *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
