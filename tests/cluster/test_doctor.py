@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
+from tests.support.arguments import layered
 from tests.support.cluster.commands import Result, dstrain_argv
 from tests.support.cluster.hosts import NOWHERE, SILENT, Cluster
 from tests.support.cluster.needs import require_cluster
@@ -180,7 +181,7 @@ def refused(faulty: Cluster, environment: dict[str, str]) -> Result:
     """`dstrain run` there, with the python of n1's own disk."""
     own = os.readlink(faulty.shared / "own")
     libraries = [f"{own}/lib", environment["PYTHONPATH"], *(path for path in sys.path if "packages" in path)]
-    argv = [f"{own}/venv/bin/python", "-m", "dstrain.cli.main", *RUN, "--data-parallel", "9"]
+    argv = [f"{own}/venv/bin/python", "-m", "dstrain.cli.main", *layered([*RUN, "--data-parallel", "9"])]
     argv[argv.index("--global-batch") + 1] = "9"
     return faulty.run("n1", argv, env={**environment, "PYTHONPATH": os.pathsep.join(libraries)}, timeout=200)
 

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from dstrain.files import write_private
+from dstrain.files import write_atomically
 from dstrain.runs.control_key import find_key
 from dstrain.runs.run_folder import NODE_RANK, RunFolder
 
@@ -41,4 +41,4 @@ class KeyBackwards:
         file = Path(info.folder) / f"key-backwards-{info.rank}"
         started_with = os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0")
         variables = dict(each.split("=", 1) for each in started_with if "=" in each)
-        write_private(file, find_key(variables, folder.control_key).hex()[::-1])
+        write_atomically(file, find_key(variables, folder.control_key).hex()[::-1], private=True)
