@@ -54,6 +54,18 @@ def check_received(
         events.note(f"imports {', '.join(code)} from {_places(resolved)}", "trust")
 
 
+def check_image(folder: RunFolder, image: str, *, trust: bool) -> None:
+    """Refuse to start the container image that a run folder of another user names. Raises DstrainError."""
+    found = first_owner(folder.path, folder.launches)
+    if found is not None and not trust:
+        path, owner = found
+        raise DstrainError(
+            f"this run folder belongs to {owner}, and would have the image {shown(image)} started",
+            where=shown(path),
+            hint="--image NAME starts one that you know; or add --trust",
+        )
+
+
 def refused(code: Sequence[str], path: Path, owner: str) -> DstrainError:
     """For code that a folder names which is somebody else's."""
     more = f", and {len(code) - _SHOWN} more" if len(code) > _SHOWN else ""

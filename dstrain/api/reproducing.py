@@ -123,7 +123,10 @@ def recorded_image(folder: RunFolder) -> tuple[str | None, Mapping[str, Any]]:
         DstrainError: it has no record.
     """
     first = first_launch(read_launches(folder), folder)
-    return first["image"], first["config"]
+    image, config = first.get("image"), first.get("config")
+    if not isinstance(image, str | None) or not isinstance(config, dict):
+        raise DstrainError("the record of its first launch is damaged", where=str(folder.launches))
+    return image, config
 
 
 def _cause(

@@ -90,11 +90,14 @@ def _in_image(
     Args:
         image: its name; empty: the one that the run was made in.
     """
+    from dstrain.api.received import check_image
     from dstrain.api.reproducing import PATHS, changed_keys, recorded_image
     from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 
     made_in, values = recorded_image(folder)
+    if not image and made_in:
+        check_image(folder, made_in, trust=trust)
     image = image or made_in or ""
     if not image:
         raise DstrainError(

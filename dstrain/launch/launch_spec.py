@@ -108,6 +108,16 @@ def check_slots(request: LaunchSpec) -> None:
             )
 
 
+def refuse_this_host_alone(request: LaunchSpec) -> None:
+    """For a launcher that starts ranks over ssh. Raises DstrainError where there is no other machine to go to."""
+    if request.runs_here:
+        raise DstrainError(
+            f"--launcher {request.launcher} goes to other machines over ssh, and this one is the only one",
+            where="--launcher",
+            hint="remove --launcher, or name other machines in a --hostfile",
+        )
+
+
 def check_remote(request: LaunchSpec) -> None:
     """Refuse what does not reach other hosts. Raises DstrainError."""
     check_slots(request)

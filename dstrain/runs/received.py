@@ -17,8 +17,10 @@ from dstrain.runs.run_folder import FILES, FOLDERS, RunFolder
 
 # Written in place, so that a second name of the same file would be written too.
 _IN_PLACE = (".lock*", "launches.jsonl", "mlflow.db*", "slurm-*.log", "logs/*")
-# W&B makes links of its own, to the newest of its runs.
-_OWN_LINKS = "wandb"
+# W&B makes links of its own: to the newest of its runs, and, in the folder of each run, to the log of its service. That
+# folder is never written to again: a launch has one of its own.
+_WANDB = "wandb"
+_WANDB_LOGS = ("wandb/run-*/logs/*.log", "wandb/offline-run-*/logs/*.log")
 
 
 def refuse_links(folder: RunFolder) -> None:
@@ -34,7 +36,7 @@ def refuse_links(folder: RunFolder) -> None:
         for path, status in _own_names(folder.path):
             name = path.relative_to(folder.path).as_posix()
             if stat.S_ISLNK(status.st_mode):
-                if name.startswith(f"{_OWN_LINKS}/") and _stays_in(path, folder.path / _OWN_LINKS):
+                if _is_wandbs(path, name, folder.path / _WANDB):
                     continue
                 raise DstrainError(
                     f"{shown(name)} is a link to {shown(os.readlink(path))}; in a run folder no link is followed",
@@ -67,14 +69,16 @@ def refuse_links(folder: RunFolder) -> None:
 
 def owner_of(path: Path) -> str | None:
     """Who has made or can change what lies at ``path``, where that is neither this user nor root; None where it is one
-    of those, or nothing is there."""
+    of those, or nothing is there. Of a link, both whose it is and whose that is to which it leads."""
     try:
-        status = path.lstat()
+        link, status = path.lstat(), path.stat()
     except OSError:
         return None
-    if status.st_uid not in (os.geteuid(), 0):
-        return _user(status.st_uid)
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX and not path.is_symlink():
+    for user in (link.st_uid, status.st_uid):
+        if user not in (os.geteuid(), 0):
+            return _user(user)
+    is_kept = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)  # devices are for all to write to
+    if is_kept and status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         return "everybody (all users may write to it)"
     return None
 
@@ -110,6 +114,12 @@ def _own_names(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_wandbs(link: Path, name: str, wandb: Path) -> bool:
+    if not name.startswith(f"{_WANDB}/"):
+        return False
+    return _stays_in(link, wandb) or (name.count("/") == 3 and _matches(name, _WANDB_LOGS))
 
 
 def _stays_in(link: Path, folder: Path) -> bool:

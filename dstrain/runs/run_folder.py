@@ -51,7 +51,16 @@ FILES = (
         "reproduction.json",
         "run-id",
     ),
-    *("mlflow.db*", "slurm-*.log", ".environment", ".lock*", ".launch*", ".plan-node-*.json", ".shared"),
+    *(
+        "mlflow.db*",
+        "slurm-*.log",
+        ".environment",
+        ".lock*",
+        ".launch*",
+        ".plan-node-*.json",
+        ".shared",
+        ".control-key*",
+    ),
 )
 """Names of the files in a run folder, as patterns."""
 FOLDERS = ("logs", "checkpoints", "model", "weights", "trackers", "profile", "tensorboard", "wandb")

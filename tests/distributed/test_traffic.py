@@ -84,7 +84,11 @@ def assert_near(sent: Sent, expected: dict[str, int], case: Case) -> None:
         names = (operation, "reduce") if operation == "all_reduce" else (operation,)
         real = sum(count for (name, _), count in sent.items() if name in names)
         assert real == pytest.approx(size, rel=0.05, abs=SCALARS), (operation, sent, expected)
-    assert {name for name, _ in sent} <= {*KINDS, "broadcast", "reduce"}
+    assert {name for name, _ in sent} <= {*KINDS, "broadcast", "reduce", "all_gather"}
+    # What ranks tell each other as JSON, in bytes and their number: with ZeRO-3 the order of the parameters, once.
+    told = {kind: count for (name, kind), count in sent.items() if name == "all_gather"}
+    assert told.keys() <= {"uint8", "int64"}
+    assert sum(told.values()) < 4096
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])

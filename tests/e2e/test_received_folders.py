@@ -171,6 +171,8 @@ def test_links_of_the_users_own_are_not_ours(
     (given / "best").symlink_to(given / "checkpoints" / "step-000002")
     (given / "wandb" / "offline-run-1").mkdir(parents=True)
     (given / "wandb" / "latest-run").symlink_to("offline-run-1")
+    (given / "wandb" / "offline-run-1" / "logs").mkdir()
+    (given / "wandb" / "offline-run-1" / "logs" / "debug-core.log").symlink_to(place / "cache" / "core.log")
     given.rename(place / "disk")
     given.symlink_to(place / "disk")
     assert dstrain_here("checkpoints", "given").code == 0

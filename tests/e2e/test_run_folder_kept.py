@@ -23,6 +23,8 @@ ARGUMENTS = [
     *("--global-batch", "8", "--micro-batch", "2", "--set", "save_every=2", "--set", "sample_tokens=0"),
     *("--set", "profile={steps: [1, 2]}", "--tracker", "tensorboard", "--name", "kept"),
 ]
+# Whoever else may read the rest: the values of the user's variables.
+PRIVATE = ("kept/environment", "kept/.environment")
 TRAINS_ON = ("--steps", "100000")
 
 
@@ -35,9 +37,11 @@ def modes(folder: RunFolder) -> dict[str, int]:
 
 def check(folder: RunFolder, of_folder: int, of_file: int) -> None:
     """Every file and folder, as far as it is not being renamed; what may be run is open to the same people."""
+    found = modes(folder)
+    assert {found.pop(name) for name in PRIVATE if name in found} <= {0o600}
     wrong = {
         name: oct(mode)
-        for name, mode in modes(folder).items()
+        for name, mode in found.items()
         if mode & 0o666 != ((of_folder if (folder.path.parent / name).is_dir() else of_file) & 0o666)
         or mode & 0o077 & ~of_folder
     }

@@ -7,7 +7,7 @@ import re
 import shutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.launch_spec import LaunchSpec, check_remote
+from dstrain.launch.launch_spec import LaunchSpec, check_remote, refuse_this_host_alone
 from dstrain.launch.launchers import output
 from dstrain.runs.run_folder import RunFolder
 
@@ -26,6 +26,7 @@ def command(request: LaunchSpec) -> list[str]:
             where="--launcher",
             hint="install it on every host (Debian: apt-get install openmpi-bin), or --launcher pdsh",
         )
+    refuse_this_host_alone(request)
     check_remote(request)
     # Ranks are numbered host after host, as the plan has them. mpirun refuses to run for root unless told.
     options = "--map-by slot" + (" --allow-run-as-root" if os.geteuid() == 0 else "")

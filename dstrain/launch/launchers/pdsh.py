@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dstrain.launch.launch_spec import LaunchSpec, check_remote
+from dstrain.launch.launch_spec import LaunchSpec, check_remote, refuse_this_host_alone
 from dstrain.runs.run_folder import RunFolder
 
 # ssh's own code for a connection that was lost or never made; pdsh waits for the other hosts all the same.
@@ -13,6 +13,7 @@ _LOST = re.compile(r"^pdsh@[^:\s]+: (?P<host>\S+): ssh exited with exit code 255
 
 def command(request: LaunchSpec) -> list[str]:
     """The argv. Raises DstrainError where something would not reach the other hosts as it is."""
+    refuse_this_host_alone(request)
     check_remote(request)
     return [
         *(request.python, "-m", "deepspeed.launcher.runner"),
