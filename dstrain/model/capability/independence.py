@@ -61,28 +61,30 @@ def judge_packing(config: PretrainedConfig) -> Packing:
     What can't be tried counts as a leak, with the reason.
     """
     try:
-        model = _model_to_try(config)
-        leak, looks_ahead, row_leak = _leak(model), _looks_ahead(model), _row_leak(model)
+        small, model = _model_to_try(config)
+        leak, looks_ahead, row_leak = _leak(model), _looks_ahead(model), _row_leak(small, model)
     except DstrainError as error:
         leak = f"packed rows of a {config.model_type} model could not be tried: {error.message}"
         return Packing(leak, leak, None, None)
     return Packing(leak, _flash_leak(model), looks_ahead, row_leak)
 
 
-def _model_to_try(config: PretrainedConfig) -> UnsplitModel:
-    """A small model in training mode, if that draws no random numbers; else as it is evaluated.
+def _model_to_try(config: PretrainedConfig) -> tuple[PretrainedConfig, UnsplitModel]:
+    """A small model in training mode, if that draws no random numbers; else as it is evaluated. And its config, from
+    which it can be built anew: that of its text part alone need not have a model.
 
     Raises:
         DstrainError: there is none, or it does not run.
     """
     small = calm(small_trial(config))
+    chosen = _with_threshold(small)
     try:
-        model = trial_model(_with_threshold(small))
+        model = trial_model(chosen)
         _logits(model, _tokens(model, seed=0), _positions(LENGTHS))
     except DstrainError:  # learned positions end where rotary ones change
-        model = trial_model(small)
+        chosen, model = small, trial_model(small)
     model.train()
-    return model.eval() if is_random(model) else model
+    return chosen, model.eval() if is_random(model) else model
 
 
 def packing_leaks(config: PretrainedConfig, attention: str = "auto") -> str | None:
@@ -122,8 +124,11 @@ def _leak(model: UnsplitModel) -> str | None:
     return None
 
 
-def _row_leak(model: UnsplitModel) -> str | None:
+def _row_leak(config: PretrainedConfig, model: UnsplitModel) -> str | None:
     """Compare two rows of a micro-batch, of long and of short documents, with each of them in one of its own.
+
+    Args:
+        config: what ``model`` was built from.
 
     Raises:
         DstrainError: the family's code does not run.
@@ -136,7 +141,7 @@ def _row_leak(model: UnsplitModel) -> str | None:
             [_logits(model, ids[row : row + 1], positions[row : row + 1]) for row in range(ROWS)]
         )
 
-    first = alone(trial_model(model.config).train(model.training))
+    first = alone(trial_model(config).train(model.training))
     after = _distance(first, alone(model))
     if not after <= UNEQUAL:
         return (
