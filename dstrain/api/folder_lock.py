@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -26,6 +25,7 @@ from dstrain.errors import DstrainError
 from dstrain.files import open_to_write, parse_json, read_bounded
 from dstrain.runs.run_folder import Access, RunFolder
 from dstrain.runs.this_machine import read_process
+from dstrain.strict_json import to_json
 
 BEAT_SECONDS = 5.0
 """So often the holder of a lock shows that he lives."""
@@ -277,7 +277,7 @@ class FolderLock:
     def _write(self, holder: Holder) -> None:
         """Say who holds the lock, in place. On a full disk nothing is said; the lock holds all the same."""
         self._holder = replace(holder, shown_at=time.time())
-        text = json.dumps(asdict(self._holder)).ljust(_BYTES - 1).encode() + b"\n"
+        text = to_json(asdict(self._holder)).ljust(_BYTES - 1).encode() + b"\n"
         for descriptor in (self._descriptor, self._claim):
             if descriptor >= 0:
                 with suppress(OSError):

@@ -94,8 +94,7 @@ def main() -> None:
         if streams.lost_output is not None:
             _say(f"standard output: {streams.lost_output}: not all of it could be written")
             code = code or int(command not in _NOT_FOR_THEIR_OUTPUT)
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str], command: str, debug: bool) -> int | str | None:

@@ -39,14 +39,19 @@ class ForeignKey:
     def translate(self, value: Any) -> str:
         """What to write here instead, in one line, whatever the value is."""
         if isinstance(value, str) and not (value.isprintable() and len(value) <= _MOST_SHOWN):
-            value = json.dumps(value[:_MOST_SHOWN])
+            value = _json(value[:_MOST_SHOWN])
         text = self.rule(value)
         return text if len(text) <= 2 * _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN]}..."
 
 
 def _written(key: str, value: Any) -> str:
     """One line of YAML."""
-    return f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+    return f"{key}: {value if isinstance(value, str) else _json(value)}"
+
+
+def _json(value: Any) -> str:
+    """As JSON; what YAML knows and JSON does not, such as a date, as text."""
+    return json.dumps(value, default=str)
 
 
 def _same(key: str) -> Callable[[Any], str]:
@@ -63,7 +68,7 @@ def _switch(on: str, off: str) -> Callable[[Any], str]:
 
 def _scaled(key: str, factor: str) -> Callable[[Any], str]:
     """A share of the steps, of which only the user knows the number."""
-    return lambda value: f"{key}: {json.dumps(value)} x {factor}, as a number of steps"
+    return lambda value: f"{key}: {_json(value)} x {factor}, as a number of steps"
 
 
 _MOST_SHOWN = 300  # characters of a value

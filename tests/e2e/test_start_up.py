@@ -30,7 +30,10 @@ def listen(event, arguments):
 sys.addaudithook(listen)
 sys.argv = ["dstrain", *json.loads(sys.argv[1])]
 from dstrain.cli.main import main
-main()
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
 libraries = {
     name.partition(".")[0]
     for name in set(sys.modules) - before

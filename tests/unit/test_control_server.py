@@ -308,12 +308,15 @@ import os, sys; sys.path.insert(0, {str(ROOT)!r})
 reader, writer = os.pipe()
 os.dup2(writer, 1); os.close(writer)
 from pathlib import Path
+from dstrain.runs.run_folder import RunFolder
 from dstrain.train.worker import _log_to
-console = _log_to(Path(sys.argv[1]))
+folder = RunFolder(sys.argv[1])
+folder.make("private")
+console = _log_to(folder, 0)
 console.write("first\\n"); sys.stderr.write(os.read(reader, 100).decode())
 os.close(reader)
 console.write("second\\n"); console.flush(); sys.stderr.write("fine\\n")
 """
-    log = tmp_path / "rank-0.log"
-    assert subprocess.run([sys.executable, "-c", code, str(log)], timeout=60).returncode == 0
-    assert log.read_text() == "first\nfine\n"
+    folder = RunFolder(tmp_path / "run")
+    assert subprocess.run([sys.executable, "-c", code, str(folder.path)], timeout=60).returncode == 0
+    assert folder.rank_log(0).read_text() == "first\nfine\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -131,7 +133,22 @@ def test_no_hint_is_better_than_a_wrong_one(tmp_path: Path) -> None:
 
 def test_values_that_nobody_expects_have_an_answer_too() -> None:
     for foreign in FOREIGN_KEYS.values():
-        for value in (None, "", [], {}, 0, -1, 1.5, True, "x\ny", [{"path": 3}], {"a": [1]}, "9" * 400):
+        for value in (
+            None,
+            "",
+            [],
+            {},
+            0,
+            -1,
+            1.5,
+            True,
+            "x\ny",
+            [{"path": 3}],
+            {"a": [1]},
+            "9" * 400,
+            date(2026, 1, 1),
+            math.nan,
+        ):
             answer = foreign.translate(value)
             assert answer.isprintable()
             assert len(answer) < 700

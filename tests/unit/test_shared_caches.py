@@ -146,7 +146,7 @@ def test_another_users_summary_is_passed_over(
     prepare_module._prepare_and_keep(
         {
             "source": str(tmp_path / "text.txt"), "tokenizer": "bytes", "seq_len": 16, "validation": 0,
-            "cache_dir": str(tmp_path / "cache"), "pack": True,
+            "cache_dir": str(tmp_path / "cache"), "pack": True, "begin": "auto",
         }
     )  # fmt: skip
     [file] = kept

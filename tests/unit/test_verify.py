@@ -200,7 +200,7 @@ def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
     broken: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
-        return SimpleNamespace(plan=SimpleNamespace(model=SimpleNamespace(dropout=0.0))), name
+        return SimpleNamespace(shape=shape()), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         if name == "zero2-pp2-dp1":
