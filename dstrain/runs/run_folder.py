@@ -6,6 +6,7 @@ the names inside it.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -82,7 +83,10 @@ def make_open_to(path: Path, access: Access) -> None:
 
 def make_new(path: Path, access: Access) -> None:
     """Make a folder for runs, or of one, and those above it. Raises OSError, FileExistsError where there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
     if access == "umask":
         path.mkdir()
     else:

@@ -44,4 +44,8 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
 
 
 def test_tables_of_verify(tmp_path: Path) -> None:
-    assert [make_numbered(tmp_path / "verify").name for _ in range(3)] == ["verify", "verify-2", "verify-3"]
+    assert [make_numbered(tmp_path / "verify", "private").name for _ in range(3)] == [
+        "verify",
+        "verify-2",
+        "verify-3",
+    ]
