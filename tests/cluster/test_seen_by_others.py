@@ -177,10 +177,8 @@ def test_a_run_of_one_host(run: Run, launch: str) -> None:
     assert who_listens_where(run) == {(SUPERVISOR, LOOPBACK), (RANK, LOOPBACK)}
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    ["pdsh", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("torchrun", "openmpi"))],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("launcher", ["pdsh", "torchrun", "openmpi"])
 def test_a_run_over_ssh(run: Run, launcher: str) -> None:
     if launcher == "openmpi":
         require_cluster(openmpi=True)

@@ -123,6 +123,21 @@ def test_no_module_of_the_current_folder_is_imported(hostile: HostileFolder) -> 
         assert hostile.canary.read_text() == "", arguments
 
 
+@pytest.mark.heavy
+def test_nor_by_what_trains_again(hostile: HostileFolder) -> None:
+    for arguments in (
+        ("run", *RUN, "--name", "r"),
+        ("checkpoints", "r", "--verify"),
+        ("resume", "r", "--steps", "5"),
+        ("reproduce", "r"),
+        ("plan", *RUN),
+    ):
+        said = hostile.call(*arguments)
+        assert said.code == 0, (arguments, said, hostile.log("r"))
+        assert hostile.canary.read_text() == "", arguments
+
+
+@pytest.mark.heavy
 def test_nor_with_python_3_10_which_knows_no_safe_path(hostile: HostileFolder) -> None:
     change = "from dstrain.launch import environment\nenvironment.SAFE_PATH = False"
     said = hostile.call("run", *RUN, "--name", "r", "--launcher", "none", "--processes", "1", change=change)

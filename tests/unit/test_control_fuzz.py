@@ -250,7 +250,7 @@ def test_no_message_ends_a_supervisor_or_a_rank_that_should_live(monkeypatch: py
     assert fuzz.before > 400 and fuzz.after > 200
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_a_million_messages_end_no_supervisor_and_no_rank_that_should_live(
     monkeypatch: pytest.MonkeyPatch,
