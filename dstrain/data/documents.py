@@ -14,9 +14,28 @@ from dstrain.errors import DstrainError
 
 TEXT_FIELD = "text"
 _LINE = 'each line is one object: {"text": "..."}'
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_GZIP_MARK = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_COMPRESSED = "; of compressed files only .jsonl.gz is read"
+_OTHER_KINDS = (
+    (b"\xff\xfe\0\0", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),
+    (b"\0\0\xfe\xff", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "this text is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "this text is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8"),
+    (b'{\0"\0', "this text is UTF-16, not UTF-8", "iconv -f UTF-16LE -t UTF-8"),
+    (b'\0{\0"', "this text is UTF-16, not UTF-8", "iconv -f UTF-16BE -t UTF-8"),
+    (b"\x1f\x8b", "this file is compressed (gzip)", f"decompress it: gunzip FILE{_COMPRESSED}"),
+    (b"\x28\xb5\x2f\xfd", "this file is compressed (zstd)", f"decompress it: zstd -d FILE{_COMPRESSED}"),
+    (b"\xfd7zXZ\0", "this file is compressed (xz)", f"decompress it: xz -d FILE{_COMPRESSED}"),
+    (b"BZh", "this file is compressed (bzip2)", f"decompress it: bzip2 -d FILE{_COMPRESSED}"),
+    (b"PK\x03\x04", "this file is a zip archive", "unpack it: unzip FILE"),
+    (
+        b"PAR1",
+        "this file is parquet",
+        "write its text as JSON Lines: pandas' to_json(orient='records', lines=True)",
+    ),
+    (b"ARROW1", "this file is Arrow's", "write its text as JSON Lines: datasets' to_json"),
+)
+"""How files begin that are no UTF-8 text, whatever they are called; what they are, and what makes text of them."""
 
 
 LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
@@ -80,20 +99,19 @@ def _read_text(file: SourceFile, limit: int) -> str:
 
 
 def _refuse_no_text(content: bytes, file: SourceFile) -> None:
-    if content.startswith(_UTF16_MARKS):
-        raise DstrainError("this text is UTF-16, not UTF-8", hint="iconv -f UTF-16 -t UTF-8", where=file.path)
-    if content.startswith(_GZIP_MARK):
-        raise DstrainError(
-            "this file is compressed",
-            hint="decompress it; of compressed files only .jsonl.gz is read",
-            where=file.path,
-        )
+    _refuse_other_kinds(content, file.path)
     if b"\0" in content:
         raise DstrainError(
             f"this is a binary file (byte {content.index(0):,} is 0), not text",
             hint="remove it from the source, or convert it to UTF-8 text",
             where=file.path,
         )
+
+
+def _refuse_other_kinds(content: bytes, where: str) -> None:
+    for mark, what, hint in _OTHER_KINDS:
+        if content.startswith(mark):
+            raise DstrainError(what, hint=hint, where=where)
 
 
 def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
@@ -111,7 +129,14 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
                     where=where,
                 )
             if number == 1:
+                _refuse_other_kinds(line, file.path)
                 line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.lstrip().startswith(b"["):
+                    raise DstrainError(
+                        "this file is one JSON array, and not an object on each line",
+                        hint="convert it: jq -c '.[]' FILE > FILE.jsonl",
+                        where=where,
+                    )
             if line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
                 yield Document(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
@@ -120,7 +145,10 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
 def _text_of(line: bytes, number: int, where: str) -> str:
     """The text field of one JSON line."""
     try:
-        value: Any = json.loads(_decode(line, where.removesuffix(f":{number}"), first_line=number))
+        # Numbers of any length: none of them is the text.
+        value: Any = json.loads(
+            _decode(line, where.removesuffix(f":{number}"), first_line=number), parse_int=float
+        )
     except json.JSONDecodeError as error:
         raise DstrainError(
             f"this line is not JSON: {error.msg} at column {error.colno}",

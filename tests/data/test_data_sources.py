@@ -1,7 +1,9 @@
 """Finding and reading sources: what is found, in which order, and each way that it can go wrong."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 
 import pytest
@@ -93,6 +95,21 @@ def refused(source):
         ("a.txt", b"ok\xff\n", ":1", "0xff"),
         ("a.txt", b"ok\nok\nM\xfcnchen", ":3", "not UTF-8"),
         ("a.txt", b"PK\0\1", "", "binary"),
+        ("a.jsonl", '{"text": "grün"}'.encode("utf-16"), "", "UTF-16"),
+        ("a.jsonl", '{"text": "grün"}'.encode("utf-16-le"), "", "UTF-16"),
+        ("a.jsonl", '{"text": "grün"}'.encode("utf-16-be"), "", "UTF-16"),
+        ("a.jsonl", '{"text": "grün"}'.encode("utf-32"), "", "UTF-32"),
+        ("a.txt", '{"text": "grün"}'.encode("utf-32"), "", "UTF-32"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "", "compressed (gzip)"),
+        ("a.jsonl", bz2.compress(b'{"text": "a"}'), "", "compressed (bzip2)"),
+        ("a.jsonl", lzma.compress(b'{"text": "a"}'), "", "compressed (xz)"),
+        ("a.txt", lzma.compress(b"text"), "", "compressed (xz)"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x20\x0d\x69\x00\x00", "", "compressed (zstd)"),
+        ("a.jsonl", b"PK\x03\x04rest", "", "zip"),
+        ("a.jsonl", b"PAR1\x15\x04", "", "parquet"),
+        ("a.jsonl.gz", gzip.compress(lzma.compress(b"text"), mtime=0), "", "compressed (xz)"),
+        ("a.json", b'[{"text": "a"}]', ":1", "one JSON array"),
+        ("a.json", b'[\n {"text": "a"}\n]', ":1", "one JSON array"),
         ("a.txt", "grün".encode("utf-16"), "", "UTF-16"),
         ("a.txt.gz", gzip.compress(b"text", mtime=0), "", "compressed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ":2", "not JSON"),
@@ -104,7 +121,8 @@ def refused(source):
         ("a.json", b'{\n "text": "pretty"\n}', ":1", "not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ":2", "not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', ":1", "surrogate"),
-        ("a.jsonl", b"[" * 100_000, ":1", "nested"),
+        ("a.jsonl", b"[" * 100_000, ":1", "one JSON array"),
+        ("a.jsonl", b'\n{"text": ' + b"[" * 100_000, ":2", "nested"),
         ("a.jsonl.gz", b"no gzip", "", "gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "", "gzip"),
     ],
@@ -115,6 +133,12 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, plac
     error = refused(path)
     assert error.where == f"{path}{place}"
     assert words in error.message
+
+
+def test_numbers_that_nobody_reads_may_have_any_length(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "id": ' + "9" * 6000 + ', "score": -' + "1" * 6000 + "}\n")
+    assert texts(path) == ["a"]
 
 
 def test_missing_paths_are_refused(tmp_path):

@@ -156,3 +156,14 @@ def test_command(tmp_path, capsys):
     assert "no such model configuration" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "no" / "folder.json")]) == 2
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_the_attention_that_a_config_names_does_not_override_the_run_s(key, tmp_path):
+    """As people and older versions of transformers write it; of a part of the model too."""
+    values = json.loads(CONFIG_MAPPING["llama"](hidden_size=16, num_hidden_layers=1).to_json_string(False))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values | {key: "flash_attention_2", "rope_scaling": None}))
+    config = load_config(path)
+    assert config._attn_implementation != "flash_attention_2"
+    assert "flash_attention_2" not in config.to_json_string(use_diff=False)
