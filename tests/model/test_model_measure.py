@@ -161,7 +161,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_the_attention_that_a_config_names_does_not_override_the_run_s(key, tmp_path):
     """As people and older versions of transformers write it; of a part of the model too."""
-    values = json.loads(CONFIG_MAPPING["llama"](hidden_size=16, num_hidden_layers=1).to_json_string(False))
+    values = json.loads(CONFIG_MAPPING["llama"](num_hidden_layers=1).to_json_string(False))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values | {key: "flash_attention_2", "rope_scaling": None}))
     config = load_config(path)
