@@ -28,7 +28,8 @@ class GracefulShutdown:
         self._deadline = None if limit is None else time.monotonic() + limit
         self._rank = distributed.get_rank()
         self._signalled = False
-        self._heeded = heeded(SIGNALS)
+        # With Slurm ranks begin with SIGTERM ignored (`dstrain.launch.launchers.slurm`): now they can save.
+        self._heeded = [signal.SIGTERM, *(number for number in heeded(SIGNALS) if number != signal.SIGTERM)]
         for number in self._heeded:
             signal.signal(number, self._note)
 
