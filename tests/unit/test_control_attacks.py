@@ -62,8 +62,8 @@ class Middle:
         with suppress(OSError):
             while content := source.recv(65536):
                 on, back = self.attack(number, up, content)
+                source.sendall(back)  # before the other end can answer
                 target.sendall(on)
-                source.sendall(back)
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
