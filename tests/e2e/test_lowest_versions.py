@@ -34,7 +34,9 @@ SLICE = [
     "tests/e2e/test_export.py::test_configuration_tokenizer_and_generation_come_along",
 ]
 # What needs extras or tools that are not installed there, and tells nothing about the libraries.
-IGNORED = [f"tests/unit/test_{name}.py" for name in ("docs", "hook_choices", "installation", "lock")]
+IGNORED = [
+    f"tests/unit/test_{name}.py" for name in ("audit", "docs", "hook_choices", "installation", "lock", "sbom")
+]
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11"])

@@ -59,7 +59,9 @@ def supervisor(world_size: str, open_files: str = "") -> None:
 
 def _resident_bytes() -> int:
     """The most that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its ru_maxrss counts the process that this one was forked from, exec or not.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 
 
 def flood(host: str, port: str, connections: str, size: str) -> None:
