@@ -282,9 +282,8 @@ class FolderLock:
             if descriptor >= 0:
                 with suppress(OSError):
                     os.pwrite(descriptor, text, 0)
-                    os.close(
-                        os.dup(descriptor)
-                    )  # NFS sends to its server what was written when a file is closed
+                    # NFS sends to its server what was written when a file is closed.
+                    os.close(os.dup(descriptor))
 
     def _held_by(self, holder: Holder | None) -> DstrainError:
         who = f" ({holder})" if holder is not None and not holder.released else ""

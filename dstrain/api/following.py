@@ -91,7 +91,7 @@ class _MetricsTail:
                 new = file.read()
         except (
             OSError
-        ):  # not there yet, or its disk does not answer: a run that is well does not end for that
+        ):  # not there yet; or its disk does not answer, for which a run that is well does not end
             return []
         self._position += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")

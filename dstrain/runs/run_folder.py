@@ -154,7 +154,7 @@ class RunFolder:
     @property
     def control_key(self) -> Path:
         """The key of the launch that goes on, where a rank's environment can't bring it privately."""
-        return self.path / (f".control-key-node-{self.node}" if self.node else ".control-key")
+        return self.path / ".control-key"
 
     @property
     def lock(self) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
-from tests.support.cluster.commands import dstrain_argv
+from tests.support.cluster.commands import TWO_STAGES, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.runs import lay_out, numbers
@@ -18,21 +18,8 @@ pytestmark = pytest.mark.timeout(400)
 
 STEPS = 4
 ARGUMENTS = [
-    *(
-        "run",
-        "--model",
-        "model",
-        "--data",
-        "text.jsonl",
-        "--zero",
-        "1",
-        "--pipeline",
-        "2",
-        "--data-parallel",
-        "1",
-    ),
-    *("--seq-len", "32", "--global-batch", "4", "--micro-batch", "2", "--steps", str(STEPS)),
-    *("--set", "validation=0.2", "--set", "sample_tokens=0"),
+    *TWO_STAGES,
+    *("--steps", str(STEPS), "--set", "sample_tokens=0"),
 ]
 
 

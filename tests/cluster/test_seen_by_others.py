@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.runs.run_folder import RunFolder
-from tests.support.cluster.commands import dstrain_argv
+from tests.support.cluster.commands import TWO_STAGES, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.runs import OWN_CODE
@@ -27,21 +27,9 @@ from tests.support.cluster.watching import Listener, Watch, readable_with
 pytestmark = pytest.mark.timeout(400)
 
 ARGUMENTS = [
-    *(
-        "run",
-        "--model",
-        "model",
-        "--data",
-        "text.jsonl",
-        "--zero",
-        "1",
-        "--pipeline",
-        "2",
-        "--data-parallel",
-        "1",
-    ),
-    *("--seq-len", "32", "--global-batch", "4", "--micro-batch", "2", "--steps", "6", "--save-every", "2"),
-    *("--set", "validation=0.2", "--set", "sample_tokens=4", "--set", "hooks=[watching_hosts:KeyBackwards]"),
+    *TWO_STAGES,
+    *("--steps", "6", "--save-every", "2", "--set", "sample_tokens=4"),
+    *("--set", "hooks=[watching_hosts:KeyBackwards]"),
     *("--set", f"code_dirs={json.dumps([str(OWN_CODE)])}"),
 ]
 OTHERS_SECRETS = {

@@ -16,6 +16,24 @@ from tests.support.cluster.processes import children, leads_session, send
 from tests.support.forking.becoming import is_python
 from tests.support.forking.program import Program, may_fork
 
+TWO_STAGES = (
+    *(
+        "run",
+        "--model",
+        "model",
+        "--data",
+        "text.jsonl",
+        "--zero",
+        "1",
+        "--pipeline",
+        "2",
+        "--data-parallel",
+        "1",
+    ),
+    *("--seq-len", "32", "--global-batch", "4", "--micro-batch", "2", "--set", "validation=0.2"),
+)
+"""A run of the tests' materials on two ranks, one of each stage."""
+
 
 def dstrain_argv(*arguments: str) -> list[str]:
     """The command line of this checkout, with the python of the tests."""
