@@ -39,7 +39,8 @@ class Watch:
 
     Attributes:
         command_lines: of every process that was seen, on any host and on this machine.
-        listeners: of all hosts, by the kernel's number of the socket.
+        listeners: of all hosts, by the kernel's number of the socket. One that closed before its process was found is
+            not among them: it listened for less than two looks.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -48,6 +49,7 @@ class Watch:
         self._cluster = cluster
         self._first = {name: cluster.first_process(name) for name in cluster.names if cluster.up(name)}
         self._before = {number for name in self._first for number, _, _ in self._listening(name)}
+        self._without_holder: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look_on)
 
@@ -77,7 +79,14 @@ class Watch:
             for name in self._first:
                 for number, address, port in self._listening(name):
                     if number not in self._before and number not in self.listeners:
-                        self.listeners[number] = Listener(name, address, port, self._holder(name, number))
+                        self._found(number, name, address, port)
+
+    def _found(self, number: int, name: str, address: str, port: int) -> None:
+        """A socket may close between its line in the table and the look at its process: one may, not the same twice."""
+        holder = self._holder(name, number)
+        if holder or number in self._without_holder:
+            self.listeners[number] = Listener(name, address, port, holder)
+        self._without_holder.add(number)
 
     def _listening(self, name: str) -> list[tuple[int, str, int]]:
         """Number, address and port of each (proc_pid_net(5))."""
