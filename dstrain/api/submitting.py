@@ -45,6 +45,7 @@ def slurm_job(
     tasks_per_node: int | None = None,
     options: Sequence[str] = (),
     resume: bool = False,
+    trust: bool = False,
 ) -> SlurmJob:
     """The batch script of a run. The job plans and trains when it gets its turn.
 
@@ -54,6 +55,7 @@ def slurm_job(
         tasks_per_node: ranks of each node, where there are no GPUs.
         options: further options of sbatch, such as ``--time=04:00:00``.
         resume: resume the run of the config's ``name``.
+        trust: import the code that the run's config names, though the run folder belongs to another user.
 
     Raises:
         DstrainError: the config is refused, or names other places than Slurm's.
@@ -75,7 +77,7 @@ def slurm_job(
         where=str(config.origin("pipeline")),
     )
     folder = new_run_folder(config, resume=resume)
-    job = Job(folder.path, nodes, tasks, gpus_per_node or 0, tuple(options))
+    job = Job(folder.path, nodes, tasks, gpus_per_node or 0, tuple(options), trust=trust)
     return SlurmJob(config, folder, job, batch_script(job), new=not resume)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dstrain.cli.options import GroupedOptions, choices, given, layers
+from dstrain.cli.options import GroupedOptions, choices, given, layers, trust_option
 
 if TYPE_CHECKING:
     from dstrain.launch.batch_script import Job
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     "--dry-run", is_flag=True, help="Show the batch script, without writing or submitting anything."
 )
 @click.option("--resume", is_flag=True, help="Resume the run with this --name.")
+@trust_option
 def command(
     recipe: str | None,
     config_file: str | None,
@@ -39,6 +40,7 @@ def command(
     options: tuple[str, ...],
     dry_run: bool,
     resume: bool,
+    trust: bool,
     **flags: Any,
 ) -> None:
     """Write a Slurm batch script for a run, and submit it.
@@ -57,6 +59,7 @@ def command(
         tasks_per_node=tasks_per_node,
         options=options,
         resume=resume,
+        trust=trust,
     )
     if dry_run:
         click.echo(job.script, nl=False)

@@ -25,6 +25,7 @@ class Job:
         gpus: of each node; 0 where none are asked for.
         options: more of sbatch's own, as ``--time=04:00:00``. They stand behind ours, and win.
         directory: where the run starts: relative paths of its config count from there.
+        trust: import the code that the run folder names, though it belongs to another user.
     """
 
     run_folder: Path
@@ -34,6 +35,7 @@ class Job:
     options: Sequence[str] = ()
     python: str = field(default_factory=lambda: sys.executable)
     directory: Path = field(default_factory=Path.cwd)
+    trust: bool = False
 
 
 def batch_script(job: Job) -> str:
@@ -56,7 +58,7 @@ def batch_script(job: Job) -> str:
         script=shlex.quote(str(folder.batch_script)),
         directory=shlex.quote(str(job.directory.absolute())),
         python=shlex.quote(job.python),
-        run=shlex.quote(str(folder.path)),
+        run=shlex.quote(str(folder.path)) + (" --trust" if job.trust else ""),
         resumable=RESUMABLE,
     )
 

@@ -60,6 +60,12 @@ TWO_HOSTS: dict[str, set[tuple[str, str]]] = {
     "slurm": {(SUPERVISOR, ALL), (RANK, ALL), (RANK, CARD), ("srun", ALL)},
     "none": {(SUPERVISOR, LOOPBACK), (AGENT, ALL), (RANK, CARD)},
 }
+# A hostfile of one host that is not this one, and a job of one node.
+ONE_OTHER_HOST: dict[str, set[tuple[str, str]]] = {
+    "pdsh": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, LOOPBACK)},
+    "openmpi": {(CHECK, ALL), (SUPERVISOR, ALL), (RANK, LOOPBACK), ("mpirun", ALL), ("mpirun", LOOPBACK)},
+}
+ONE_NODE = {(SUPERVISOR, LOOPBACK), (RANK, LOOPBACK)}
 
 
 class Run:
@@ -185,6 +191,19 @@ def test_a_run_over_ssh(run: Run, launcher: str) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+def test_a_hostfile_of_one_other_host(run: Run, place: Path, launcher: str) -> None:
+    if launcher == "openmpi":
+        require_cluster(openmpi=True)
+    (place / "other_host").write_text("n2 slots=2\n")
+    name = f"{launcher}-other"
+    given = ["--name", name, "--hostfile", "other_host", "--launcher", launcher]
+    run.train(name, {"n1": dstrain_argv(*ARGUMENTS, *given)})
+    check_secrets(run)
+    check_listeners(run, ONE_OTHER_HOST[launcher])
+
+
+@pytest.mark.heavy
 def test_a_run_typed_on_every_node(run: Run) -> None:
     """Each node has a supervisor of its own for its own ranks, and so a key of its own."""
     given = [
@@ -219,13 +238,15 @@ def slurm_run(real_environment: dict[str, str], place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.heavy
-def test_a_run_of_slurm(slurm_run: tuple[Run, Slurm], place: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_of_slurm(slurm_run: tuple[Run, Slurm], place: Path, nodes: int) -> None:
     run, _ = slurm_run
-    command = shlex.join(dstrain_argv(*ARGUMENTS, "--name", "slurm"))
+    name = f"slurm-{nodes}"
+    command = shlex.join(dstrain_argv(*ARGUMENTS, "--name", name))
     script = place / "job.sbatch"
     script.write_text(f"#!/bin/bash\nexec {command}\n")
-    wanted = ["--nodes=2", "--ntasks-per-node=1", f"--output={place}/job.log"]
-    run.train("slurm", {"n1": ["sbatch", "--wait", *wanted, os.fspath(script)]})
+    wanted = [f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={place}/job.log"]
+    run.train(name, {"n1": ["sbatch", "--wait", *wanted, os.fspath(script)]})
     check_secrets(run)
     assert len(set(run.keys)) == 1
-    check_listeners(run, TWO_HOSTS["slurm"])
+    check_listeners(run, TWO_HOSTS["slurm"] if nodes == 2 else ONE_NODE)

@@ -5,13 +5,17 @@ All processes are real ones, with a canary: a file that whatever is run would wr
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.support.e2e import Said
 
@@ -143,6 +147,31 @@ def test_nor_with_python_3_10_which_knows_no_safe_path(hostile: HostileFolder) -
     said = hostile.call("run", *RUN, "--name", "r", "--launcher", "none", "--processes", "1", change=change)
     assert said.code == 0, said.out + said.err + hostile.log("r")
     assert hostile.canary.read_text() == ""
+
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_models_own_code_is_not_run(kind: str, hostile: HostileFolder, materials: Path) -> None:
+    """Nor after a question that nobody sees: all answers are yes."""
+    folder = hostile.place / "received"
+    shutil.copytree(materials / "model", folder)
+    code = f"open({str(hostile.canary)!r}, 'a').write(__file__ + '\\n')\n"
+    for name in ("modeling_own", "configuration_own", "tokenization_own"):
+        (folder / f"{name}.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "model":
+        own = {"AutoConfig": "configuration_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+        config |= {"model_type": "own", "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {word: number for number, word in enumerate(("<eos>", "<unk>", "one"))}
+    Tokenizer(WordLevel(words, "<unk>")).save(os.fspath(folder / "tokenizer.json"))
+    own_tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own_tokenizer))
+    given = (*RUN, "--tokenizer", "received") if kind == "tokenizer" else ("--model", "received", *RUN[2:])
+    for arguments in (("run", *given, "--name", "r"), ("generate", "received", "one")):
+        said = hostile.call(*arguments)
+        assert said.code == 2, said
+        assert "own code" in said.err or "code of its own" in said.err, said
+        assert hostile.canary.read_text() == ""
 
 
 def test_the_canary_sings(hostile: HostileFolder) -> None:

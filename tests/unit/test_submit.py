@@ -166,3 +166,10 @@ def test_what_sbatch_refuses_can_be_mended(tmp_path: Path) -> None:
     sbatch.write_text("#!/bin/sh\n[ \"$1\" = --parsable ] && echo '31;west'\n")
     said = Said(tmp_path, *SUBMIT, "--resume", path=f"{tmp_path}:/usr/bin:/bin")
     assert said.code == 0 and said.out.startswith("job 31 submitted: nodes 2, ranks per node 2\n")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_trust_is_passed_on(trust: bool, tmp_path: Path) -> None:
+    script = batch_script(Job(tmp_path / "a b", 1, 1, python="python", trust=trust))
+    words = f"resume '{tmp_path}/a b'" + (" --trust" if trust else "")
+    assert f"python -m dstrain.cli.main {words} &\n" in script
