@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from dstrain.data.sources import Source, SourceFile
@@ -42,22 +43,29 @@ LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
 """Bytes of a document, where no limit is set. A line is held in memory several times while it is parsed, and a packed
 file does not show how long its lines are; a text file is as large as it looks."""
 _LIMIT_KEY = "max_document_bytes"
-_CHECKED_FIRST = 2**20
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text that is encodable as UTF-8, and how many of the source's bytes were read to get this far."""
+class DocumentPart:
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: encodable as UTF-8.
+        bytes_read: how many of the source's bytes were read to get this far.
+        last: whether the document ends with it.
+    """
 
     text: str
     bytes_read: int
+    last: bool = True
 
 
-def read_documents(source: Source) -> Iterator[Document]:
+def read_documents(source: Source) -> Iterator[DocumentPart]:
     """The documents in the order of the source's files, and of the lines of a JSON-lines file.
 
     Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
-    file are no documents. A text file is held in memory whole, a JSON-lines file line by line.
+    file are no documents. Of a text file there is 1 MiB in memory at a time, of a JSON-lines file one line.
 
     Raises:
         DstrainError: with the file, or the file and the line, of what can't be read as text.
@@ -66,12 +74,11 @@ def read_documents(source: Source) -> Iterator[Document]:
     for file in source.files:
         try:
             if file.kind == "text":
-                yield Document(
-                    _read_text(file, source.max_document_bytes or LARGEST_FILE), before + file.size
-                )
+                parts = _read_text(file, source.max_document_bytes or LARGEST_FILE)
             else:
-                for document in _read_json_lines(file, source.max_document_bytes or LARGEST_LINE):
-                    yield Document(document.text, before + document.bytes_read)
+                parts = _read_json_lines(file, source.max_document_bytes or LARGEST_LINE)
+            for part in parts:
+                yield replace(part, bytes_read=before + part.bytes_read)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DstrainError(
                 f"incomplete or damaged gzip file: {error}",
@@ -83,29 +90,39 @@ def read_documents(source: Source) -> Iterator[Document]:
         before += file.size
 
 
-def _read_text(file: SourceFile, limit: int) -> str:
+def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
+    """The parts of a text file, read block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read, lines = 0, 1
     with open(file.path, "rb") as stream:
-        content = stream.read(min(limit, _CHECKED_FIRST))
-        _refuse_no_text(content, file)
-        content += stream.read(limit + 1 - len(content))
-    if len(content) > limit:
-        raise DstrainError(
-            f"this text file is a document of more than {limit:,} bytes",
-            hint=f"set {_LIMIT_KEY} to at least its size, or divide it",
-            where=file.path,
-        )
-    _refuse_no_text(content, file)
-    return _decode(content.removeprefix(_BYTE_ORDER_MARK), file.path, first_line=1)
-
-
-def _refuse_no_text(content: bytes, file: SourceFile) -> None:
-    _refuse_other_kinds(content, file.path)
-    if b"\0" in content:
-        raise DstrainError(
-            f"this is a binary file (byte {content.index(0):,} is 0), not text",
-            hint="remove it from the source, or convert it to UTF-8 text",
-            where=file.path,
-        )
+        block = stream.read(min(limit + 1, _BLOCK))
+        _refuse_other_kinds(block, file.path)
+        while True:
+            following = stream.read(_BLOCK) if block else b""
+            if b"\0" in block:
+                raise DstrainError(
+                    f"this is a binary file (byte {read + block.index(0):,} is 0), not text",
+                    hint="remove it from the source, or convert it to UTF-8 text",
+                    where=file.path,
+                )
+            if read + len(block) > limit or file.size > limit:
+                raise DstrainError(
+                    f"this text file is a document of more than {limit:,} bytes",
+                    hint=f"set {_LIMIT_KEY} to at least its size, or divide it",
+                    where=file.path,
+                )
+            try:
+                text = decoder.decode(
+                    block.removeprefix(_BYTE_ORDER_MARK) if read == 0 else block, final=not following
+                )
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, file.path, lines) from None
+            read += len(block)
+            lines += block.count(b"\n")
+            yield DocumentPart(text, read, last=not following)
+            if not following:
+                return
+            block = following
 
 
 def _refuse_other_kinds(content: bytes, where: str) -> None:
@@ -114,7 +131,7 @@ def _refuse_other_kinds(content: bytes, where: str) -> None:
             raise DstrainError(what, hint=hint, where=where)
 
 
-def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
+def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
     with open(file.path, "rb") as raw:
         lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
         plain_bytes = 0
@@ -139,7 +156,7 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[Document]:
                     )
             if line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
-                yield Document(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
+                yield DocumentPart(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
 
 
 def _text_of(line: bytes, number: int, where: str) -> str:
@@ -191,12 +208,16 @@ def _decode(content: bytes, path: str, *, first_line: int) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise DstrainError(
-            f"not UTF-8: byte 0x{content[error.start]:02x} ({error.reason})",
-            hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
-            where=f"{path}:{line}",
-        ) from None
+        raise _not_utf8(error, path, first_line) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, path: str, first_line: int) -> DstrainError:
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    return DstrainError(
+        f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})",
+        hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
+        where=f"{path}:{line}",
+    )
 
 
 def _name(value: Any) -> str:

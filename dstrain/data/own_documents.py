@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.documents import Document
+from dstrain.data.documents import DocumentPart
 from dstrain.data.progress import Progress
 from dstrain.data.sources import Source
 from dstrain.errors import DstrainError
@@ -104,7 +104,7 @@ def hash_documents(name: str, options: Mapping[str, Any], folders: Sequence[str]
     return {"content": read.content(), "bytes": read.bytes}
 
 
-def read_own_documents(source: OwnSource) -> Iterator[Document]:
+def read_own_documents(source: OwnSource) -> Iterator[DocumentPart]:
     """The documents in their order; nothing is kept of them.
 
     Raises:
@@ -114,7 +114,7 @@ def read_own_documents(source: OwnSource) -> Iterator[Document]:
     read = _Hash()
     for text in _texts(source.name, source.options, source.folders):
         read.add(text.encode())
-        yield Document(text, read.bytes)
+        yield DocumentPart(text, read.bytes)
     if read.content() != source.content:
         raise DstrainError(
             f"{WHAT} {source.name} gave other documents when it was called again ({read.documents:,} with"

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -74,12 +73,12 @@ def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Toke
             if found is None:
                 if locked:
                     _clear_leftovers(folder)
-                _build(source, tokenizer, folder, locked)
+                _build(source, tokenizer, folder)
                 found = _open(folder, tokenizer)
     except OSError as error:
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; it temporarily needs up to 5 times that"
+            hint = f"the corpus has {source.bytes / 1e6:,.0f} MB; its tokens need up to 4 times that"
         raise DstrainError(
             f"the token cache can't be used: {error.strerror or error}",
             hint=hint or "name a cache folder on a writable disk",
@@ -108,19 +107,12 @@ def _key(source: Corpus, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> None:
+def _build(source: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """Write `folder` aside, flush it to the disk, and name it; leave nothing behind on failure."""
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    # Beside it, not inside: NFS keeps files that are still mapped, and they must not move into the cache.
-    # `datasets` locks files of its own there, so where there are no locks it has to be a folder of this
-    # machine.
-    scratch = (
-        aside.with_name(f"{aside.stem}.scratch.part") if locked else Path(tempfile.mkdtemp(prefix="dstrain-"))
-    )
     try:
         aside.mkdir(mode=0o700)
-        scratch.mkdir(mode=0o700, exist_ok=True)
-        written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS, scratch)
+        written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS)
         if isinstance(source, Source) and find_files(source.name).files != source.files:
             raise DstrainError(
                 "the source's files changed while they were being read", hint="start again", where=source.root
@@ -141,7 +133,6 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, locked: bool) -> 
         _name(aside, folder, tokenizer)
     finally:
         _remove(aside)
-        _remove(scratch)
 
 
 def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dstrain.data.documents import read_documents
+from dstrain.data.documents import DocumentPart, read_documents
 from dstrain.data.own_documents import Corpus, OwnSource, read_own_documents
 from dstrain.data.progress import Progress
+from dstrain.data.safe_cuts import CONTEXT
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
-_BATCH = 64  # documents that are in memory and in the tokenizer at once
+_PIECE = 2**16
+"""Characters of a long document that are tokenized at once."""
+_OVERHEAD = 64
+"""What a document of any length counts for, so that a batch of short ones ends too."""
+_BATCH = 2**19
+"""Characters that are tokenized at once, of many documents or of one: a tokenizer takes 100 to 200 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,29 @@ class Written:
     content: str
 
 
-def write_tokens(
-    source: Corpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path, scratch: Path
-) -> Written:
+@dataclass(frozen=True)
+class _Piece:
+    """A document or a piece of a long one.
+
+    Attributes:
+        after: the character in front of it, where it is not the first one of its document, else "".
+        last: whether the document ends with it.
+        bytes_read: of the source.
+    """
+
+    after: str
+    text: str
+    last: bool
+    bytes_read: int
+
+
+def write_tokens(source: Corpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path) -> Written:
     """Tokenize every document of `source`, each between the tokens that it begins and ends with.
 
     Documents without a single token are left out and counted. `tokens_path` becomes raw little-endian
     integers of ``tokenizer.dtype``, `lengths_path` an int64 .npy file with each document's tokens, its begin and
-    end included. `scratch` is a folder of our own for the Arrow copy of the text that `datasets` keeps meanwhile
-    (about the corpus's size).
+    end included. Memory does not grow with the corpus or its documents, as long as a text file has places where it can
+    be cut (see `dstrain.data.safe_cuts`).
 
     Raises:
         DstrainError: see `read_documents` and `read_own_documents`; or no document holds any text.
@@ -48,30 +66,39 @@ def write_tokens(
     digest = hashlib.blake2b(digest_size=16)
     dtype = tokenizer.dtype.newbyteorder("<")
     end = np.array([tokenizer.end_of_document], dtype=dtype)
-    lengths = array(
-        "q"
-    )  # not a list, which takes four times the memory for hundreds of millions of documents
-    empty = 0
-    texts = _load(source, scratch)
-    progress = Progress(f"tokenizing {source.name}", len(texts), "documents")
+    # Not a list, which takes four times the memory for hundreds of millions of documents.
+    lengths = array("q")
+    empty = length = 0
+    read = read_own_documents(source) if isinstance(source, OwnSource) else read_documents(source)
+    progress = Progress(f"tokenizing {source.name}", source.bytes, "bytes")
     with open(tokens_path, "wb") as stream:
-        for batch in texts.iter(batch_size=_BATCH):
-            pieces: list[np.ndarray] = []
-            for ids in tokenizer.encode_batch(batch["text"]):
-                if ids.size == 0:
+        for batch in _batches(_pieces(read, tokenizer)):
+            block: list[np.ndarray] = []
+            encoded = tokenizer.encode_batch(
+                [piece.text for piece in batch], [piece.after for piece in batch]
+            )
+            for piece, ids in zip(batch, encoded, strict=True):
+                if ids.size and length == 0:
+                    begin = np.array(tokenizer.begin_before(ids), dtype=dtype)
+                    block.append(begin)
+                    length = begin.size
+                block.append(ids.astype(dtype, copy=False))
+                length += ids.size
+                if piece.last and length:
+                    block.append(end)
+                    lengths.append(length + 1)
+                    length = 0
+                elif piece.last:
                     empty += 1
-                    continue
-                begin = np.array(tokenizer.begin_before(ids), dtype=dtype)
-                pieces += (begin, ids.astype(dtype, copy=False), end)
-                lengths.append(begin.size + ids.size + 1)
-            if pieces:
-                block = np.concatenate(pieces).tobytes()
-                digest.update(block)
-                stream.write(block)
-            progress.update(len(lengths) + empty)
+            content = np.concatenate(block).tobytes()
+            digest.update(content)
+            stream.write(content)
+            progress.update(batch[-1].bytes_read)
     if not lengths:
         raise DstrainError(
-            f"no text in this source: {empty:,} documents, all of them empty",
+            f"no text in this source: {empty:,} documents, all of them empty"
+            if empty
+            else "no text in this source: all its lines are blank",
             where=source.place,
         )
     counts = np.array(lengths, dtype="<i8")
@@ -80,53 +107,33 @@ def write_tokens(
     return Written(int(counts.sum()), len(lengths), empty, digest.hexdigest())
 
 
-def _load(source: Corpus, scratch: Path) -> Any:
-    """The documents as a Hugging Face dataset with the column ``text``.
-
-    The generator is our own reader, not ``load_dataset("text")`` or ``("json")``: those name neither the file
-    nor the line of what they can't read, guess a JSON schema, and take a field that is missing here and there
-    for null.
-    """
-    import datasets
-
-    # One column of strings; "large" since Arrow's plain strings end at 2 GiB a batch.
-    features = datasets.Features({"text": datasets.Value("large_string")})
-    with _no_progress_bars(datasets):
-        try:
-            return datasets.Dataset.from_generator(
-                _examples,
-                features=features,
-                cache_dir=str(scratch),  # the default would be a folder in the user's home
-                gen_kwargs={"source": source},
-                writer_batch_size=_BATCH,
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            # `datasets` wraps what its generator raises; the user should see our message, not the wrapping.
-            cause = error.__cause__
-            if isinstance(cause, (DstrainError, OSError)):
-                raise cause from None
-            raise
+def _pieces(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """The documents, long ones cut where that changes no token."""
+    text = after = ""
+    start = searched = 0
+    for part in parts:
+        text, searched, start = text[start:] + part.text, searched - start, 0
+        while len(text) - start > 2 * _PIECE:
+            cut = tokenizer.safe_cut(text, max(start + _PIECE, searched))
+            if cut is None:
+                searched = len(text) - CONTEXT
+                break
+            yield _Piece(after, text[start:cut], False, part.bytes_read)
+            after, start = text[cut - 1], cut
+        if part.last:
+            yield _Piece(after, text[start:], True, part.bytes_read)
+            text, after = "", ""
+            start = searched = 0
 
 
-def _examples(source: Corpus) -> Iterator[dict[str, str]]:
-    progress = Progress(f"reading {source.name}", source.bytes, "bytes")
-    found = False
-    read = read_own_documents(source) if isinstance(source, OwnSource) else read_documents(source)
-    for document in read:
-        found = True
-        progress.update(document.bytes_read)
-        yield {"text": document.text}
-    if not found:
-        raise DstrainError("no text in this source: all its lines are blank", where=source.place)
-
-
-@contextmanager
-def _no_progress_bars(datasets: Any) -> Iterator[None]:
-    """Every rank would draw one. The switch is the library's global, so it is put back."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + len(piece.text) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.text) + _OVERHEAD
+    if batch:
+        yield batch

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dstrain.data.safe_cuts import SafeCuts
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
@@ -62,8 +63,16 @@ class Tokenizer(ABC):
         return () if begin and tuple(ids[: len(begin)]) == begin else begin
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
+    def encode_batch(self, texts: Sequence[str], after: Sequence[str] = ()) -> list[np.ndarray]:
+        """`encode` of each text.
+
+        Args:
+            after: for each text the character in front of it, where it is a piece that was cut at a `safe_cut`, or "".
+        """
+
+    @abstractmethod
+    def safe_cut(self, text: str, begin: int) -> int | None:
+        """The first place from `begin` on at which `text` can be cut, and the pieces have the tokens of the whole."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -83,8 +92,11 @@ class ByteTokenizer(Tokenizer):
     ends_with = "<|endoftext|>"
     fingerprint = "bytes-v1"
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], after: Sequence[str] = ()) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+    def safe_cut(self, text: str, begin: int) -> int | None:
+        return begin if begin < len(text) else None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """End-of-document tokens are left out; ids above, of a padded vocabulary, become U+FFFD."""
@@ -122,10 +134,24 @@ class FolderTokenizer(Tokenizer):
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.fingerprint = _fingerprint(folder, type(tokenizer).__name__, self.end_of_document)
         self._tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
+        self._cuts = SafeCuts(self._backend) if self._backend is not None else None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], after: Sequence[str] = ()) -> list[np.ndarray]:
+        after = after or [""] * len(texts)
+        in_front = {before: self._ids([before])[0].size if before else 0 for before in set(after)}
+        together = [before + text for before, text in zip(after, texts, strict=True)]
+        return [ids[in_front[before] :] for ids, before in zip(self._ids(together), after, strict=True)]
+
+    def safe_cut(self, text: str, begin: int) -> int | None:
+        return self._cuts.next(text, begin) if self._cuts else None
+
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not texts:
             return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
         # Truncation and padding can be switched on inside a tokenizer.json; said here, they are off.
         encoded = self._tokenizer(
             list(texts),
@@ -204,6 +230,24 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
             raise _no_begin_token(str(folder))
         ids = [int(tokenizer.bos_token_id)]
     return FolderTokenizer(folder, name, tokenizer, ids)
+
+
+def _plain_backend(tokenizer: Any) -> Any | None:
+    """The tokenizer of the tokenizers library, truncation and padding off, that does all that a Hugging Face tokenizer
+    does to a text; None where its class does more."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or (
+        kind._encode_plus is not PreTrainedTokenizerFast._encode_plus
+        or kind.__call__ is not PreTrainedTokenizerBase.__call__
+    ):
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def added_in_front(tokenizer: Any) -> list[int]:
