@@ -6,14 +6,18 @@ kernel. So only what belongs to this user or to root, and can be written by nobo
 
 from __future__ import annotations
 
+import fcntl
 import grp
 import os
 import pwd
+import shutil
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
 _OTHERS, _GROUP = 0o002, 0o020
+_HOURS = 6
 
 
 def is_own(path: Path) -> bool:
@@ -75,6 +79,48 @@ def open_lock(path: Path) -> int:
     with suppress(OSError):  # root's
         os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+def clear_leftovers(cache: Path) -> None:
+    """Remove what killed processes have half written: this user's entries ``NAME.*.part`` in the cache's folders.
+
+    One whose ``NAME.lock`` is held is being written; where there is no lock, one that was written to in the last hours.
+    """
+    for pattern in ("*/*.part", "*/*/*.part"):
+        for path in cache.glob(pattern):
+            with suppress(OSError):
+                if path.lstat().st_uid == os.geteuid():
+                    _clear(path)
+
+
+def _clear(path: Path) -> None:
+    lock = path.with_name(f"{path.name.partition('.')[0]}.lock")
+    if not lock.is_file():
+        if _is_old(path):
+            _remove(path)
+        return
+    with open(open_lock(lock), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # this file system knows no locks
+            if not _is_old(path):
+                return
+        _remove(path)
+
+
+def _is_old(path: Path) -> bool:
+    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    newest = max(entry.lstat().st_mtime for entry in (path, *inside))
+    return bool(newest < time.time() - _HOURS * 3600)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_private(group: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import PlannedData
 from dstrain.plugins import Plugin, PluginError, check_plugin, is_code
+from dstrain.shared_caches import clear_leftovers
 from dstrain.strict_json import to_json
 
 # The user's code is run twice before its documents are trusted, and hashes of Python's differ between the two: what
@@ -41,6 +43,7 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
         "begin": config.begin_token,
     }
     cache = cache_folder() / "data"
+    clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)
     known = read_summary(summary_file(cache, source, tokenizer_state(tokenizer), **choices))
@@ -49,7 +52,10 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
         request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
         request["max_document_bytes"] = config.max_document_bytes
         known = _asked("dstrain.data.prepare", request, resolved, events)
-    return PlannedData.from_record(known)
+    data = PlannedData.from_record(known)
+    return (
+        data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
+    )
 
 
 def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:

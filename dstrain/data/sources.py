@@ -5,7 +5,7 @@ A source is one of
 - ``stdlib``: the modules of the running Python's standard library, a corpus that every machine already has;
 - a text file, whatever its name: one document;
 - a folder: its text files (one document each) and JSON-lines files, found recursively;
-- a JSON-lines file (``.jsonl``, ``.json``, ``.jsonl.gz``): one document a line, in the field ``text``.
+- a JSON-lines file (``.jsonl``, ``.ndjson``, ``.json``, ``.jsonl.gz``): one document a line, in the field ``text``.
 
 What the user's own code gives is in `own_documents`.
 """
@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.errors import DstrainError
+from dstrain.files import kind_of
 
 STDLIB = "stdlib"
 # fmt: off
@@ -32,7 +34,7 @@ TEXT_SUFFIXES = frozenset({
     ".swift", ".hs", ".ml", ".el", ".lisp", ".clj", ".ex", ".erl", ".yaml", ".yml", ".toml", ".ini", ".cfg",
 })
 # fmt: on
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 # Inside a folder .json is usually a config or an index, so it is read as JSON lines only when it is named
 # itself.
 SINGLE_JSON_LINES_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json")
@@ -64,12 +66,16 @@ class SourceFile:
 class Source:
     """A corpus as a sorted list of files; `name` is what the user wrote, `root` the folder they are in.
 
-    `max_document_bytes` is the limit that the user set for a document.
+    Attributes:
+        kinds, left_out: what is read of a folder, and what is not, in words.
+        max_document_bytes: the limit that the user set for a document.
     """
 
     name: str
     root: str
     files: tuple[SourceFile, ...]
+    kinds: str = ""
+    left_out: str = ""
     max_document_bytes: int | None = None
 
     @property
@@ -163,29 +169,48 @@ def _stdlib() -> Source:
 
 def _folder(source: str, root: Path) -> Source:
     files: list[SourceFile] = []
-    others: set[str] = set()
+    others = Kinds()
     for entry, relative in _walk(str(root)):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.name.lower().endswith(JSON_LINES_SUFFIXES):
+        name = entry.name.lower()
+        if name.endswith(JSON_LINES_SUFFIXES):
             files.append(_file(entry, relative, "json lines"))
-        elif suffix in TEXT_SUFFIXES:
+        elif os.path.splitext(name)[1] in TEXT_SUFFIXES:
             files.append(_file(entry, relative, "text"))
         else:
-            others.add(suffix or entry.name)
+            others.add(*kind_and_size(entry, relative))
+    left_out = str(others)
     if not files:
-        seen = f"it contains only {', '.join(sorted(others)[:8])}" if others else "the folder is empty"
+        seen = f"it contains only {left_out}" if left_out else "the folder is empty"
         raise DstrainError(
             f"no text in this folder: {seen}",
-            hint="supported are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have any name",
+            hint=f"{others.way_out()}supported are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have"
+            " any name",
             where=str(root),
         )
     if not any(file.size for file in files):
         raise DstrainError(
-            f"no text in this folder: all {len(files)} text files are empty",
-            hint="check that they were copied completely",
+            f"no text in this folder: all {len(files)} text files are empty"
+            + (f"; not read: {left_out}" if left_out else ""),
+            hint=others.way_out() or "check that they were copied completely",
             where=str(root),
         )
-    return Source(source, str(root.resolve()), tuple(sorted(files, key=lambda file: file.relative)))
+    if others.unread_bytes > sum(file.size for file in files):
+        raise DstrainError(
+            f"most of this folder would be left out: {others}; read would be {_kinds(files)}",
+            hint=f"{others.way_out()}if the rest is what is meant, name a folder with that alone",
+            where=str(root),
+        )
+    ordered = tuple(sorted(files, key=lambda file: file.relative))
+    return Source(source, str(root.resolve()), ordered, str(_kinds(files)), left_out)
+
+
+def _kinds(files: list[SourceFile]) -> Kinds:
+    found = Kinds()
+    for file in files:
+        name = file.relative.lower()
+        json_lines = (suffix for suffix in JSON_LINES_SUFFIXES if name.endswith(suffix))
+        found.add(next(json_lines, os.path.splitext(name)[1]), file.size)
+    return found
 
 
 def _walk(
@@ -234,6 +259,12 @@ def _file(entry: os.DirEntry[str], relative: str, kind: Kind) -> SourceFile:
         status = entry.stat()
     except OSError:
         status = _status(Path(entry.path))  # says why
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write to it
+        raise DstrainError(
+            f"this is {kind_of(status.st_mode)}, not a file",
+            hint="remove it from the folder, or write its text to a file",
+            where=entry.path,
+        )
     if not os.access(entry.path, os.R_OK):
         _unreadable(Path(entry.path))
     return SourceFile(relative, entry.path, kind, status.st_size, status.st_mtime_ns)

@@ -102,6 +102,7 @@ class PlannedData:
 
     Attributes:
         source: name of what was read, of so many ``files`` and ``bytes``.
+        kinds, left_out: what a folder's files are, and what lies there and is not read, in words.
         documents: all of them; of these ``validation_documents`` are kept from training, and ``empty_documents`` hold
             nothing.
         tokens: of all documents, with the tokens that each begins and ends with.
@@ -132,6 +133,8 @@ class PlannedData:
     documents_hash: str = ""
     begins_with: str = ""
     ends_with: str = ""
+    kinds: str = ""
+    left_out: str = ""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:

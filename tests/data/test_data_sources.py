@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import socket
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert texts(tmp_path / "corpus") == ["x"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jsonl.gz"])
 def test_json_lines(tmp_path, name):
     lines = "".join(
         json.dumps({"text": text}) + "\n" for text in ["eins", "zwei\n", "", "dreißig \u0000"]
@@ -158,6 +159,69 @@ def test_folders_without_text_are_refused(tmp_path):
     assert ".png" in refused(tmp_path).message
     (tmp_path / "a.txt").write_bytes(b"")
     assert "all 1 text files are empty" in refused(tmp_path).message
+
+
+def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path):
+    (tmp_path / "a.md").write_text("a" * 2000)
+    (tmp_path / "b.MD").write_text("b")
+    (tmp_path / "c.ndjson").write_text('{"text": "c"}\n')
+    for name in ("1.parquet", "2.parquet"):
+        (tmp_path / name).write_bytes(b"PAR1" + bytes(96))
+    (tmp_path / "d.jsonl.zst").write_bytes(b"z" * 300)
+    (tmp_path / "LICENSE").write_bytes(b"l")
+    (tmp_path / "film.mp4").write_bytes(bytes(10**6))
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "null").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "socket"))
+        source = find_files(str(tmp_path))
+    assert [document.text[:1] for document in read_documents(source)] == ["a", "b", "c"]
+    assert source.kinds == "2 .md (2 kB), 1 .ndjson (14 bytes)"
+    assert source.left_out == (
+        "1 .mp4 (1 MB), 1 .jsonl.zst (300 bytes), 2 .parquet (200 bytes), LICENSE, gone (a broken link),"
+        " loop (a broken link), 3 other files"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("train.parquet", "read_parquet"),
+        ("data.arrow", "JSON Lines"),
+        ("train.json", "name it .jsonl"),
+        ("train.jsonl.zst", "decompress"),
+        ("train.json.gz", "decompress"),
+        ("all.tar", "decompress"),
+        ("weights.bin", "name a folder with that alone"),
+        ("NO_SUFFIX", "name a folder with that alone"),
+    ],
+)
+def test_a_folder_of_which_most_would_be_left_out_is_refused(tmp_path, name, way_out):
+    (tmp_path / "README.md").write_text("# A data set\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(bytes(100))
+    error = refused(tmp_path)
+    assert "most of this folder would be left out" in error.message and "1 .md (13 bytes)" in error.message
+    assert os.path.splitext(name)[1] in error.message and way_out in error.hint
+    (tmp_path / "README.md").write_text("x" * 100)
+    assert name.rpartition(".")[2] in find_files(str(tmp_path)).left_out
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_what_is_called_text_and_is_no_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert "this is a pipe" in refused(tmp_path).message
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert "this is a device" in refused(tmp_path).message
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    assert "broken link" in refused(tmp_path).message
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / name)
+    assert refused(tmp_path).where == str(tmp_path / name)
 
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path):

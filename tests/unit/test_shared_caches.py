@@ -16,7 +16,7 @@ from dstrain.data.dataset_summary_cache import read_summary
 from dstrain.data.prepare import prepare
 from dstrain.errors import DstrainError
 from dstrain.launch.environment import default_environment
-from dstrain.shared_caches import is_own, make_folder, open_lock, own_place, write_own
+from dstrain.shared_caches import clear_leftovers, is_own, make_folder, open_lock, own_place, write_own
 
 MALLORY = 4002
 
@@ -186,3 +186,28 @@ def test_compiled_code_is_not_loaded_from_where_others_write(
     ):
         assert folder(**environ) == str(shared / "torch_extensions" / f"uid-{os.geteuid()}")
     assert own_place(shared / "torch_extensions") is not None
+
+
+def test_what_killed_processes_left_behind_goes_and_what_is_written_stays(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("dead.aa.part", "alive.bb.part", "unknown.cc.part", "old.dd.part", "whole"):
+        (data / name).mkdir(parents=True)
+        (data / name / "tokens.bin").write_bytes(b"t")
+    for path in (data / "old.dd.part" / "tokens.bin", data / "old.dd.part"):
+        os.utime(path, (0, 0))
+    (data / "summaries").mkdir()
+    stale = data / "summaries" / "x.json.ee.part"
+    stale.write_text("{")
+    os.utime(stale, (0, 0))
+    (data / "dead.lock").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (data / "dead.ff.part").symlink_to(elsewhere)
+    with open(open_lock(data / "alive.lock"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        clear_leftovers(tmp_path)
+        assert sorted(path.name for path in data.glob("*.part")) == ["alive.bb.part", "unknown.cc.part"]
+    assert elsewhere.is_dir() and (data / "whole").is_dir() and not stale.exists()
+    clear_leftovers(tmp_path)
+    assert [path.name for path in data.glob("*.part")] == ["unknown.cc.part"]
+    clear_leftovers(tmp_path / "nowhere")

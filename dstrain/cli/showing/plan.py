@@ -87,6 +87,9 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
             f"{_ends_of_documents(data)}",
         )
     )
+    if data.kinds:
+        left_out = f"; left out: {shown(data.left_out)}" if data.left_out else ""
+        console.print(headed("files", f"{shown(data.kinds)}{left_out}"))
     console.print(headed("batch", plan.batch.describe()))
 
 
