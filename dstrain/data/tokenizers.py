@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dstrain.data.safe_cuts import SafeCuts
+from dstrain.data.sentencepiece_models import SENTENCEPIECE, check_conversion, vocabulary_alone
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
@@ -197,25 +198,12 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
             raise _no_begin_token(BYTES)
         return ByteTokenizer()
     folder = tokenizer_folder(name)
-    # transformers takes seconds to import, and the byte tokenizer does without it.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a broken file raises, the user wants to know which folder it was
-        if "trust_remote_code" in str(error):
-            raise DstrainError(
-                "this tokenizer needs code of its own (auto_map in its tokenizer_config.json), and code that comes"
-                " with a model is never run",
-                hint="name a tokenizer that transformers has a class for",
-                where=str(folder),
-            ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DstrainError(
-            f"transformers can't load this tokenizer: {reason}",
-            hint="`tokenizer.save_pretrained(folder)` writes a complete one",
-            where=str(folder),
-        ) from error
+    alone = vocabulary_alone(
+        folder
+    )  # and before transformers is asked, whose message names the wrong package
+    tokenizer = _load(folder, alone)
+    if alone == SENTENCEPIECE and type(tokenizer).__name__ == "TokenizersBackend":
+        check_conversion(tokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise DstrainError(
             "this tokenizer has no end-of-sequence token, which is needed to end documents",
@@ -230,6 +218,35 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
             raise _no_begin_token(str(folder))
         ids = [int(tokenizer.bos_token_id)]
     return FolderTokenizer(folder, name, tokenizer, ids)
+
+
+def _load(folder: Path, alone: str) -> Any:
+    # transformers takes seconds to import, and the byte tokenizer does without it.
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it tries in vain, before it finds what fits
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file raises, the user wants to know which folder it was
+        if "trust_remote_code" in str(error):
+            raise DstrainError(
+                "this tokenizer needs code of its own (auto_map in its tokenizer_config.json), and code that comes"
+                " with a model is never run",
+                hint="name a tokenizer that transformers has a class for",
+                where=str(folder),
+            ) from None
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:200] if lines and not isinstance(error, KeyError) else repr(error)
+        what = f"; its vocabulary is a {alone} model, which may be cut off" if alone else ""
+        raise DstrainError(
+            f"transformers can't load this tokenizer: {reason}{what}",
+            hint="download or copy it again; `tokenizer.save_pretrained(folder)` writes a complete one",
+            where=str(folder),
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _plain_backend(tokenizer: Any) -> Any | None:
