@@ -113,7 +113,7 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
         for pattern in ("*.safetensors", "*.bin", "*.index.json")
         for path in model.folder.glob(pattern)
     )
-    content = f"{version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
+    content = f"2 {version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
     if not is_own(kept):
         import tempfile

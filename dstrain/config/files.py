@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dstrain.errors import DstrainError
+from dstrain.foreign_weights import describe_foreign_weights
 from dstrain.shared_caches import own_place
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -83,8 +84,9 @@ def model_config_file(model: str, *, where: str) -> Path:
     if (folder / "config.json").is_file():
         return folder / "config.json"
     if folder.is_dir():
+        what, hint = describe_foreign_weights(folder) or ("", "name a Hugging Face model folder")
         raise DstrainError(
-            f"{folder} has no config.json", where=where, hint="name a Hugging Face model folder"
+            f"{folder} has no config.json{f'; there is {what}' if what else ''}", where=where, hint=hint
         )
     if folder.exists():
         raise DstrainError(f"{folder} is a file", where=where, hint=f"name its folder: {folder.parent}")

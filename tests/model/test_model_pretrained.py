@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dstrain.config.files import model_config_file
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import load_config
 from dstrain.model.pipeline_model import PipelineModel
@@ -101,20 +105,27 @@ def test_a_model_in_one_piece_is_drawn_block_by_block_as_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_pytorch_files(name: str, shards: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_a_zip", [True, False], ids=["zip", "before torch 1.6"])
+def test_pytorch_files(name: str, shards: int, as_a_zip: bool, tmp_path: Path) -> None:
+    def write(content: dict[str, torch.Tensor], path: Path) -> None:
+        torch.save(content, path, _use_new_zipfile_serialization=as_a_zip)
+
     folder = save(tmp_path / "safe", name, shard="5GB")
     old = tmp_path / "bin"
     old.mkdir()
     shutil.copy(folder / "config.json", old)
     tensors = load_file(folder / "model.safetensors")
+    # As in files of that time: parts of one storage, in any order, and small ones.
+    joined = torch.arange(4000, dtype=torch.float32)
+    tensors |= {"extra.part": joined[100:200], "extra.one": joined[7], "extra.all": joined}
     if shards == 1:
-        torch.save(tensors, old / "pytorch_model.bin")
+        write(tensors, old / "pytorch_model.bin")
     else:
         index = {}
         for number in range(shards):
             file = f"pytorch_model-{number}.bin"
             part = {key: value for i, (key, value) in enumerate(tensors.items()) if i % shards == number}
-            torch.save(part, old / file)
+            write(part, old / file)
             index |= dict.fromkeys(part, file)
         (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     wanted = theirs(folder, torch.float32)
@@ -122,6 +133,29 @@ def test_pytorch_files(name: str, shards: int, tmp_path: Path) -> None:
     for index in range(model.num_layers):
         assert_loaded(model.build(index), wanted, torch.float32)
     assert check_weights(old / "config.json", old)["absent"] == []
+    for key, stored in WeightFiles(old).tensors.items():
+        assert torch.equal(stored.read(stored.dtype), tensors[key]), key
+
+
+def test_of_a_pytorch_file_without_a_zip_no_data_are_read(tmp_path: Path) -> None:
+    """Every rank opens it, and it may be larger than the memory."""
+    (tmp_path / "config.json").write_text("{}")
+    content = {"a": torch.ones(25_000_000), "b": torch.full((25_000_000,), 2.0)}
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    program = (
+        "import re, sys\n"
+        "from dstrain.model.weights.weight_files import WeightFiles\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak()\n"
+        "tensors = WeightFiles(sys.argv[1]).tensors\n"
+        "after = peak()\n"
+        "print(after - before, tensors['b'].read(tensors['b'].dtype)[-1].item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    grown, value = done.stdout.split()
+    assert int(grown) < 50_000 and value == "2.0", done.stdout
 
 
 def test_tied_weights_are_one_parameter_in_a_process(tmp_path: Path) -> None:
@@ -289,6 +323,27 @@ def empty_file(folder: Path) -> None:
     (folder / shard_of(folder, Q)).write_bytes(b"")
 
 
+def no_numbers(value: float, *, legacy: bool = False) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        edit(folder, shard_of(folder, Q), lambda tensors: tensors[Q][3, 5:7].fill_(value))
+        if legacy:
+            tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+            no_weights(folder)
+            torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+    return change
+
+
+def legacy_file(change: Callable[[bytes], bytes], content: Any = None) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        no_weights(folder)
+        path = folder / "pytorch_model.bin"
+        torch.save(content or {Q: torch.ones(32, 32)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(change(path.read_bytes()))
+
+    return write
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "truncated shard": (truncate, ["truncated", "header describes", ".safetensors"]),
     "missing shard": (lambda f: (f / shard_of(f, Q)).unlink(), ["is missing", "model.safetensors.index.json"]),
@@ -302,7 +357,15 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unreadable header": (overwrite_header, ["not a safetensors file", "damaged"]),
     "header longer than the file": (huge_header, ["not a safetensors file", "header would take"]),
     "empty shard": (empty_file, ["not a safetensors file"]),
-    "a pointer in place of the weights": (text_for_weights, ["not a safetensors file"]),
+    "a pointer in place of the weights": (text_for_weights, ["a pointer of git LFS", "git lfs pull"]),
+    "NaN": (no_numbers(float("nan")), [f"{Q} contains NaN (2 of 1,024 values)"]),
+    "infinity": (no_numbers(float("-inf")), [f"{Q} contains infinity (2 of 1,024 values)"]),
+    "NaN in an old file": (no_numbers(float("nan"), legacy=True), [Q, "NaN", "pytorch_model.bin"]),
+    "an old file with code": (legacy_file(bytes, {"a": Path}), ["weights_only", "pathlib"]),
+    "an old file cut off": (legacy_file(lambda content: content[:-100]), ["pytorch_model.bin"]),
+    "a training checkpoint": (
+        legacy_file(bytes, {"state_dict": {}, "epoch": 3}), ["other than named tensors: 'state_dict', 'epoch'"]
+    ),
     "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["index can't be read"]),
     "index without a map": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ["weight_map"]
@@ -332,10 +395,55 @@ def test_damaged_folder(case: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Traceback" not in said and len(said) < 700
 
 
+LYING_THERE: dict[str, tuple[list[str], list[str]]] = {
+    "adapter": (
+        ["adapter_model.safetensors", "adapter_config.json"], ["an adapter without its base", "org/base", "merge_and"]
+    ),
+    "shards": (
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["2 of 2 shards", "without their index model.safetensors.index.json", "copy or download"],
+    ),
+    "a shard": (["pytorch_model-00001-of-00009.bin"], ["1 of 9 shards", "bin.index.json and the missing"]),
+    "gguf": (["tiny-Q4.gguf"], ["llama.cpp", "gguf_file='tiny-Q4.gguf'"]),
+    "flax": (["flax_model.msgpack"], ["Flax", "from_flax=True"]),
+    "tensorflow": (["tf_model.h5"], ["TensorFlow", "from_tf=True"]),
+    "authors": (["consolidated.00.pth", "params.json"], ["consolidated.00.pth", "convert_"]),
+    "deepspeed": (["zero_to_fp32.py", "latest"], ["checkpoint of DeepSpeed", "python zero_to_fp32.py"]),
+    "variant": (["model.fp16.safetensors"], ["other names: model.fp16.safetensors", "name it model.safetensors"]),
+    "pth": (["llama.pth", "optimizer.pt"], ["other names: llama.pth", "name it pytorch_model.bin"]),
+    "onnx": (["model.onnx"], ["another format: model.onnx"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LYING_THERE)
+def test_what_lies_there_in_place_of_weights(case: str, tmp_path: Path) -> None:
+    names, words = LYING_THERE[case]
+    for name in names:
+        (tmp_path / name).write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(DstrainError) as refused:
+        model_config_file(str(tmp_path), where="--model")
+    assert all(word in str(refused.value) for word in words[:1]), refused.value
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DstrainError, match="there are no weights in this folder, but ") as refused:
+        WeightFiles(tmp_path)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_values_that_the_type_of_the_training_does_not_hold(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama", dtype=torch.float32)
+    edit(folder, shard_of(folder, Q), lambda tensors: tensors[Q].fill_(1e6))
+    model = PipelineModel(tiny("llama"), seed=0, dtype=torch.float16, weights=PretrainedWeights(folder))
+    with pytest.raises(DstrainError, match=f"{Q} contains values that are too large for float16"):
+        model.build(2)
+
+
 def test_loading_fails_as_the_check_does(tmp_path: Path) -> None:
     """Whoever changes files between the plan and the run."""
     folder = save(tmp_path, "llama")
-    model = PipelineModel(tiny("llama"), seed=0, weights=PretrainedWeights(folder))
+    model, other = (PipelineModel(tiny("llama"), seed=0, weights=PretrainedWeights(folder)) for _ in range(2))
+    no_numbers(float("nan"))(folder)
+    with pytest.raises(DstrainError, match=f"{Q} contains NaN"):
+        other.build(2)
     path = folder / shard_of(folder, Q)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DstrainError, match="ends in the middle"):

@@ -1,4 +1,4 @@
-"""Checks that a folder's weights match its model, without reading them.
+"""Checks that a folder's weights match its model, and of models that are not huge, that they are numbers.
 
 ``python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json`` goes the way that loading goes, with
 tensors that have a shape and no data, and writes what is worth knowing: ``unexpected`` (tensors that the model has
@@ -20,25 +20,31 @@ from dstrain.model.skeleton import empty_model
 from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.strict_json import to_json
 
+CHECKED_BYTES = 4_000_000_000
+"""Weights of up to so many bytes are read for values that are no numbers. Of more, the ranks find them when they load:
+reading them here would take long."""
+
 
 def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]:
     """See above.
 
     Raises:
         DstrainError: what loading would fail at: files missing, damaged or cut off, a tensor missing or of another
-            shape, quantized weights, two values for one tied weight.
+            shape, quantized weights, two values for one tied weight, a value that is no number.
     """
     weights = PretrainedWeights(folder)
     model = empty_model(load_config(config_file))
     loader = weights.loader(model, torch.float32, without_data=True)
     loader.check_ties()
     absent = loader.load(list(model.state_dict()))
+    if weights.files.bytes <= CHECKED_BYTES:
+        loader.check_numbers()
     tensors = weights.files.tensors.values()
     return {
         "unexpected": loader.unexpected,
         "absent": absent,
         "tensors": len(tensors),
-        "bytes": sum(tensor.bytes for tensor in tensors),
+        "bytes": weights.files.bytes,
     }
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dstrain.errors import DstrainError
-from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
+from dstrain.model.weights.weight_files import PIECE, StoredTensor, WeightFiles
 
 _TEXT_PART = {
     r"^language_model\.model\.": "model.",
@@ -150,6 +150,19 @@ class WeightLoader:
                         hint="set tie_word_embeddings: false in config.json if they are meant to differ",
                     )
 
+    def check_numbers(self) -> None:
+        """Refuse parameters with values that are no finite numbers. Reads all of them, piece by piece.
+
+        Raises:
+            DstrainError: with the tensor.
+        """
+        state = self._model.state_dict(keep_vars=True)
+        for name, keys in self._sources.items():
+            for key in keys if isinstance(state[name], nn.Parameter) else ():
+                stored = self._files.tensors[key]
+                if (what := stored.no_number()) is not None:
+                    raise _no_number(key, what, stored)
+
     def _key_mapping(self) -> dict[str, str] | None:
         """Of a multimodal model's files the text part is loaded: its names have one more part in front."""
         own = any("language_model." in name for name in self._model.state_dict())
@@ -199,7 +212,9 @@ class WeightLoader:
     def _convert(self, wanted: Mapping[str, torch.Tensor]) -> LoadStateDictInfo:
         """Let transformers load what ``wanted`` is made of. Nothing else is given to it, so nothing else is read."""
         slices = {
-            key: _Slice(self._files.tensors[key], tensor.dtype, self._device)
+            key: _Slice(
+                key, self._files.tensors[key], tensor.dtype, self._device, isinstance(tensor, nn.Parameter)
+            )
             for name, tensor in wanted.items()
             for key in self._sources.get(name, ())
         }
@@ -250,15 +265,45 @@ class WeightLoader:
 class _Slice:
     """What transformers' loader takes for a tensor of a safetensors file: ``[...]`` reads it."""
 
-    def __init__(self, stored: StoredTensor, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, name: str, stored: StoredTensor, dtype: torch.dtype, device: str, trained: bool
+    ) -> None:
+        self._name = name
         self._stored = stored
         self._dtype = dtype if stored.dtype.is_floating_point else stored.dtype
         self._device = device
+        self._trained = trained
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self._device == "meta":
             return torch.empty(self._stored.shape, dtype=self._dtype, device="meta")[index]
-        return self._stored.read(self._dtype)[index]
+        tensor = self._stored.read(self._dtype)
+        if self._trained:
+            self._check(tensor)
+        return tensor[index]
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        """Refuse values that are no numbers, in the file or in the type of the training."""
+        flat = tensor.view(-1)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            return
+        if all(bool(torch.isfinite(part).all()) for part in flat.split(PIECE)):
+            return
+        if (what := self._stored.no_number()) is not None:
+            raise _no_number(self._name, what, self._stored)
+        raise DstrainError(
+            f"{self._name} contains values that are too large for {str(self._dtype).removeprefix('torch.')}",
+            where=str(self._stored.file),
+            hint="--precision bf16 or fp32",
+        )
+
+
+def _no_number(name: str, what: str, stored: StoredTensor) -> DstrainError:
+    return DstrainError(
+        f"{name} contains {what}",
+        where=str(stored.file),
+        hint="download or copy the model again; a training that diverged leaves such weights too",
+    )
 
 
 def _held(model: nn.Module, name: str) -> torch.Tensor:

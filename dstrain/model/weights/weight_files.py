@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dstrain.errors import DstrainError
+from dstrain.foreign_weights import describe_foreign_weights
 
 PIECE = 32 * 1024 * 1024
 """Bytes that are read at a time where a tensor's type is changed on the way."""
@@ -44,6 +48,9 @@ _TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_READ_ALWAYS = 64  # bytes; the sizes of the tensors are among them
+# torch's words for what a file names beside tensors.
+_NAMED = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)")
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -83,6 +90,24 @@ class StoredTensor:
                 self._read_into(file, part)
                 flat[start : start + part.numel()] = part
         return result
+
+    def no_number(self) -> str | None:
+        """What of its values is none, in words, and how many: ``NaN (3 of 1,024 values)``. Read piece by piece."""
+        if not self.dtype.is_floating_point or self.dtype.itemsize == 1:
+            return None
+        left = math.prod(self.shape)
+        bad = nan = 0
+        with _opened(self.file) as file:
+            file.seek(self.offset)
+            while left > 0:
+                part = torch.empty(min(left, PIECE // self.dtype.itemsize), dtype=self.dtype)
+                self._read_into(file, part)
+                if not bool(torch.isfinite(part).all()):
+                    bad += int((~torch.isfinite(part)).sum())
+                    nan += int(part.isnan().sum())
+                left -= part.numel()
+        what = "NaN" if nan == bad else "NaN and infinity" if nan else "infinity"
+        return f"{what} ({bad:,} of {math.prod(self.shape):,} values)" if bad else None
 
     def same_as(self, other: StoredTensor) -> bool:
         """Whether both hold the same values, compared piece by piece."""
@@ -141,15 +166,20 @@ class WeightFiles:
                         hint="the index and its files do not belong together: download or save the model again",
                     )
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
 
 def _weights_of(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+    found = describe_foreign_weights(folder)
+    what, hint = found or ("", f"looked for {', '.join(WEIGHTS)}; --init random starts without weights")
     raise DstrainError(
-        "there are no weights in this folder",
-        where=str(folder),
-        hint=f"looked for {', '.join(WEIGHTS)}; --init random starts without weights",
+        f"there are no weights in this folder{', but ' if what else ''}{what}", where=str(folder), hint=hint
     )
 
 
@@ -188,7 +218,9 @@ def _read_index(path: Path) -> dict[str, str]:
 def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     size = path.stat().st_size
     with _opened(path) as file:
-        length = int.from_bytes(file.read(8), "little")
+        begin = file.read(8)
+        _refuse_pointer(begin, path)
+        length = int.from_bytes(begin, "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise _broken(path, f"its header would take {length:,} of {size:,} bytes")
         try:
@@ -219,23 +251,34 @@ def _stored(path: Path, base: int, entry: dict[str, Any]) -> StoredTensor:
 
 def _pytorch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Of a file that ``torch.save`` wrote: only tensors are unpickled, and no data are read."""
+    with _opened(path) as file:
+        first = file.read(8)
+    _refuse_pointer(first, path)
     try:
-        with FakeTensorMode():
-            content = torch.load(path, weights_only=True, map_location="cpu")
+        content, offset_of = _zip_content(path) if first[:4] == b"PK\x03\x04" else _legacy_content(path)
+    except DstrainError:
+        raise
     except Exception as error:  # torch raises what it likes for files that are none of its own
         reason = _describe(error).split(". ")[0]
+        named = _NAMED.search(str(error))
         raise DstrainError(
-            f"torch can't load this file as plain tensors (weights_only): {reason}",
+            f"torch can't load this file as plain tensors (weights_only): {reason}"
+            + (f": it refers to {named[1]}" if named else ""),
             where=str(path),
-            hint="save the model as safetensors: model.save_pretrained(folder)",
+            hint="download or copy it again, or save the model as safetensors: model.save_pretrained(folder)",
         ) from None
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise DstrainError("the file contains something other than named tensors", where=str(path))
+        keys = ", ".join(repr(key) for key in list(content)[:4]) if isinstance(content, dict) else ""
+        raise DstrainError(
+            f"the file contains something other than named tensors{f': {keys}' if keys else ''}",
+            where=str(path),
+            hint="save the weights alone: model.save_pretrained(folder)",
+        )
     size = path.stat().st_size
     for name, value in content.items():
-        start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        start = offset_of(value) if value.numel() else 0
         if start is None or not value.is_contiguous():
             raise DstrainError(
                 f"{name} is not contiguous in this file",
@@ -247,6 +290,58 @@ def _pytorch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if offset + tensor.bytes > size:
             raise DstrainError("the file is truncated", where=str(path), hint="download or copy it again")
         yield name, tensor
+
+
+_Offset = Callable[[torch.Tensor], int | None]
+"""Where in its file the storage of a tensor begins."""
+
+
+def _zip_content(path: Path) -> tuple[Any, _Offset]:
+    with FakeTensorMode():
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    return content, lambda value: getattr(value.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _legacy_content(path: Path) -> tuple[Any, _Offset]:
+    """Of a file of torch before 1.6 (no zip archive): it names no places, so they are noted while torch reads it."""
+    with _opened(path) as file:
+        watched = _WatchedFile(file)
+        content = torch.load(watched, weights_only=True, map_location="cpu")  # type: ignore[arg-type]
+    return content, lambda value: watched.offsets.get(value.untyped_storage().data_ptr())
+
+
+class _WatchedFile:
+    """A file that notes what is read to where in memory, and passes over all but small blocks: the memory of a large
+    tensor is never written to, and so takes no room.
+
+    Attributes:
+        offsets: address in memory -> offset in the file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self.offsets: dict[int, int] = {}
+        self.read, self.readline, self.seek, self.tell = file.read, file.readline, file.seek, file.tell
+
+    def readinto(self, buffer: memoryview) -> int:
+        block = np.frombuffer(buffer, dtype=np.uint8)
+        begin = self._file.tell()
+        self.offsets[block.ctypes.data] = begin
+        if block.nbytes <= _READ_ALWAYS:
+            return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        end = min(begin + block.nbytes, self._size)
+        self._file.seek(end)
+        return end - begin
+
+
+def _refuse_pointer(begin: bytes, path: Path) -> None:
+    if begin == b"version ":
+        raise DstrainError(
+            "this is a pointer of git LFS, not the file itself",
+            where=str(path),
+            hint="`git lfs pull` in its repository fetches it",
+        )
 
 
 def _opened(path: Path) -> Any:
