@@ -66,7 +66,7 @@ def _listed(names: Sequence[str]) -> str:
 
 _TRANSFORMERS_4 = "convert it with transformers 4: from_pretrained(FOLDER, {}=True).save_pretrained(OUT)"
 _KINDS: tuple[tuple[str, Callable[[Path, Sequence[str]], tuple[str, str]]], ...] = (
-    (r"adapter_model\.(safetensors|bin)", _adapter),
+    (r"adapter_(model\.(safetensors|bin)|config\.json)", _adapter),
     (_SHARD.pattern, _shards),
     (
         r"zero_to_fp32\.py",

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from dstrain.addresses import refuse_address
 from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.received import note_owner, refused
 from dstrain.api.resuming import find_run
@@ -191,6 +192,7 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
 
 
 def _refuse_occupied(out: Path) -> None:
+    refuse_address(str(out), "OUT", written=True)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise DstrainError(f"{out} {what}", where="OUT", hint="name a folder that does not exist yet")

@@ -64,6 +64,19 @@ def find_model(resolved: ResolvedConfig, events: Events = SILENT) -> FoundModel:
     return found
 
 
+def find_tokenizer(resolved: ResolvedConfig, model: FoundModel, events: Events = SILENT) -> str:
+    """What the config's tokenizer is here: ``bytes``, or a folder, fetched from the hub where it lies there.
+
+    Raises DstrainError.
+    """
+    name = resolved.config.tokenizer
+    if name == "auto":
+        return model.tokenizer
+    if is_hub_name(name):
+        return str(_fetch(name, "config", str(resolved.origin("tokenizer")), events))
+    return name
+
+
 def _refuse_no_config(file: Path, where: str) -> None:
     """What can be told of a config.json without transformers. Raises DstrainError."""
     hint = 'a Hugging Face config.json is one JSON object: {"model_type": "llama", ...}'

@@ -14,7 +14,7 @@ from typing import Any
 
 from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
-from dstrain.api.model_lookup import check_pretrained, find_model
+from dstrain.api.model_lookup import check_pretrained, find_model, find_tokenizer
 from dstrain.api.prepare_data import check_plugin_here, prepare_data
 from dstrain.config import loader
 from dstrain.config.files import cache_folder
@@ -144,7 +144,7 @@ def prepare(
     shape = _measure_model(model.config_file, events)
     if config.init == "pretrained":
         check_pretrained(model, events)
-    tokenizer = model.tokenizer if config.tokenizer == "auto" else config.tokenizer
+    tokenizer = find_tokenizer(resolved, model, events)
     data = prepare_data(resolved, tokenizer, events)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None

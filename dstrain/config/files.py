@@ -8,12 +8,24 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from dstrain.addresses import refuse_address
 from dstrain.errors import DstrainError
 from dstrain.foreign_weights import describe_foreign_weights
 from dstrain.shared_caches import own_place
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+# fmt: off
+_WITHOUT_ORGANISATION = frozenset({
+    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl", "transfo-xl-wt103",
+    "xlnet-base-cased", "xlnet-large-cased", "bert-base-uncased", "bert-base-cased", "bert-large-uncased",
+    "bert-large-cased", "bert-base-chinese", "bert-base-german-cased", "bert-base-multilingual-cased",
+    "bert-base-multilingual-uncased", "distilbert-base-uncased", "distilbert-base-cased", "roberta-base",
+    "roberta-large", "distilroberta-base", "xlm-roberta-base", "xlm-roberta-large", "camembert-base", "albert-base-v2",
+    "t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b",
+})
+# fmt: on
+"""The hub makes no such names any more."""
 
 
 @lru_cache(maxsize=1)
@@ -62,8 +74,12 @@ def model_shapes() -> list[str]:
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether ``model`` is a name on the Hugging Face hub (``org/name``, ``org/name@revision``) and no path here."""
-    return _HUB_NAME.fullmatch(model) is not None and not Path(model).expanduser().exists()
+    """Whether ``model`` is a name on the Hugging Face hub and no path here.
+
+    That is ``org/name``, ``org/name@revision``, or one of the old names without an organisation: ``gpt2``.
+    """
+    known = _HUB_NAME.fullmatch(model) is not None or model.partition("@")[0] in _WITHOUT_ORGANISATION
+    return known and not Path(model).expanduser().exists()
 
 
 def model_config_file(model: str, *, where: str) -> Path:
@@ -80,6 +96,7 @@ def model_config_file(model: str, *, where: str) -> Path:
             where=where,
             hint=f"a folder, org/name, or one of: {', '.join(model_shapes())}",
         )
+    refuse_address(model, where, hub=True)
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder / "config.json"

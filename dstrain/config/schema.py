@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
     )
     tokenizer: str = Field(
         "auto",
-        description="folder of a Hugging Face tokenizer, or bytes; auto: the model folder's tokenizer, else bytes",
+        description="folder or hub name of a Hugging Face tokenizer, or bytes; auto: the model folder's, else bytes",
     )
     data: str = Field(
         "stdlib",

@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 
+from dstrain.addresses import refuse_address
 from dstrain.errors import DstrainError
 
 LARGEST = 1_000_000
@@ -45,6 +46,7 @@ def read_text(path: Path, *, where: str) -> str:
             _refuse_other_kinds(os.fstat(file.fileno()), name, where)
             content = file.read(LARGEST)
     except FileNotFoundError:
+        refuse_address(os.fspath(path), where)
         raise DstrainError(f"there is no file {name}", where=where, hint=_near(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from dstrain.addresses import refuse_address
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.errors import DstrainError
 from dstrain.files import kind_of
@@ -112,12 +113,7 @@ def find_files(source: str) -> Source:
     if source == STDLIB:
         return _stdlib()
     path = Path(source).expanduser()
-    if "://" in source and not path.exists():
-        raise DstrainError(
-            f"{source} is an address, and nothing is downloaded",
-            hint="name a file or a folder, or code of your own like my_module:my_documents",
-            where="data",
-        )
+    refuse_address(source, "data")
     status = _status(path)
     if stat.S_ISDIR(status.st_mode):
         return _folder(source, path)

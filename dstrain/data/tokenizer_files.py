@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dstrain.addresses import refuse_address
 from dstrain.errors import DstrainError
 from dstrain.model_config_bounds import LARGEST_TOKENIZER_FILE
 
@@ -37,12 +38,12 @@ def tokenizer_folder(name: str) -> Path:
     Raises:
         DstrainError: there is no such folder, or no tokenizer in it.
     """
+    refuse_address(name, "tokenizer", hub=True)
     folder = Path(name).expanduser()
     if not name.strip() or not folder.is_dir():
         raise DstrainError(
             f"there is no tokenizer folder {name!r}",
-            hint="name 'bytes' or a folder with a tokenizer.json; nothing is downloaded: "
-            "`hf download NAME --local-dir FOLDER` fetches one",
+            hint="name 'bytes', a folder with a tokenizer.json, or a model on the hub: org/name",
             where=str(folder),
         )
     if not any((folder / file).is_file() for file in VOCABULARY_FILES):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from dstrain.addresses import refuse_address
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
@@ -119,6 +120,7 @@ def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
     """Those of them that no other layout would fix."""
     of_choices = _raised(
         resolved,
+        *(partial(_refuse_address, key) for key in _PATHS),
         _refuse_keep_every,
         _refuse_elastic,
         refuse_attention,
@@ -138,6 +140,16 @@ def _raised(resolved: ResolvedConfig, *checks: Callable[[ResolvedConfig], None])
         except DstrainError as error:
             found.append(error)
     return found
+
+
+_PATHS = ("model", "tokenizer", "data", "runs_dir", "nvme_path", "hostfile", "ds_config")
+
+
+def _refuse_address(key: str, resolved: ResolvedConfig) -> None:
+    value = getattr(resolved.config, key)
+    if isinstance(value, str):
+        hub, written = key in ("model", "tokenizer"), key in ("runs_dir", "nvme_path")
+        refuse_address(value, str(resolved.origin(key)), hub=hub, written=written)
 
 
 def _refuse_combination(resolved: ResolvedConfig) -> None:

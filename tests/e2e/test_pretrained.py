@@ -95,6 +95,18 @@ def test_a_name_on_the_hub_is_its_folder_in_the_cache(
     assert plan_of(at_commit)["model"] == plan["model"]
 
 
+def test_a_tokenizer_of_the_hub_and_a_name_without_an_organisation(
+    hub: Path, dstrain_here: Callable[..., Said]
+) -> None:
+    shutil.copytree(hub.parents[1], hub.parents[2] / "models--gpt2")
+    for name, folder in (("tiny/llama", hub), ("gpt2", hub.parents[2] / "models--gpt2/snapshots" / hub.name)):
+        plan = plan_of(dstrain_here("plan", *GOOD, "--model", "quickstart", "--tokenizer", name, "--json"))
+        assert plan["data"]["tokenizer"] == str(folder)
+    assert plan_of(dstrain_here("plan", *GOOD, "--model", "gpt2", "--json"))["model"]["folder"] == str(folder)
+    missing = dstrain_here("plan", *GOOD, "--tokenizer", "tiny/other")
+    one_message(missing, ["--tokenizer", "'tiny/other' is not a local folder", "HF_HUB_OFFLINE", "hint"])
+
+
 def test_a_name_that_the_cache_lacks(hub: Path, dstrain_here: Callable[..., Said]) -> None:
     words = ["--model", "'tiny/other' is not a local folder", "HF_HUB_OFFLINE", "hint"]
     one_message(dstrain_here("plan", *GOOD, "--model", "tiny/other"), words)

@@ -26,6 +26,7 @@ SAFE = {
 }
 REPOSITORIES = {
     "tiny/safe": SAFE,
+    "gpt2": {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"1" * 3000},
     "tiny/old": {"config.json": b"{}", "pytorch_model.bin": b"4" * 3000, "tf_model.h5": b"5"},
 }
 
@@ -35,12 +36,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0].removeprefix("/api/models")
-        repository = "/".join(path.split("/")[1:3])
+        count = 1 if path.split("/")[1] == "gpt2" else 2  # an old name has no organisation
+        repository = "/".join(path.split("/")[1 : 1 + count])
         if repository == "tiny/gated":
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if repository not in REPOSITORIES:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        files, (what, revision, *rest) = REPOSITORIES[repository], path.split("/")[3:]
+        files, (what, revision, *rest) = REPOSITORIES[repository], path.split("/")[1 + count :]
         if revision not in ("main", COMMIT):
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if what == "revision":
@@ -100,6 +102,8 @@ def ask(endpoint: str, home: Path, name: str, what: str) -> tuple[int, str, Path
         ("tiny/safe", "config", {"config.json", "tokenizer.json", "model.safetensors.index.json"}),
         ("tiny/safe", "weights", set(SAFE) - {"consolidated.safetensors", "pytorch_model.bin", "README.md"}),
         (f"tiny/safe@{COMMIT}", "config", {"config.json", "tokenizer.json", "model.safetensors.index.json"}),
+        ("gpt2", "config", {"config.json", "tokenizer.json"}),
+        ("gpt2", "weights", {"config.json", "tokenizer.json", "model.safetensors"}),
         ("tiny/old", "weights", {"config.json", "pytorch_model.bin"}),
     ],
 )
