@@ -10,35 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from dstrain.data.encodings import not_utf8, refuse_other_kinds
+from dstrain.data.json_array import read_array
 from dstrain.data.sources import Source, SourceFile
 from dstrain.errors import DstrainError
 
 TEXT_FIELD = "text"
 _LINE = 'each line is one object: {"text": "..."}'
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_COMPRESSED = "; of compressed files only .jsonl.gz is read"
-_OTHER_KINDS = (
-    (b"\xff\xfe\0\0", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),
-    (b"\0\0\xfe\xff", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),
-    (b"\xff\xfe", "this text is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "this text is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8"),
-    (b'{\0"\0', "this text is UTF-16, not UTF-8", "iconv -f UTF-16LE -t UTF-8"),
-    (b'\0{\0"', "this text is UTF-16, not UTF-8", "iconv -f UTF-16BE -t UTF-8"),
-    (b"\x1f\x8b", "this file is compressed (gzip)", f"decompress it: gunzip FILE{_COMPRESSED}"),
-    (b"\x28\xb5\x2f\xfd", "this file is compressed (zstd)", f"decompress it: zstd -d FILE{_COMPRESSED}"),
-    (b"\xfd7zXZ\0", "this file is compressed (xz)", f"decompress it: xz -d FILE{_COMPRESSED}"),
-    (b"BZh", "this file is compressed (bzip2)", f"decompress it: bzip2 -d FILE{_COMPRESSED}"),
-    (b"PK\x03\x04", "this file is a zip archive", "unpack it: unzip FILE"),
-    (
-        b"PAR1",
-        "this file is parquet",
-        "write its text as JSON Lines: pandas' to_json(orient='records', lines=True)",
-    ),
-    (b"ARROW1", "this file is Arrow's", "write its text as JSON Lines: datasets' to_json"),
-)
-"""How files begin that are no UTF-8 text, whatever they are called; what they are, and what makes text of them."""
-
-
 LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
 """Bytes of a document, where no limit is set. A line is held in memory several times while it is parsed, and a packed
 file does not show how long its lines are; a text file is as large as it looks."""
@@ -65,7 +44,8 @@ def read_documents(source: Source) -> Iterator[DocumentPart]:
     """The documents in the order of the source's files, and of the lines of a JSON-lines file.
 
     Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
-    file are no documents. Of a text file there is 1 MiB in memory at a time, of a JSON-lines file one line.
+    file are no documents. A file that is one JSON array is read element by element. Of a text file there is 1 MiB in
+    memory at a time, of others one line or element.
 
     Raises:
         DstrainError: with the file, or the file and the line, of what can't be read as text.
@@ -96,7 +76,7 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
     read, lines = 0, 1
     with open(file.path, "rb") as stream:
         block = stream.read(min(limit + 1, _BLOCK))
-        _refuse_other_kinds(block, file.path)
+        refuse_other_kinds(block, file.path)
         while True:
             following = stream.read(_BLOCK) if block else b""
             if b"\0" in block:
@@ -116,7 +96,7 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
                     block.removeprefix(_BYTE_ORDER_MARK) if read == 0 else block, final=not following
                 )
             except UnicodeDecodeError as error:
-                raise _not_utf8(error, file.path, lines) from None
+                raise not_utf8(error, file.path, lines) from None
             read += len(block)
             lines += block.count(b"\n")
             yield DocumentPart(text, read, last=not following)
@@ -125,19 +105,21 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
             block = following
 
 
-def _refuse_other_kinds(content: bytes, where: str) -> None:
-    for mark, what, hint in _OTHER_KINDS:
-        if content.startswith(mark):
-            raise DstrainError(what, hint=hint, where=where)
-
-
 def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
     with open(file.path, "rb") as raw:
         lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
-        plain_bytes = 0
+        plain_bytes, begun = 0, False
         for number, line in enumerate(iter(lambda: lines.readline(limit + 1), b""), start=1):
             where = f"{file.path}:{number}"
             plain_bytes += len(line)
+            if number == 1:
+                refuse_other_kinds(line, file.path)
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if not begun and line.lstrip().startswith(b"["):
+                for value, at in read_array(line, lines, file.path, number, limit):
+                    yield DocumentPart(_text_in(value, "element", f"{file.path}:{at}"), raw.tell())
+                return
+            begun = begun or bool(line.strip())
             if len(line) > limit:
                 raise DstrainError(
                     f"this line has more than {limit:,} bytes",
@@ -145,15 +127,6 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
                     " size",
                     where=where,
                 )
-            if number == 1:
-                _refuse_other_kinds(line, file.path)
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line.lstrip().startswith(b"["):
-                    raise DstrainError(
-                        "this file is one JSON array, and not an object on each line",
-                        hint="convert it: jq -c '.[]' FILE > FILE.jsonl",
-                        where=where,
-                    )
             if line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
                 yield DocumentPart(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
@@ -174,23 +147,29 @@ def _text_of(line: bytes, number: int, where: str) -> str:
         ) from None
     except RecursionError:
         raise DstrainError("this line's JSON is nested too deeply to be read", where=where) from None
+    return _text_in(value, "line", where)
+
+
+def _text_in(value: Any, what: str, where: str) -> str:
+    """The text field of an object; ``what``: of the file it is."""
+    hint = _LINE.replace("line", what)
     if not isinstance(value, dict):
         raise DstrainError(
-            f"this line holds {_name(value)}, not an object",
-            hint=_LINE,
+            f"this {what} holds {_name(value)}, not an object",
+            hint=hint,
             where=where,
         )
     if TEXT_FIELD not in value:
         keys = ", ".join(repr(key) for key in list(value)[:12]) or "none"
         raise DstrainError(
-            f"this line has no field {TEXT_FIELD!r}; its fields are {keys}", hint=_LINE, where=where
+            f"this {what} has no field {TEXT_FIELD!r}; its fields are {keys}", hint=hint, where=where
         )
     text = value[TEXT_FIELD]
     if not isinstance(text, str):
         keys = ", ".join(repr(key) for key in list(value)[:12])
         raise DstrainError(
             f"the field {TEXT_FIELD!r} holds {_name(text)}, not a string (fields: {keys})",
-            hint=_LINE,
+            hint=hint,
             where=where,
         )
     try:
@@ -208,16 +187,7 @@ def _decode(content: bytes, path: str, *, first_line: int) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(error, path, first_line) from None
-
-
-def _not_utf8(error: UnicodeDecodeError, path: str, first_line: int) -> DstrainError:
-    line = first_line + error.object.count(b"\n", 0, error.start)
-    return DstrainError(
-        f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})",
-        hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
-        where=f"{path}:{line}",
-    )
+        raise not_utf8(error, path, first_line) from None
 
 
 def _name(value: Any) -> str:

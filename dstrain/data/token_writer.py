@@ -98,7 +98,7 @@ def write_tokens(source: Corpus, tokenizer: Tokenizer, tokens_path: Path, length
         raise DstrainError(
             f"no text in this source: {empty:,} documents, all of them empty"
             if empty
-            else "no text in this source: all its lines are blank",
+            else "no text in this source: it holds no document",
             where=source.place,
         )
     counts = np.array(lengths, dtype="<i8")

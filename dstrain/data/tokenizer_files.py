@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from dstrain.addresses import refuse_address
@@ -53,7 +54,27 @@ def tokenizer_folder(name: str) -> Path:
             where=str(folder),
         )
     refuse_large_files(folder)
+    _refuse_byte_order_marks(folder)
     return folder
+
+
+def _refuse_byte_order_marks(folder: Path) -> None:
+    """transformers does not read JSON with one, and takes it for a part of the first word of a vocabulary."""
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.suffix not in (".json", ".txt") or not path.is_file():
+            continue
+        try:
+            with path.open("rb") as file:
+                marked = file.read(3) == codecs.BOM_UTF8
+        except OSError as error:
+            raise DstrainError(f"can't be read: {error.strerror or error}", where=str(path)) from None
+        if marked:
+            raise DstrainError(
+                "this file begins with a byte order mark, which transformers does not read",
+                hint=r"remove it: sed -i '1s/^\xef\xbb\xbf//' FILE",
+                where=str(path),
+            )
 
 
 def refuse_large_files(folder: Path) -> None:

@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
                 hint="check that this is the right file",
                 where=str(path),
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DstrainError(
             "no such model configuration",

@@ -1,6 +1,7 @@
 """Finding and reading sources: what is found, in which order, and each way that it can go wrong."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -9,7 +10,7 @@ import socket
 
 import pytest
 
-from dstrain.data import sources
+from dstrain.data import json_array, sources
 from dstrain.data.documents import read_documents
 from dstrain.data.sources import find_files, source_summary
 from dstrain.errors import DstrainError
@@ -109,8 +110,24 @@ def refused(source):
         ("a.jsonl", b"PK\x03\x04rest", "", "zip"),
         ("a.jsonl", b"PAR1\x15\x04", "", "parquet"),
         ("a.jsonl.gz", gzip.compress(lzma.compress(b"text"), mtime=0), "", "compressed (xz)"),
-        ("a.json", b'[{"text": "a"}]', ":1", "one JSON array"),
-        ("a.json", b'[\n {"text": "a"}\n]', ":1", "one JSON array"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"]', ":1", "not JSON"),
+        ("a.json", b'[{"text": "a"},\n {"text": "b"}\n', ":3", "may be cut off"),
+        ("a.json", b'[{"text": "a"},\n {"text": "b', ":2", "not JSON"),
+        ("a.json", b'[{"text": "a"},\n]', ":2", "comma before the end"),
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', ":2", "is missing"),
+        ("a.json", b'[{"text": "a"}]\n{"text": "b"}', ":2", "behind the end"),
+        ("a.json", b'[{"text": "a"},\n\n{"instruction": "b", "input": ""}]', ":3", "'instruction', 'input'"),
+        ("a.json", b'[\n"text"]', ":2", "this element holds a string"),
+        ("a.json", b'[[{"text": "a"}]]', ":1", "this element holds an array"),
+        ("a.json", b'[\n{"text": "\xe9"}]', ":2", "not UTF-8"),
+        ("a.txt", "gr\u00fcn und viel".encode("utf-16-le"), "", "UTF-16"),
+        ("a.txt", "gr\u00fcn und viel".encode("utf-32-be"), "", "UTF-32"),
+        ("a.txt", b"a.txt" + bytes(252) + b"ustar\x0000", "", "tar archive"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "pointer of git LFS"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "", "pointer of git LFS"),
+        ("a.txt", b"%PDF-1.7\n", "", "PDF"),
+        ("a.txt", b"7z\xbc\xaf\x27\x1c\0\4", "", "7z"),
+        ("a.jsonl", b"\x04\x22\x4d\x18d", "", "lz4"),
         ("a.txt", "grün".encode("utf-16"), "", "UTF-16"),
         ("a.txt.gz", gzip.compress(b"text", mtime=0), "", "compressed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ":2", "not JSON"),
@@ -118,11 +135,11 @@ def refused(source):
         ("a.jsonl", b'{"text": 5}', ":1", "a number"),
         ("a.jsonl", b'{"text": null, "id": 3}', ":1", "null"),
         ("a.jsonl", b'{"text": ["a"]}', ":1", "an array"),
-        ("a.jsonl", b'\n["text"]', ":2", "not an object"),
+        ("a.jsonl", b'\n["text"]', ":2", "this element holds a string"),
         ("a.json", b'{\n "text": "pretty"\n}', ":1", "not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ":2", "not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', ":1", "surrogate"),
-        ("a.jsonl", b"[" * 100_000, ":1", "one JSON array"),
+        ("a.jsonl", b"[" * 100_000, ":1", "nested"),
         ("a.jsonl", b'\n{"text": ' + b"[" * 100_000, ":2", "nested"),
         ("a.jsonl.gz", b"no gzip", "", "gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "", "gzip"),
@@ -134,6 +151,38 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, plac
     error = refused(path)
     assert error.where == f"{path}{place}"
     assert words in error.message
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "pretty"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n \n"], ids=["", "marked", "blank lines"])
+def test_one_json_array_is_read_element_by_element(tmp_path, monkeypatch, mark, name, indent):
+    """Blocks end anywhere: inside of letters, escapes and numbers."""
+    wanted = ["eins \U0001f600", "", '[]{},\\ "', "z" * 3000, "drei\u00dfig\n\u0000"] * 40
+    records = [
+        {"id": 10**400 + i, "ok": [True, None, -1.5e-7], "text": text} for i, text in enumerate(wanted)
+    ]
+    content = json.dumps(records, indent=indent, ensure_ascii=name == "a.json").encode()
+    content = mark + content
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for block in (1, 7, 1000, 2**16):
+        monkeypatch.setattr(json_array, "_BLOCK", block)
+        assert texts(path) == wanted
+
+
+def test_an_empty_array_holds_no_document(tmp_path):
+    (tmp_path / "a.json").write_text(" [ \n ]\n")
+    assert texts(tmp_path / "a.json") == []
+
+
+def test_an_element_of_an_array_has_a_limit(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b" * 300_000}], indent=0))
+    source = dataclasses.replace(find_files(str(path)), max_document_bytes=200_000)
+    with pytest.raises(DstrainError, match="this element has more than 200,000 bytes") as caught:
+        list(read_documents(source))
+    assert caught.value.where == f"{path}:5" and "max_document_bytes" in caught.value.hint
 
 
 def test_numbers_that_nobody_reads_may_have_any_length(tmp_path):

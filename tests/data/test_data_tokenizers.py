@@ -1,6 +1,7 @@
 """Tokenizers: bytes, and Hugging Face folders made here."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -124,6 +125,21 @@ def test_folders_that_hold_no_usable_tokenizer_are_refused(hf_folder, tmp_path):
     error = refused(tmp_path)
     assert "no end-of-sequence token" in error.message
     assert error.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
+def test_a_byte_order_mark_is_named(name, hf_folder, tmp_path):
+    for path in hf_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + (path.read_bytes() if path.exists() else b"word\n"))
+    error = refused(tmp_path)
+    assert "byte order mark" in error.message and error.where == str(path)
+    way_out = error.hint.removeprefix("remove it: ").replace("FILE", str(path))
+    subprocess.run(["bash", "-c", way_out], check=True)
+    if name == "vocab.txt":
+        assert path.read_bytes() == b"word\n"
+    assert load_tokenizer(str(tmp_path)).end_of_document == 1
 
 
 @pytest.fixture

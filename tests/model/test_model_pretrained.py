@@ -437,6 +437,13 @@ def test_values_that_the_type_of_the_training_does_not_hold(tmp_path: Path) -> N
         model.build(2)
 
 
+def test_byte_order_marks(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama")
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert check_weights(folder / "config.json", folder)["absent"] == []
+
+
 def test_loading_fails_as_the_check_does(tmp_path: Path) -> None:
     """Whoever changes files between the plan and the run."""
     folder = save(tmp_path, "llama")

@@ -62,7 +62,7 @@ def fetch(name: str, *, weights: bool) -> Path:
 def _shards(index: Path) -> list[str]:
     """What the index names; one that can't be read is reported when the weights are checked."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [index.name]
 

@@ -205,7 +205,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if size > _LARGEST_HEADER:
         raise DstrainError(f"an index of {size:,} bytes is none", where=str(path))
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DstrainError(f"the index can't be read: {_describe(error)}", where=str(path)) from None
     named = isinstance(entries, dict) and all(isinstance(name, str) for name in entries.values())
