@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, os_error_shown, place_of
 
 # How a line begins that is no error but says how far the work has come (dstrain.data.progress).
 _PROGRESS = "dstrain: "
+# How the message begins that a child ends with; its further lines follow.
+_ERROR = "error: "
+_HINT = "\n  hint: "
 _POLL_SECONDS = 0.05
 _BLOCK = 2**16
 # For a child that nobody waits for any more to remove what it has half written.
@@ -143,6 +148,28 @@ class ChildProcess:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def child_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """For the main function of a module that `run_module` runs: what it raises becomes a message and an exit code."""
+
+    @functools.wraps(main)
+    def told(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except DstrainError as error:
+            message = error
+        except OSError as error:
+            message = os_error_shown(error)
+        except Exception as error:
+            traceback.print_exc()
+            said = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+            message = DstrainError(reason, where=place_of(error), exit_code=1)
+        print(f"{_ERROR}{message}", file=sys.stderr)
+        return message.exit_code
+
+    return told
+
+
 def run_module(
     module: str,
     *arguments: str,
@@ -150,7 +177,7 @@ def run_module(
     user_code: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run ``python -m module`` to its end. Its error message becomes ours.
+    """Run ``python -m module`` to its end. The error that its main function ends with (`child_main`) becomes ours.
 
     Args:
         say: told of its progress, a line at a time.
@@ -168,15 +195,21 @@ def run_module(
                 say(line.removeprefix(_PROGRESS).rstrip())
             if not line.startswith(_PROGRESS):
                 lines.append(line.rstrip())
-    if process.returncode == 0:
-        return
-    if process.returncode == 2 and lines:
-        raise DstrainError("\n".join(lines))
-    raise DstrainError(f"{module} failed: {_last_words(process.returncode, lines)}", exit_code=1)
+    if process.returncode:
+        raise _error(module, process.returncode, list(lines))
 
 
-def _last_words(code: int | None, lines: Sequence[str]) -> str:
-    if code is not None and code < 0:
+def _error(module: str, code: int, lines: Sequence[str]) -> DstrainError:
+    """What a child ended with. Its message stands below whatever libraries have said."""
+    last = max((index for index, line in enumerate(lines) if line.startswith(_ERROR)), default=None)
+    if code < 0 or last is None:
+        return DstrainError(f"{module} failed: {_last_words(code, lines)}", exit_code=1)
+    message, _, hint = "\n".join(lines[last:]).removeprefix(_ERROR).partition(_HINT)
+    return DstrainError(message, hint=hint or None, exit_code=code)
+
+
+def _last_words(code: int, lines: Sequence[str]) -> str:
+    if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"it was ended by {name}"
     return lines[-1] if lines else "without an error message"

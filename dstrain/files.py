@@ -58,7 +58,7 @@ def open_to_write(path: Path, flags: int, *, below: Path | None = None) -> int:
         OSError: as of os.open; and where it is a link, no regular file, or has another name elsewhere (a hard link),
             so that somebody could let it stand for any other file.
     """
-    with _folder(path.parent, below) as folder, _names(path):
+    with _folder(path.parent, below) as folder, naming(path):
         try:
             _refuse_other_kinds(os.stat(path.name, dir_fd=folder, follow_symlinks=False), path)
             made = False
@@ -87,7 +87,7 @@ def make_folder(path: Path, *, below: Path | None = None) -> None:
     Raises:
         OSError: it can't be made, or there is something else of this name: a link to a folder, too.
     """
-    with _folder(path.parent, below) as folder, _names(path):
+    with _folder(path.parent, below) as folder, naming(path):
         mode = stat.S_IMODE(os.stat(folder).st_mode) & 0o777
         try:
             os.mkdir(path.name, mode, dir_fd=folder)
@@ -124,7 +124,7 @@ def write_atomically(
         private: with mode 0600 from the first byte on, whoever may read the folder.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with _folder(path.parent, below) as folder, _names(path):
+    with _folder(path.parent, below) as folder, naming(path):
         aside = f".{path.name}.{secrets.token_hex(8)}.tmp"
         mode, widen = (0o600, False) if private else _file_mode(folder)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -159,7 +159,7 @@ def read_bounded(path: Path, most: int) -> bytes:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise ValueError("it is a link, or no file") from None
         raise
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb") as file, naming(path):
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"it is {kind_of(status.st_mode)}, and not a file")
@@ -180,6 +180,10 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        raise ValueError("it has a number with too many digits") from None
 
 
 def umask_in(folder: Path) -> int:
@@ -264,8 +268,8 @@ def _folder(path: Path, below: Path | None) -> Iterator[int]:
 
 
 @contextmanager
-def _names(path: Path) -> Iterator[None]:
-    """An OSError names the whole path: a descriptor's folder is not in it."""
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names the whole path: reads and writes name none, and a descriptor's folder is not in it."""
     try:
         yield
     except OSError as error:

@@ -19,6 +19,7 @@ from dstrain.runs.checkpoint.manifest import (
     files_of,
     forget_damage,
     half_written,
+    is_lasting,
     named_checkpoints,
     note_damage,
     of_another_run,
@@ -141,11 +142,12 @@ def _verify(path: Path, on_bytes: OnBytes, events: Events) -> str | None:
         return f"its manifest can't be read ({error})"
     total = sum(file.size for file in files.values())
     wrong = wrong_files(path, files, sorted(files), on_bytes=lambda read: on_bytes(path, read, total))
-    why = "; ".join(wrong[name] for name in sorted(wrong)) or None
+    lasting = {name: reason for name, reason in wrong.items() if is_lasting(reason)}
+    why = "; ".join((lasting or wrong)[name] for name in sorted(lasting or wrong)) or None
     try:
         if why is None:
             forget_damage(path)
-        elif path.is_dir():
+        elif path.is_dir() and is_lasting(why):
             note_damage(path, why)
     except OSError as error:
         events.note(f"can't record the damage in {path}: {error.strerror}", "verify")

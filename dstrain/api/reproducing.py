@@ -83,12 +83,18 @@ def reproduce(
     first = first_launch(launches, folder)
     if last_step(folder.metrics) == 0:
         raise DstrainError(
-            "the run has not trained a step, so there is nothing to compare with", where=str(folder.metrics)
+            "the run has not trained a step, so there is nothing to compare with",
+            where=str(folder.metrics),
+            hint=f"`dstrain resume {folder.name}` trains it; or restore the file, if it had steps",
         )
     try:
         resolved = choices_again(folder, first, changes or {}, settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DstrainError("the record of its first launch is damaged", where=str(folder.launches)) from error
+        raise DstrainError(
+            "the record of its first launch is damaged",
+            where=str(folder.launches),
+            hint="restore the file from a copy; without it nobody knows what was trained",
+        ) from error
     check_received(folder, resolved, [folder.config, folder.launches], trust=trust, events=events)
     note_other_owners(resolved, events)
     again = new_run_folder(resolved, resume=False)

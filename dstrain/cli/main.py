@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import re
 import signal
@@ -11,8 +10,7 @@ import sys
 import click
 
 from dstrain.cli.standard_streams import standard_streams
-from dstrain.config.text_file import shown
-from dstrain.errors import RESUMABLE, DstrainError
+from dstrain.errors import RESUMABLE, DstrainError, os_error_shown, place_of
 from dstrain.formatting import plain
 from dstrain.stop_signals import StoppedError, raised
 from dstrain.version import __version__
@@ -107,9 +105,9 @@ def _run(arguments: list[str], command: str, debug: bool) -> int | str | None:
         _say(str(error))
         return error.exit_code
     except OSError as error:
-        if debug or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        if debug:
             raise
-        _say(f"{shown(error.filename or '')}: {error.strerror}\n  hint: check the path")
+        _say(str(os_error_shown(error)))
         return 2
     except StoppedError as stop:
         _say(f"stopped by {signal.Signals(stop.number).name}")
@@ -127,6 +125,13 @@ def _run(arguments: list[str], command: str, debug: bool) -> int | str | None:
         return error.exit_code
     except SystemExit as end:
         return end.code
+    except Exception as error:
+        if debug:
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+        hint = "a fault of dstrain: please report it, with what `dstrain --debug ...` shows"
+        _say(str(DstrainError(f"unexpected {reason}", where=place_of(error), hint=hint)))
+        return 1
     return 0
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.child_process import child_main
 from dstrain.data.documents import DocumentPart
 from dstrain.data.progress import Progress
 from dstrain.data.sources import Source
@@ -270,6 +271,7 @@ def _is_iterable(value: Any) -> bool:
     return isinstance(value, Iterable) or hasattr(type(value), "__getitem__")
 
 
+@child_main
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))

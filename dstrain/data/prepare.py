@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dstrain.child_process import child_main
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
 from dstrain.data.own_documents import Corpus, OwnSource, answer
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
@@ -24,7 +25,7 @@ from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
-from dstrain.strict_json import to_json
+from dstrain.files import write_json
 
 _OPTIONAL = {"own", "max_document_bytes"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
@@ -196,31 +197,26 @@ def _check_labels(train: TokenStream, held: TokenStream | None, files: Corpus) -
             )
 
 
+@child_main
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if len(argv) != 2:
         print("usage: python -m dstrain.data.prepare REQUEST.json OUT.json", file=sys.stderr)
         return 2
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    request, out = _request(Path(argv[0])), Path(argv[1])
+    if "own" in request:  # the user's code may want the network
+        request["source"] = OwnSource(request["source"], **request.pop("own"))
+        return answer(out, lambda: _prepare_and_keep(request))
+    # Nothing else needs the network, and a library that asks for it should fail rather than hang.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    summary = _prepare_and_keep(request)
     try:
-        request, out = _request(Path(argv[0])), Path(argv[1])
-        if "own" in request:  # the user's code may want the network
-            request["source"] = OwnSource(request["source"], **request.pop("own"))
-            return answer(out, lambda: _prepare_and_keep(request))
-        # Nothing else needs the network, and a library that asks for it should fail rather than hang.
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-        summary = _prepare_and_keep(request)
-        try:
-            aside = out.with_name(f"{out.name}.{os.getpid()}.part")
-            aside.write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
-            aside.replace(out)
-        except OSError as error:
-            raise DstrainError(
-                f"the summary can't be written: {error.strerror or error}", where=str(out)
-            ) from error
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        write_json(out, summary)
+    except OSError as error:
+        raise DstrainError(
+            f"the summary can't be written: {error.strerror or error}", where=str(out)
+        ) from error
     return 0
 
 

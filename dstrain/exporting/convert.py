@@ -19,11 +19,12 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
+from dstrain.child_process import child_main
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.exporting.checking import (
     check_files,
     check_loaded,
@@ -68,7 +69,7 @@ def export(
     Raises:
         DstrainError: it can't be read, written, or is not what was trained.
     """
-    plan = Plan.from_record(json.loads(run.plan.read_text(encoding="utf-8")))
+    plan = Plan.read(run.plan)
     identity = read_manifest(checkpoint)["identity"]
     config = _model_config(_model_file(plan, run), identity)
     dtype = dtype or identity["precision"]
@@ -118,7 +119,7 @@ def _writing(out: Path) -> Iterator[None]:
         raise DstrainError(
             f"this folder can't be written: {error.strerror or error}{what}",
             where=str(out),
-            hint="name a folder that can be created",
+            hint=way_out(error, "name a folder that can be created"),
         ) from error
 
 
@@ -237,6 +238,7 @@ def _loss_of_run(run: RunFolder, step: int) -> tuple[int | None, float | None]:
     return (max(known), known[max(known)]) if known else (None, None)
 
 
+@child_main
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if len(argv) != 2:
@@ -245,18 +247,14 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    try:
-        answer = export(
-            RunFolder(request["run"]),
-            Path(request["checkpoint"]),
-            Path(request["out"]),
-            aside=Path(request["aside"]),
-            dtype=request["dtype"],
-            with_loss=request["with_loss"],
-        )
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    answer = export(
+        RunFolder(request["run"]),
+        Path(request["checkpoint"]),
+        Path(request["out"]),
+        aside=Path(request["aside"]),
+        dtype=request["dtype"],
+        with_loss=request["with_loss"],
+    )
     write_json(Path(argv[1]), answer)
     return 0
 

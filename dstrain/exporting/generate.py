@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
+from dstrain.child_process import child_main
 from dstrain.data.tokenizer_files import refuse_large_files
 from dstrain.data.tokenizers import added_in_front
 from dstrain.errors import DstrainError
+from dstrain.files import write_json
 from dstrain.model.architecture import load_config
-from dstrain.strict_json import to_json
 
 # A folder without any of these has no tokenizer. (transformers gives some families one without tokens then.)
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
@@ -120,6 +121,7 @@ def _tokens_that_fit(config: PretrainedConfig, prompt: int, wanted: int) -> int:
     return positions - prompt
 
 
+@child_main
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if len(argv) != 2:
@@ -128,18 +130,14 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    try:
-        text = generate(
-            Path(request["folder"]),
-            request["prompt"],
-            tokens=request["tokens"],
-            temperature=request["temperature"],
-            seed=request["seed"],
-        )
-        Path(argv[1]).write_text(to_json({"text": text}), encoding="utf-8")
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    text = generate(
+        Path(request["folder"]),
+        request["prompt"],
+        tokens=request["tokens"],
+        temperature=request["temperature"],
+        seed=request["seed"],
+    )
+    write_json(Path(argv[1]), {"text": text})
     return 0
 
 

@@ -65,7 +65,9 @@ def write_launch_files(request: LaunchSpec) -> None:
         make_executable(folder.launch_script)
     except OSError as error:
         raise DstrainError(
-            f"the launch files can't be written: {error.strerror}.", where=str(folder.path)
+            f"the launch files can't be written: {error.strerror}",
+            where=str(error.filename or folder.path),
+            hint="choose another folder with --set runs_dir=FOLDER",
         ) from error
 
 

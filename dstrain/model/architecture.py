@@ -84,7 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
             where=str(path),
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DstrainError(f"the model configuration cannot be read: {error}", where=str(path)) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DstrainError(f"the model configuration cannot be read: {reason}", where=str(path)) from None
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from dstrain.config.schema import RunConfig
@@ -12,6 +14,7 @@ from dstrain.estimate.device import Device
 from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
+from dstrain.files import read_json
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
@@ -248,6 +251,24 @@ class Plan:
             "model": self.model.fingerprint,
             "init": self.model.init,
         }
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan of a run folder's plan.json. Raises DstrainError where there is none, or no whole one."""
+        hint = f"restore it from a copy, or let `dstrain resume {path.parent}` write it anew"
+        try:
+            return cls.from_record(read_json(path))
+        except OSError as error:
+            raise DstrainError(f"the plan can't be read: {error.strerror}", where=str(path)) from error
+        except json.JSONDecodeError as error:
+            where = f"{path}:{error.lineno}"
+            raise DstrainError(f"the plan is damaged: {error.msg}", where=where, hint=hint) from None
+        except DstrainError as error:
+            error.where, error.hint = error.where or str(path), error.hint or hint
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise DstrainError(f"the plan is damaged: {reason}", where=str(path), hint=hint) from None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Plan:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from dstrain.files import (
     make_folder,
     make_shared_folder,
+    naming,
     open_to_write,
     parse_json,
     read_bounded,
@@ -328,7 +329,7 @@ def json_lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[dict[str, A
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb") as file, naming(path):
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return
         while line := file.readline(longest + 1):

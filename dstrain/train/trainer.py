@@ -75,7 +75,7 @@ def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> 
 def _train(
     folder: RunFolder, console: TextIO | None, control: ControlClient, hooks: Hooks
 ) -> tuple[int, bool]:
-    plan = Plan.from_record(json.loads(folder.plan.read_text(encoding="utf-8")))
+    plan = Plan.read(folder.plan)
     config = plan.run_config
     refuse_another_world(plan.layout.world_size, folder, os.environ)
     # Before the ranks meet: a host that lacks something says so by itself, and one that tokenizes takes its time.

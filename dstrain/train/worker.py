@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, os_error_shown
 from dstrain.files import make_folder, open_to_write, umask_in
 from dstrain.planning.layout import HOSTS
 from dstrain.runs.control_key import KEY, find_key
@@ -102,20 +102,21 @@ def main(arguments: list[str]) -> int:
         from dstrain.train.trainer import train  # the heavy imports, after the first word
 
         last_step, reached_the_end = train(folder, console if rank == 0 else None, control)
-    except BaseException as error:
+    except BaseException as caught:
+        cause = _told(caught)
         with suppress(OSError):  # a full disk takes no traceback; the rank must end all the same
-            if isinstance(error, DstrainError):  # it says all that there is to know
-                print(f"error: {error}", file=sys.stderr)
+            if isinstance(cause, DstrainError):  # it says all that there is to know
+                print(f"error: {cause}", file=sys.stderr)
             else:
                 traceback.print_exc()
             sys.stderr.flush()
         if control is not None and not control.launch:  # a person typed it, and nobody else would say it
             with suppress(OSError):
-                print(f"rank {rank}: {error}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
+                print(f"rank {rank}: {cause}\n  its log: {folder.rank_log(rank)}", file=console, flush=True)
         with suppress(OSError):
-            report("failed", error=_in_one_line(error))
+            report("failed", error=_in_one_line(cause))
         # Not a return: other ranks may hang in a collective that interpreter shutdown would wait for.
-        os._exit(error.exit_code if isinstance(error, DstrainError) else 1)
+        os._exit(cause.exit_code if isinstance(cause, DstrainError) else 1)
     report("done" if reached_the_end else "stopped", step=last_step)
     return 0
 
@@ -149,6 +150,13 @@ def _tail(log: Path) -> str:
     """The last lines of this rank's log, which may lie on a disk that the supervisor can't see."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(lines[-_TAIL_LINES:])
+
+
+def _told(error: BaseException) -> BaseException:
+    """What the disk refused, as a message with its path; any other error, a lost connection too, stays."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return os_error_shown(error, exit_code=1)
+    return error
 
 
 def _in_one_line(error: BaseException) -> str:

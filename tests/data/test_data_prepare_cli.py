@@ -50,7 +50,7 @@ def test_the_command_line_says_one_thing_about_an_error(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     problem, hint = said.err.splitlines()
-    assert problem == f"{path}:2: this line has no field 'text'; its fields are 'body'"
+    assert problem == f"error: {path}:2: this line has no field 'text'; its fields are 'body'"
     assert hint == '  hint: each line is one object: {"text": "..."}'
     assert not (tmp_path / "out.json").exists()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]

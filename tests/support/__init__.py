@@ -2,6 +2,8 @@
 
 - `materials`: a tiny Llama and a tiny text, for whatever runs the command line (fixture ``materials``).
 - `e2e`: the command line in a process of its own, and what it ended with (fixtures ``dstrain``, ``dstrain_here``).
+- `made_run`: a run and its export, which each command finds as it was; `os_errors`: errors of the operating system at
+  any file operation of a command, its children and its ranks.
 - `plans`: a model's shape, its data and a plan as numbers only, for tests of `dstrain.planning`: nothing is measured.
 - `model_families`: tiny configurations of many families, and Hugging Face's model with the weights of our layers.
 - `bad_inputs`: what users get wrong, as tables: the words typed, the files there, and what the one message must say.

@@ -51,8 +51,18 @@ def test_progress_is_said_and_an_error_passed_on(module: Callable[[str], str]) -
         module("print('dstrain: half', file=sys.stderr); print('more', file=sys.stderr)"), say=said.append
     )
     assert said == ["half"]
-    with pytest.raises(DstrainError, match=r"^this is wrong$"):
-        run_module(module("print('this is wrong', file=sys.stderr); sys.exit(2)"))
+    wrong = "x.json:3: this is wrong"
+    for code in (1, 2):
+        with pytest.raises(DstrainError) as caught:
+            run_module(
+                module(
+                    "from dstrain.child_process import child_main\nfrom dstrain.errors import DstrainError\n"
+                    "@child_main\ndef main(arguments):\n    print('a library warns', file=sys.stderr)\n"
+                    f"    raise DstrainError('this is wrong', where='x.json:3', hint='so', exit_code={code})\n"
+                    "sys.exit(main([]))"
+                )
+            )
+        assert (caught.value.message, caught.value.hint, caught.value.exit_code) == (wrong, "so", code)
     with pytest.raises(DstrainError, match=r"^mine failed: ValueError: no$"):
         run_module(module("raise ValueError('no')"))
     with pytest.raises(DstrainError, match=r"^mine failed: it was ended by SIGSEGV$"):

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
+from dstrain.files import write_atomically
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
 from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
@@ -186,20 +188,14 @@ def _at(structure: ModelStructure, owner: tuple[int, str]) -> torch.Tensor:
     return modules[root].get_parameter(name[len(root) + 1 :])
 
 
+@child_main
 def main(arguments: list[str]) -> int:
     """Measure ``SOURCE`` and write ``OUT.json``; the exit code."""
-    try:
-        if len(arguments) != 2:
-            raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json")
-        source, out = arguments
-        text = to_json(measure(load_config(source)), indent=1)
-        try:
-            Path(out).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DstrainError(f"cannot write the measurement: {error.strerror}", where=out) from None
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if len(arguments) != 2:
+        raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json")
+    source, out = arguments
+    text = to_json(measure(load_config(source)), indent=1)
+    write_atomically(Path(out), text + "\n")
     return 0
 
 

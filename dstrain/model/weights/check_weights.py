@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
+from dstrain.files import write_json
 from dstrain.model.architecture import load_config
 from dstrain.model.skeleton import empty_model
 from dstrain.model.weights.pretrained import PretrainedWeights
-from dstrain.strict_json import to_json
 
 CHECKED_BYTES = 4_000_000_000
 """Weights of up to so many bytes are read for values that are no numbers. Of more, the ranks find them when they load:
@@ -48,19 +49,14 @@ def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]
     }
 
 
+@child_main
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     logging.set_verbosity_error()  # what it would warn of is an error here
-    try:
-        if len(arguments) != 3:
-            raise DstrainError(
-                "usage: python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json"
-            )
-        config_file, folder, out = arguments
-        Path(out).write_text(to_json(check_weights(config_file, folder), indent=1) + "\n", encoding="utf-8")
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if len(arguments) != 3:
+        raise DstrainError("usage: python -m dstrain.model.weights.check_weights CONFIG.json FOLDER OUT.json")
+    config_file, folder, out = arguments
+    write_json(Path(out), check_weights(config_file, folder))
     return 0
 
 

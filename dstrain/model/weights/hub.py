@@ -25,8 +25,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging
 from tqdm import tqdm
 
+from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
-from dstrain.strict_json import to_json
+from dstrain.files import write_json
 
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 """Configuration, tokenizer, and the index of the weights."""
@@ -144,19 +145,16 @@ def _lines_about(name: str) -> type[Any]:
     return Lines
 
 
+@child_main
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     logging.set_verbosity_error()  # what it would warn of is said in errors, or in none
-    try:
-        if len(arguments) != 3 or arguments[1] not in ("config", "weights"):
-            raise DstrainError(
-                "usage: python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json"
-            )
-        folder = fetch(arguments[0], weights=arguments[1] == "weights")
-        Path(arguments[2]).write_text(to_json({"folder": str(folder)}), encoding="utf-8")
-    except DstrainError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if len(arguments) != 3 or arguments[1] not in ("config", "weights"):
+        raise DstrainError(
+            "usage: python -m dstrain.model.weights.hub NAME[@REVISION] {config,weights} OUT.json"
+        )
+    folder = fetch(arguments[0], weights=arguments[1] == "weights")
+    write_json(Path(arguments[2]), {"folder": str(folder)})
     return 0
 
 

@@ -214,10 +214,13 @@ def choose_newest(folder: Path, run: str | None, known: Mapping[str, str] | None
         passed.append((checkpoint.name, why))
     if passed:
         reasons = "\n".join(f"  {name}: {why}" for name, why in passed)
+        hint = "restore the files from a backup; to train from scratch, start a run under another --name"
+        if not all(is_lasting(why) for _, why in passed):
+            hint = f"check this disk or network file system, then try again; or {hint}"
         raise DstrainError(
             f"no checkpoint of this run is usable:\n{reasons}",
             where=str(folder),
-            hint="restore the files from a backup; to train from scratch, start a run under another --name",
+            hint=hint,
         )
     return Choice(None)
 
@@ -327,8 +330,17 @@ def wrong_files(
         except FileNotFoundError:
             found[name] = f"{name} is missing"
         except OSError as error:
-            found[name] = f"{name} can't be read ({error.strerror})"
+            found[name] = f"{name} {_UNREADABLE} ({error.strerror})"
     return found
+
+
+_UNREADABLE = "can't be read"
+
+
+def is_lasting(why: str) -> bool:
+    """Whether a reason of `wrong_files` is one of the bytes themselves. A disk or network file system that does not
+    give them may do so again: that is no damage to take note of."""
+    return _UNREADABLE not in why
 
 
 def share_out(sizes: Mapping[str, int], parts: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ from dstrain.runs.checkpoint.manifest import (
     Choice,
     choose_newest,
     files_of,
+    is_lasting,
     note_damage,
     passed_over,
     read_manifest,
@@ -51,7 +52,7 @@ def find_newest_usable(
                 say(passed_over(name, reason, checkpoint.name))
             return checkpoint
         damaged[checkpoint.name] = why
-        if rank == 0:
+        if rank == 0 and is_lasting(why):
             try:
                 note_damage(checkpoint, why)
             except OSError as error:  # a disk that is full, or can't be written: it is said all the same
@@ -86,4 +87,5 @@ def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
     if not found:
         return None
     more = f", and {len(found) - 1} more of its files" if len(found) > 1 else ""
-    return found[min(found)] + more
+    first = min(found, key=lambda name: (not is_lasting(found[name]), name))
+    return found[first] + more

@@ -15,6 +15,7 @@ from contextlib import suppress
 from itertools import dropwhile
 from typing import Any
 
+from tests.support import os_errors
 from tests.support.forking.arguments import show_arguments
 
 NODE_LAUNCHER = "deepspeed.launcher.launch"
@@ -22,7 +23,7 @@ RANK = "dstrain.train.worker"
 BEFORE_A_RANK = "FORKING_BEFORE_A_RANK"
 """An environment variable that names a module: its ``prepare()`` is called before a rank's own code."""
 
-_FLAGS = ("-I", "-u")
+_FLAGS = ("-I", "-u", "-P")
 _TORCHRUN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 _MOST_FILES = 4096
 _LAUNCHER_POLL_SECONDS = 0.05
@@ -108,6 +109,7 @@ def become(argv: list[str], environment: Mapping[str, str]) -> None:
         os.environ.clear()
         os.environ.update(environment)
         option, what, *rest = _without_flags(argv)
+        os_errors.prepare(_program(option, what, rest))
         sys.executable, sys.argv = argv[0], [what if option == "-m" else option, *rest]
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, buffering=1, closefd=False)  # noqa: SIM115
@@ -128,6 +130,13 @@ def become(argv: list[str], environment: Mapping[str, str]) -> None:
         with suppress(OSError):
             traceback.print_exc()
     _end(code)
+
+
+def _program(option: str, what: str, rest: Sequence[str]) -> str:
+    """The module that is run, also where code is given that runs it."""
+    if option == "-m":
+        return what
+    return next((word for word in rest if word.startswith("dstrain.")), "-c")
 
 
 def _before(module: str) -> None:
