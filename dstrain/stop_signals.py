@@ -9,8 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm is usually told to send before a job's time is over (``--signal=USR1@300``)."""
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What batch systems send before a job's time is over: Slurm as told (``--signal=USR1@300``), LSF, Grid Engine
+(``-notify``)."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
+"""They let a training end its step and save."""
+AT_ONCE = signal.SIGQUIT
+"""Ctrl-\\: nothing is saved, but nothing is left behind either."""
 _Handler = Callable[[int, FrameType | None], None]
 # What is undone takes less. After it a signal counts again: an exception in a destructor is lost.
 _UNWINDING_SECONDS = 5.0
@@ -57,5 +62,5 @@ def raised() -> Iterator[None]:
         first = time.monotonic()
         raise KeyboardInterrupt if number == signal.SIGINT else StoppedError(number)
 
-    with handled(stop):
+    with handled(stop, (*STOPS, AT_ONCE)):
         yield

@@ -17,7 +17,7 @@ from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import make_numbered, new_run_folder, not_writable, refuse_full_disk
 from dstrain.config.files import model_config_file
 from dstrain.config.loader import ResolvedConfig, override
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, os_error_shown
 from dstrain.files import write_atomically, write_json
 from dstrain.launch.devices import local_devices
 from dstrain.planning.layout_names import LayoutChoice, layouts_for
@@ -62,11 +62,13 @@ class VerifyResult:
         rows: one a layout.
         bound: the largest relative differences that are allowed: of losses, gradient norms, weights.
         folder: of the runs, and of ``verify.json`` and ``verify.md``.
+        unwritten: why these two don't have all rows; None where they do.
     """
 
     rows: tuple[VerifyRow, ...]
     bound: Mapping[str, float]
     folder: Path
+    unwritten: DstrainError | None = None
 
     @property
     def equal(self) -> bool:
@@ -173,12 +175,11 @@ def _compare(
     bound = bound_from(references, FLOOR)
     result = VerifyResult((), asdict(bound), folder)
     for choice in wanted:
-        _write(result)  # what was measured is kept, whatever happens to the next layout
+        result = _kept(result)  # what was measured, whatever happens to the next layout
         events.note(f"{choice.name} ...", "verify")
         row = _row(config, choice, references[0], bound, events, first)
         result = replace(result, rows=(*result.rows, row))
-    _write(result)
-    return result
+    return _kept(result)
 
 
 def _row(
@@ -200,6 +201,8 @@ def _row(
         planned, layout_config = _plan(config, choice, {}, choice.name, events, earlier)
     except DstrainError as error:  # this model, batch or machine can't have the layout
         return VerifyRow(choice.name, f"refused: {error.message}")
+    except OSError as error:
+        return VerifyRow(choice.name, f"failed: {error}")
     try:
         run, seconds = _train(planned, layout_config)
         found = compare_runs(run, reference)
@@ -280,8 +283,17 @@ def _train(planned: Planned, config: ResolvedConfig) -> tuple[RunFolder, float]:
     return folder, time.monotonic() - began
 
 
+def _kept(result: VerifyResult) -> VerifyResult:
+    """The result, whose table is in its folder now; where the disk takes none, the other layouts are compared yet."""
+    try:
+        _write(result)
+    except OSError as error:
+        return replace(result, unwritten=os_error_shown(error, exit_code=1))
+    return replace(result, unwritten=None)
+
+
 def _write(result: VerifyResult) -> None:
-    """The table as JSON and as Markdown."""
+    """The table as JSON and as Markdown. Raises OSError."""
     rows = [{key: value for key, value in asdict(row).items() if value is not None} for row in result.rows]
     write_json(result.folder / "verify.json", {"bound": dict(result.bound), "layouts": rows})
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]

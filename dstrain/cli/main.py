@@ -12,7 +12,7 @@ import click
 from dstrain.cli.standard_streams import standard_streams
 from dstrain.errors import RESUMABLE, DstrainError, os_error_shown, place_of
 from dstrain.formatting import plain
-from dstrain.stop_signals import StoppedError, raised
+from dstrain.stop_signals import WARNINGS, StoppedError, raised
 from dstrain.version import __version__
 
 # name -> (module, one line for --help): the line stands here so that help imports no command.
@@ -111,8 +111,8 @@ def _run(arguments: list[str], command: str, debug: bool) -> int | str | None:
         return 2
     except StoppedError as stop:
         _say(f"stopped by {signal.Signals(stop.number).name}")
-        # Slurm's warning that the job's time is nearly over, outside of a training: come back later.
-        return RESUMABLE if stop.number == signal.SIGUSR1 else 128 + stop.number
+        # The warning that the job's time is nearly over, outside of a training: come back later.
+        return RESUMABLE if stop.number in WARNINGS else 128 + stop.number
     except click.exceptions.Abort:
         _say("stopped")
         return 130

@@ -51,6 +51,8 @@ def command(
     names = layouts.split(",") if layouts else None
     result = verify(config, layouts=names, ranks=ranks, tiny=tiny, events=ConsoleEvents(console))
     _show(result, console)
+    if result.unwritten is not None:
+        raise result.unwritten
     if result.equal:
         return
     verdicts = {row.layout: row.verdict for row in result.rows}
@@ -79,4 +81,5 @@ def _show(result: VerifyResult, console: Console) -> None:
         table.add_row(*row)
     console.print(Text("largest relative differences from the run in one process", style="bold"))
     console.print(table)
-    console.print(Text(f"written to {result.folder / 'verify.json'} and verify.md"), soft_wrap=True)
+    if result.unwritten is None:
+        console.print(Text(f"written to {result.folder / 'verify.json'} and verify.md"), soft_wrap=True)

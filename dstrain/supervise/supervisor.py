@@ -14,7 +14,7 @@ from types import FrameType
 from dstrain.files import open_to_write, umask_in
 from dstrain.runs.protocol import Stop
 from dstrain.runs.run_folder import RunFolder
-from dstrain.stop_signals import handled
+from dstrain.stop_signals import AT_ONCE, STOPS, handled
 from dstrain.supervise.control_server import ControlServer
 from dstrain.supervise.failure_cause import Cause, LauncherLogWatch, Outcome, judge
 from dstrain.supervise.hang_detection import HangWatch, Progress
@@ -68,8 +68,8 @@ def supervise(
         terminate: whether SIGTERM may be sent to what doesn't end by itself. Not to DeepSpeed's launcher of several
             hosts: it would end every process on them that bears its command's name, ours or not.
         on_tick: called at each poll (the live display). What it raises ends the run and is passed on.
-        leave_seconds: how long ranks may take to end their step and save, after the first SIGINT, SIGTERM, SIGHUP or
-            SIGUSR1 to this process; a second signal cuts it short.
+        leave_seconds: how long ranks may take to end their step and save, after the first of `STOPS` to this process;
+            a second signal cuts it short, and so does SIGQUIT.
         grace_seconds: how long they may take to end after the SIGTERM that follows.
         settle_seconds: how long the launcher may take to end by itself after the first failure, and how late
             a rank's last word may arrive (over NFS) after the launcher's end.
@@ -217,7 +217,7 @@ class _Stops:
             number == signal.SIGHUP or time.monotonic() < self._at + _SAME_STOP_SECONDS
         )
         if not again:
-            self.numbers.append(number)
+            self.numbers += [number] * (2 if number == AT_ONCE else 1)
             self._at = time.monotonic()
 
 
@@ -229,5 +229,5 @@ def _stop_signals() -> Iterator[_Stops]:
     if they end this process.
     """
     stops = _Stops()
-    with handled(stops.note):
+    with handled(stops.note, (*STOPS, AT_ONCE)):
         yield stops

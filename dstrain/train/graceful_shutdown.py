@@ -10,9 +10,9 @@ from types import FrameType
 import torch
 from torch import distributed
 
-from dstrain.stop_signals import heeded
+from dstrain.stop_signals import WARNINGS, heeded
 
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNINGS)
 
 
 class GracefulShutdown:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.e2e import Said, start
+from tests.support.e2e import CommandLine, Said, start
 
 ARGUMENTS = (
     "--model", "model", "--tokenizer", "bytes", "--data", "text.jsonl", "--seq-len", "32", "--global-batch", "2",
@@ -41,12 +41,18 @@ class MadeRun:
         self, *arguments: str, more: Mapping[str, str] | None = None, seconds: float = 60, cold: bool = False
     ) -> Said:
         """Run a command as the folder stands. Raises TimeoutError."""
+        with self.start(*arguments, more=more, cold=cold) as command:
+            return command.said(seconds)
+
+    def start(
+        self, *arguments: str, more: Mapping[str, str] | None = None, cold: bool = False
+    ) -> CommandLine:
+        """Start it. ``cold``: with an empty cache."""
         own = {"TMPDIR": str(self.place / "tmp"), "DSTRAIN_CACHE": str(self.place / "cache")}
         own |= {"DS_ACCELERATOR": "cpu", "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2])}
         if cold:
             shutil.rmtree(self.place / "cache", ignore_errors=True)
-        with start(self.place, os.environ | own | dict(more or {}), *arguments) as command:
-            return command.said(seconds)
+        return start(self.place, os.environ | own | dict(more or {}), *arguments)
 
     def restore(self) -> None:
         """Make it as it was."""

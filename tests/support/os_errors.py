@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any
 VARIABLE = "DSTRAIN_TEST_OS_ERRORS"
 """Of the environment: JSON with ``folder``, and ``log`` or ``site`` and ``errno``."""
 
+_PAUSE = "pause"
+_LONGEST_PAUSE = 120.0
 _FULL = ("ENOSPC", "EDQUOT", "EIO", "EFBIG")
 _WRITING = ("EACCES", "EROFS", "ENOSPC", "EDQUOT", "EIO", "EPERM", "ESTALE")
 ERRNOS: dict[str, tuple[str, ...]] = {
@@ -89,6 +92,12 @@ def failing(folder: Path, site: Site, name: str, log: Path) -> dict[str, str]:
     return {VARIABLE: json.dumps(wanted)}
 
 
+def pausing(folder: Path, site: Site, log: Path) -> dict[str, str]:
+    """The variable with which a site's first operation waits until there is a file ``log`` + ``.go``."""
+    wanted = {"folder": str(folder), "site": asdict(site), "errno": _PAUSE, "log": str(log)}
+    return {VARIABLE: json.dumps(wanted)}
+
+
 def sites(log: Path) -> list[Site]:
     """All that were noted, each once, in their order."""
     if not log.exists():
@@ -115,6 +124,8 @@ class _Layer:
         self._module, self._folder = module, folder.rstrip("/")
         self._site = Site(**site) if site else None
         self._errno = errno
+        self._wanted = True  # whether sites are still of interest
+        self._log_name = log
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._os = {name: getattr(os, name) for name in (*_CALLS, "open", "write", "readlink")}
         self._open, self._flock = builtins.open, fcntl.flock
@@ -158,18 +169,30 @@ class _Layer:
             return opened
         call = "write" if writes else "read"
         error = self._met(call, number, None)
+        if error == _PAUSE:
+            self._wait()
+            return opened
         return _Failing(opened, call, error) if error else opened
 
     def _try(self, call: str, place: Any, folder: int | None) -> None:
         error = self._met(call, place, folder)
-        if error:
+        if error == _PAUSE:
+            self._wait()
+        elif error:
             number = getattr(errno, error)
             path = None if isinstance(place, int) else os.fspath(place)
             raise OSError(number, os.strerror(number), path)
 
+    def _wait(self) -> None:
+        self._errno, self._site = "", None
+        self._wanted = False
+        deadline = time.monotonic() + _LONGEST_PAUSE
+        while not os.access(f"{self._log_name}.go", os.F_OK) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
     def _met(self, call: str, place: Any, folder: int | None) -> str | None:
         """The errno with which it is to fail; it is noted."""
-        path = self._path(place, folder)
+        path = self._path(place, folder) if self._wanted else None
         if path is None:
             return None
         site = Site(self._module, call, path)

@@ -12,16 +12,23 @@ import pytest
 from torch import distributed
 
 from dstrain.cli import main as command_line
-from dstrain.stop_signals import STOPS, StoppedError, handled, raised
+from dstrain.stop_signals import AT_ONCE, STOPS, StoppedError, handled, raised
 from dstrain.train.graceful_shutdown import SIGNALS, GracefulShutdown
 
 # Of a command that trains nothing at the time: it plans, tokenizes, exports, ...
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75}
+CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 129,
+    signal.SIGUSR1: 75,
+    signal.SIGUSR2: 75,
+    signal.SIGQUIT: 131,
+}
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in (*STOPS, AT_ONCE)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -32,7 +39,7 @@ def send(number: int) -> None:
     time.sleep(0.05)  # a moment in which Python sees it
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", [*STOPS, AT_ONCE])
 def test_a_stop_undoes_what_is_half_done(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +65,7 @@ def test_a_stop_undoes_what_is_half_done(
         assert capsys.readouterr().err == f"error: stopped by {number.name}\n"
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", [*STOPS, AT_ONCE])
 def test_what_the_caller_ignores_stays_ignored(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:

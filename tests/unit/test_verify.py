@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,6 +218,20 @@ def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
     table = json.loads((tmp_path / "verify.json").read_text())["layouts"]
     verdicts = ["equal", "failed: [Errno 28] No space left on device", "equal"] if own else ["equal"]
     assert [row["verdict"] for row in table] == verdicts
+
+
+def test_a_disk_that_takes_no_table_ends_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, record: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(verifying, "_plan", lambda *arguments: (SimpleNamespace(shape=shape()), arguments[3]))
+    monkeypatch.setattr(verifying, "_train", lambda planned, name: (make_run(tmp_path / name), 1.0))
+    monkeypatch.setattr(verifying, "write_json", refuse)
+    wanted = [LayoutChoice(2, size) for size in (1, 2, 4)]
+    result = verifying._compare(load_config(), wanted, tmp_path, SILENT)
+    assert [row.verdict for row in result.rows] == ["equal"] * 3
+    assert result.unwritten is not None and result.unwritten.exit_code == 1
+    assert "verify.json: No space left on device" in str(result.unwritten) and result.unwritten.hint
 
 
 def test_model_and_data_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
