@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.errors import RESUMABLE, DstrainError, os_error_shown
+from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.files import read_json
 from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
@@ -91,10 +91,7 @@ def result_of(outcome: Outcome, folder: RunFolder, *, saves: bool) -> RunResult:
         raise _failure(outcome, folder)
     if folder.node != 0:  # the first node's supervisor knows what came out
         return RunResult(folder.path, last_step(folder.metrics), True, saves, checkpoint)
-    try:
-        result = with_new_names(read_json(folder.result), METRICS)
-    except OSError as error:  # it has trained: this is no refusal
-        raise os_error_shown(error, exit_code=FAILED) from error
+    result = with_new_names(read_json(folder.result), METRICS)
     scored = result["validation_loss"]  # null where there is none, or it is no number
     return RunResult(
         folder=folder.path,

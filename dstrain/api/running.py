@@ -10,7 +10,7 @@ from dstrain.api.events import SILENT, Events
 from dstrain.api.folder_lock import locked, lost
 from dstrain.api.following import RunFollower
 from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec
-from dstrain.api.outcome import RunResult, result_of
+from dstrain.api.outcome import FAILED, RunResult, result_of
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.preflight import (
     claim,
@@ -24,8 +24,9 @@ from dstrain.api.received import note_other_owners, note_owner
 from dstrain.api.restart_policy import RestartLoop
 from dstrain.config.loader import ResolvedConfig
 from dstrain.diagnostics.host_checks import refuse_unfit_hosts
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, os_error_shown
 from dstrain.launch.command import launch_command
+from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.runs.run_folder import RunFolder
 
 
@@ -132,6 +133,17 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
     refuse_unfit_hosts(launch_spec(planned, job.folder), config.hostfile)
     folder = _claimed(job)
     spec = launch_spec(planned, folder)
+    try:
+        return _until_the_end(planned, resolved, folder, spec, events)
+    except OSError as error:  # 2 means that nothing was started
+        raise os_error_shown(error, exit_code=FAILED) from error
+
+
+def _until_the_end(
+    planned: Planned, resolved: ResolvedConfig, folder: RunFolder, spec: LaunchSpec, events: Events
+) -> RunResult:
+    """Launch it, after failures again as the restarts say. Raises as `execute`; and OSError."""
+    config = resolved.config
     restarts = RestartLoop(planned, resolved, folder, events)
     while True:
         events.started(folder.path, shlex.join(launch_command(spec)))

@@ -107,6 +107,7 @@ def test_an_operation_of_each_kind(made: MadeRun) -> None:
 # In the command line and in a rank, before the first step and behind the last.
 _OF_A_RUN = [
     ("run", Site("dstrain.cli.main", "mkdir", "runs/new"), "EROFS"),
+    ("run", Site("dstrain.cli.main", "stat", "runs/new/checkpoints/step-000002"), "EIO"),
     ("run", Site("dstrain.cli.main", "read", "runs/new/result.json"), "ESTALE"),
     ("run", Site("dstrain.train.worker", "read", "runs/new/plan.json"), "ESTALE"),
     ("run", Site("dstrain.train.worker", "write", "runs/new/.run-id.*.tmp"), "ENOSPC"),
