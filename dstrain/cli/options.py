@@ -108,7 +108,9 @@ def node_rank_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Of the one who types the command: no config can set it."""
     return click.option(
-        "--trust", is_flag=True, help="Import the code that the run folder names, though it belongs to another user."
+        "--trust",
+        is_flag=True,
+        help="Import the code that the run folder names, though it belongs to another user.",
     )(function)
 
 
