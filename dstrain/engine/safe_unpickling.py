@@ -16,7 +16,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 
 
 def _member(kind: Any, name: str) -> ZeroStageEnum:
@@ -59,7 +59,12 @@ def load_safely(path: str | Path, map_location: Any = "cpu", *, mapped: bool = F
                 hint="no code was run; remove this checkpoint, and the run continues from the one before it",
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DstrainError(f"this checkpoint file can't be read: {reason}", where=str(path)) from error
+        hint = "`dstrain checkpoints RUN --verify` tells which checkpoints are whole"
+        if isinstance(error, OSError):
+            reason, hint = error.strerror or reason, way_out(error)
+        raise DstrainError(
+            f"this checkpoint file can't be read: {reason}", where=str(path), hint=hint
+        ) from error
 
 
 def read_safely(engine: Any) -> None:

@@ -40,7 +40,11 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
             folder, dtype="auto", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # damaged files raise nearly anything
-        raise DstrainError(f"this model can't be loaded: {_in_a_line(error)}", where=str(folder)) from error
+        raise DstrainError(
+            f"this model can't be loaded: {_in_a_line(error)}",
+            where=str(folder),
+            hint="check its files; `dstrain export RUN FOLDER` writes a whole folder",
+        ) from error
     if torch.cuda.is_available():
         model.to("cuda")
     ids = _prompt_ids(tokenizer, prompt)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.model_config_bounds import LARGEST_FILE, refuse_sizes
 
 
@@ -85,7 +85,11 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DstrainError(f"the model configuration cannot be read: {reason}", where=str(path)) from None
+        raise DstrainError(
+            f"the model configuration cannot be read: {reason}",
+            where=str(path),
+            hint=way_out(error) if isinstance(error, OSError) else "save it as UTF-8",
+        ) from None
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
