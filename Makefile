@@ -49,6 +49,7 @@ docs: $(READY)  ## the pages, and the table of DeepSpeed's keys, that are writte
 	$(BIN)/python -m tools.configuration_page > docs/configuration.md
 	$(BIN)/python -m tools.modules_page > docs/modules.md
 	$(BIN)/python -m tools.migration_page > docs/migration.md
+	$(BIN)/python -m tools.deepspeed_keys_page > docs/deepspeed-keys.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock: $(READY)  ## constraints.txt and requirements/; newer versions: UPGRADE="--upgrade-package NAME torch==VERSION"

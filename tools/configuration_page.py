@@ -55,7 +55,8 @@ Later layers override earlier ones:
 
 1. the defaults on this page;
 2. the recipe: the key `recipe` of the file, or `--recipe NAME` ({recipes}). Without `--config` and `--recipe`, the
-   recipe `quickstart` is used;
+   recipe `quickstart` is used. With `init: pretrained` and no recipe named it is `fine-tune`, also below a file: its
+   learning rate is one for pretrained weights;
 3. the file given with `--config`;
 4. `--set KEY=VALUE`, which reaches every key, `--set deepspeed.A.B=VALUE` included;
 5. flags.

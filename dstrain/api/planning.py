@@ -23,12 +23,14 @@ from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.planning.checks import refuse
+from dstrain.planning.deepspeed.user_keys import check_packages_here
 from dstrain.planning.hook_specs import check_trackers_here
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines, Plan
+from dstrain.planning.recipe_values import fit_recipe, within_positions
 from dstrain.shared_caches import is_own, write_own
 
 
@@ -44,6 +46,10 @@ class Planned:
     """The plan of the same model and data with other choices, on other hosts of the same kind."""
     hosts: tuple[Host, ...] = ()
     """The hosts that there are, of which the plan may leave some out."""
+
+    def settled(self, resolved: ResolvedConfig) -> ResolvedConfig:
+        """The config that was planned for, without what gave way in the plan: a run folder keeps it so."""
+        return fit_recipe(resolved, self.shape, self.plan.layout.world_size)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def check_code_here(resolved: ResolvedConfig) -> None:
     for plugin in resolved.config.plugins:
         check_plugin_here(plugin, resolved)
     check_trackers_here(resolved)
+    check_packages_here(resolved)
 
 
 def prepare(
@@ -142,6 +149,7 @@ def prepare(
     devices, placement, machines = find_machines(resolved, described)
     model = find_model(resolved, events)
     shape = _measure_model(model.config_file, events)
+    resolved = within_positions(resolved, shape)
     if config.init == "pretrained":
         check_pretrained(model, events)
     tokenizer = find_tokenizer(resolved, model, events)

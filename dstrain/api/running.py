@@ -23,7 +23,7 @@ from dstrain.api.preflight import (
 from dstrain.api.received import note_other_owners, note_owner
 from dstrain.api.restart_policy import RestartLoop
 from dstrain.config.loader import ResolvedConfig
-from dstrain.diagnostics.host_checks import refuse_unfit_hosts
+from dstrain.diagnostics.host_checks import refuse_taken_port, refuse_unfit_hosts
 from dstrain.errors import DstrainError, os_error_shown
 from dstrain.launch.command import launch_command
 from dstrain.launch.launch_spec import LaunchSpec
@@ -107,7 +107,7 @@ def new_job(
     note_other_owners(resolved, events)
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)
-    return Job(resolved, planned, folder, node, new=not resume and node is None)
+    return Job(planned.settled(resolved), planned, folder, node, new=not resume and node is None)
 
 
 def command_of(job: Job, events: Events = SILENT) -> str:
@@ -130,7 +130,10 @@ def execute(job: Job, events: Events = SILENT) -> RunResult:
     planned, resolved = job.planned, job.resolved
     _check(job, events)
     config = resolved.config
-    refuse_unfit_hosts(launch_spec(planned, job.folder), config.hostfile)
+    wanted = launch_spec(planned, job.folder)
+    if config.master_port is not None or wanted.launcher == "none":
+        refuse_taken_port(wanted, str(resolved.origin("master_port")))
+    refuse_unfit_hosts(wanted, config.hostfile, config.master_port)
     folder = _claimed(job)
     spec = launch_spec(planned, folder)
     try:

@@ -92,7 +92,9 @@ def layers(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where a config starts from: a recipe, a file."""
     function = click.option("--config", "config_file", metavar="FILE", help="YAML config file.")(function)
     return click.option(
-        "--recipe", metavar="NAME", help="Recipe from ds_configs/recipes. Default: quickstart."
+        "--recipe",
+        metavar="NAME",
+        help="Recipe from ds_configs/recipes. Default: quickstart; fine-tune with --init pretrained.",
     )(function)
 
 

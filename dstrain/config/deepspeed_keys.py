@@ -102,6 +102,13 @@ def find(path: KeyPath) -> Node | None:
     return node
 
 
+def effects(path: KeyPath) -> frozenset[str]:
+    """What a key does to a run beside its speed: kinds of `tools.deepspeed_keys.effects`. Empty for a block, and for
+    what stands in one that takes any key."""
+    node = find(path) or {}
+    return frozenset(str(node["effects"]).split(", ")) if "effects" in node else frozenset()
+
+
 def what_is_wrong(path: KeyPath, value: Any) -> Wrong | None:
     """What DeepSpeed would refuse, or let pass in silence, if this key had this value. None: nothing.
 

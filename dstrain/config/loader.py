@@ -24,6 +24,9 @@ from dstrain.errors import DstrainError
 from dstrain.renamed_keys import CONFIG_KEYS, MEANT_BEFORE
 
 DEFAULT_RECIPE = "quickstart"
+PRETRAINED_RECIPE = "fine-tune"
+"""What lies below a config that starts from pretrained weights and names no recipe: in their place, the quickstart's
+learning rate, or that of the defaults, would destroy them."""
 _NEAR = 0.77  # of 1, how alike a misspelt key must be
 _MOST_SHOWN = 300  # characters of a value, which may be a path
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
@@ -91,7 +94,8 @@ def load_config(
     """Lay the layers on top of each other and check the whole.
 
     Args:
-        recipe: name of a recipe; without one and without ``config_file`` it is the quickstart.
+        recipe: name of a recipe; without one and without ``config_file`` it is the quickstart, and
+            for pretrained weights in any case ``fine-tune``.
         config_file: YAML file of the user's own; may name its recipe under the key ``recipe``.
         settings: ``KEY=VALUE`` strings; a dotted KEY reaches into ``deepspeed``.
         flags: values of flags that were given, by config key.
@@ -125,7 +129,9 @@ def load_config(
             )
         if recipe is None and named is not None:
             recipe, where_named = named, f"{config_file}:{own.lines[('recipe',)]}"
-    if recipe is None and own is None:
+    if recipe is None and _init(own, settings, flags or {}) == "pretrained":
+        recipe = PRETRAINED_RECIPE
+    elif recipe is None and own is None:
         recipe = DEFAULT_RECIPE
     if recipe is not None:
         path = recipe_path(recipe, where=where_named)
@@ -134,6 +140,16 @@ def load_config(
         lay(own, "file", str(config_file))
     beside = None if config_file is None else Path(config_file).parent
     return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
+
+
+def _init(own: Document | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Any:
+    """What the layers above a recipe say of ``init``; None where they say nothing."""
+    if "init" in flags:
+        return flags["init"]
+    given = [text for key, _, text in (setting.partition("=") for setting in settings) if key == "init"]
+    if given:
+        return given[-1].strip("'\"")
+    return own.values.get("init") if own is not None else None
 
 
 def read_config(path: Path, *, name: str | None = None) -> ResolvedConfig:

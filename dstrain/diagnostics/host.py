@@ -21,7 +21,7 @@ from typing import Any
 from dstrain.child_process import module_command
 from dstrain.diagnostics.host_facts import facts
 from dstrain.launch.command import free_port
-from dstrain.runs.this_machine import listening_socket
+from dstrain.runs.this_machine import listening_socket, port_taken
 from dstrain.strict_json import to_json
 
 MARK = "dstrain-doctor "
@@ -47,6 +47,7 @@ class Host:
                 "listen": self.listen,
                 "reach": self.reach,
                 "free_port": self.free_port,
+                "port_taken": self.port_taken,
                 "exchange": self.exchange,
             }
             print(f"{MARK}{to_json(answers[ask](**question))}", flush=True)
@@ -62,6 +63,10 @@ class Host:
 
     def free_port(self) -> dict[str, Any]:
         return {"port": free_port()}
+
+    def port_taken(self, port: int) -> dict[str, Any]:
+        """``why`` nothing can listen there; None where it is free."""
+        return {"why": port_taken(port)}
 
     def reach(self, targets: list[dict[str, Any]]) -> dict[str, Any]:
         """Connect to each target (``name``; ``hosts``, of which one must answer; ``ports``, which all must), at once.

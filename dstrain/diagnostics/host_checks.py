@@ -33,6 +33,7 @@ from dstrain.launch.hosts import is_this_host, numbered_hosts
 from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import Trouble
 from dstrain.planning.layout import Host
+from dstrain.runs.this_machine import port_taken
 
 # Python and the modules may lie on a slow shared disk; ssh itself gives up sooner.
 _FACTS_SECONDS = 30.0
@@ -48,6 +49,7 @@ def examine_hosts(
     python: str = sys.executable,
     thorough: bool = True,
     here_without_ssh: Callable[[str], bool] = lambda host: False,
+    master_port: int | None = None,
 ) -> list[Check]:
     """Look at several machines, or at one that is not this one.
 
@@ -58,6 +60,7 @@ def examine_hosts(
         python: the interpreter that ranks are started with, at the same path on all hosts.
         thorough: try all pairs, and an exchange through torch.distributed; without it this takes a second or two.
         here_without_ssh: whether a host is this machine, and its ranks start without ssh.
+        master_port: where the ranks are to meet on the first host, if that is known.
 
     Returns:
         What was found, host after host; what concerns this machine first.
@@ -98,6 +101,8 @@ def examine_hosts(
             checks += judge_folders(name, directory, str(folder), found)
         checks += judge_names({name: found["machine"] for name, found in facts.items()})
         checks += _clocks(there)
+        if master_port is not None and there and there[0].host == next(iter(slots)):
+            checks += _master_port(there[0], master_port)
         ports = network.check_ports(there, all_pairs=thorough)
         checks += ports
         if thorough and len(there) > 1 and all(check.status == OK for check in ports):
@@ -154,6 +159,18 @@ def _clock(talk: Conversation) -> Check | None:
     return judge_clock(talk.host, offset, half)
 
 
+def _master_port(first: Conversation, port: int) -> list[Check]:
+    """Whether the ranks can meet at this port of the first host."""
+    try:
+        why = first.ask("port_taken", seconds=_TIME_SECONDS, port=port)["why"]
+    except NoAnswerError:
+        return []  # the next question tells why
+    if why is None:
+        return []
+    fix = "choose another --master-port, or leave it out to take a free one"
+    return [Check(first.host, "master port", FAILED, str(why), fix)]
+
+
 @contextmanager
 def _token_in(runs: Path) -> Iterator[tuple[Path, str, list[Check]]]:
     """A file in the folder of the runs, or in the nearest one above it that is there: who sees it shares the disk.
@@ -182,8 +199,30 @@ def _token_in(runs: Path) -> Iterator[tuple[Path, str, list[Check]]]:
 _SHOWN = 8
 
 
-def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
+def refuse_taken_port(request: LaunchSpec, where: str) -> None:
+    """Refuse a port for the ranks to meet at that this machine does not have, where rank 0 starts on it.
+
+    Raises:
+        DstrainError: who holds it, and the way out.
+    """
+    by_hand = request.launcher == "none"
+    if request.node != 0 if by_hand else not request.runs_here or request.launcher == "slurm":
+        return
+    taken = port_taken(request.master_port, only_here=not by_hand)
+    if taken is not None:
+        way = "" if by_hand else ", or leave it out: a free one is taken then"
+        raise DstrainError(
+            f"{taken}, and the ranks are to meet there",
+            where=where,
+            hint=f"choose another --master-port{' on all nodes' if by_hand else way}",
+        )
+
+
+def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None, master_port: int | None = None) -> None:
     """Look at the hosts that are started over ssh, all at once; nothing where there are none.
+
+    Args:
+        master_port: of the user's choice, on the first host.
 
     Raises:
         DstrainError: some can't take part: which, why, and how to fix it. Within 15 s for hosts that are silent.
@@ -207,6 +246,7 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None) -> None:
         thorough=False,
         # mpirun starts what belongs to its own machine by itself; pdsh logs in here as well.
         here_without_ssh=is_this_host if request.launcher == "openmpi" else lambda host: False,
+        master_port=master_port,
     )
     failed = [check for check in checks if check.status == FAILED]
     if not failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shutil import which
 from typing import TYPE_CHECKING
 
 from dstrain.errors import DstrainError
@@ -75,10 +76,18 @@ def find_placement(
         if config.launcher == "slurm":
             raise no_allocation(str(resolved.origin("launcher")))
         return Placement((), "local")
+    alone = len(allocation.hosts) == 1 and is_this_host(allocation.hosts[0].name)
+    if alone and config.launcher is None:
+        return Placement((), "local")
+    if which("srun") is None:
+        raise DstrainError(
+            f"Slurm's srun is not in PATH, and SLURM_JOB_ID says that this is job {allocation.job}",
+            where=str(resolved.origin("launcher")) if config.launcher else "SLURM_JOB_ID",
+            hint="--launcher local stays on this machine, as for a shell or a container that has kept a job's"
+            " variables; or add Slurm's commands to PATH",
+        )
     if config.launcher == "slurm":
         return Placement(allocation.hosts, "slurm")
-    if len(allocation.hosts) == 1 and is_this_host(allocation.hosts[0].name):
-        return Placement((), "local")
     return Placement(allocation.hosts, "slurm", _why_slurm(allocation))
 
 

@@ -37,6 +37,8 @@ MASKS: tuple[Mask, ...] = tuple(
 FLASH = "flash_attention"
 """How the names of the attention implementations begin that take lengths instead of masks."""
 
+FLEX = "flex_attention"
+
 
 class Documents:
     """Keeps documents apart in the forward of one model.
@@ -78,14 +80,14 @@ class Documents:
 
 
 @contextmanager
-def without_flash(config: PretrainedConfig) -> Iterator[None]:
-    """Let a model with flash attention do without it for a while: on meta, transformers has no way to its kernels.
+def without_kernels(config: PretrainedConfig) -> Iterator[None]:
+    """Let a model with flash or flex attention do without it for a while: their kernels do not run on meta.
 
     Args:
         config: the very one that the model's modules look at.
     """
     implementation = config._attn_implementation
-    if str(implementation).startswith(FLASH):
+    if str(implementation).startswith((FLASH, FLEX)):
         config._attn_implementation = "eager"  # which every family has
     try:
         yield

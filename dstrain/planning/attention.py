@@ -28,7 +28,7 @@ def refuse_attention(resolved: ResolvedConfig) -> None:
 
 
 def check_attention(resolved: ResolvedConfig, accelerator: str, packages: Sequence[str]) -> None:
-    """Refuse flash attention where its kernels don't run.
+    """Refuse flash and flex attention where their kernels don't run.
 
     Args:
         packages: the installed ones of ``FLASH_PACKAGES``.
@@ -37,6 +37,12 @@ def check_attention(resolved: ResolvedConfig, accelerator: str, packages: Sequen
         DstrainError: not on this accelerator, not in this precision, or its package is not installed.
     """
     config = resolved.config
+    if config.attention == "flex_attention" and accelerator != "cuda":
+        raise DstrainError(
+            f"flex_attention computes gradients on CUDA devices only, but the run is on {accelerator}",
+            where=str(resolved.origin("attention")),
+            hint="--set attention=auto",
+        )
     package = FLASH_PACKAGES.get(config.attention)
     if package is None:
         return

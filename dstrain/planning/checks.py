@@ -20,6 +20,7 @@ from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.hook_specs import refuse_profile
 from dstrain.planning.layout import count_chunks
 from dstrain.planning.partition import WORDS, blocks_of_chunks
+from dstrain.planning.recipe_values import fitting_micro_batch
 from dstrain.plugins import is_code
 
 
@@ -174,7 +175,7 @@ def refuse_batch(resolved: ResolvedConfig) -> None:
     if config.data_parallel is not None:
         make_batch(
             global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
+            micro_batch=fitting_micro_batch(resolved, config.data_parallel),
             data_parallel=config.data_parallel,
             pipeline=config.pipeline,
             seq_len=config.seq_len,

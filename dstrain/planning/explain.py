@@ -33,6 +33,7 @@ class Explanation:
         why: the reason for this value.
         origin: the place that decided it.
         decided_by: the key of dstrain's that decides this one of DeepSpeed's, with its value and origin.
+        effects: what a key of DeepSpeed's changes, as docs/deepspeed-keys.md says it.
         decides: DeepSpeed's keys that follow from this one of dstrain's, with their values.
     """
 
@@ -46,6 +47,7 @@ class Explanation:
     origin: str
     decided_by: str | None = None
     decides: tuple[tuple[str, Any], ...] = ()
+    effects: str = ""
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-serialisable data."""
@@ -121,6 +123,7 @@ def _of_deepspeed(plan: Plan, path: KeyPath) -> Explanation:
         why=_why(dotted, origin, is_set=is_set, is_block="keys" in node),
         origin=origin,
         decided_by=_choice(plan, owner) if owner else None,
+        effects=str(node.get("effects", "")),
     )
 
 

@@ -105,7 +105,7 @@ def check_trackers_here(resolved: ResolvedConfig, environ: Mapping[str, str] = o
             _refuse_password(environ)
             options = next(options_of_tracker(each) for each in config.trackers if name_of(each) == name)
             needed += () if options.get("uri") or environ.get(MLFLOW_URI) else _SQL
-        missing = [package for package in needed if not _is_installed(package)]
+        missing = [package for package in needed if not is_installed(package)]
         if missing:
             raise DstrainError(
                 f"the tracker {name} needs {' and '.join(missing)}, which {'are' if missing[1:] else 'is'} not"
@@ -115,7 +115,8 @@ def check_trackers_here(resolved: ResolvedConfig, environ: Mapping[str, str] = o
             )
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a Python package is there to be imported; it is not."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # a folder `wandb` of earlier runs is no package
 

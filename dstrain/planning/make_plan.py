@@ -32,6 +32,7 @@ from dstrain.planning.model_checks import (
 from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel
+from dstrain.planning.recipe_values import fit_recipe
 from dstrain.planning.warnings import (
     warnings_about,
     warnings_about_balance,
@@ -41,6 +42,7 @@ from dstrain.planning.warnings import (
     warnings_about_lr_schedule,
     warnings_about_memory,
     warnings_about_optimizer,
+    warnings_about_pretrained,
     warnings_about_time,
 )
 
@@ -68,6 +70,8 @@ def make_plan(
     Raises:
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
     """
+    refuse(resolved)
+    resolved = fit_recipe(resolved, shape, machines.slots)
     config = resolved.config
     decided = _decide(resolved, machines, shape, data)
     deepspeed = deepspeed_config(resolved, decided.batch, machines.accelerator, max(decided.stage_parameters))
@@ -107,8 +111,15 @@ def make_plan(
         checkpoint_bytes=estimates.checkpoint_bytes,
         disk_bytes=estimates.disk_bytes,
         hooks=hooks_of(config),
-        not_covered=tuple(map(str, config.plugins)),
-        warnings=(*resolved.notes, *_warnings(config, machines, shape, data, decided, estimates)),
+        not_covered=(
+            *map(str, config.plugins),
+            *(f"DeepSpeed's {key}" for key in deepspeed.not_covered),
+        ),
+        warnings=(
+            *resolved.notes,
+            *warnings_about_pretrained(resolved),
+            *_warnings(config, machines, shape, data, decided, estimates),
+        ),
     )
 
 
@@ -169,7 +180,6 @@ def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape, dat
 
 def _check(resolved: ResolvedConfig, machines: Machines, shape: ModelShape, data: PlannedData) -> None:
     """Refuse what no layout would mend. Raises DstrainError."""
-    refuse(resolved)
     on_cuda = machines.device is not None and machines.accelerator == "cuda"
     name = machines.device.name if machines.device is not None and on_cuda else machines.accelerator
     check_precision(resolved, machines.precisions, name)

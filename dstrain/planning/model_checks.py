@@ -90,6 +90,20 @@ def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
         )
 
 
+def _refuse_attention(shape: ModelShape, resolved: ResolvedConfig) -> None:
+    """Refuse an attention implementation that the family does not have. Raises DstrainError."""
+    attention = resolved.config.attention
+    reason = shape.attention_refusals.get(attention)
+    if reason is None:
+        return
+    works = [name for name in ("sdpa", "eager") if name not in shape.attention_refusals]
+    raise DstrainError(
+        f"{shape.model_type} can't have attention: {attention}: {reason}",
+        where=str(resolved.origin("attention")),
+        hint=f"--set attention={works[0]}, which is what auto takes" if works else "--set attention=auto",
+    )
+
+
 def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: int) -> None:
     """Refuse what this model can't do. Raises DstrainError."""
     config = resolved.config
@@ -109,6 +123,7 @@ def check_model(shape: ModelShape, resolved: ResolvedConfig, data_vocabulary: in
             hint=f"--pipeline {len(shape.layers) * config.pipeline // chunks} or less,"
             " and --data-parallel for the other devices",
         )
+    _refuse_attention(shape, resolved)
     _refuse_unseparated(shape, resolved)
     if data_vocabulary > shape.vocab_size:
         raise DstrainError(

@@ -14,7 +14,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Layout
 
-FORMAT = 8
+FORMAT = 9
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelShape:
     or is None, ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those
     after them, or is None, and ``row_leak`` that samples of one micro-batch depend on each other. ``randomness`` has
     what makes training random beside dropout: keys of the config with their values, or nothing where no key turns it
-    off; None where nothing does.
+    off; None where nothing does. ``attention_refusals`` says why it can't have an attention implementation, by name.
     """
 
     model_type: str
@@ -104,6 +104,7 @@ class ModelShape:
     randomness: str | None = None
     layerdrop: float = 0.0
     router_loss: bool = False
+    attention_refusals: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -150,6 +151,7 @@ class ModelShape:
             randomness=record["randomness"],
             layerdrop=record["layerdrop"],
             router_loss=record["router_loss"],
+            attention_refusals=record["attention_refusals"],
         )
 
     @classmethod

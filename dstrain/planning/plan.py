@@ -172,7 +172,8 @@ class Plan:
         disk_bytes: estimated, of all that the run leaves on its disk at once, at most.
         loss_chunk: tokens whose logits are made at a time for the loss; 0: all of a micro-batch.
         hooks: what is called beside the training.
-        not_covered: what is from outside, and so not covered by the proof that all layouts train the same.
+        not_covered: code from outside, and DeepSpeed keys that change what is computed: not covered by the proof that
+            all layouts train the same.
         warnings: what is accepted but worth knowing.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from dstrain.config.loader import PRETRAINED_RECIPE, ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
@@ -66,6 +67,18 @@ def warnings_about(
     if epochs > 1:
         found.append(f"the data's {data.train_rows:,} samples are seen {epochs:.1f} times")
     return found
+
+
+def warnings_about_pretrained(resolved: ResolvedConfig) -> list[str]:
+    """A learning rate for random weights that nobody has chosen for these."""
+    config, origin = resolved.config, resolved.origin("lr")
+    chosen = origin.kind in ("file", "set", "flag") or origin.place.startswith(PRETRAINED_RECIPE)
+    if config.init != "pretrained" or chosen:
+        return []
+    return [
+        f"lr {config.lr:g} ({origin}) is meant for random weights, and may destroy pretrained ones:"
+        f" --recipe {PRETRAINED_RECIPE} has one for them, --lr sets it"
+    ]
 
 
 def warnings_about_optimizer(config: RunConfig) -> list[str]:

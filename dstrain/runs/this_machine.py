@@ -187,7 +187,10 @@ def listening_socket(port: int = 0, *, only_here: bool = False, backlog: int = 1
     if only_here:
         try:
             return socket.create_server((LOOPBACK, port), backlog=backlog)
-        except OSError:  # a host of IPv6 alone
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # else a host of IPv6 alone
             return socket.create_server((LOOPBACK_6, port), family=socket.AF_INET6, backlog=backlog)
     if socket.has_dualstack_ipv6():
         try:
@@ -199,6 +202,36 @@ def listening_socket(port: int = 0, *, only_here: bool = False, backlog: int = 1
                 raise
             # else the kernel has IPv6, and this network namespace has not
     return socket.create_server(("", port), backlog=backlog)
+
+
+def port_taken(port: int, *, only_here: bool = False) -> str | None:
+    """Why nothing can listen at this TCP port: who holds it, as far as that can be seen; None where it is free.
+
+    Args:
+        only_here: whether loopback alone is wanted, where ranks of one machine meet.
+    """
+    try:
+        listening_socket(port, only_here=only_here).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return f"port {port} is taken{_by_whom(port)}"
+        return f"port {port} can't be listened at: {error.strerror}"
+    return None
+
+
+def _by_whom(port: int) -> str:
+    """The process that listens at a port, if the kernel shows it: of other users it does not."""
+    import psutil  # here: a plan does not ask
+
+    try:
+        held = [
+            each.pid
+            for each in psutil.net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN and each.laddr[1:2] == (port,) and each.pid
+        ]
+        return f" by {psutil.Process(held[0]).name()} (process {held[0]})" if held else " by another process"
+    except (psutil.Error, OSError):  # it has just ended, or may not be asked for
+        return " by another process"
 
 
 def loopback_address() -> str:

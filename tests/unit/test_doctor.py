@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import Trouble, ssh_command, trouble
 from dstrain.planning.layout import Host
+from dstrain.runs.this_machine import port_taken
 
 VERSIONS = {"dstrain": "0.1.0 (ab)", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 FACTS: dict[str, Any] = {
@@ -479,3 +482,27 @@ def test_what_runs_on_a_host_is_light(repository: Path) -> None:
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# --- where the ranks are to meet
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_port_that_is_taken_is_named_with_its_process(everywhere: bool) -> None:
+    """Also where it is held on all addresses, and the ranks of one machine want loopback alone."""
+    with socket.create_server(("" if everywhere else "127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        told = port_taken(port, only_here=True)
+        assert told is not None and told.startswith(f"port {port} is taken by ")
+        assert f"(process {os.getpid()})" in told
+        spec = LaunchSpec(Path("/r"), (), 1, "cpu", "127.0.0.1", port, {})
+        with pytest.raises(DstrainError, match=f"port {port} is taken") as caught:
+            host_checks.refuse_taken_port(spec, "--master-port")
+        assert caught.value.where == "--master-port" and "another --master-port" in (caught.value.hint or "")
+        host_checks.refuse_taken_port(replace(spec, launcher="slurm"), "")  # rank 0 may be on another host
+        host_checks.refuse_taken_port(replace(spec, launcher="none", node=1), "")
+        with Conversation("here", environment={}, directory="/", over_ssh=False) as talk:
+            (check,) = host_checks._master_port(talk, port)
+            assert (check.status, check.check) == (FAILED, "master port") and str(port) in check.message
+    host_checks.refuse_taken_port(spec, "--master-port")
+    assert port_taken(port) is None

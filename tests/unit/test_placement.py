@@ -21,6 +21,26 @@ CPU = Devices("cpu", 0, (), None)
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"}
 
 
+@pytest.fixture(autouse=True)
+def _srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands are there, whatever this machine has."""
+    monkeypatch.setattr(placement_module, "which", lambda name: f"/usr/bin/{name}")
+
+
+@pytest.mark.parametrize("flags", [{}, {"launcher": "slurm"}])
+def test_variables_of_a_job_and_no_srun(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container or a shell that has kept them: a rank's launcher would say that srun is not found."""
+    monkeypatch.setattr(placement_module, "which", lambda name: None)
+    left = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu07", "SLURM_TASKS_PER_NODE": "1"}
+    with pytest.raises(DstrainError) as caught:
+        find_placement(config(**flags), CPU, left)
+    assert "srun is not in PATH" in caught.value.message and "--launcher local" in (caught.value.hint or "")
+    assert find_placement(config(launcher="local"), CPU, left) == Placement((), "local")
+    here = left | {"SLURM_JOB_NODELIST": socket.gethostname()}
+    if not flags:
+        assert find_placement(config(), CPU, here) == Placement((), "local")
+
+
 def config(**flags: Any) -> ResolvedConfig:
     return load_config(recipe=None, config_file=None, settings=(), flags=flags)
 

@@ -92,7 +92,7 @@ def test_no_attention(attention: str, hint: str) -> None:
     assert error.where == "--set attention"
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 def test_attention_that_runs_anywhere(attention: str) -> None:
     assert plan(settings=(f"attention={attention}",)).config["attention"] == attention
 
@@ -104,6 +104,7 @@ def test_attention_that_runs_anywhere(attention: str) -> None:
         (GPUS, "fp32", "flash_attention_2", "bf16 and fp16 only"),
         (replace(GPUS, flash_packages=()), "bf16", "flash_attention_2", "package flash_attn,"),
         (GPUS, "bf16", "flash_attention_3", "package flash_attn_interface,"),
+        (LAPTOP, "fp32", "flex_attention", "gradients on CUDA devices only"),
     ],
 )
 def test_flash_attention_without_its_kernels(
@@ -111,6 +112,13 @@ def test_flash_attention_without_its_kernels(
 ) -> None:
     error = refused(machines=machines, precision=precision, settings=(f"attention={attention}",))
     assert words in error.message and "attention=auto" in (error.hint or "")
+
+
+def test_attention_that_the_family_has_not() -> None:
+    error = refused(model=shape(attention_refusals={"sdpa": "it has none"}), settings=("attention=sdpa",))
+    assert error.message == "llama can't have attention: sdpa: it has none"
+    assert error.where == "--set attention" and "attention=eager" in (error.hint or "")
+    assert plan(machines=GPUS, settings=("attention=flex_attention",)).config["attention"] == "flex_attention"
 
 
 def test_flash_attention_with_its_kernels() -> None:
@@ -226,7 +234,7 @@ def test_weights_without_a_tokenizer(tmp_path: Path) -> None:
 
     with pytest.raises(DstrainError) as caught:
         find(init="pretrained")
-    assert "no tokenizer" in caught.value.message and str(caught.value.where).startswith("quickstart.yaml:")
+    assert "no tokenizer" in caught.value.message and str(caught.value.where).startswith("fine-tune.yaml:")
     assert caught.value.hint == "--tokenizer FOLDER, or --tokenizer bytes if that is meant"
     assert find(init="pretrained", tokenizer="bytes") == find() == "bytes"
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -21,6 +21,7 @@ import deepspeed
 from deepspeed.runtime import config as deepspeed_config
 
 from tools.deepspeed_keys.descriptions import DESCRIPTIONS
+from tools.deepspeed_keys.effects import effects_of
 from tools.deepspeed_keys.looked_up import Path, looked_up, nested
 from tools.deepspeed_keys.models import Node, fields, model_of, one_line
 from tools.deepspeed_keys.notes import ALIASES, ANY_CASE, FREE, READ_ELSEWHERE, REMOVED, TYPES
@@ -46,8 +47,8 @@ def table() -> dict[str, Any]:
     A node has ``accepts`` (the kinds of values, see `models.SAMPLES`), ``type`` (in words) and ``default``; or
     ``keys``, if it is a block. It may have ``description``, ``choices`` (``any_case``: in any case), limits,
     ``same_as`` (another name of a key), ``deprecated`` or ``removed`` (what to do instead), ``free`` (any key may
-    stand in it), ``null`` (it may be null), ``of`` (the types of optimizer or schedule that take it), ``model``
-    (pydantic reads it).
+    stand in it), ``null`` (it may be null), ``effects`` (of a key, see
+    `effects`), ``of`` (the types of optimizer or schedule that take it), ``model`` (pydantic reads it).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     keys = _block(())
@@ -68,6 +69,8 @@ def table() -> dict[str, Any]:
         _siblings(keys, path)[path[-1]] = {"same_as": other}
     for path, node in _walk(keys):
         _describe(path, node)
+        if "keys" not in node and not {"removed", "deprecated", "same_as"} & set(node):
+            node["effects"] = ", ".join(effects_of(path))
     return {"deepspeed": deepspeed.__version__, "keys": _sorted(keys)}
 
 

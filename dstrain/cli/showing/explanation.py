@@ -35,6 +35,7 @@ def format_explanation(found: Explanation, in_all: int = _WIDTH) -> str:
     rows = [
         ("does", found.does),
         ("takes", found.takes),
+        *([("changes", found.effects)] if found.effects else []),
         *([] if is_block else [default]),
         ("here", ("not set" if is_block else f"not set: {here}") if absent else here),
         ("why", found.why),

@@ -101,7 +101,7 @@ def _ends_of_documents(data: PlannedData) -> str:
 
 
 def _show_not_covered(plan: Plan, console: Console) -> None:
-    """Code from outside, of which the tests that prove layouts equal know nothing."""
+    """What the tests that prove layouts equal know nothing of."""
     if plan.not_covered:
         outside = f"not covered by the equality proof: {', '.join(plan.not_covered)}"
         console.print(headed("note", outside, "bold yellow"))

@@ -34,9 +34,9 @@ LARGEST = 300_000_000
 
 
 @torch.no_grad()
-def trial_model(config: PretrainedConfig) -> UnsplitModel:
+def trial_model(config: PretrainedConfig, attention: str = "auto") -> UnsplitModel:
     """A model whose every weight tells: initial values are small, and gates often 0."""
-    model = UnsplitModel(config, seed=0, attention="auto").eval()
+    model = UnsplitModel(config, seed=0, attention=attention).eval()
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)

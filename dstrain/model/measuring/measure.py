@@ -17,6 +17,7 @@ from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
 from dstrain.model.architecture import load_config
+from dstrain.model.capability.attention_support import attention_refusals
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
 from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
 from dstrain.model.measuring.activations import Activations, block_activations, outer_activations
@@ -26,7 +27,7 @@ from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 8
+FORMAT = 9
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         ``dstrain.model.capability.randomness``), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
         ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak``,
-        ``looks_ahead`` and ``row_leak`` (see ``dstrain.model.capability.independence.Packing``). For a model that
+        ``looks_ahead`` and ``row_leak`` (see ``dstrain.model.capability.independence.Packing``),
+        ``attention_refusals`` (see ``dstrain.model.capability.attention_support``). For a model that
         cannot be split, the layers are the best guess.
 
     Raises:
@@ -85,6 +87,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "flash_packing_leak": packing.flash_leak,
         "looks_ahead": packing.looks_ahead,
         "row_leak": packing.row_leak,
+        "attention_refusals": attention_refusals(config),
     }
 
 

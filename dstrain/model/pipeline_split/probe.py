@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
-from dstrain.model.document_masks import without_flash
+from dstrain.model.document_masks import without_kernels
 from dstrain.model.pipeline_split.meta_run import run_on_meta
 from dstrain.model.pipeline_split.partial_forward import (
     PROBE,
@@ -54,7 +54,7 @@ def find_structure(config: PretrainedConfig, attention: str | None = None) -> Mo
         refuse_options(structure.config)
         structure.router = router_loss_of(structure.model, config)
         structure.take_apart()
-        with without_flash(structure.config):
+        with without_kernels(structure.config):
             probe(structure)
         structure.find_tied()
     except Refused as refused:

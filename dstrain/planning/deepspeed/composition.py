@@ -9,12 +9,12 @@ tune; a key that a choice of dstrain's decides can't be changed behind its back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from dstrain.config.deepspeed_keys import canonical, what_is_wrong
+from dstrain.config.deepspeed_keys import canonical, effects, find, what_is_wrong
 from dstrain.config.deepspeed_scheduler import SCHEDULERS
 from dstrain.config.files import ds_configs
 from dstrain.config.loader import ResolvedConfig
@@ -23,7 +23,7 @@ from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
 from dstrain.optimizers import optimizer_facts
 from dstrain.planning.batch import Batch
-from dstrain.planning.deepspeed.keys import KEYS, Decided, owner_of
+from dstrain.planning.deepspeed.keys import KEYS, NEEDS_CUDA, Decided, owner_of
 from dstrain.planning.deepspeed.user_keys import UserKey, mistakes, user_keys
 from dstrain.plugins import is_code
 
@@ -35,10 +35,14 @@ _OFFLOAD_DEVICES = (
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """The composed JSON and the origin of each leaf."""
+    """The composed JSON and the origin of each leaf.
+
+    ``not_covered``: the user's keys that change what is computed, each with its value and place.
+    """
 
     values: dict[str, Any]
     origins: dict[KeyPath, str]
+    not_covered: tuple[str, ...] = ()
 
 
 def deepspeed_config(
@@ -51,14 +55,53 @@ def deepspeed_config(
         stage_parameters: of the largest stage.
 
     Raises:
-        DstrainError: the user's file can't be read, a key is wrong, or contradicts the plan.
+        DstrainError: the user's file can't be read, a key is wrong, contradicts the plan, or needs a GPU where there
+            is none.
     """
     for mistake in mistakes(resolved):
         raise mistake
-    composed = _from_fragments(Decided(resolved, batch, accelerator, stage_parameters))
+    decided = Decided(resolved, batch, accelerator, stage_parameters)
+    composed, usual = _from_fragments(decided), _from_fragments(decided)
     for key in _in_effect(user_keys(resolved), resolved.config):
         _lay_on_top(key, composed, resolved)
-    return composed
+    changed = list(_changed(composed, usual))
+    for path, value in changed:
+        if accelerator == "cpu" and path in NEEDS_CUDA and value is not False:
+            raise DstrainError(
+                f"{'.'.join(path)} = {json.dumps(value)}: DeepSpeed has it for CUDA devices only, but the run is on"
+                f" {accelerator}",
+                where=composed.origins[path],
+                hint="remove it",
+            )
+    told = (
+        f"{'.'.join(path)} = {json.dumps(value)} ({composed.origins[path]})"
+        for path, value in changed
+        if "arithmetic" in effects(path)
+    )
+    return replace(composed, not_covered=tuple(told))
+
+
+def _changed(composed: DeepSpeedConfig, usual: DeepSpeedConfig) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys that have another value than they would have without the user's, and that are in use.
+
+    Those of a block that is switched off are not.
+    """
+    for path, value in leaves(composed.values):
+        node = find(path) or {}
+        if value == _at(usual.values, path, node.get("default")):
+            continue
+        above = [path[:depth] for depth in range(1, len(path))]
+        switches = [(*block, "enabled") for block in above if (*block, "enabled") != path]
+        if all(_at(composed.values, each, (find(each) or {}).get("default", True)) for each in switches):
+            yield path, value
+
+
+def _at(values: Any, path: KeyPath, absent: Any) -> Any:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            return absent
+        values = values[key]
+    return values
 
 
 def contradictions_of_config(resolved: ResolvedConfig) -> list[DstrainError]:

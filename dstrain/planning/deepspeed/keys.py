@@ -66,6 +66,14 @@ class Unfit:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """The Python package without which a key can't be switched on, and what does the same in dstrain."""
+
+    package: str
+    instead: str = ""
+
+
+@dataclass(frozen=True)
 class Key:
     """A key of DeepSpeed's, or a block of them.
 
@@ -137,8 +145,8 @@ def _checkpoint_interval(decided: Decided) -> Derived:
     return Derived(1 if recomputed else 0, f"{key} ({decided.resolved.origin(key)})")
 
 
-def _is_on(value: Any) -> bool:
-    """Switched on: pydantic reads these words as no."""
+def is_on(value: Any) -> bool:
+    """Whether a value is switched on: pydantic reads these words as no."""
     if isinstance(value, str):
         return value.lower() not in ("auto", "0", "off", "f", "false", "n", "no")
     return value not in (None, False, {})
@@ -146,13 +154,27 @@ def _is_on(value: Any) -> bool:
 
 def _shares_out(value: Any) -> bool:
     """A size of more than 1."""
-    return _is_on(value) and value is not True and value not in (1, "1")
+    return is_on(value) and value is not True and value not in (1, "1")
 
 
 def _with_stages(config: RunConfig) -> bool:
     return config.pipeline > 1
 
 
+def _with_zero(config: RunConfig) -> bool:
+    return config.zero > 0
+
+
+def _without_offload(config: RunConfig) -> bool:
+    return config.offload == "none"
+
+
+# zero/stage_1_and_2.py and stage3.py: "is not yet supported with reduce scatter enabled". Without reduce scatter,
+# ZeRO-3 does not multiply again where the factor is the number of replicas (`__avg_scatter_contiguous_grads`).
+_NO_SCALING = "DeepSpeed's ZeRO fails with it, or divides gradients twice"
+_SCALED_ANYWAY = "remove it: gradients travel in fp32, where their mean does not overflow"
+_NO_MASTERS = "without offloaded states DeepSpeed keeps master weights in fp32 only"
+_MASTERS_OFFLOADED = "remove it, or --offload cpu"
 _BUCKET = _sized("bucket_size", bucket_size)
 _LIVE = _sized("live_parameters", lambda parameters: max(bucket_size(parameters), LIVE_PARAMETERS))
 _BOTH_WRITTEN = "both precisions are written out, so that neither depends on a default"
@@ -184,6 +206,12 @@ _TABLE: dict[str, Key] = {
     ),
     # Gradients and the optimizer.
     "gradient_clipping": Key(owner="gradient_clipping", derived=_chosen("gradient_clipping")),
+    "prescale_gradients": Key(unfit=Unfit(is_on, _NO_SCALING, _SCALED_ANYWAY, _with_zero)),
+    "gradient_predivide_factor": Key(
+        unfit=Unfit(
+            lambda value: value not in (1, "1", "1.0", "auto"), _NO_SCALING, _SCALED_ANYWAY, _with_zero
+        )
+    ),
     "gradient_allreduce_op": Key(
         unfit=Unfit(
             lambda value: str(value).lower() == "sum",
@@ -214,6 +242,12 @@ _TABLE: dict[str, Key] = {
     # Precision.
     "fp16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
     "bf16.enabled": Key(owner="precision", why=_BOTH_WRITTEN),
+    "fp16.fp16_master_weights_and_grads": Key(
+        unfit=Unfit(is_on, _NO_MASTERS, _MASTERS_OFFLOADED, _without_offload)
+    ),
+    "bf16.bf16_master_weights_and_grads": Key(
+        unfit=Unfit(is_on, _NO_MASTERS, _MASTERS_OFFLOADED, _without_offload)
+    ),
     "bf16.check_grad_overflow": Key(why="bf16 has the range of fp32: no step should be skipped silently"),
     "data_types": Key(owner="precision"),
     "data_types.grad_accum_dtype": Key(
@@ -225,6 +259,13 @@ _TABLE: dict[str, Key] = {
     ),
     # ZeRO.
     "zero_optimization.stage": Key(owner="zero", derived=_chosen("zero")),
+    "zero_optimization.compute_grad_norm": Key(
+        unfit=Unfit(
+            lambda value: not is_on(value) and value != "auto",
+            "gradients could not be clipped, and metrics.jsonl would have no gradient norm",
+            "remove it",
+        )
+    ),
     "zero_optimization.reduce_bucket_size": Key(derived=_BUCKET),
     "zero_optimization.allgather_bucket_size": Key(derived=_BUCKET),
     "zero_optimization.overlap_comm": Key(
@@ -254,7 +295,7 @@ _TABLE: dict[str, Key] = {
     ),
     "zero_optimization.zenflow": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             (
                 "ZenFlow updates most weights some steps late, so it does not train the same model as one"
                 " process"
@@ -277,7 +318,7 @@ _TABLE: dict[str, Key] = {
     ),
     "sequence_parallel_size": Key(unfit=Unfit(_shares_out, _NO_OTHER_AXIS, "remove it")),
     "expert_parallel.enabled": Key(
-        unfit=Unfit(_is_on, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the experts")
+        unfit=Unfit(is_on, _NO_OTHER_AXIS, "remove it; --pipeline or --zero 3 shard the experts")
     ),
     # Checkpoints.
     "checkpoint.tag_validation": Key(
@@ -285,19 +326,19 @@ _TABLE: dict[str, Key] = {
     ),
     "checkpoint.load_universal": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             "DeepSpeed runs code that is named in the files of a universal checkpoint",
             "remove it: `dstrain resume` reads checkpoints of any layout",
         )
     ),
-    "checkpoint.writer.decoupled": Key(unfit=Unfit(_is_on, _NAMED_TOO_EARLY, _BEHIND)),
-    "datastates_ckpt": Key(unfit=Unfit(_is_on, _NAMED_TOO_EARLY, _BEHIND)),
+    "checkpoint.writer.decoupled": Key(unfit=Unfit(is_on, _NAMED_TOO_EARLY, _BEHIND)),
+    "datastates_ckpt": Key(unfit=Unfit(is_on, _NAMED_TOO_EARLY, _BEHIND)),
     # What DeepSpeed says, and what it would do by itself.
     "steps_per_print": Key(why="dstrain shows and records each step itself"),
     "wall_clock_breakdown": Key(
         why="DeepSpeed's pipeline engine fails with it; metrics.jsonl has the time of every step",
         unfit=Unfit(
-            _is_on,
+            is_on,
             "DeepSpeed's pipeline engine fails with it: it starts a timer that is already running",
             "remove it: metrics.jsonl has the time of every step",
             _with_stages,
@@ -305,7 +346,7 @@ _TABLE: dict[str, Key] = {
     ),
     "flops_profiler.enabled": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             "it enables wall_clock_breakdown, with which DeepSpeed's pipeline engine fails",
             "--pipeline 1, or remove it: dstrain counts FLOPs itself",
             _with_stages,
@@ -313,7 +354,7 @@ _TABLE: dict[str, Key] = {
     ),
     "data_efficiency.enabled": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             (
                 "it needs DeepSpeed's data loader, but dstrain reads the data itself, in the same order"
                 " for every layout"
@@ -323,17 +364,17 @@ _TABLE: dict[str, Key] = {
     ),
     "autotuning.enabled": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             "only DeepSpeed's own launcher starts it",
             "remove it; `dstrain plan --fit` searches for layouts",
         )
     ),
     "hybrid_engine.enabled": Key(
-        unfit=Unfit(_is_on, "it would have no effect: dstrain builds its engines itself", "remove it")
+        unfit=Unfit(is_on, "it would have no effect: dstrain builds its engines itself", "remove it")
     ),
     "compile.deepcompile": Key(
         unfit=Unfit(
-            _is_on,
+            is_on,
             (
                 "DeepSpeed accepts it without compiling anything, since that needs a call that dstrain"
                 " does not make"
@@ -344,3 +385,18 @@ _TABLE: dict[str, Key] = {
 }
 KEYS: dict[KeyPath, Key] = {tuple(dotted.split(".")): key for dotted, key in _TABLE.items()}
 """By path, under DeepSpeed's first names."""
+
+NEEDS_CUDA: frozenset[KeyPath] = frozenset(
+    ("zero_optimization", key)
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+)
+"""Keys whose kernels DeepSpeed compiles for CUDA alone: on CPUs a rank would find that out."""
+
+_TRACKERS = ": `trackers: [{}]` is dstrain's own"
+PACKAGES: dict[KeyPath, Needed] = {
+    ("tensorboard", "enabled"): Needed("tensorboard", _TRACKERS.format("tensorboard")),
+    ("wandb", "enabled"): Needed("wandb", _TRACKERS.format("wandb")),
+    ("comet", "enabled"): Needed("comet_ml"),
+    ("datastates_ckpt",): Needed("datastates"),
+}
+"""The switches that need a package which does not come with DeepSpeed."""

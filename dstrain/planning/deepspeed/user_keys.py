@@ -17,7 +17,8 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.config.values import KeyPath, leaves
 from dstrain.errors import DstrainError
-from dstrain.planning.deepspeed.keys import KEYS
+from dstrain.planning.deepspeed.keys import KEYS, PACKAGES, is_on
+from dstrain.planning.hook_specs import is_installed
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,20 @@ def _mistake(key: UserKey, config: RunConfig) -> DstrainError | None:
             given = f"{'.'.join(path)} = {json.dumps(key.value)}"
             return DstrainError(f"{given}: {unfit.reason}", where=key.place, hint=unfit.instead)
     return None
+
+
+def check_packages_here(resolved: ResolvedConfig) -> None:
+    """Refuse what DeepSpeed needs a package for that is not installed: a rank would find that out.
+
+    Raises:
+        DstrainError: the key, the package, and what to do instead. Or the user's file can't be read.
+    """
+    for key in user_keys(resolved):
+        needed = PACKAGES.get(canonical(key.path))
+        if needed is None or not is_on(key.value) or is_installed(needed.package):
+            continue
+        raise DstrainError(
+            f"{'.'.join(key.path)} needs the Python package {needed.package}, which is not installed",
+            where=key.place,
+            hint=f"install it, or remove {'.'.join(key.path)}{needed.instead}",
+        )

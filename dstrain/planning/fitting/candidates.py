@@ -15,6 +15,7 @@ from dstrain.planning.layout import Host, count_chunks, fill_hosts
 from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import blocks_of_chunks
+from dstrain.planning.recipe_values import fitting_micro_batch
 
 FREE = ("zero", "pipeline", "data_parallel", "schedule", "offload", "micro_batch", "activation_checkpointing")
 """The run-config keys that `fit` may choose: none of them changes what is trained."""
@@ -169,11 +170,11 @@ def _micro_batches(share: int, asked: int | None) -> list[int]:
 def _micro_batch_of(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> int:
     """The one that the config as it stands would take."""
     config = resolved.config
-    slots = sum(host.slots for host in hosts)
+    replicas = config.data_parallel or max(1, sum(host.slots for host in hosts) // config.pipeline)
     return make_batch(
         global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        data_parallel=config.data_parallel or max(1, slots // config.pipeline),
+        micro_batch=fitting_micro_batch(resolved, replicas),
+        data_parallel=replicas,
         pipeline=config.pipeline,
         seq_len=config.seq_len,
         where=str(resolved.origin("global_batch")),
