@@ -186,6 +186,13 @@ def _dp_shard(value: Any) -> str:
     return f"zero: 3 with data_parallel: {value}" if isinstance(value, int) and value > 1 else "zero: 3"
 
 
+def _stage(value: Any) -> str:
+    """LLaMA-Factory's task, or ZeRO's number without its block."""
+    if value in (0, 1, 2, 3) and not isinstance(value, bool):
+        return _written("zero", value)
+    return "remove it: dstrain trains on text, which there is stage: pt"
+
+
 def _recent(value: Any) -> str:
     if not isinstance(value, int) or value <= 0:
         return "keep: a large number"
@@ -423,7 +430,7 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "max_samples": (_note("remove it, and name a smaller file as data"), 1000),
             "neat_packing": (_same("pack"), True),
             "flash_attn": (_flash, "fa2"),
-            "stage": (_note("remove it: dstrain trains on text, which there is stage: pt"), "pt"),
+            "stage": (_stage, "pt"),
             "finetuning_type": (
                 _switch(
                     "remove it: all parameters are trained, unless freeze: [patterns] names some", "remove it"
@@ -542,6 +549,29 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "save_interval": (_same("save_every"), 500),
             "eval_interval": (_same("eval_every"), 500),
             "recompute_granularity": (_checkpointing, "full"),
+        },
+    ),
+    **_entries(
+        ("nanoGPT", "Lightning", "Accelerate"),
+        {
+            "block_size": (_same("seq_len"), 1024),
+            "max_iters": (_same("steps"), 5000),
+            "warmup_iters": (_same("warmup_steps"), 100),
+            "grad_clip": (_same("gradient_clipping"), 1.0),
+            "gradient_clip_val": (_same("gradient_clipping"), 1.0),
+            "out_dir": (_note("runs_dir: the folder that holds runs, and name: a name for this one"), "out"),
+            "wandb": (_switch("trackers: [wandb]", "remove it"), True),
+            "wandb_log": (_switch("trackers: [wandb]", "remove it"), True),
+            "tensorboard": (_switch("trackers: [tensorboard]", "remove it"), True),
+            "compile": (_note(_COMPILE), True),
+            "scheduler": (_lr_schedule, "cosine"),
+            "mixed_precision": (_precision, "bf16"),
+            "dtype": (_precision, "bfloat16"),
+            "tp": (_note(_NOT_SPLIT), 2),
+            "pp": (_same("pipeline"), 4),
+            "dp": (_same("data_parallel"), 2),
+            "max_epochs": (_epochs, 3),
+            "epochs": (_epochs, 3),
         },
     ),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dstrain.config.deepspeed_keys import find, homes_of
+from dstrain.config.deepspeed_keys import find, homes_of, what_is_wrong
 from dstrain.config.deepspeed_scheduler import keys_of_scheduler
 from dstrain.config.files import recipe_path, recipes
 from dstrain.config.foreign_keys import FOREIGN_KEYS, translate, translate_value
@@ -28,6 +28,14 @@ PRETRAINED_RECIPE = "fine-tune"
 """What lies below a config that starts from pretrained weights and names no recipe: in their place, the quickstart's
 learning rate, or that of the defaults, would destroy them."""
 _NEAR = 0.77  # of 1, how alike a misspelt key must be
+_NEAR_FOREIGN = (
+    0.87  # to another trainer's: there are many of them, and some that are spelled alike mean other things
+)
+_MOVED = frozenset(
+    {"zero_optimization", "fp16", "bf16", "activation_checkpointing", "checkpoint", "optimizer"}
+)
+"""Blocks of DeepSpeed's whose keys people write without them. Others have names that mean something else elsewhere:
+aio.block_size, comms_logger.debug, tensor_parallel.tp."""
 _MOST_SHOWN = 300  # characters of a value, which may be a path
 # Keys of one overlay, each nested mapping opened: ("deepspeed", "zero_optimization", "stage").
 Path_ = tuple[str, ...]
@@ -319,10 +327,13 @@ def _parse_setting(key: str, text: str) -> Any:
 
 def _unknown_key(key: str, value: Any, origins: Mapping[Path_, Origin]) -> DstrainError:
     origin = next((origin for path, origin in origins.items() if path[0] == key), None)
-    homes = homes_of(key)
-    near = difflib.get_close_matches(key.lower(), [*field_names(), *FOREIGN_KEYS], n=1, cutoff=_NEAR)
+    homes = [home for home in homes_of(key) if home[0] in _MOVED and what_is_wrong(home, value) is None]
+    near = difflib.get_close_matches(key.lower(), field_names(), n=1, cutoff=_NEAR)
+    near += difflib.get_close_matches(key.lower(), FOREIGN_KEYS, n=1, cutoff=_NEAR_FOREIGN)
+    near.sort(key=lambda name: difflib.SequenceMatcher(None, key.lower(), name).ratio(), reverse=True)
     hint = f"the keys are: {', '.join(field_names())}"
-    if find((key,)) is not None and (isinstance(value, dict) or key not in FOREIGN_KEYS):
+    of_deepspeed = find((key,)) is not None and what_is_wrong((key,), value) is None
+    if of_deepspeed and (isinstance(value, dict) or key not in FOREIGN_KEYS):
         hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{key}...)"
     elif translated := translate(key, value):
         hint = f"in dstrain: {translated}"

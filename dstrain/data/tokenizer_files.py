@@ -33,6 +33,21 @@ VOCABULARY_FILES = tuple(
 """A folder with one of these has a tokenizer."""
 
 
+_OF_OTHER_FILES = frozenset(
+    {
+        *("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "quantization_config"),
+        *("compression_config", "peft_config", "assistant_model", "transformers_weights", "local_files_only"),
+        *("tokenizer_class", "processor_class", "image_processor_type", "feature_extractor_type"),
+    }
+)
+
+
+def speaks_of_other_files(key: str) -> bool:
+    """Whether a key of a model's, a generation's or a tokenizer's configuration speaks of code, weights or classes
+    beside what was read. Files that are written elsewhere are complete without them."""
+    return key in _OF_OTHER_FILES or key.endswith(("name_or_path", "_file", "_files"))
+
+
 def tokenizer_folder(name: str) -> Path:
     """The folder that a tokenizer other than `BYTES` means.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dstrain.data.safe_cuts import SafeCuts
 from dstrain.data.sentencepiece_models import SENTENCEPIECE, check_conversion, vocabulary_alone
-from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
+from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, speaks_of_other_files, tokenizer_folder
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
@@ -176,7 +176,7 @@ class FolderTokenizer(Tokenizer):
         own = {
             name: value
             for name, value in written.items()
-            if name not in ("auto_map", "name_or_path") and not name.endswith("_file")
+            if name == "tokenizer_class" or not speaks_of_other_files(name)
         }
         if own != written:
             write_json(path, own)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.child_process import child_main
-from dstrain.data.tokenizer_files import BYTES
+from dstrain.data.tokenizer_files import BYTES, speaks_of_other_files
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
@@ -41,8 +41,11 @@ from dstrain.runs.checkpoint.manifest import read_manifest
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.run_data import prepare_run_data
 
-OF_OTHER_FILES = ("auto_map", "custom_pipelines", "custom_generate", "quantization_config")
-"""Keys of configurations that speak of code or weights beside the model at the start; the export has neither."""
+_OTHER_TOKENS = (
+    *("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "suppress_tokens"),
+    *("begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias"),
+)
+"""Keys of a generation's configuration that hold tokens beside the special ones: they mean those of one tokenizer."""
 
 
 def export(
@@ -168,9 +171,8 @@ def _write_descriptions(
     """config.json, generation_config.json and the tokenizer."""
     config.architectures = [tensors.architecture]
     config.dtype = str(tensors.dtype).removeprefix("torch.")
-    for name in OF_OTHER_FILES:
-        if hasattr(config, name):
-            delattr(config, name)
+    for name in [name for name in vars(config) if speaks_of_other_files(name) and name[:1] != "_"]:
+        delattr(config, name)  # transformers leaves its own `_name_or_path` out by itself
     # Where the tokenizer has none, the model's own stays only if it means a token of this tokenizer.
     keep = plan.model.folder is not None and _same_folder(plan.data.tokenizer, plan.model.folder)
     ids = {
@@ -188,7 +190,11 @@ def _write_descriptions(
         generation = json.loads(GenerationConfig.from_model_config(config).to_json_string())
     for name, wanted in ids.items():
         generation[name] = _agreeing(generation.get(name), wanted, keep=keep)
-    generation = {name: value for name, value in generation.items() if value is not None}
+    generation = {
+        name: value
+        for name, value in generation.items()
+        if value is not None and (keep or name not in _OTHER_TOKENS)
+    }
     write_json(folder / GENERATION_CONFIG_NAME, generation)
     tokenizer.save_pretrained(folder)
 
@@ -206,7 +212,9 @@ def _own_generation_config(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return {name: value for name, value in found.items() if name not in OF_OTHER_FILES} if found else None
+    return (
+        {name: value for name, value in found.items() if not speaks_of_other_files(name)} if found else None
+    )
 
 
 def _same_folder(one: str, other: str) -> bool:

@@ -58,11 +58,13 @@ def tokenizer_folder(tmp_path):
     return folder
 
 
-def exported(tmp_path, tokenizer_folder, model_folder, generation=None, **tensors):
+def exported(tmp_path, tokenizer_folder, model_folder, generation=None, others=None, **tensors):
     """The folder that is written for a model whose config has other ids."""
     (tmp_path / "model").mkdir()
     file = tmp_path / "model" / "config.json"
-    config = LlamaConfig(bos_token_id=11, eos_token_id=[12, 13], pad_token_id=14)
+    config = LlamaConfig.from_dict(
+        {"bos_token_id": 11, "eos_token_id": [12, 13], "pad_token_id": 14, **(others or {})}
+    )
     if generation is not None:
         (tmp_path / "model" / "generation_config.json").write_text(generation)
     made = plan()
@@ -94,6 +96,54 @@ def test_everything_agrees(generation, tmp_path, tokenizer_folder):
         assert told.temperature == 0.5, "what else it says stays"
     text = "".join(path.read_text() for path in out.glob("*.json"))
     assert "auto_map" not in text and "/gone" not in text
+
+
+BESIDE = {
+    "auto_map": {"AutoConfig": "gone.Own"},
+    "custom_pipelines": {"own": {"impl": "gone.Own"}},
+    "custom_generate": "gone/generate.py",
+    "trust_remote_code": True,
+    "quantization_config": {"quant_method": "gone"},
+    "compression_config": {"gone": 1},
+    "peft_config": {"gone": 1},
+    "assistant_model": "/gone/draft",
+    "transformers_weights": "gone.safetensors",
+    "adapter_file": "gone.bin",
+    "bad_words_file": "gone.txt",
+    "_name_or_path": "/gone/model",
+    "name_or_path": "/gone/model",
+    "base_model_name_or_path": "/gone/base",
+    "processor_class": "GoneProcessor",
+    "feature_extractor_type": "GoneExtractor",
+    "image_processor_type": "GoneProcessor",
+}
+
+
+def test_nothing_speaks_of_files_that_are_not_there(tmp_path, tokenizer_folder):
+    """In no file of the export, and the user's own notes stay."""
+    file = tokenizer_folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | BESIDE))
+    others = BESIDE | {"tokenizer_class": "GoneTokenizer", "a_note": "ours"}
+    out = exported(
+        tmp_path, tokenizer_folder, tokenizer_folder, json.dumps(BESIDE | {"a_note": "ours"}), others
+    )
+    for path in out.glob("*.json"):
+        assert "gone" not in path.read_text().lower(), path
+        assert "trust_remote_code" not in path.read_text(), path
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["a_note"] == "ours"
+    assert type(AutoTokenizer.from_pretrained(out)).__name__
+    assert AutoConfig.from_pretrained(out).vocab_size == LlamaConfig().vocab_size
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_tokens_of_another_tokenizer_are_not_forced(own, tmp_path, tokenizer_folder):
+    forced = {"forced_bos_token_id": 3, "suppress_tokens": [4], "bad_words_ids": [[3]]}
+    model = tokenizer_folder if own else tmp_path / "model"
+    out = exported(tmp_path, tokenizer_folder, model, json.dumps(forced | {"temperature": 0.5}))
+    told = json.loads((out / "generation_config.json").read_text())
+    assert told["temperature"] == 0.5 and (forced.items() <= told.items()) == own
+    assert own or not forced.keys() & told.keys()
 
 
 def test_where_positions_are_counted_from_the_padding_token_its_id_stays(tmp_path, tokenizer_folder):

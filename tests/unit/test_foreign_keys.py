@@ -157,3 +157,52 @@ def test_values_that_nobody_expects_have_an_answer_too() -> None:
 def test_the_named_trainers_are_those_of_the_field() -> None:
     named = {trainer for foreign in FOREIGN_KEYS.values() for trainer in foreign.trainers}
     assert {HF, DEEPSPEED, "axolotl", "LLaMA-Factory", "torchtitan"} <= named
+
+
+# What people write for want of a manual, or by memory of another trainer; and what they are told. "": no guess.
+_WRITTEN = {
+    "learning_rte": "lr: ",
+    "num_epochs": "steps: ",
+    "lr_": "did you mean lr?",
+    "steos": "did you mean steps?",
+    "pipline": "did you mean pipeline?",
+    "momentun": "did you mean momentum?",
+    "nnodes": "did you mean nodes?",
+    "block_size": "seq_len: ",
+    "wandb": "trackers: [wandb]",
+    "compile": "remove it: dstrain does not compile",
+    "tp": "dstrain",
+    "pp": "pipeline: ",
+    "dp": "data_parallel: ",
+    "epochs": "steps: ",
+    "grad_clip": "gradient_clipp",
+    "loss_scale": "deepspeed.fp16.loss_scale=",
+    "overlap_comm": "deepspeed.zero_optimization.overlap_comm=",
+    **dict.fromkeys(("strategy", "debug", "verbose", "rank", "device", "gpus", "port", "host", "master"), ""),
+    **dict.fromkeys(("x", "a", "bs", "ema", "dropout", "temperature", "resume", "shuffle", "project"), ""),
+    **dict.fromkeys(
+        ("num_bits", "top_k", "queue_depth", "passes", "group", "team", "fast", "metric", "detailed"), ""
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "words"), _WRITTEN.items())
+def test_a_hint_is_right_or_there_is_none(key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings=[f"{key}=2"] if key not in ("wandb", "overlap_comm") else [f"{key}=true"])
+    hint = caught.value.hint or ""
+    assert words in hint if words else hint.startswith("the keys are: "), hint
+
+
+def test_a_value_that_deepspeeds_key_does_not_take_is_not_sent_there() -> None:
+    for setting, words in {
+        "scheduler=cosine": "in dstrain: lr_schedule: cosine",
+        "loss_scale=dynamic": "the keys are: ",
+        "stage=2": "in dstrain: zero: 2",
+        "stage=pt": "in dstrain: remove it",
+        "fp16={enabled: true}": "under `deepspeed:`",
+        "compile={deepcompile: true}": "under `deepspeed:`",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(settings=[setting])
+        assert words in (caught.value.hint or ""), setting

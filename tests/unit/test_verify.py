@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dstrain.api import verifying
-from dstrain.api.events import SILENT
+from dstrain.api.events import SILENT, Events
 from dstrain.api.planning import Planned, plan_for
 from dstrain.api.verifying import shrink_model
 from dstrain.config.loader import load_config
@@ -101,12 +101,35 @@ def test_bound_is_twice_the_spread_or_the_floor(tmp_path: Path) -> None:
     assert bound_from([runs[0], runs[0]], 1e-5).weights == 1e-5
 
 
+def planned_as(*not_covered: str, **changes: Any) -> SimpleNamespace:
+    """What `_compare` looks at of a plan."""
+    return SimpleNamespace(plan=SimpleNamespace(not_covered=not_covered), shape=shape(**changes))
+
+
+def test_what_the_equality_proof_does_not_cover_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = 'DeepSpeed\'s communication_data_type = "bf16" (ds.json:1)'
+    monkeypatch.setattr(verifying, "_plan", lambda *each: (planned_as(key), each[3]))
+    monkeypatch.setattr(verifying, "_train", lambda planned, name: (make_run(tmp_path / name), 1.0))
+    told: list[str] = []
+
+    class Told(Events):
+        def note(self, text: str, kind: str = "note") -> None:
+            told.append(text)
+
+    verifying._compare(load_config(), [LayoutChoice(2, 2), LayoutChoice(2, 4)], tmp_path, Told())
+    assert [line for line in told if key in line] == [
+        f"not covered by the equality proof: {key}; a layout may differ because of it"
+    ]
+
+
 @pytest.mark.parametrize(("shift", "differs"), [(1e-6, False), (1e-3, True)])
 def test_a_layout_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, differs: bool
 ) -> None:
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
-        return SimpleNamespace(shape=shape()), name
+        return planned_as(), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         return make_run(tmp_path / name, shift=0.0 if name.startswith("one-process") else shift), 1.0
@@ -132,7 +155,7 @@ def test_a_layout_that_differs_is_an_error(
 def test_what_layouts_do_not_train_alike_is_refused_before_anything_is_trained(
     changes: dict[str, Any], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "_plan", lambda *_: (SimpleNamespace(shape=shape(**changes)), None))
+    monkeypatch.setattr(verifying, "_plan", lambda *_: (planned_as(**changes), None))
     monkeypatch.setattr(verifying, "_train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(DstrainError) as caught:
         verifying._compare(load_config(config_file=str(MINIMAL)), [LayoutChoice(2, 4)], tmp_path, SILENT)
@@ -149,7 +172,7 @@ def test_one_process_is_compared_with_itself_at_the_sizes_that_train_the_same_mo
 
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
         tried.extend(more.values())
-        return SimpleNamespace(shape=shape(**changes)), name
+        return planned_as(**changes), name
 
     monkeypatch.setattr(verifying, "_plan", plan)
     monkeypatch.setattr(verifying, "_train", lambda planned, name: (make_run(tmp_path / name), 1.0))
@@ -174,7 +197,7 @@ def test_the_end_of_one_layout_by_the_user_is_the_end_of_all(
 
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
         trained.append(name)
-        return SimpleNamespace(plan=None, shape=shape()), config
+        return planned_as(), config
 
     def launch(*_):  # type: ignore[no-untyped-def]
         folder = make_run(tmp_path / trained[-1])
@@ -202,7 +225,7 @@ def test_what_was_measured_is_kept_whatever_happens_to_the_next_layout(
     broken: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(resolved, choice, more, name, events, earlier):  # type: ignore[no-untyped-def]
-        return SimpleNamespace(shape=shape()), name
+        return planned_as(), name
 
     def train(planned, name):  # type: ignore[no-untyped-def]
         if name == "zero2-pp2-dp1":
