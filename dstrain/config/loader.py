@@ -332,8 +332,7 @@ def _unknown_key(key: str, value: Any, origins: Mapping[Path_, Origin]) -> Dstra
     near += difflib.get_close_matches(key.lower(), FOREIGN_KEYS, n=1, cutoff=_NEAR_FOREIGN)
     near.sort(key=lambda name: difflib.SequenceMatcher(None, key.lower(), name).ratio(), reverse=True)
     hint = f"the keys are: {', '.join(field_names())}"
-    of_deepspeed = find((key,)) is not None and what_is_wrong((key,), value) is None
-    if of_deepspeed and (isinstance(value, dict) or key not in FOREIGN_KEYS):
+    if find((key,)) is not None and (isinstance(value, dict) or key not in FOREIGN_KEYS):
         hint = f"DeepSpeed keys belong under `deepspeed:` (--set deepspeed.{key}...)"
     elif translated := translate(key, value):
         hint = f"in dstrain: {translated}"

@@ -228,7 +228,10 @@ def test_any_key_with_a_letter_left_out_is_found_again(path: tuple[str, ...], da
 
 
 def test_a_key_of_deepspeeds_at_top_level_is_shown_its_place(tmp_path: Path) -> None:
-    for key, place in (("compile", "compile"), ("round_robin_gradients", "zero_optimization.round_robin")):
+    for key, place in (
+        ("dump_state", "dump_state"),
+        ("round_robin_gradients", "zero_optimization.round_robin"),
+    ):
         with pytest.raises(DstrainError, match="unknown key") as caught:
             load_config(config_file=own(tmp_path, f"{key}: true\n"))
         assert f"--set deepspeed.{place}" in (caught.value.hint or "")

@@ -30,7 +30,7 @@ MODELS = {
         hint="--init random"
     ),
     "model: pretrained without a tokenizer": run(
-        "--init", "pretrained", place="quickstart.yaml", reason="has no tokenizer", hint="--tokenizer FOLDER"
+        "--init", "pretrained", place="fine-tune.yaml", reason="has no tokenizer", hint="--tokenizer FOLDER"
     ),
     "config.json: none": _model(None, "--model", "m has no config.json", "Hugging Face model folder"),
     "config.json: a pipe": _model(FIFO, "--model", "m has no config.json", "Hugging Face model folder"),
