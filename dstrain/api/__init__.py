@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dstrain.api.checkpoint_list import CheckpointInfo, checkpoints
+    from dstrain.api.data_samples import data_samples
     from dstrain.api.diagnosing import DoctorResult, doctor
     from dstrain.api.events import Events, Step
     from dstrain.api.exporting import ExportResult, export, generate
@@ -45,6 +46,7 @@ __all__ = [
     "VerifyResult",
     "VerifyRow",
     "checkpoints",
+    "data_samples",
     "doctor",
     "export",
     "fit",
@@ -78,6 +80,7 @@ _HOMES = {
     "VerifyResult": "dstrain.api.verifying",
     "VerifyRow": "dstrain.api.verifying",
     "checkpoints": "dstrain.api.checkpoint_list",
+    "data_samples": "dstrain.api.data_samples",
     "doctor": "dstrain.api.diagnosing",
     "export": "dstrain.api.exporting",
     "fit": "dstrain.api.fitting",

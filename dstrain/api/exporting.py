@@ -113,19 +113,23 @@ def generate(
     tokens: int = 120,
     temperature: float = 0.7,
     seed: int = 0,
+    chat: bool = False,
+    system: str = "",
     events: Events = SILENT,
 ) -> str:
-    """Let a Hugging Face causal language model continue a prompt.
+    """Let a Hugging Face causal language model continue a prompt, or answer a user.
 
     Args:
         folder: of `export`, or any model folder with a tokenizer.
         tokens: at most so many.
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling.
+        chat: the prompt is what a user says; the tokenizer's chat template makes a conversation of it.
+        system: with ``chat``: a system message in front.
         events: told of the progress.
 
     Returns:
-        The prompt and its continuation.
+        The prompt and its continuation; with ``chat``, the answer.
 
     Raises:
         DstrainError: the model or its tokenizer can't be loaded, or the prompt fills all positions.
@@ -138,7 +142,16 @@ def generate(
             hint="`dstrain export RUN FOLDER` creates one from a run",
         )
     note_owner(events, place)
-    choices = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
+    if system and not chat:
+        raise DstrainError("a system message needs a conversation", where="--system", hint="add --chat")
+    choices = {
+        "prompt": prompt,
+        "tokens": tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "chat": chat,
+        "system": system,
+    }
     answer = _ask("dstrain.exporting.generate", {"folder": str(place)} | choices, events)
     text: str = answer["text"]
     return text

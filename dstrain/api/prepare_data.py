@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, progress_to
 from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
+from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
-from dstrain.data.own_documents import Corpus, OwnSource, read_answer
+from dstrain.data.own_documents import OwnSource, TextCorpus, read_answer
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.plan import PlannedData
@@ -21,7 +22,7 @@ from dstrain.strict_json import to_json
 
 # The user's code is run twice before its documents are trusted, and hashes of Python's differ between the two: what
 # comes in the order of a set shows.
-_HASH_SEEDS = {"dstrain.data.own_documents": "1", "dstrain.data.prepare": "2"}
+_HASH_SEEDS = {"dstrain.data.own_documents": "1", "dstrain.data.prepare": "2", "dstrain.data.show": "2"}
 
 
 def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> PlannedData:
@@ -35,27 +36,59 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     """
     config = resolved.config
     own = _own_source(resolved, events) if is_code(config.data) else None
-    source: Corpus = own or find_files(config.data)
-    choices: dict[str, Any] = {
+    source: TextCorpus = own or find_files(config.data)
+    choices = _choices(resolved)
+    records = RecordOptions.of(config)
+    cache = cache_folder() / "data"
+    clear_leftovers(cache_folder())
+    if note := cache_note():
+        events.note(note)
+    known = read_summary(
+        summary_file(cache, source, tokenizer_state(tokenizer), **choices, records=records.state)
+    )
+    if known is None:
+        known = _asked("dstrain.data.prepare", _request(resolved, tokenizer, own), resolved, events)
+    data = PlannedData.from_record(known)
+    return (
+        data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
+    )
+
+
+def look_at_data(
+    resolved: ResolvedConfig, tokenizer: str, samples: Sequence[int], events: Events
+) -> dict[str, Any]:
+    """Training samples in pieces, and statistics of the data: see `dstrain.data.show`.
+
+    Raises:
+        DstrainError: the data can't be used.
+    """
+    prepare_data(resolved, tokenizer, events)
+    own = _own_source(resolved, events) if is_code(resolved.config.data) else None
+    request = {**_request(resolved, tokenizer, own), "samples": list(samples)}
+    return _asked("dstrain.data.show", request, resolved, events)
+
+
+def _choices(resolved: ResolvedConfig) -> dict[str, Any]:
+    config = resolved.config
+    return {
         "seq_len": config.seq_len,
         "validation": config.validation,
         "pack": config.pack,
         "begin": config.begin_token,
     }
-    cache = cache_folder() / "data"
-    clear_leftovers(cache_folder())
-    if note := cache_note():
-        events.note(note)
-    known = read_summary(summary_file(cache, source, tokenizer_state(tokenizer), **choices))
-    if known is None:
-        named = own.request() if own else {"source": config.data}
-        request = {**named, "tokenizer": tokenizer, "cache_dir": str(cache), **choices}
-        request["max_document_bytes"] = config.max_document_bytes
-        known = _asked("dstrain.data.prepare", request, resolved, events)
-    data = PlannedData.from_record(known)
-    return (
-        data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
-    )
+
+
+def _request(resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None) -> dict[str, Any]:
+    """The arguments of `dstrain.data.prepare`."""
+    config = resolved.config
+    return {
+        **(own.request() if own else {"source": config.data}),
+        "tokenizer": tokenizer,
+        "cache_dir": str(cache_folder() / "data"),
+        **_choices(resolved),
+        "max_document_bytes": config.max_document_bytes,
+        "records": asdict(RecordOptions.of(config)),
+    }
 
 
 def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:

@@ -26,7 +26,15 @@ from dstrain.cli.once_options import OnceOptions
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed of the sampling."
 )
-def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="PROMPT is what a user says: use the model's chat template, and print the answer.",
+)
+@click.option("--system", default="", metavar="TEXT", help="With --chat: a system message.")
+def command(
+    folder: Path, prompt: str, tokens: int, temperature: float, seed: int, chat: bool, system: str
+) -> None:
     """Continue PROMPT with the model in FOLDER (from `dstrain export`, or any Hugging Face model).
 
     On a terminal, control characters in the text are shown as escapes (\\x1b); into a file or a pipe it goes as it is.
@@ -35,5 +43,14 @@ def command(folder: Path, prompt: str, tokens: int, temperature: float, seed: in
     from dstrain.cli.showing.progress import PROGRESS
     from dstrain.formatting import plain
 
-    text = generate(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, events=PROGRESS)
+    text = generate(
+        folder,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        system=system,
+        events=PROGRESS,
+    )
     click.echo(plain(text) if sys.stdout.isatty() else text, color=True)

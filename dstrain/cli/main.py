@@ -30,6 +30,7 @@ COMMANDS = {
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and verify their checksums."),
     "export": ("dstrain.cli.export", "Export a run's model as a Hugging Face folder, and check it."),
     "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
+    "data": ("dstrain.cli.data", "Show what the model gets of the data."),
     "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
 

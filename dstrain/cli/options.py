@@ -22,6 +22,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _WITHOUT_FLAG = (
     "deepspeed",
     "data_options",
+    "data_fields",
     "loss_options",
     "optimizer_options",
     "lr_schedule_options",

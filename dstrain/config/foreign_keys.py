@@ -15,6 +15,7 @@ from typing import Any
 from dstrain.config.values import leaves
 
 HF = "HF Trainer"
+TRL = "TRL"
 AXOLOTL = "axolotl"
 LLAMA_FACTORY = "LLaMA-Factory"
 TORCHTITAN = "torchtitan"
@@ -126,6 +127,10 @@ def _pipeline_schedule(value: Any) -> str:
     return f"schedule: {_PIPELINE_SCHEDULES.get(str(value).lower(), '1f1b or dualpipev')}"
 
 
+def _too_long(value: Any) -> str:
+    return f"too_long: {({'drop': 'drop', 'truncate': 'cut', 'raise': 'error'}).get(str(value).lower(), 'error')}"
+
+
 def _strategy(key: str, count: str, never: str) -> Callable[[Any], str]:
     def translate(value: Any) -> str:
         if value in (False, "no"):
@@ -190,7 +195,11 @@ def _stage(value: Any) -> str:
     """LLaMA-Factory's task, or ZeRO's number without its block."""
     if value in (0, 1, 2, 3) and not isinstance(value, bool):
         return _written("zero", value)
-    return "remove it: dstrain trains on text, which there is stage: pt"
+    known = {
+        "pt": "remove it: texts are trained on as texts",
+        "sft": "remove it, and start from --recipe sft",
+    }
+    return known.get(str(value).lower(), "remove it: dstrain trains on texts and on conversations")
 
 
 def _recent(value: Any) -> str:
@@ -352,6 +361,15 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
         },
     ),
     **_entries(
+        (TRL,),
+        {
+            "assistant_only_loss": (_switch("train_on: assistant, the default", "train_on: all"), True),
+            "completion_only_loss": (_switch("train_on: assistant, the default", "train_on: all"), True),
+            "dataset_text_field": (lambda value: f"data_fields: {{text: {_json(value)}}}", "content"),
+            "chat_template_path": (_same("chat_template"), "chat.jinja"),
+        },
+    ),
+    **_entries(
         (AXOLOTL,),
         {
             "base_model": (_same("model"), "my/model"),
@@ -359,6 +377,9 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "tokenizer_config": (_same("tokenizer"), "folder"),
             "sequence_len": (_same("seq_len"), 2048),
             "sample_packing": (_same("pack"), True),
+            "train_on_inputs": (_switch("train_on: all", "train_on: assistant, the default"), False),
+            "roles_to_train": (_note("train_on: assistant, last or all"), ["assistant"]),
+            "excess_length_strategy": (_too_long, "drop"),
             "eval_sample_packing": (_note("pack: true, for training and validation alike"), True),
             "pad_to_sequence_len": (
                 _note("remove it: samples always have seq_len tokens"),
@@ -431,6 +452,9 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "neat_packing": (_same("pack"), True),
             "flash_attn": (_flash, "fa2"),
             "stage": (_stage, "pt"),
+            "train_on_prompt": (_switch("train_on: all", "train_on: assistant, the default"), True),
+            "mask_history": (_switch("train_on: last", "train_on: assistant, the default"), True),
+            "formatting": (_note("data_format: messages, sharegpt, alpaca or auto"), "sharegpt"),
             "finetuning_type": (
                 _switch(
                     "remove it: all parameters are trained, unless freeze: [patterns] names some", "remove it"
@@ -441,7 +465,10 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "lora_rank": (_note(_NO_ADAPTERS), 8),
             "lora_target": (_note(_NO_ADAPTERS), "all"),
             "quantization_bit": (_note(_NO_ADAPTERS), 4),
-            "template": (_note("remove it: dstrain trains on text as it stands"), "llama3"),
+            "template": (
+                _note("remove it: the tokenizer's own is taken; or chat_template: chatml, or a Jinja file"),
+                "llama3",
+            ),
             "preprocessing_num_workers": (_note(_LOADER), 16),
             "overwrite_cache": (_note("remove it: the cache knows when the data has changed"), True),
             "plot_loss": (

@@ -67,6 +67,31 @@ class RunConfig(BaseModel):
         {},
         description="keyword arguments of a dataset of your own",
     )
+    data_format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"] = Field(
+        "auto",
+        description="format of the records of JSON Lines files; auto: that of the first record, by its fields",
+    )
+    data_fields: dict[str, str] = Field(
+        {},
+        description="names of the fields in your files, where they are not those of the format: {text: content}",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="chat template of conversations: a file with a Jinja template, one of the tokenizer's by name, or"
+        " chatml; default: the tokenizer's own",
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="what of a conversation counts in the loss: assistant: what the assistant writes, with the token"
+        " that ends its turn; last: its last turn; all: every token",
+    )
+    on_bad_record: Literal["error", "skip"] = Field(
+        "error", description="what to do with a conversation that can't be trained on: stop, or leave it out"
+    )
+    too_long: Literal["error", "drop", "cut"] = Field(
+        "error",
+        description="what to do with a conversation of more than seq_len tokens: stop, leave it out, or cut it",
+    )
     attention: str = Field(
         "auto",
         description="attention implementation: sdpa, eager, flex_attention, flash_attention_2, flash_attention_3;"

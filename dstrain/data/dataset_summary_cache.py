@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.own_documents import Corpus
-from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, tokenizer_folder
+from dstrain.data.own_documents import TextCorpus
+from dstrain.data.tokenizer_files import BYTES, CHAT_TEMPLATE_FILES, TOKENIZER_FILES, tokenizer_folder
 from dstrain.shared_caches import is_own, write_own
 from dstrain.strict_json import to_json
 from dstrain.version import __version__
@@ -41,21 +42,22 @@ def tokenizer_state(tokenizer: str) -> State:
     return [
         [tokenizer, importlib.metadata.version("transformers")],  # the summary says its name
         # Where the tokenizer's own files do not name its class, the model's do.
-        *_state(tokenizer_folder(tokenizer), (*TOKENIZER_FILES, "config.json")),
+        *_state(tokenizer_folder(tokenizer), (*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, "config.json")),
     ]
 
 
 def summary_file(
     cache_dir: Path,
-    source: Corpus,
+    source: TextCorpus,
     tokenizer: State,
     *,
     seq_len: int,
     validation: float,
     pack: bool,
     begin: str,
+    records: Sequence[Any] = (),
 ) -> Path:
-    """Where the summary of these choices is kept, if it is.
+    """Where the summary of these choices is kept, if it is. ``records``: the state of `RecordOptions`.
 
     Another version of dstrain has another: also one of a checkout that was changed, so that no number needs to be
     raised manually.
@@ -64,11 +66,11 @@ def summary_file(
     content = to_json(
         [
             __version__,
-            _state(here, sorted(path.name for path in here.glob("*.py"))),
+            _state(here, sorted(str(path.relative_to(here)) for path in here.rglob("*.py"))),
             source.name,
             *source.state,
             tokenizer,
-            [seq_len, validation, pack, begin],
+            [seq_len, validation, pack, begin, *records],
         ]
     )
     return cache_dir / "summaries" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"

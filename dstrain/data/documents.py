@@ -6,16 +6,17 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from dstrain.data.chat.formats import name_of_kind, text_of
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
 from dstrain.data.json_array import read_array
 from dstrain.data.sources import Source, SourceFile
 from dstrain.errors import DstrainError
 
-TEXT_FIELD = "text"
 _LINE = 'each line is one object: {"text": "..."}'
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
@@ -40,6 +41,32 @@ class DocumentPart:
     last: bool = True
 
 
+@dataclass(frozen=True)
+class JsonRecord:
+    """An object of a JSON-lines file, or of a file that is one JSON array.
+
+    Attributes:
+        where: its ``FILE:LINE``.
+        bytes_read: how many of the source's bytes were read to get there.
+        what: of the file it is: a line, or an element.
+        error: why there is none.
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+    bytes_read: int
+    what: str = "line"
+    error: DstrainError | None = None
+
+    def placed(self, error: DstrainError) -> DstrainError:
+        """What is wrong with this record, with its place."""
+        error.where = self.where
+        if self.what != "line":
+            error.message = error.message.replace("this line", f"this {self.what}")
+            error.hint = error.hint and error.hint.replace("each line", f"each {self.what}")
+        return error
+
+
 def read_documents(source: Source) -> Iterator[DocumentPart]:
     """The documents in the order of the source's files, and of the lines of a JSON-lines file.
 
@@ -52,22 +79,28 @@ def read_documents(source: Source) -> Iterator[DocumentPart]:
     """
     before = 0
     for file in source.files:
-        try:
+        with _errors_of(file):
             if file.kind == "text":
                 parts = _read_text(file, source.max_document_bytes or LARGEST_FILE)
             else:
-                parts = _read_json_lines(file, source.max_document_bytes or LARGEST_LINE)
+                parts = _read_json_texts(file, source.max_document_bytes or LARGEST_LINE, source.text_field)
             for part in parts:
                 yield replace(part, bytes_read=before + part.bytes_read)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DstrainError(
-                f"incomplete or damaged gzip file: {error}",
-                hint="copy it again; `gzip -t` checks it",
-                where=file.path,
-            ) from error
-        except OSError as error:
-            raise DstrainError(f"can't be read: {error.strerror or error}", where=file.path) from error
         before += file.size
+
+
+@contextmanager
+def _errors_of(file: SourceFile) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DstrainError(
+            f"incomplete or damaged gzip file: {error}",
+            hint="copy it again; `gzip -t` checks it",
+            where=file.path,
+        ) from error
+    except OSError as error:
+        raise DstrainError(f"can't be read: {error.strerror or error}", where=file.path) from error
 
 
 def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
@@ -105,7 +138,37 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
             block = following
 
 
-def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
+def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonRecord]:
+    """The objects of the source's JSON-lines files, in their order.
+
+    Args:
+        keep_errors: a line or an element that is no object is a record with its error.
+
+    Raises:
+        DstrainError: as `read_documents`.
+    """
+    before = 0
+    for file in source.files:
+        if file.kind == "json lines":
+            with _errors_of(file):
+                for record in _json_records(file, source.max_document_bytes or LARGEST_LINE):
+                    if record.error is not None and not keep_errors:
+                        raise record.error
+                    yield replace(record, bytes_read=before + record.bytes_read)
+        before += file.size
+
+
+def _read_json_texts(file: SourceFile, limit: int, field: str) -> Iterator[DocumentPart]:
+    for record in _json_records(file, limit):
+        if record.error is not None:
+            raise record.error
+        try:
+            yield DocumentPart(text_of(record.fields, field), record.bytes_read)
+        except DstrainError as error:
+            raise record.placed(error) from None
+
+
+def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
     with open(file.path, "rb") as raw:
         lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
         plain_bytes, begun = 0, False
@@ -116,8 +179,8 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
                 refuse_other_kinds(line, file.path)
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if not begun and line.lstrip().startswith(b"["):
-                for value, at in read_array(line, lines, file.path, number, limit):
-                    yield DocumentPart(_text_in(value, "element", f"{file.path}:{at}"), raw.tell())
+                for value, at in read_array(line, lines, file.path, number, limit, whole_number):
+                    yield _record(value, "element", f"{file.path}:{at}", raw.tell())
                 return
             begun = begun or bool(line.strip())
             if len(line) > limit:
@@ -129,58 +192,35 @@ def _read_json_lines(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
                 )
             if line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
-                yield DocumentPart(_text_of(line, number, where), plain_bytes if lines is raw else raw.tell())
+                bytes_read = plain_bytes if lines is raw else raw.tell()
+                text = _decode(line, file.path, first_line=number)
+                try:
+                    value = json.loads(text, parse_int=whole_number)
+                except json.JSONDecodeError as error:
+                    message = f"this line is not JSON: {error.msg} at column {error.colno}"
+                    wrong = DstrainError(message, hint=_LINE, where=where)
+                    yield JsonRecord({}, where, bytes_read, error=wrong)
+                except RecursionError:
+                    wrong = DstrainError("this line's JSON is nested too deeply to be read", where=where)
+                    yield JsonRecord({}, where, bytes_read, error=wrong)
+                else:
+                    yield _record(value, "line", where, bytes_read)
 
 
-def _text_of(line: bytes, number: int, where: str) -> str:
-    """The text field of one JSON line."""
+def _record(value: Any, what: str, where: str, bytes_read: int) -> JsonRecord:
+    if isinstance(value, dict):
+        return JsonRecord(value, where, bytes_read, what)
+    record = JsonRecord({}, where, bytes_read, what)
+    wrong = DstrainError(f"this line holds {name_of_kind(value)}, not an object", hint=_LINE)
+    return replace(record, error=record.placed(wrong))
+
+
+def whole_number(digits: str) -> int | float:
+    """A whole number of JSON. Of more digits than Python reads at once: as a float, since it is part of no text."""
     try:
-        # Numbers of any length: none of them is the text.
-        value: Any = json.loads(
-            _decode(line, where.removesuffix(f":{number}"), first_line=number), parse_int=float
-        )
-    except json.JSONDecodeError as error:
-        raise DstrainError(
-            f"this line is not JSON: {error.msg} at column {error.colno}",
-            hint=_LINE,
-            where=where,
-        ) from None
-    except RecursionError:
-        raise DstrainError("this line's JSON is nested too deeply to be read", where=where) from None
-    return _text_in(value, "line", where)
-
-
-def _text_in(value: Any, what: str, where: str) -> str:
-    """The text field of an object; ``what``: of the file it is."""
-    hint = _LINE.replace("line", what)
-    if not isinstance(value, dict):
-        raise DstrainError(
-            f"this {what} holds {_name(value)}, not an object",
-            hint=hint,
-            where=where,
-        )
-    if TEXT_FIELD not in value:
-        keys = ", ".join(repr(key) for key in list(value)[:12]) or "none"
-        raise DstrainError(
-            f"this {what} has no field {TEXT_FIELD!r}; its fields are {keys}", hint=hint, where=where
-        )
-    text = value[TEXT_FIELD]
-    if not isinstance(text, str):
-        keys = ", ".join(repr(key) for key in list(value)[:12])
-        raise DstrainError(
-            f"the field {TEXT_FIELD!r} holds {_name(text)}, not a string (fields: {keys})",
-            hint=hint,
-            where=where,
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        escape = f"\\u{ord(text[error.start]):04x}"
-        raise DstrainError(
-            f"character {error.start} is half a surrogate pair ({escape}), which UTF-8 can't encode",
-            where=where,
-        ) from None
-    return text
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _decode(content: bytes, path: str, *, first_line: int) -> str:
@@ -188,15 +228,3 @@ def _decode(content: bytes, path: str, *, first_line: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(error, path, first_line) from None
-
-
-def _name(value: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "an array",
-        dict: "an object",
-    }
-    return "null" if value is None else names[type(value)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from dstrain.data.encodings import not_utf8
@@ -18,18 +18,24 @@ _LONGEST_TOKEN = 16
 
 
 def read_array(
-    begin: bytes, stream: IO[bytes], path: str, line: int, limit: int
+    begin: bytes,
+    stream: IO[bytes],
+    path: str,
+    line: int,
+    limit: int,
+    parse_int: Callable[[str], Any] = float,
 ) -> Iterator[tuple[Any, int]]:
-    """The elements of a JSON array, each with the number of the line that it begins on. Whole numbers become floats.
+    """The elements of a JSON array, each with the number of the line that it begins on.
 
     Args:
         begin: what was read of the stream, from the line on that opens the array: the one numbered ``line``.
         limit: the largest element, in bytes.
+        parse_int: of the digits of a whole number, which may be many.
 
     Raises:
         DstrainError: with the line of what is not JSON, too large, or missing.
     """
-    text = _Text(begin, stream, path, line)
+    text = _Text(begin, stream, path, line, parse_int)
     text.skip("[")
     while text.next() != "]":
         at = text.line
@@ -50,11 +56,13 @@ def read_array(
 class _Text:
     """A part of the stream's text, and a place in it."""
 
-    def __init__(self, begin: bytes, stream: IO[bytes], path: str, line: int) -> None:
+    def __init__(
+        self, begin: bytes, stream: IO[bytes], path: str, line: int, parse_int: Callable[[str], Any]
+    ) -> None:
         self._stream = stream
         self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder(parse_int=float)  # numbers of any length
+        self._json = json.JSONDecoder(parse_int=parse_int)
         self._text, self._place, self._ended = "", 0, False
         self.line = line
         self._add(begin)

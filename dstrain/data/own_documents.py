@@ -69,7 +69,7 @@ class OwnSource:
         return {"source": self.name, "own": own}
 
 
-Corpus = Source | OwnSource
+TextCorpus = Source | OwnSource
 
 
 class _Hash:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,16 +28,40 @@ class TokenStream:
         tokens: [file tokens], any unsigned integers, usually a memory map.
         starts: int64 [documents], where in `tokens` each document starts.
         lengths: int64 [documents], its tokens with its end-of-document token, at least 1.
+        trained: uint8 [file tokens / 8], a bit for each token, the first in the lowest bit of a byte: whether it is to
+            be predicted; None: all are.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    trained: np.ndarray | None = None
 
     @property
     def size(self) -> int:
         """Tokens in the stream."""
         return int(self.lengths.sum())
+
+
+class Rows(Protocol):
+    """Rows of equal length, by their numbers."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def rows(self, ids: np.ndarray) -> Batch:
+        """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
+
+    def label_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
+
+    def filled(self, ids: np.ndarray) -> np.ndarray:
+        """How many tokens of each of these rows are not padding: int [n] -> int64 [n]."""
+
+    @property
+    def padding(self) -> float:
+        """The share of tokens that only fill rows up."""
 
 
 class PackedRows:
@@ -50,7 +74,7 @@ class PackedRows:
     """
 
     def __init__(self, stream: TokenStream, seq_len: int) -> None:
-        _check(stream, seq_len)
+        check_stream(stream, seq_len)
         self.seq_len = seq_len
         self._tokens = stream.tokens
         self._ends = np.cumsum(stream.lengths, dtype=np.int64)  # in the stream, of each document
@@ -70,7 +94,7 @@ class PackedRows:
 
     def rows(self, ids: np.ndarray) -> Batch:
         """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
-        ids = _checked(ids, self._rows)
+        ids = checked_rows(ids, self._rows)
         first = ids[:, None] * self.seq_len
         place = first + np.arange(self.seq_len, dtype=np.int64)
         document = np.searchsorted(self._ends, place, side="right")
@@ -86,8 +110,12 @@ class PackedRows:
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        counts: np.ndarray = self._label_tokens[_checked(ids, self._rows)]
+        counts: np.ndarray = self._label_tokens[checked_rows(ids, self._rows)]
         return counts
+
+    def filled(self, ids: np.ndarray) -> np.ndarray:
+        """All tokens are text: int [n] -> int64 [n]."""
+        return np.full(checked_rows(ids, self._rows).shape, self.seq_len)
 
     @property
     def padding(self) -> float:
@@ -110,7 +138,7 @@ class SeparateRows:
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, padding: int) -> None:
-        _check(stream, seq_len)
+        check_stream(stream, seq_len)
         self.seq_len = seq_len
         self._stream = stream
         self._fill = padding
@@ -124,7 +152,7 @@ class SeparateRows:
 
     def rows(self, ids: np.ndarray) -> Batch:
         """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
-        start, left = self._pieces(_checked(ids, self._rows))
+        start, left = self._pieces(checked_rows(ids, self._rows))
         place = np.arange(self.seq_len, dtype=np.int64)
         is_token, has_label = place < left[:, None], place + 1 < left[:, None]
         at = start[:, None] + place
@@ -136,8 +164,14 @@ class SeparateRows:
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        _, left = self._pieces(_checked(ids, self._rows))
+        _, left = self._pieces(checked_rows(ids, self._rows))
         counts: np.ndarray = np.minimum(left - 1, self.seq_len)
+        return counts
+
+    def filled(self, ids: np.ndarray) -> np.ndarray:
+        """How many tokens of each of these rows are not padding: int [n] -> int64 [n]."""
+        _, left = self._pieces(checked_rows(ids, self._rows))
+        counts: np.ndarray = np.minimum(left, self.seq_len)
         return counts
 
     @property
@@ -145,8 +179,7 @@ class SeparateRows:
         """The share of tokens that only fill rows up."""
         if not self._rows:
             return 0.0
-        _, left = self._pieces(np.arange(self._rows))
-        return 1.0 - float(np.minimum(left, self.seq_len).mean()) / self.seq_len
+        return 1.0 - float(self.filled(np.arange(self._rows)).mean()) / self.seq_len
 
     def _pieces(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in the token file each of these rows begins, and how many tokens its document has from there."""
@@ -160,17 +193,16 @@ class SeparateRows:
         return np.where(there, self._stream.tokens[np.where(there, at, 0)].astype(np.int64), otherwise)
 
 
-Rows = PackedRows | SeparateRows
-
-
-def _check(stream: TokenStream, seq_len: int) -> None:
+def check_stream(stream: TokenStream, seq_len: int) -> None:
+    """Raises ValueError for what can't be put into rows."""
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, not {seq_len}")
     if stream.lengths.size and stream.lengths.min() < 1:
         raise ValueError("a document without tokens can't be put into a row")
 
 
-def _checked(ids: np.ndarray, rows: int) -> np.ndarray:
+def checked_rows(ids: np.ndarray, rows: int) -> np.ndarray:
+    """Numbers of rows as int64. Raises IndexError where there are not so many."""
     ids = np.asarray(ids, dtype=np.int64)
     if ids.size and (ids.min() < 0 or ids.max() >= rows):
         raise IndexError(f"rows {ids.min()}..{ids.max()} are asked for, and there are {rows}")

@@ -16,18 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dstrain.child_process import child_main
+from dstrain.data.chat.corpus import ConversationSource, Corpus, source_of
+from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
-from dstrain.data.own_documents import Corpus, OwnSource, answer
+from dstrain.data.own_documents import OwnSource, answer
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
-_OPTIONAL = {"own", "max_document_bytes"}
+_OPTIONAL = {"own", "max_document_bytes", "records"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
@@ -45,7 +50,7 @@ class PackedData:
 
     `fingerprint` is a hash of the tokens, the sequence length, the split and whether rows are packed, not of file
     names or times: hosts with equal fingerprints hold the same rows under the same numbers. `folder` is that of the
-    token cache in which they lie.
+    token cache in which they lie. `lengths` are the tokens of each document, int64 [documents].
     """
 
     train: Rows
@@ -58,6 +63,12 @@ class PackedData:
     empty_documents: int
     tokens: int
     folder: Path
+    lengths: np.ndarray
+    trained_tokens: int | None = None
+    cut_documents: int = 0
+    dropped_documents: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    rendered: bool = False
 
     def summary(self) -> dict[str, Any]:
         """What `dstrain` tells of the data, as JSON values. Tokens count what documents begin and end with; `padding`
@@ -82,6 +93,22 @@ class PackedData:
             "documents_hash": self.source.content if isinstance(self.source, OwnSource) else "",
             "begins_with": self.tokenizer.begins_with,
             "ends_with": self.tokenizer.ends_with,
+            **self._of_conversations(),
+        }
+
+    def _of_conversations(self) -> dict[str, Any]:
+        if not isinstance(self.source, ConversationSource):
+            return {}
+        return {
+            "begins_with": "",
+            "ends_with": " ".join(self.tokenizer.token_text([token]) for token in self.stop_tokens),
+            "format": self.source.format,
+            "chat_template": self.source.template.source if self.rendered else "",
+            "stop_tokens": list(self.stop_tokens),
+            "trained_tokens": self.trained_tokens,
+            "cut_documents": self.cut_documents,
+            "dropped_documents": self.dropped_documents,
+            "train_on": self.source.options.train_on,
         }
 
 
@@ -94,6 +121,7 @@ def prepare(
     pack: bool = True,
     max_document_bytes: int | None = None,
     begin: str = "auto",
+    records: RecordOptions | None = None,
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -110,6 +138,7 @@ def prepare(
         max_document_bytes: None: as `dstrain.data.documents` has it.
         pack: fill each row with as many documents as it takes, else with one and padding.
         begin: what documents begin with: see `dstrain.data.tokenizers.load_tokenizer`.
+        records: the format of records, and what of conversations is trained.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -126,8 +155,11 @@ def prepare(
     if isinstance(source, OwnSource):
         files = source
     else:
-        files = replace(find_files(source), max_document_bytes=max_document_bytes)
+        found = replace(find_files(source), max_document_bytes=max_document_bytes)
+        files = source_of(found, records or RecordOptions(), tokens_of)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
+    if isinstance(files, ConversationSource):
+        return _conversations(files, tokens, tokens_of, seq_len, validation, pack)
     train, held = split_stream(tokens.stream, validation)
     if pack:
         _check_rows(tokens, train, held, seq_len, validation, files)
@@ -150,6 +182,64 @@ def prepare(
         empty_documents=tokens.empty_documents,
         tokens=tokens.stream.size,
         folder=tokens.folder,
+        lengths=tokens.stream.lengths,
+    )
+
+
+def _conversations(
+    source: ConversationSource,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    validation: float,
+    pack: bool,
+) -> PackedData:
+    """The rows of conversations, none of which is cut where that was not said."""
+    stream, too_long = tokens.stream, source.options.too_long
+    longer = int((stream.lengths > seq_len).sum())
+    if longer and too_long == "error":
+        raise DstrainError(
+            f"{longer:,} of {stream.lengths.size:,} conversations have more than seq_len = {seq_len:,} tokens, up to"
+            f" {stream.lengths.max():,}",
+            where=source.place,
+            hint=f"set seq_len to {stream.lengths.max():,}; or too_long: drop leaves them out, too_long: cut cuts them",
+        )
+    fitted = fit(stream, seq_len, too_long)
+    if not fitted.stream.lengths.size:
+        raise DstrainError(
+            f"no conversation has a part to train on in its first {seq_len:,} tokens",
+            where=source.place,
+            hint=f"set seq_len to {stream.lengths.max():,}",
+        )
+    train, held = split_stream(fitted.stream, validation)
+    if held is not None and fitted.stream.lengths.size == 1:
+        raise DstrainError(
+            "a single conversation can't be divided into training and validation",
+            where=source.place,
+            hint="add more, or set validation to 0",
+        )
+
+    def rows(part: TokenStream) -> WholeDocumentRows:
+        return WholeDocumentRows(part, seq_len, tokenizer.end_of_document, pack=pack)
+
+    parts = [rows(part) for part in (train, held) if part is not None]
+    return PackedData(
+        train=parts[0],
+        validation=parts[1] if held is not None else None,
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(tokens, train, seq_len, pack),
+        source=source,
+        documents=int(stream.lengths.size),
+        validation_documents=int(held.lengths.size) if held is not None else 0,
+        empty_documents=tokens.empty_documents,
+        tokens=fitted.stream.size,
+        folder=tokens.folder,
+        lengths=stream.lengths,
+        trained_tokens=sum(int(part.label_tokens(np.arange(len(part))).sum()) for part in parts),
+        cut_documents=fitted.cut,
+        dropped_documents=fitted.dropped,
+        stop_tokens=tokens.stop_tokens,
+        rendered=tokens.rendered,
     )
 
 
@@ -206,7 +296,6 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     request, out = _request(Path(argv[0])), Path(argv[1])
     if "own" in request:  # the user's code may want the network
-        request["source"] = OwnSource(request["source"], **request.pop("own"))
         return answer(out, lambda: _prepare_and_keep(request))
     # Nothing else needs the network, and a library that asks for it should fail rather than hang.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -220,12 +309,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def prepare_as_asked(request: dict[str, Any]) -> PackedData:
+    """`prepare` with arguments that are JSON values."""
+    asked = {**request, "records": RecordOptions(**request.get("records", {}))}
+    if "own" in asked:
+        asked["source"] = OwnSource(asked["source"], **asked.pop("own"))
+    return prepare(**asked)
+
+
 def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     """`prepare`, and the summary, which is kept for others."""
     state = tokenizer_state(request["tokenizer"])  # before it is read
-    data = prepare(**request)
+    # Before the template's file is read.
+    known = RecordOptions(**request["records"]).state if "records" in request else ()
+    data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
-    kept = summary_file(Path(request["cache_dir"]).expanduser(), data.source, state, **choices)
+    source = data.source.source if isinstance(data.source, ConversationSource) else data.source
+    cache = Path(request["cache_dir"]).expanduser()
+    kept = summary_file(cache, source, state, **choices, records=known)
     keep_summary(kept, data.folder, data.summary())
     return data.summary()
 

@@ -70,6 +70,7 @@ class Source:
     Attributes:
         kinds, left_out: what is read of a folder, and what is not, in words.
         max_document_bytes: the limit that the user set for a document.
+        text_field: of a JSON-lines file, what holds the document.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Source:
     kinds: str = ""
     left_out: str = ""
     max_document_bytes: int | None = None
+    text_field: str = "text"
 
     @property
     def bytes(self) -> int:
@@ -95,7 +97,12 @@ class Source:
 
         The root is part of it: two files of one name and size may share a time too (images that set all times to 0).
         """
-        return [self.root, [(file.relative, file.kind, file.size, file.mtime_ns) for file in self.files]]
+        named = [] if self.text_field == "text" else [self.text_field]
+        return [
+            self.root,
+            *named,
+            [(file.relative, file.kind, file.size, file.mtime_ns) for file in self.files],
+        ]
 
 
 def find_files(source: str) -> Source:

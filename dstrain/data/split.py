@@ -59,7 +59,7 @@ def _hash_order(documents: int) -> np.ndarray:
 
 
 def _chosen(stream: TokenStream, which: np.ndarray) -> TokenStream:
-    return TokenStream(stream.tokens, stream.starts[which], stream.lengths[which])
+    return TokenStream(stream.tokens, stream.starts[which], stream.lengths[which], stream.trained)
 
 
 def _cut_tail(stream: TokenStream, tail: int) -> tuple[TokenStream, TokenStream]:
@@ -67,6 +67,8 @@ def _cut_tail(stream: TokenStream, tail: int) -> tuple[TokenStream, TokenStream]
     start, head = int(stream.starts[0]), int(stream.lengths[0]) - tail
 
     def piece(first: int, count: int) -> TokenStream:
-        return TokenStream(stream.tokens, np.array([first], np.int64), np.array([count], np.int64))
+        return TokenStream(
+            stream.tokens, np.array([first], np.int64), np.array([count], np.int64), stream.trained
+        )
 
     return piece(start, head), piece(start + head, tail)

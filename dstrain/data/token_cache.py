@@ -1,8 +1,8 @@
 """The cache of tokenized corpora on disk: written once, complete or absent.
 
-``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``. It is written aside and named
-by one rename, under a lock that makes others wait rather than do the same work. Where a file system knows no
-locks, several may do the work, and the first rename wins.
+``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``, and of conversations ``trained.bin``. It
+is written aside and named by one rename, under a lock that makes others wait rather than do the same work. Where a file
+system knows no locks, several may do the work, and the first rename wins.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dstrain.data.chat.corpus import ConversationSource, Corpus, write_conversations
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
-from dstrain.data.own_documents import Corpus
+from dstrain.data.own_documents import OwnSource
 from dstrain.data.packing import TokenStream
-from dstrain.data.sources import Source, find_files
+from dstrain.data.sources import find_files
 from dstrain.data.token_writer import write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
@@ -35,20 +36,29 @@ from dstrain.strict_json import to_json
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
+_TRAINED = "trained.bin"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenized corpus: its stream, how many documents were empty, a hash of the stream's content, and where it
-    lies.
+    """A tokenized corpus.
+
+    Attributes:
+        empty_documents: how many documents were empty, or left out.
+        content: a hash of the stream's content.
+        folder: where it lies.
+        stop_tokens: what ends an assistant's turn.
+        rendered: whether a chat template was used.
     """
 
     stream: TokenStream
     empty_documents: int
     content: str
     folder: Path
+    stop_tokens: tuple[int, ...] = ()
+    rendered: bool = False
 
 
 def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
@@ -112,10 +122,17 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         aside.mkdir(mode=0o700)
-        written = write_tokens(source, tokenizer, aside / _TOKENS, aside / _LENGTHS)
-        if isinstance(source, Source) and find_files(source.name).files != source.files:
+        names = [_TOKENS, _LENGTHS]
+        if isinstance(source, ConversationSource):
+            names.append(_TRAINED)
+            written = write_conversations(source, tokenizer, *(aside / name for name in names))
+        else:
+            written = write_tokens(source, tokenizer, *(aside / name for name in names))
+        if not isinstance(source, OwnSource) and find_files(source.name).files != source.files:
             raise DstrainError(
-                "the source's files changed while they were being read", hint="start again", where=source.root
+                "the source's files changed while they were being read",
+                hint="start again",
+                where=source.place,
             )
         meta = {
             "format": FORMAT,
@@ -123,12 +140,12 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
             "tokenizer": tokenizer.name,
             "dtype": tokenizer.dtype.name,
             **asdict(written),
-            "checks": {name: _check(aside / name) for name in (_TOKENS, _LENGTHS)},
+            "checks": {name: _check(aside / name) for name in names},
         }
         (aside / _META).write_text(to_json(meta, indent=1) + "\n", encoding="utf-8")
-        for name in TOKEN_FILES:
+        for name in (*names, _META):
             (aside / name).chmod(0o600)
-        for name in (*TOKEN_FILES, "."):
+        for name in (*names, _META, "."):
             flush(aside / name)
         _name(aside, folder, tokenizer)
     finally:
@@ -165,7 +182,8 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or meta["dtype"] != tokenizer.dtype.name:
             return None
-        if any(_check(folder / name) != meta["checks"][name] for name in (_TOKENS, _LENGTHS)):
+        names = [_TOKENS, _LENGTHS, *([_TRAINED] if _TRAINED in meta["checks"] else [])]
+        if any(_check(folder / name) != meta["checks"][name] for name in names):
             return None
         tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype.newbyteorder("<"), mode="r")
         lengths = np.load(folder / _LENGTHS, allow_pickle=False).astype(np.int64)
@@ -175,8 +193,17 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
             meta["tokens"],
         ):
             return None
-        stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths)
-        return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder)
+        trained = None
+        if _TRAINED in names:
+            if not is_own(folder / _TRAINED):
+                return None
+            trained = np.memmap(folder / _TRAINED, dtype=np.uint8, mode="r")
+            if trained.size != -(-tokens.size // 8):
+                return None
+        stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths, trained)
+        stops = tuple(int(token) for token in meta.get("stop_tokens", ()))
+        rendered = bool(meta.get("rendered"))
+        return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder, stops, rendered)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dstrain.data.documents import DocumentPart, read_documents
-from dstrain.data.own_documents import Corpus, OwnSource, read_own_documents
+from dstrain.data.own_documents import OwnSource, TextCorpus, read_own_documents
 from dstrain.data.progress import Progress
 from dstrain.data.safe_cuts import CONTEXT
 from dstrain.data.tokenizers import Tokenizer
@@ -27,12 +27,22 @@ _BATCH = 2**19
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: `tokens` with what documents begin and end with, `content` a hash of tokens and lengths."""
+    """What was written: `tokens` with what documents begin and end with, `content` a hash of tokens and lengths.
+
+    Attributes:
+        empty_documents: those without a token, or records that were left out.
+        trained: how many of the tokens are to be predicted, where that is not all of them.
+        stop_tokens: the tokens that end an assistant's turn.
+        rendered: whether a chat template was used.
+    """
 
     tokens: int
     documents: int
     empty_documents: int
     content: str
+    trained: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    rendered: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class _Piece:
     bytes_read: int
 
 
-def write_tokens(source: Corpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path) -> Written:
+def write_tokens(source: TextCorpus, tokenizer: Tokenizer, tokens_path: Path, lengths_path: Path) -> Written:
     """Tokenize every document of `source`, each between the tokens that it begins and ends with.
 
     Documents without a single token are left out and counted. `tokens_path` becomes raw little-endian

@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
     "tiktoken.model",
     "tekken.json",
 )
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""Where a tokenizer's chat template stands, if not in its tokenizer_config.json."""
 VOCABULARY_FILES = tuple(
     name for name in TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "added_tokens.json"))
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class Tokenizer(ABC):
         end_of_document: the id that ends each document.
         begins_with, ends_with: the same as the tokenizer writes them.
         begin_of_sequence, padding: the ids that the tokenizer itself has for these, or None.
+        chat_template: the Jinja template of conversations that it brings, or those that it brings by name, or None.
+        special_tokens: the names that a chat template may use for tokens, such as ``bos_token``, and their texts.
+        special_texts: the texts of all tokens that stand for themselves, and are no pieces of text.
         fingerprint: a hash of its content; equal fingerprints tokenize alike.
     """
 
@@ -39,6 +43,9 @@ class Tokenizer(ABC):
     ends_with: str
     begin_of_sequence: int | None = None
     padding: int | None = None
+    chat_template: str | dict[str, str] | None = None
+    special_tokens: Mapping[str, str]
+    special_texts: Sequence[str] = ()
     fingerprint: str
 
     @property
@@ -71,6 +78,30 @@ class Tokenizer(ABC):
             after: for each text the character in front of it, where it is a piece that was cut at a `safe_cut`, or "".
         """
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of texts in which special tokens are spelled, as chat templates write them."""
+        return self.encode_batch(texts)
+
+    @abstractmethod
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode_rendered` of each text, and where in it each token begins and ends: `dtype` [n], int64 [n, 2].
+
+        Raises:
+            DstrainError: the tokenizer does not know it.
+        """
+
+    @abstractmethod
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for itself, and is no piece of text."""
+
+    @abstractmethod
+    def is_token(self, text: str) -> bool:
+        """Whether a text is one special token."""
+
+    @abstractmethod
+    def token_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of these ids, special tokens spelled out."""
+
     @abstractmethod
     def safe_cut(self, text: str, begin: int) -> int | None:
         """The first place from `begin` on at which `text` can be cut, and the pieces have the tokens of the whole."""
@@ -92,9 +123,43 @@ class ByteTokenizer(Tokenizer):
     end_of_document = 256
     ends_with = "<|endoftext|>"
     fingerprint = "bytes-v1"
+    special_tokens: Mapping[str, str] = MappingProxyType({"eos_token": ends_with})
+    special_texts = (ends_with,)
 
     def encode_batch(self, texts: Sequence[str], after: Sequence[str] = ()) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[np.ndarray]:
+        end = np.array([self.end_of_document], dtype=np.uint16)
+        found = []
+        for text in texts:
+            first, *others = self.encode_batch(text.split(self.ends_with))
+            found.append(np.concatenate([first, *(part for other in others for part in (end, other))]))
+        return found
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = []
+        for text, ids in zip(texts, self.encode_rendered(texts), strict=True):
+            # A character begins with each byte that does not go on with one; the end of a document is one token.
+            begins = ((ids & 0xC0) != 0x80) | (ids == self.end_of_document)
+            sizes = np.where(ids[begins] == self.end_of_document, len(self.ends_with), 1)
+            ends = np.cumsum(sizes)[np.cumsum(begins) - 1]
+            widths = np.where(ids == self.end_of_document, len(self.ends_with), 1)
+            assert not ends.size or ends[-1] == len(text)
+            found.append((ids, np.stack([ends - widths, ends], axis=1)))
+        return found
+
+    def is_special(self, token: int) -> bool:
+        return token == self.end_of_document
+
+    def is_token(self, text: str) -> bool:
+        return text == self.ends_with
+
+    def token_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        parts = np.split(
+            np.asarray(ids, dtype=np.int64), np.flatnonzero(np.asarray(ids) == self.end_of_document)
+        )
+        return self.ends_with.join(self.decode(part) for part in parts)
 
     def safe_cut(self, text: str, begin: int) -> int | None:
         return begin if begin < len(text) else None
@@ -133,6 +198,11 @@ class FolderTokenizer(Tokenizer):
         self.padding = tokenizer.pad_token_id
         self.end_of_document = int(tokenizer.eos_token_id)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.chat_template = tokenizer.chat_template
+        self.special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        special = {number: str(one) for number, one in tokenizer.added_tokens_decoder.items() if one.special}
+        self.special_texts = tuple(special.values())
+        self._special = frozenset({*special, self.end_of_document})
         self.fingerprint = _fingerprint(folder, type(tokenizer).__name__, self.end_of_document)
         self._tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
@@ -143,6 +213,39 @@ class FolderTokenizer(Tokenizer):
         in_front = {before: self._ids([before])[0].size if before else 0 for before in set(after)}
         together = [before + text for before, text in zip(after, texts, strict=True)]
         return [ids[in_front[before] :] for ids, before in zip(self._ids(together), after, strict=True)]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def is_token(self, text: str) -> bool:
+        return text in self.special_texts
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not texts:
+            return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+            found = [(encoding.ids, encoding.offsets) for encoding in encodings]
+        elif self._tokenizer.is_fast:
+            encoded = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                truncation=False,
+                padding=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        else:
+            raise DstrainError(
+                f"{type(self._tokenizer).__name__} does not say where a token stands in a text, as conversations need",
+                where=self.name,
+                hint="a tokenizer with a tokenizer.json",
+            )
+        return [(np.asarray(ids, dtype=self.dtype), _whole_places(offsets)) for ids, offsets in found]
+
+    def token_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        return str(self._tokenizer.decode(np.asarray(ids).ravel().tolist(), skip_special_tokens=False))
 
     def safe_cut(self, text: str, begin: int) -> int | None:
         return self._cuts.next(text, begin) if self._cuts else None
@@ -201,7 +304,7 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
     alone = vocabulary_alone(
         folder
     )  # and before transformers is asked, whose message names the wrong package
-    tokenizer = _load(folder, alone)
+    tokenizer = load_pretrained(folder, alone)
     if alone == SENTENCEPIECE and type(tokenizer).__name__ == "TokenizersBackend":
         check_conversion(tokenizer, folder)
     if tokenizer.eos_token_id is None:
@@ -220,7 +323,15 @@ def load_tokenizer(name: str, begin: str = "auto") -> Tokenizer:
     return FolderTokenizer(folder, name, tokenizer, ids)
 
 
-def _load(folder: Path, alone: str) -> Any:
+def load_pretrained(folder: Path, alone: str = "") -> Any:
+    """The Hugging Face tokenizer in a folder.
+
+    Args:
+        alone: the kind of model that its vocabulary is, where that is all that lies there.
+
+    Raises:
+        DstrainError: transformers can't load it, or it needs code of its own.
+    """
     # transformers takes seconds to import, and the byte tokenizer does without it.
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -247,6 +358,15 @@ def _load(folder: Path, alone: str) -> Any:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _whole_places(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Where tokens begin and end, int64 [n, 2]: some tokenizers leave out the white space that a token begins with."""
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    if places.size:
+        before = np.concatenate([[0], np.maximum.accumulate(places[:-1, 1])])
+        places[:, 0] = np.minimum(places[:, 0], before)
+    return places
 
 
 def _plain_backend(tokenizer: Any) -> Any | None:

@@ -190,6 +190,11 @@ def _write_descriptions(
         generation = json.loads(GenerationConfig.from_model_config(config).to_json_string())
     for name, wanted in ids.items():
         generation[name] = _agreeing(generation.get(name), wanted, keep=keep)
+    if plan.data.stop_tokens:
+        now = generation.get("eos_token_id")
+        known = [token for token in (now if isinstance(now, list) else [now]) if token is not None]
+        stops = list(dict.fromkeys([*plan.data.stop_tokens, *known]))
+        generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     generation = {
         name: value
         for name, value in generation.items()
@@ -197,6 +202,8 @@ def _write_descriptions(
     }
     write_json(folder / GENERATION_CONFIG_NAME, generation)
     tokenizer.save_pretrained(folder)
+    if plan.data.chat_template and plan.data.chat_template != tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(plan.data.chat_template, encoding="utf-8")
 
 
 def _agreeing(now: int | list[int] | None, wanted: int | None, *, keep: bool) -> int | list[int] | None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from dstrain.child_process import child_main
+from dstrain.data.chat.corpus import template_text
+from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizer_files import refuse_large_files
-from dstrain.data.tokenizers import added_in_front
+from dstrain.data.tokenizers import added_in_front, load_pretrained, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config
@@ -23,11 +25,22 @@ from dstrain.model.architecture import load_config
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 
 
-def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: int) -> str:
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool = False,
+    system: str = "",
+) -> str:
     """``prompt`` and up to ``tokens`` tokens after it, no more than the model has positions for.
 
     Args:
         folder: of any Hugging Face causal language model.
+        chat: the prompt is what a user says, and the answer alone is returned.
+        system: with ``chat``: a system message in front.
         temperature: 0 takes the likeliest token each time.
 
     Raises:
@@ -47,7 +60,7 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
         ) from error
     if torch.cuda.is_available():
         model.to("cuda")
-    ids = _prompt_ids(tokenizer, prompt)
+    ids = _chat_ids(folder, prompt, system) if chat else _prompt_ids(tokenizer, prompt)
     tokens = _tokens_that_fit(config, len(ids), tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -58,7 +71,7 @@ def generate(folder: Path, prompt: str, *, tokens: int, temperature: float, seed
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    return str(tokenizer.decode(written, skip_special_tokens=True))
+    return str(tokenizer.decode(written[len(ids) :] if chat else written, skip_special_tokens=True))
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -73,6 +86,22 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids or [tokenizer.eos_token_id or 0]
 
 
+def _chat_ids(folder: Path, prompt: str, system: str) -> list[int]:
+    """A conversation in which the assistant is to answer."""
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.chat_template is None:
+        raise DstrainError(
+            "this model's tokenizer has no chat template",
+            where=str(folder),
+            hint="leave out --chat to continue a text",
+        )
+    try:
+        return ChatTemplate(tokenizer, source=template_text(None, tokenizer)).prompt_ids(prompt, system)
+    except DstrainError as error:
+        error.where = error.where or str(folder)
+        raise
+
+
 def _load_tokenizer(folder: Path) -> Any:
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         raise DstrainError(
@@ -81,14 +110,7 @@ def _load_tokenizer(folder: Path) -> Any:
             hint="put its tokenizer files there, e.g. tokenizer.json and tokenizer_config.json",
         )
     refuse_large_files(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise DstrainError(
-            f"the tokenizer can't be loaded: {_in_a_line(error)}",
-            where=str(folder),
-            hint="restore its tokenizer files",
-        ) from error
+    return load_pretrained(folder)
 
 
 def _in_a_line(error: Exception) -> str:
@@ -140,6 +162,8 @@ def main(argv: Sequence[str]) -> int:
         tokens=request["tokens"],
         temperature=request["temperature"],
         seed=request["seed"],
+        chat=request["chat"],
+        system=request["system"],
     )
     write_json(Path(argv[1]), {"text": text})
     return 0

@@ -116,6 +116,12 @@ class PlannedData:
         vocab_size: of the tokenizer.
         fingerprint: of the rows: what was read, how it was tokenized, split and packed.
         documents_hash: of the texts that the user's own code gave; empty for files.
+        format: of the records: see `dstrain.data.chat.formats`.
+        train_on: which parts of conversations are trained; empty for texts.
+        trained_tokens: how many tokens of conversations are to be predicted; None for texts, where all are.
+        cut_documents, dropped_documents: conversations that were longer than a row.
+        chat_template: the Jinja template that conversations were rendered with.
+        stop_tokens: the tokens that end an assistant's turn.
     """
 
     source: str = ""
@@ -138,11 +144,19 @@ class PlannedData:
     ends_with: str = ""
     kinds: str = ""
     left_out: str = ""
+    format: str = "text"
+    train_on: str = ""
+    trained_tokens: int | None = None
+    cut_documents: int = 0
+    dropped_documents: int = 0
+    chat_template: str = ""
+    stop_tokens: tuple[int, ...] = ()
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
         """From a summary of the data, of another version too: what it has more is passed over."""
-        return cls(**_known(cls, record))
+        known = _known(cls, record)
+        return cls(**{**known, "stop_tokens": tuple(known.get("stop_tokens", ()))})
 
 
 def _known(cls: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -34,20 +35,21 @@ TEMPERATURE = 0.7
 def continuation(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Sequence[int],
     *,
     tokens: int,
     seq_len: int,
     micro_batch: int,
     device: torch.device,
     seed: int,
+    stop_tokens: Collection[int] = (),
 ) -> str:
-    """Sample up to ``tokens`` tokens after ``prompt`` and return both as text.
+    """Sample up to ``tokens`` tokens after the tokens ``prompt`` and return both as text.
 
     Collective. The whole sequence is run again for each token, in the shape of a training
     micro-batch: slow, but it works for every layout and needs no other form of the model.
     """
-    ids = tokenizer.encode_prompt(prompt)
+    ids = list(prompt)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
         window = ids[-seq_len:]
@@ -55,7 +57,7 @@ def continuation(
         logits = logits[: tokenizer.vocab_size] / TEMPERATURE
         token = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
         distributed.broadcast(token, src=0)
-        if int(token) == tokenizer.end_of_document:
+        if int(token) == tokenizer.end_of_document or int(token) in stop_tokens:
             break
         ids.append(int(token))
     return tokenizer.decode(ids)

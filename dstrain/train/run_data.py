@@ -10,11 +10,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dstrain.child_process import run_module
 from dstrain.config.files import cache_folder
+from dstrain.data.chat.options import RecordOptions
 from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.prepare import PackedData, prepare
 from dstrain.data.token_cache import is_cached
@@ -45,7 +47,8 @@ def prepare_run_data(plan: Plan) -> PackedData:
         "begin": config.begin_token,
     }
     try:
-        data = prepare(_own_source(plan, choices) if own else config.data, **choices)
+        records = replace(RecordOptions.of(config), template_text=plan.data.chat_template)
+        data = prepare(_own_source(plan, choices) if own else config.data, **choices, records=records)
     except DstrainError as error:
         if len(plan.layout.hosts) < 2:
             raise

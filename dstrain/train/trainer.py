@@ -15,7 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from dstrain.config.schema import RunConfig
+from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.prepare import PackedData
+from dstrain.data.tokenizers import Tokenizer
 from dstrain.engine.build import build_engine, start_communication
 from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.interface import DTYPES, Engine, StepResult
@@ -322,12 +324,13 @@ def _finish(
         text = continuation(
             engine,
             data.tokenizer,
-            config.prompt,
+            _prompt_ids(plan, data.tokenizer),
             tokens=config.sample_tokens,
             seq_len=config.seq_len,
             micro_batch=plan.batch.micro_batch,
             device=device,
             seed=config.seed,
+            stop_tokens=plan.data.stop_tokens,
         )
     if distributed.get_rank() == 0:
         write_json(
@@ -340,3 +343,15 @@ def _finish(
             },
         )
     distributed.barrier()
+
+
+def _prompt_ids(plan: Plan, tokenizer: Tokenizer) -> list[int]:
+    """The prompt as a document begins, or as what a user says."""
+    prompt = plan.run_config.prompt
+    if not plan.data.chat_template:
+        return tokenizer.encode_prompt(prompt)
+    template = ChatTemplate(tokenizer, source=plan.data.chat_template, train_on=plan.data.train_on)
+    try:
+        return template.prompt_ids(prompt)
+    except DstrainError:  # it wants a system message, say: no reason to lose a run at its end
+        return tokenizer.encode_prompt(prompt)

@@ -91,7 +91,7 @@ def test_the_end_at_once(cluster: Cluster, environment: dict[str, str], shared_p
     interrupt(cluster, environment, shared_place, "training", signal.SIGQUIT)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_signal(cluster: Cluster, environment: dict[str, str], shared_place: Path, phase: str) -> None:

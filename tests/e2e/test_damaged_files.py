@@ -75,7 +75,7 @@ def test_every_reader(made: MadeRun, file: str) -> None:
     assert not list(_wrong(made, [file], ["a number of 6,000 digits"]))
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_every_damage_for_every_reader(made: MadeRun) -> None:
     wrong = list(_wrong(made, FILES, DAMAGED))

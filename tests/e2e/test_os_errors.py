@@ -131,9 +131,9 @@ def test_an_operation_of_a_run(made: MadeRun, command: str, site: Site, name: st
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ("run", "resume"))
 def test_every_operation(made: MadeRun, command: str) -> None:
     """With one errno each, which all have their turn."""
     wrong = table(
@@ -144,7 +144,7 @@ def test_every_operation(made: MadeRun, command: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(4 * 3600)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("run", "resume")])
 def test_every_operation_with_every_errno(made: MadeRun, command: str) -> None:
     wrong = table(made, command, lambda number, site: ERRNOS[site.call])
     assert not wrong, "\n".join(wrong)

@@ -132,7 +132,7 @@ def test_a_signal(made: MadeRun, phase: str, number: signal.Signals) -> None:
     interrupt(made, phase, number)
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_signal(made: MadeRun, phase: str) -> None:

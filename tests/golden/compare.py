@@ -21,6 +21,14 @@ indices left out (``layout.ranks.spans``), and stands for all below it. Only the
 NEW: set[str] = {
     *("max_document_bytes", "access", "code_dirs", "hooks", "trackers", "profile", "not_covered"),
     *("begin_token", "data.begins_with", "data.ends_with", "data.kinds", "data.left_out"),
+    *("data_format", "data_fields", "chat_template", "train_on", "on_bad_record", "too_long"),
+    *(
+        "data.format",
+        "data.trained_tokens",
+        "data.cut_documents",
+        "data.dropped_documents",
+        "data.stop_tokens",
+    ),
     *("data.documents_hash", "config.loss", "origins.loss"),
     *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
 }

@@ -216,7 +216,7 @@ def test_options_named_in_the_text_exist(name: str) -> None:
         words = inline.split()[1:]
         if words[0] not in COMMANDS:
             pytest.fail(f"{name}: `{inline}`: there is no command {words[0]!r}")
-        command, rest = _command(words if words[0] == "config" and len(words) > 1 else words[:1])
+        command, rest = _command(words if words[0] in ("config", "data") and len(words) > 1 else words[:1])
         known = {
             option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
         }

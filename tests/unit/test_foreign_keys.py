@@ -124,7 +124,7 @@ def test_a_value_of_another_trainer_is_translated(key: str, theirs: str, ours: s
 
 
 def test_no_hint_is_better_than_a_wrong_one(tmp_path: Path) -> None:
-    for key in ("xyzzy", "moe_router_topk", "chat_template_path", "beta_schedule"):
+    for key in ("xyzzy", "moe_router_topk", "optical_gate", "beta_schedule"):
         (found,) = _errors(tmp_path / "c.yaml", f"{key}: 1\n")
         assert "the keys are: model" in found, found
     assert translate("xyzzy", {"a": 1}) is None

@@ -33,6 +33,7 @@ from dstrain.cli.showing.fit import _nothing_fits, show_fit
 from dstrain.cli.showing.picture import _title
 from dstrain.cli.showing.plan import show_plan
 from dstrain.cli.showing.progress import ConsoleEvents, show_result
+from dstrain.cli.showing.samples import show_statistics
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.config.loader import load_config
 from dstrain.config.values import leaves
@@ -318,6 +319,36 @@ def print_what_to_type(length: int, **_: Any) -> Shown:
     return Shown(("--node-rank 0", "--node-rank 1"), (str(run.path),), long_lines=True)
 
 
+def print_statistics(length: int, **_: Any) -> Shown:
+    numbers = {
+        "files": 12_345,
+        "bytes": 123_456_789_012,
+        "documents": 1_234_567,
+        "validation_documents": 23_456,
+        "tokens": 345_678_901,
+        "labels": 98_765_432,
+        "train_rows": 87_654,
+        "validation_rows": 7_654,
+        "seq_len": 4_096,
+    }
+    source = path("corpus", length)
+    show_statistics(
+        {
+            **numbers,
+            "source": source,
+            "padding": 0.0123,
+            "labels_of_a_row": [3, 1_234.5, 4_000],
+            "lengths": {"0": 2, "50": 345, "100": 4_096},
+            "histogram": [[2, 3, 1], [2_048, 4_095, 1_234_566]],
+            "dropped_documents": 765,
+        },
+        make_console(),
+    )
+    return Shown(
+        (*(f"{number:,}" for number in numbers.values()), "98.8%", "765"), (source,), long_lines=True
+    )
+
+
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "plan": (print_plan, ("plan", "picture", "estimates")),
     "plan of 4,096 ranks": (print_plan_of_a_large_machine, ("picture", "estimates")),
@@ -331,6 +362,7 @@ MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "config show": (print_deepspeed_json, ("config",)),
     "the end": (print_end, ()),
     "node by node": (print_what_to_type, ()),
+    "data stats": (print_statistics, ("samples",)),
 }
 """What prints each of them, and the modules whose tables it shows."""
 

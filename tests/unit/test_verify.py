@@ -247,7 +247,9 @@ def test_a_disk_that_takes_no_table_ends_no_sweep(tmp_path: Path, monkeypatch: p
     def refuse(path: Path, record: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(verifying, "_plan", lambda *arguments: (SimpleNamespace(shape=shape()), arguments[3]))
+    monkeypatch.setattr(
+        verifying, "_plan", lambda *arguments: (SimpleNamespace(shape=shape(), plan=plan()), arguments[3])
+    )
     monkeypatch.setattr(verifying, "_train", lambda planned, name: (make_run(tmp_path / name), 1.0))
     monkeypatch.setattr(verifying, "write_json", refuse)
     wanted = [LayoutChoice(2, size) for size in (1, 2, 4)]

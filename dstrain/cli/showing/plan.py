@@ -82,7 +82,7 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     console.print(
         headed(
             "data",
-            f"{data.source}: {data.documents:,} documents, {data.tokens:,} tokens,"
+            f"{data.source}: {_documents(data)},"
             f" {data.train_rows:,} training samples, {data.validation_rows:,} validation samples"
             f"{_ends_of_documents(data)}",
         )
@@ -93,7 +93,31 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     console.print(headed("batch", plan.batch.describe()))
 
 
+_TRAINED = {
+    "assistant": "trained on what the assistant writes",
+    "last": "trained on the assistant's last turn",
+    "all": "trained on every token",
+}
+
+
+def _documents(data: PlannedData) -> str:
+    if data.trained_tokens is None:
+        return f"{data.documents:,} documents, {data.tokens:,} tokens"
+    what = "prompts with completions" if data.format == "prompt-completion" else "conversations"
+    share = f"{data.trained_tokens:,} of {data.tokens:,} tokens are trained"
+    counts = (
+        (data.empty_documents, "left out as bad records"),
+        (data.dropped_documents, "dropped, longer than a sample"),
+        (data.cut_documents, "cut, longer than a sample"),
+    )
+    less = [f"{count:,} {words}" for count, words in counts if count]
+    return ", ".join([f"{data.documents:,} {what} ({data.format})", share, *less])
+
+
 def _ends_of_documents(data: PlannedData) -> str:
+    if data.trained_tokens is not None:
+        ends = f"; turns end with {shown(data.ends_with)}" if data.ends_with else ""
+        return f"; {_TRAINED.get(data.train_on, data.train_on)}{ends}"
     if not data.ends_with:  # a plan of a version that did not say it
         return ""
     begins = f"begins with {shown(data.begins_with)}, " if data.begins_with else ""

@@ -1,0 +1,36 @@
+"""What a model gets of the data of a config: samples in pieces, and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dstrain.api.events import SILENT, Events
+from dstrain.api.model_lookup import find_model
+from dstrain.api.prepare_data import look_at_data
+from dstrain.config.loader import ResolvedConfig
+from dstrain.planning.checks import refuse
+
+
+def data_samples(
+    config: ResolvedConfig, samples: Sequence[int] = (0, 1, 2), *, events: Events = SILENT
+) -> dict[str, Any]:
+    """Training samples as the model gets them, and statistics of the data.
+
+    Args:
+        config: from `load_config`.
+        samples: their numbers, from 0. Those that there are not are left out.
+        events: told of the progress.
+
+    Returns:
+        ``samples``: for each its ``number``, ``documents``, ``labels``, ``padding`` and ``pieces``, each with its
+        ``document``, ``trained``, ``tokens`` and ``text``. ``statistics``: documents, tokens and rows, percentiles of
+        the ``lengths`` of documents and their ``histogram`` as [from, to, documents], and the ``labels`` of all rows.
+
+    Raises:
+        DstrainError: the data can't be used.
+    """
+    refuse(config)
+    model = find_model(config, events)
+    tokenizer = model.tokenizer if config.config.tokenizer == "auto" else config.config.tokenizer
+    return look_at_data(config, tokenizer, samples, events)

@@ -1,0 +1,82 @@
+"""``dstrain data``: shows what the model gets of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dstrain.cli.options import GroupedOptions, choices, given, layers
+from dstrain.strict_json import to_json
+
+
+@click.group("data")
+def command() -> None:
+    """Show what the model gets of the data: which tokens are trained, and how samples are filled."""
+
+
+def _looked_at(
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    flags: dict[str, Any],
+    samples: range,
+) -> dict[str, Any]:
+    from dstrain.api.data_samples import data_samples
+    from dstrain.api.planning import load_config
+    from dstrain.cli.showing.progress import PROGRESS
+
+    config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
+    return data_samples(config, samples, events=PROGRESS)
+
+
+@click.command("show", cls=GroupedOptions)
+@layers
+@choices
+@click.option(
+    "-n", "--n", "count", type=click.IntRange(1), default=3, show_default=True, help="Number of samples."
+)
+@click.option(
+    "--from", "first", type=click.IntRange(0), default=0, show_default=True, help="The first sample."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the samples as JSON.")
+def show(
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    count: int,
+    first: int,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Show training samples as the model gets them, and which of their tokens count in the loss."""
+    found = _looked_at(recipe, config_file, settings, flags, range(first, first + count))
+    if as_json:
+        click.echo(to_json(found["samples"], indent=2))
+        return
+    from dstrain.cli.showing.samples import show_samples
+    from dstrain.cli.showing.tables import make_console
+
+    show_samples(found["samples"], found["statistics"], make_console())
+
+
+@click.command("stats", cls=GroupedOptions)
+@layers
+@choices
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+def stats(
+    recipe: str | None, config_file: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
+    """Show statistics of the data: documents, their lengths, trained tokens, and how full samples are."""
+    found = _looked_at(recipe, config_file, settings, flags, range(0))["statistics"]
+    if as_json:
+        click.echo(to_json(found, indent=2))
+        return
+    from dstrain.cli.showing.samples import show_statistics
+    from dstrain.cli.showing.tables import make_console
+
+    show_statistics(found, make_console())
+
+
+command.add_command(show)
+command.add_command(stats)

@@ -1,0 +1,291 @@
+"""A corpus of conversations: which format and chat template it has, and its tokens with what is trained of them."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dstrain.data.chat.formats import (
+    PROMPT_COMPLETION,
+    TEXT,
+    Completion,
+    Conversation,
+    read_record,
+    recognise,
+    rename_fields,
+)
+from dstrain.data.chat.options import CHATML, RecordOptions
+from dstrain.data.chat.template import ChatTemplate, Encoded, chatml
+from dstrain.data.documents import JsonRecord, read_records
+from dstrain.data.own_documents import OwnSource
+from dstrain.data.progress import Progress
+from dstrain.data.sources import Source, SourceFile
+from dstrain.data.token_writer import Written
+from dstrain.data.tokenizer_files import BYTES
+from dstrain.data.tokenizers import Tokenizer
+from dstrain.errors import DstrainError
+
+_BATCH = 2**19
+"""Characters that are tokenized at once."""
+_OVERHEAD = 64
+"""What a record of any length counts for."""
+_LISTED = 10_000
+"""Records that were left out whose place is kept."""
+
+
+@dataclass(frozen=True)
+class ConversationSource:
+    """The files of a corpus whose records are conversations, or prompts and completions.
+
+    Attributes:
+        format: one of `dstrain.data.chat.formats.FORMATS`, but text.
+    """
+
+    source: Source
+    format: str
+    options: RecordOptions
+    template: ChatTemplate
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return self.source.files
+
+    @property
+    def bytes(self) -> int:
+        return self.source.bytes
+
+    @property
+    def place(self) -> str:
+        return self.source.place
+
+    @property
+    def state(self) -> list[Any]:
+        """As of a `Source`."""
+        fields = sorted(self.options.data_fields.items())
+        options = [self.format, fields, self.template.fingerprint, self.options.on_bad_record]
+        return [*self.source.state, *options]
+
+
+Corpus = Source | OwnSource | ConversationSource
+
+
+def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> Source | ConversationSource:
+    """The corpus in the format that its records have: that which is named, or that of the first record.
+
+    Raises:
+        DstrainError: the format can't be told, files of other formats lie beside it, or there is no chat template.
+    """
+    lines = [file for file in source.files if file.kind == "json lines"]
+    format_name = options.data_format
+    text_field = options.data_fields.get("text", "text")
+    if format_name == "auto":
+        format_name, text_field = _format_of_first(source, options) if lines else (TEXT, text_field)
+    if format_name == TEXT:
+        return source if text_field == "text" else replace(source, text_field=text_field)
+    texts = [file for file in source.files if file.kind == "text"]
+    if texts:
+        found = f"; {lines[0].relative} holds {format_name}" if lines else ""
+        raise DstrainError(
+            f"{texts[0].relative} is a text, and no {format_name} records{found}",
+            where=source.place,
+            hint="name the file, or a folder without texts; data_format: text reads all as documents",
+        )
+    needs_none = format_name == PROMPT_COMPLETION and options.chat_template is None
+    text = options.template_text
+    if not text and (tokenizer.chat_template or not needs_none):
+        text = template_text(options.chat_template, tokenizer)
+    template = ChatTemplate(tokenizer, source=text, train_on=options.train_on)
+    return ConversationSource(source, format_name, options, template)
+
+
+def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str]:
+    """The format of the first record that has one, and the field that holds a text."""
+    named = options.data_fields.get("text")
+    first: DstrainError | None = None
+    for record in read_records(source, keep_errors=True):
+        try:
+            if record.error is not None:
+                raise record.error
+            fields = rename_fields(record.fields, options.data_fields)
+            format_name = recognise(fields)
+        except DstrainError as error:
+            first = first or record.placed(error)
+            if options.on_bad_record == "error":
+                raise first from None
+            continue
+        if format_name == TEXT and "text" not in fields and named is None:
+            return TEXT, next(iter(fields))
+        return format_name, named or "text"
+    if first is not None:
+        raise first
+    return TEXT, named or "text"  # which says that there is nothing
+
+
+def template_text(name: str | None, tokenizer: Tokenizer) -> str:
+    """A chat template: the tokenizer's own, one of its by name, ``chatml``, or that in a file.
+
+    Raises:
+        DstrainError: there is none of that name, or the tokenizer has none.
+    """
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    if name is None:
+        if isinstance(own, str):
+            return own
+        if "default" in named:
+            return named["default"]
+        if tokenizer.name == BYTES:
+            return chatml(tokenizer)
+        choices = f", or one of its own: {', '.join(sorted(named))}" if named else ""
+        raise DstrainError(
+            f"the tokenizer {tokenizer.name} has no chat template",
+            hint=f"chat_template: {CHATML}, or a file with a Jinja template{choices}; an instruct model's tokenizer"
+            " brings one",
+            where="chat_template",
+        )
+    if name in named:
+        return named[name]
+    if name == CHATML:
+        return chatml(tokenizer)
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DstrainError(
+            f"the chat template can't be read: {reason}",
+            where=name if len(name) < 300 else "chat_template",
+            hint=f"{', '.join([CHATML, *sorted(named)])}, or the path of a file with the template",
+        ) from None
+
+
+def write_conversations(
+    corpus: ConversationSource,
+    tokenizer: Tokenizer,
+    tokens_path: Path,
+    lengths_path: Path,
+    trained_path: Path,
+) -> Written:
+    """Tokenize every conversation.
+
+    `tokens_path` and `lengths_path` are written as `dstrain.data.token_writer.write_tokens` does; `trained_path`
+    becomes a bit for each token, the first in the lowest bit of a byte: whether it is to be predicted.
+
+    Raises:
+        DstrainError: with the place of a record that can't be trained on, unless those are left out.
+        OSError: the files can't be written.
+    """
+    # Each file has its own: what is written at once is no part of the content.
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+    dtype = tokenizer.dtype.newbyteorder("<")
+    lengths = array("q")
+    skipped, first_skipped = 0, ""
+    places: list[str] = []
+    progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes")
+    trained_tokens = 0
+    rest = np.zeros(0, bool)
+    with open(tokens_path, "wb") as tokens, open(trained_path, "wb") as trained:
+        for batch in _batches(corpus):
+            found = _encoded(corpus, batch)
+            kept: list[Encoded] = []
+            for record, one in zip(batch, found, strict=True):
+                if isinstance(one, Encoded):
+                    kept.append(one)
+                    continue
+                if corpus.options.on_bad_record == "error":
+                    one.hint = f"{one.hint}; " if one.hint else ""
+                    one.hint += "on_bad_record: skip leaves such records out"
+                    raise record.placed(one)
+                skipped += 1
+                first_skipped = first_skipped or one.message
+                if len(places) < _LISTED:
+                    places.append(f"{record.where}: {one.message}")
+            if kept:
+                block = np.concatenate([one.ids for one in kept]).astype(dtype, copy=False).tobytes()
+                bits = np.concatenate([rest, *(one.trained for one in kept)])
+                whole = bits.size // 8 * 8
+                packed = np.packbits(bits[:whole], bitorder="little").tobytes()
+                rest = bits[whole:]
+                for digest, stream, content in zip(digests, (tokens, trained), (block, packed), strict=False):
+                    digest.update(content)
+                    stream.write(content)
+                lengths.extend(one.ids.size for one in kept)
+                trained_tokens += sum(int(one.trained.sum()) for one in kept)
+            progress.update(batch[-1].bytes_read)
+        last = np.packbits(rest, bitorder="little").tobytes()
+        digests[1].update(last)
+        trained.write(last)
+    if not lengths:
+        raise DstrainError(
+            f"all {skipped:,} records were left out: {first_skipped}"
+            if skipped
+            else "no records in this source: all its lines are blank",
+            where=corpus.place,
+        )
+    if places:
+        listed = "\n".join(places)
+        tokens_path.with_name("skipped.txt").write_text(
+            f"{listed}\n", encoding="utf-8", errors="backslashreplace"
+        )
+    stops = tuple(sorted(corpus.template.stop_tokens))
+    counts = np.array(lengths, dtype="<i8")
+    digests[2].update(counts.tobytes())
+    together = b"".join(digest.digest() for digest in digests)
+    np.save(lengths_path, counts, allow_pickle=False)
+    return Written(
+        tokens=int(counts.sum()),
+        documents=len(lengths),
+        empty_documents=skipped,
+        content=hashlib.blake2b(together, digest_size=16).hexdigest(),
+        trained=trained_tokens,
+        stop_tokens=stops,
+        rendered=corpus.template.conversations > 0,
+    )
+
+
+def _batches(corpus: ConversationSource) -> Iterator[list[JsonRecord]]:
+    batch: list[JsonRecord] = []
+    size = 0
+    for record in read_records(corpus.source, keep_errors=True):
+        batch.append(record)
+        size += _OVERHEAD + _characters(record.fields)
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+def _encoded(corpus: ConversationSource, batch: list[JsonRecord]) -> list[Encoded | DstrainError]:
+    """In the order of the batch."""
+    read: list[Conversation | Completion | DstrainError] = []
+    for record in batch:
+        try:
+            if record.error is not None:
+                raise record.error
+            fields = rename_fields(record.fields, corpus.options.data_fields)
+            content = read_record(fields, corpus.format)
+            assert not isinstance(content, str), "texts are written elsewhere"
+            read.append(content)
+        except DstrainError as error:
+            read.append(error)
+    encoded = iter(corpus.template.encode_batch([one for one in read if not isinstance(one, DstrainError)]))
+    return [one if isinstance(one, DstrainError) else next(encoded) for one in read]
