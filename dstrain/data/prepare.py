@@ -24,7 +24,7 @@ from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
 from dstrain.data.own_documents import OwnSource, answer
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
-from dstrain.data.sources import find_files
+from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
@@ -98,6 +98,8 @@ class PackedData:
 
     def _of_conversations(self) -> dict[str, Any]:
         if not isinstance(self.source, ConversationSource):
+            if isinstance(self.source, Source) and self.source.text_field != "text":
+                return {"text_field": self.source.text_field}
             return {}
         return {
             "begins_with": "",

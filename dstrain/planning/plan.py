@@ -120,6 +120,7 @@ class PlannedData:
         train_on: which parts of conversations are trained; empty for texts.
         trained_tokens: how many tokens of conversations are to be predicted; None for texts, where all are.
         cut_documents, dropped_documents: conversations that were longer than a row.
+        text_field: the field of a record that holds a text, where it is not called ``text``.
         chat_template: the Jinja template that conversations were rendered with.
         stop_tokens: the tokens that end an assistant's turn.
     """
@@ -149,6 +150,7 @@ class PlannedData:
     trained_tokens: int | None = None
     cut_documents: int = 0
     dropped_documents: int = 0
+    text_field: str = ""
     chat_template: str = ""
     stop_tokens: tuple[int, ...] = ()
 

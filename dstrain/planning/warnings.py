@@ -22,6 +22,8 @@ from dstrain.planning.model_shape import ModelShape, describe_randomness
 from dstrain.planning.plan import PlannedData
 from dstrain.plugins import is_code
 
+_OF_CONVERSATIONS = ("chat_template", "train_on", "on_bad_record", "too_long")
+
 
 def warnings_about(
     config: RunConfig,
@@ -60,8 +62,19 @@ def warnings_about(
         )
     if data.padding >= 0.005:
         found.append(
-            f"{data.padding:.0%} of the tokens are padding: with --no-pack each sample holds one"
-            " document, and its padding costs time without training anything"
+            f"{data.padding:.0%} of the tokens are padding: "
+            + (
+                "no conversation is cut, and a larger --seq-len would leave less"
+                if config.pack
+                else "with --no-pack each sample holds one document, and its padding costs time without training"
+                " anything"
+            )
+        )
+    changed = _changed(config, _OF_CONVERSATIONS) if data.trained_tokens is None else []
+    if changed:
+        found.append(
+            f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} no effect: the data are texts, and no"
+            " conversations"
         )
     epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1:

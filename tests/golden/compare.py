@@ -24,6 +24,7 @@ NEW: set[str] = {
     *("data_format", "data_fields", "chat_template", "train_on", "on_bad_record", "too_long"),
     *(
         "data.format",
+        "data.text_field",
         "data.trained_tokens",
         "data.cut_documents",
         "data.dropped_documents",

@@ -63,3 +63,21 @@ def test_packed_and_separate_samples_are_different_runs() -> None:
 def test_padding_is_told(padding: float, said: bool) -> None:
     warnings = plan(data=replace(DATA, padding=padding), pack=False).warnings
     assert any(warning.startswith(f"{padding:.0%} of the tokens are padding") for warning in warnings) is said
+
+
+def test_padding_of_conversations_is_not_blamed_on_a_choice() -> None:
+    chat = replace(DATA, padding=0.03, format="messages", trained_tokens=400)
+    [told] = [line for line in plan(data=chat).warnings if "padding" in line]
+    assert (
+        told
+        == "3% of the tokens are padding: no conversation is cut, and a larger --seq-len would leave less"
+    )
+
+
+def test_keys_of_conversations_do_nothing_for_texts() -> None:
+    def told(**changes: Any) -> list[str]:
+        made = plan(settings=("train_on=last", "too_long=cut"), data=replace(DATA, **changes))
+        return [line for line in made.warnings if "no effect" in line]
+
+    assert told() == ["train_on and too_long have no effect: the data are texts, and no conversations"]
+    assert told(format="messages", trained_tokens=400) == []

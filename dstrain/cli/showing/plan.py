@@ -102,7 +102,8 @@ _TRAINED = {
 
 def _documents(data: PlannedData) -> str:
     if data.trained_tokens is None:
-        return f"{data.documents:,} documents, {data.tokens:,} tokens"
+        field = f" (field {shown(data.text_field)!r})" if data.text_field else ""
+        return f"{data.documents:,} documents{field}, {data.tokens:,} tokens"
     what = "prompts with completions" if data.format == "prompt-completion" else "conversations"
     share = f"{data.trained_tokens:,} of {data.tokens:,} tokens are trained"
     counts = (
