@@ -1,8 +1,8 @@
 """What each of DeepSpeed's keys does to a run beside its speed, where it has another value than the plan gives it.
 
-Gone through key by key for DeepSpeed 0.19.8, by what its documentation and configuration classes say of each, and by the
-code where these leave it open. A block's line is for all keys in it that have no line of their own: those of a part of
-DeepSpeed's that a run can't have are not told apart.
+Gone through key by key for DeepSpeed 0.19.8, by what its documentation and its configuration classes say of each, and
+by the code where these leave it open. A block's line is for all keys in it that have no line of their own: those of a
+part of DeepSpeed's that a run can't have are not told apart.
 """
 
 from __future__ import annotations
