@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dstrain.errors import DstrainError
-from dstrain.model.weights.weight_files import PIECE, StoredTensor, WeightFiles
+from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
 
 _TEXT_PART = {
     r"^language_model\.model\.": "model.",
@@ -262,6 +262,10 @@ class WeightLoader:
         return str(self._files.tensors[keys[0]].file if keys else self._files.folder)
 
 
+_CHECKED = 2**15
+"""Values that are looked at together: isfinite makes several copies of them."""
+
+
 class _Slice:
     """What transformers' loader takes for a tensor of a safetensors file: ``[...]`` reads it."""
 
@@ -287,7 +291,7 @@ class _Slice:
         flat = tensor.view(-1)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             return
-        if all(bool(torch.isfinite(part).all()) for part in flat.split(PIECE)):
+        if all(bool(torch.isfinite(part).all()) for part in flat.split(_CHECKED)):
             return
         if (what := self._stored.no_number()) is not None:
             raise _no_number(self._name, what, self._stored)

@@ -24,6 +24,7 @@ from dstrain.errors import DstrainError
 from dstrain.foreign_weights import describe_foreign_weights
 
 PIECE = 32 * 1024 * 1024
+_CHECKED = 2**20  # values that are looked at together
 """Bytes that are read at a time where a tensor's type is changed on the way."""
 
 WEIGHTS = (
@@ -100,7 +101,7 @@ class StoredTensor:
         with _opened(self.file) as file:
             file.seek(self.offset)
             while left > 0:
-                part = torch.empty(min(left, PIECE // self.dtype.itemsize), dtype=self.dtype)
+                part = torch.empty(min(left, _CHECKED), dtype=self.dtype)
                 self._read_into(file, part)
                 if not bool(torch.isfinite(part).all()):
                     bad += int((~torch.isfinite(part)).sum())
