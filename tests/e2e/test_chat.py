@@ -209,16 +209,16 @@ def test_the_export_answers_and_holds_the_template(
     )
     assert said.code == 0, said.out + said.err
     result = json.loads((place / "runs" / "run" / "result.json").read_text())
-    assert result["continuation"].startswith("<|im_start|>user\nHi")
+    assert result["continuation"].startswith("user: Hi")
     exported = dstrain("export", "run", "out")
     assert exported.code == 0, exported.err
     tokenizer = AutoTokenizer.from_pretrained(place / "out")
     assert "generation" in tokenizer.chat_template
     text = tokenizer.apply_chat_template(chat[0], tokenize=False)
-    assert text.endswith("<|endoftext|>\n")
+    assert text.endswith("<|endoftext|>")
     answer = dstrain("generate", "out", "Hi", "--chat", "--tokens", "4", "--system", "Be brief.")
     assert answer.code == 0, answer.err
-    assert "Hi" not in answer.out and "im_start" not in answer.out
+    assert "Hi" not in answer.out and "assistant:" not in answer.out
     more = dstrain("resume", "run", "--steps", "4", "--data-parallel", "2", "--pipeline", "1")
     assert more.code == 0, more.out + more.err
     steps = [record["step"] for record in read_metrics(RunFolder(place / "runs" / "run").metrics)]
@@ -233,7 +233,7 @@ def test_samples_and_statistics(
     samples = json.loads(said.out)
     trained = [piece["text"] for sample in samples for piece in sample["pieces"] if piece["trained"]]
     answers = [
-        f"{message['content']}<|endoftext|>\n"
+        f"{message['content']}<|endoftext|>"
         for messages in chat
         if len(text_of(messages)) <= SEQ_LEN
         for message in messages
@@ -248,12 +248,12 @@ def test_samples_and_statistics(
     assert statistics["labels"] == sum(sample["labels"] for sample in samples)
     shown = dstrain_here("data", "show", "--config", "chat.yaml", "-n", "1")
     assert "train" in shown.out and "sample 0" in shown.out
-    assert "<|im_start|>assistant\\n" in shown.out
+    assert "assistant: " in shown.out
 
 
 def text_of(messages: list[dict[str, Any]]) -> list[int]:
     """As many elements as the conversation has tokens."""
-    text = "".join(f"<|im_start|>{message['role']}\n{message['content']}#\n" for message in messages)
+    text = "".join(f"{message['role']}: {message['content']}#" for message in messages)
     return list(text.encode())
 
 

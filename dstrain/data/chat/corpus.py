@@ -21,7 +21,7 @@ from dstrain.data.chat.formats import (
     rename_fields,
 )
 from dstrain.data.chat.options import CHATML, RecordOptions
-from dstrain.data.chat.template import ChatTemplate, Encoded, chatml
+from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
 from dstrain.data.documents import JsonRecord, read_records
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.progress import Progress
@@ -145,7 +145,7 @@ def template_text(name: str | None, tokenizer: Tokenizer) -> str:
         if "default" in named:
             return named["default"]
         if tokenizer.name == BYTES:
-            return chatml(tokenizer)
+            return BYTES_TEMPLATE
         choices = f", or one of its own: {', '.join(sorted(named))}" if named else ""
         raise DstrainError(
             f"the tokenizer {tokenizer.name} has no chat template",

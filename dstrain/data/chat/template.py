@@ -34,6 +34,19 @@ _CHATML_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+BYTES_TEMPLATE = """\
+{%- if tools -%}{{- raise_exception('the template for bytes has no form for tools') -}}{%- endif -%}
+{%- for message in messages -%}
+    {{- message['role'] + ': ' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}
+"""
+"""For the tokenizer of bytes, to which each letter of a mark is a token."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RANDOM = re.compile(r"\|\s*random\b")
 _THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
