@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dstrain.data.chat.formats import (
+    FIELDS,
     PROMPT_COMPLETION,
     TEXT,
     Completion,
@@ -85,6 +86,12 @@ def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> S
     Raises:
         DstrainError: the format can't be told, files of other formats lie beside it, or there is no chat template.
     """
+    if unknown := sorted(options.data_fields.keys() - FIELDS):
+        raise DstrainError(
+            f"data_fields: no format has a field {unknown[0]!r}",
+            where="data_fields",
+            hint=f"{{{', '.join(sorted(FIELDS))}}}: the name in your files",
+        )
     lines = [file for file in source.files if file.kind == "json lines"]
     format_name = options.data_format
     text_field = options.data_fields.get("text", "text")

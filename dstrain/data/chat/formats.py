@@ -30,6 +30,13 @@ _SHAREGPT_ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of an assistant's message with what it thought."""
 _OURS = ("weight", "train")
+FIELDS = frozenset(
+    {
+        *("text", "messages", "conversations", "conversation", "tools", "system", "chat_template_kwargs"),
+        *("instruction", "input", "output", "history", "prompt", "completion"),
+    }
+)
+"""All that the formats have names for."""
 _FIELDS_OF_FORMATS = frozenset(
     {"messages", "conversations", "conversation", "instruction", "input", "output", "prompt", "completion"}
 )
