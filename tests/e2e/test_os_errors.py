@@ -70,7 +70,9 @@ def complaints(made: MadeRun, command: str, site: Site, name: str) -> list[str]:
             wrong.append("it has trained, and exit code 2 means that nothing was started")
     if site.call not in _CLEANING:
         wrong += [f"left: {path}" for path in made.left()]
-    if not complete_checkpoints(made.place / "runs" / "old" / "checkpoints"):
+    # A file that is not there, or is a link, is damage, and noted as such.
+    gone = name in ("ENOENT", "ENOTDIR", "ELOOP") and "checkpoints/" in site.path
+    if not gone and not complete_checkpoints(made.place / "runs" / "old" / "checkpoints"):
         wrong.append("the earlier checkpoint is lost")
     return [f"{command}: {site}: {name}: {each}\n{said.err[-1500:]}" for each in wrong]
 

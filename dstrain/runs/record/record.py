@@ -89,14 +89,25 @@ def _notes(folder: RunFolder, source: Source | None) -> list[str]:
 
 
 def append_launch(folder: RunFolder, first_step: int, devices: Sequence[Mapping[str, Any]]) -> None:
-    """Rank 0's word: the ranks have met, and begin with this step on these devices. Raises OSError.
+    """Rank 0's word: the ranks have met, and begin with this step on these devices.
 
     A rank 0 that does not see the folder that the run was started from knows only its own part.
+
+    Raises:
+        OSError: one of the two files can't be read or written.
+        DstrainError: the record is no record.
     """
     try:
         record = read_json(folder.record)
     except FileNotFoundError:
         record = {"format": FORMAT}
+    except ValueError as error:
+        raise DstrainError(
+            f"what was recorded of this launch can't be read: {error}",
+            where=str(folder.record),
+            hint="dstrain resume RUN records it anew",
+            exit_code=1,
+        ) from error
     line = to_json(record | {"first_step": first_step, "devices": list(devices)}, sort_keys=True)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     with open(open_to_write(folder.launches, flags), "a+b") as file:
