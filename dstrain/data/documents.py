@@ -15,7 +15,7 @@ from dstrain.data.chat.formats import name_of_kind, text_of
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
 from dstrain.data.json_array import read_array
 from dstrain.data.sources import Source, SourceFile
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 
 _LINE = 'each line is one object: {"text": "..."}'
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -100,7 +100,9 @@ def _errors_of(file: SourceFile) -> Iterator[None]:
             where=file.path,
         ) from error
     except OSError as error:
-        raise DstrainError(f"can't be read: {error.strerror or error}", where=file.path) from error
+        raise DstrainError(
+            f"can't be read: {error.strerror or error}", where=file.path, hint=way_out(error)
+        ) from error
 
 
 def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:

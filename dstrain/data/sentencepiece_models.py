@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 
 SENTENCEPIECE, TIKTOKEN = "SentencePiece", "tiktoken"
 
@@ -40,7 +40,9 @@ def vocabulary_alone(folder: Path) -> str:
         with model.open("rb") as file:
             begin = file.read(4096)
     except OSError as error:
-        raise DstrainError(f"can't be read: {error.strerror or error}", where=str(model)) from None
+        raise DstrainError(
+            f"can't be read: {error.strerror or error}", where=str(model), hint=way_out(error)
+        ) from None
     kind = next((kind for kind, pattern in _CONTENTS.items() if pattern.match(begin)), None)
     if kind is None:
         what = "is empty" if not begin else f"is neither a {SENTENCEPIECE} nor a {TIKTOKEN} model"

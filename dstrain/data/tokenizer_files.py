@@ -6,7 +6,7 @@ import codecs
 from pathlib import Path
 
 from dstrain.addresses import refuse_address
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.model_config_bounds import LARGEST_TOKENIZER_FILE
 
 BYTES = "bytes"
@@ -85,7 +85,9 @@ def _refuse_byte_order_marks(folder: Path) -> None:
             with path.open("rb") as file:
                 marked = file.read(3) == codecs.BOM_UTF8
         except OSError as error:
-            raise DstrainError(f"can't be read: {error.strerror or error}", where=str(path)) from None
+            raise DstrainError(
+                f"can't be read: {error.strerror or error}", where=str(path), hint=way_out(error)
+            ) from None
         if marked:
             raise DstrainError(
                 "this file begins with a byte order mark, which transformers does not read",

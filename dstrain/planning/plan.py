@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.estimate.device import Device
 from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
@@ -276,7 +276,9 @@ class Plan:
         try:
             return cls.from_record(read_json(path))
         except OSError as error:
-            raise DstrainError(f"the plan can't be read: {error.strerror}", where=str(path)) from error
+            raise DstrainError(
+                f"the plan can't be read: {error.strerror}", where=str(path), hint=way_out(error)
+            ) from error
         except json.JSONDecodeError as error:
             where = f"{path}:{error.lineno}"
             raise DstrainError(f"the plan is damaged: {error.msg}", where=where, hint=hint) from None

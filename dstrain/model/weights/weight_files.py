@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.foreign_weights import describe_foreign_weights
 
 PIECE = 32 * 1024 * 1024
@@ -349,7 +349,9 @@ def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DstrainError(f"the weights can't be read: {error.strerror}", where=str(path)) from None
+        raise DstrainError(
+            f"the weights can't be read: {error.strerror}", where=str(path), hint=way_out(error)
+        ) from None
 
 
 def _broken(path: Path, reason: str) -> DstrainError:
