@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dstrain.api.events import SILENT, Events
-from dstrain.api.model_lookup import find_model
+from dstrain.api.model_lookup import find_model, find_tokenizer
 from dstrain.api.prepare_data import look_at_data
 from dstrain.config.loader import ResolvedConfig
 from dstrain.planning.checks import refuse
@@ -32,5 +32,4 @@ def data_samples(
     """
     refuse(config)
     model = find_model(config, events)
-    tokenizer = model.tokenizer if config.config.tokenizer == "auto" else config.config.tokenizer
-    return look_at_data(config, tokenizer, samples, events)
+    return look_at_data(config, find_tokenizer(config, model, events), samples, events)

@@ -34,11 +34,13 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     Raises:
         DstrainError: the data can't be used.
     """
-    config = resolved.config
-    own = _own_source(resolved, events) if is_code(config.data) else None
-    source: TextCorpus = own or find_files(config.data)
+    return _prepared(resolved, tokenizer, _own_source(resolved, events), events)
+
+
+def _prepared(resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events) -> PlannedData:
+    source: TextCorpus = own or find_files(resolved.config.data)
     choices = _choices(resolved)
-    records = RecordOptions.of(config)
+    records = RecordOptions.of(resolved.config)
     cache = cache_folder() / "data"
     clear_leftovers(cache_folder())
     if note := cache_note():
@@ -62,8 +64,8 @@ def look_at_data(
     Raises:
         DstrainError: the data can't be used.
     """
-    prepare_data(resolved, tokenizer, events)
-    own = _own_source(resolved, events) if is_code(resolved.config.data) else None
+    own = _own_source(resolved, events)
+    _prepared(resolved, tokenizer, own, events)
     request = {**_request(resolved, tokenizer, own), "samples": list(samples)}
     return _asked("dstrain.data.show", request, resolved, events)
 
@@ -102,9 +104,11 @@ def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:
         raise
 
 
-def _own_source(resolved: ResolvedConfig, events: Events) -> OwnSource:
-    """The documents of the user's code, read once for their hash."""
+def _own_source(resolved: ResolvedConfig, events: Events) -> OwnSource | None:
+    """The documents of the user's code, read once for their hash; None where the data are files."""
     config = resolved.config
+    if not is_code(config.data):
+        return None
     for plugin in config.plugins:
         if plugin.key == "data":
             check_plugin_here(plugin, resolved)

@@ -31,7 +31,6 @@ class Written:
 
     Attributes:
         empty_documents: those without a token, or records that were left out.
-        trained: how many of the tokens are to be predicted, where that is not all of them.
         stop_tokens: the tokens that end an assistant's turn.
         rendered: whether a chat template was used.
     """
@@ -40,7 +39,6 @@ class Written:
     documents: int
     empty_documents: int
     content: str
-    trained: int | None = None
     stop_tokens: tuple[int, ...] = ()
     rendered: bool = False
 

@@ -227,14 +227,7 @@ class FolderTokenizer(Tokenizer):
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
             found = [(encoding.ids, encoding.offsets) for encoding in encodings]
         elif self._tokenizer.is_fast:
-            encoded = self._tokenizer(
-                list(texts),
-                add_special_tokens=False,
-                truncation=False,
-                padding=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
+            encoded = self._encoded(texts, return_offsets_mapping=True)
             found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
         else:
             raise DstrainError(
@@ -256,8 +249,12 @@ class FolderTokenizer(Tokenizer):
         if self._backend is not None:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [np.asarray(ids, dtype=self.dtype) for ids in self._encoded(texts)["input_ids"]]
+
+    def _encoded(self, texts: Sequence[str], **options: bool) -> Any:
+        """By the tokenizer's own class, not by its backend alone."""
         # Truncation and padding can be switched on inside a tokenizer.json; said here, they are off.
-        encoded = self._tokenizer(
+        return self._tokenizer(
             list(texts),
             add_special_tokens=False,
             truncation=False,
@@ -265,8 +262,8 @@ class FolderTokenizer(Tokenizer):
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
+            **options,
         )
-        return [np.asarray(ids, dtype=self.dtype) for ids in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._tokenizer.decode(np.asarray(ids).ravel().tolist(), skip_special_tokens=True))

@@ -198,7 +198,6 @@ def write_conversations(
     skipped, first_skipped = 0, ""
     places: list[str] = []
     progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes")
-    trained_tokens = 0
     rest = np.zeros(0, bool)
     with open(tokens_path, "wb") as tokens, open(trained_path, "wb") as trained:
         for batch in _batches(corpus):
@@ -226,7 +225,6 @@ def write_conversations(
                     digest.update(content)
                     stream.write(content)
                 lengths.extend(one.ids.size for one in kept)
-                trained_tokens += sum(int(one.trained.sum()) for one in kept)
             progress.update(batch[-1].bytes_read)
         last = np.packbits(rest, bitorder="little").tobytes()
         digests[1].update(last)
@@ -253,7 +251,6 @@ def write_conversations(
         documents=len(lengths),
         empty_documents=skipped,
         content=hashlib.blake2b(together, digest_size=16).hexdigest(),
-        trained=trained_tokens,
         stop_tokens=stops,
         rendered=corpus.template.conversations > 0,
     )
