@@ -6,14 +6,16 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
 from dstrain.data.chat.formats import name_of_kind, text_of
+from dstrain.data.compressed import open_lines
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
 from dstrain.data.json_array import read_array
+from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
 from dstrain.errors import DstrainError, way_out
 
@@ -39,32 +41,6 @@ class DocumentPart:
     text: str
     bytes_read: int
     last: bool = True
-
-
-@dataclass(frozen=True)
-class JsonRecord:
-    """An object of a JSON-lines file, or of a file that is one JSON array.
-
-    Attributes:
-        where: its ``FILE:LINE``.
-        bytes_read: how many of the source's bytes were read to get there.
-        what: of the file it is: a line, or an element.
-        error: why there is none.
-    """
-
-    fields: Mapping[str, Any]
-    where: str
-    bytes_read: int
-    what: str = "line"
-    error: DstrainError | None = None
-
-    def placed(self, error: DstrainError) -> DstrainError:
-        """What is wrong with this record, with its place."""
-        error.where = self.where
-        if self.what != "line":
-            error.message = error.message.replace("this line", f"this {self.what}")
-            error.hint = error.hint and error.hint.replace("each line", f"each {self.what}")
-        return error
 
 
 def read_documents(source: Source) -> Iterator[DocumentPart]:
@@ -172,7 +148,7 @@ def _read_json_texts(file: SourceFile, limit: int, field: str) -> Iterator[Docum
 
 def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
     with open(file.path, "rb") as raw:
-        lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.path.lower().endswith(".gz") else raw  # type: ignore[assignment]
+        lines = open_lines(raw, file.path)
         plain_bytes, begun = 0, False
         for number, line in enumerate(iter(lambda: lines.readline(limit + 1), b""), start=1):
             where = f"{file.path}:{number}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dstrain.errors import DstrainError
 
-_COMPRESSED = "; of compressed files only .jsonl.gz is read"
+_COMPRESSED = "; of compressed files only .jsonl.gz and .jsonl.zst are read"
 _OTHER_KINDS = (
     (b"\xff\xfe\0\0", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),
     (b"\0\0\xfe\xff", "this text is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8"),

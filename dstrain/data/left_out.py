@@ -27,7 +27,7 @@ _WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
         (".json",),
         "if each line is an object, name it .jsonl, or name the file itself; of one array: jq -c '.[]'",
     ),
-    (_PACKED, "decompress it (of compressed files only .jsonl.gz is read)"),
+    (_PACKED, "decompress it (of compressed files only .jsonl.gz and .jsonl.zst are read)"),
 )
 _KINDS_SHOWN = 6
 

@@ -35,9 +35,11 @@ TEXT_SUFFIXES = frozenset({
     ".swift", ".hs", ".ml", ".el", ".lisp", ".clj", ".ex", ".erl", ".yaml", ".yml", ".toml", ".ini", ".cfg",
 })
 # fmt: on
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+JSON_LINES_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst", ".json.zst"),
+)
 # Inside a folder .json is usually a config or an index, so it is read as JSON lines only when it is named
-# itself.
+# itself, or compressed.
 SINGLE_JSON_LINES_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json")
 
 # What differs between distributions and builds of one Python version, or is no library code.

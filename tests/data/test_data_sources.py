@@ -8,12 +8,31 @@ import lzma
 import os
 import socket
 
+import pyarrow
 import pytest
 
 from dstrain.data import json_array, sources
 from dstrain.data.documents import read_documents
 from dstrain.data.sources import find_files, source_summary
 from dstrain.errors import DstrainError
+
+
+def zstd(content):
+    """In two frames, as parallel packers write them."""
+    half = len(content) // 2
+    frames = []
+    for part in (content[:half], content[half:]):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(part)
+        frames.append(sink.getvalue().to_pybytes())
+    return b"".join(frames)
+
+
+def packed(content, name):
+    if name.endswith("gz"):
+        return gzip.compress(content)
+    return zstd(content) if name.endswith("zst") else content
 
 
 def texts(source):
@@ -71,13 +90,13 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert texts(tmp_path / "corpus") == ["x"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.json.zst"])
 def test_json_lines(tmp_path, name):
     lines = "".join(
         json.dumps({"text": text}) + "\n" for text in ["eins", "zwei\n", "", "dreißig \u0000"]
     ).encode()
     path = tmp_path / name
-    path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    path.write_bytes(packed(lines, name))
     source = find_files(str(path))
     documents = list(read_documents(source))
     assert [document.text for document in documents] == ["eins", "zwei\n", "", "dreißig \u0000"]
@@ -142,6 +161,10 @@ def refused(source):
         ("a.jsonl", b"[" * 100_000, ":1", "nested"),
         ("a.jsonl", b'\n{"text": ' + b"[" * 100_000, ":2", "nested"),
         ("a.jsonl.gz", b"no gzip", "", "gzip"),
+        ("a.jsonl.zst", b"no zstd", ":1", "damaged zstd"),
+        ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 99)[:-4], ":1", "incomplete or damaged zstd"),
+        ("a.json.zst", zstd(lzma.compress(b"text")), "", "compressed (xz)"),
+        ("a.jsonl.zst", zstd(b'{"text": "a"}\n{"text": 3}'), ":2", "a number, not a string"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "", "gzip"),
     ],
 )
@@ -154,7 +177,7 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, plac
 
 
 @pytest.mark.parametrize("indent", [None, 1], ids=["one line", "pretty"])
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.ndjson.zst"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n \n"], ids=["", "marked", "blank lines"])
 def test_one_json_array_is_read_element_by_element(tmp_path, monkeypatch, mark, name, indent):
     """Blocks end anywhere: inside of letters, escapes and numbers."""
@@ -165,7 +188,7 @@ def test_one_json_array_is_read_element_by_element(tmp_path, monkeypatch, mark, 
     content = json.dumps(records, indent=indent, ensure_ascii=name == "a.json").encode()
     content = mark + content
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    path.write_bytes(packed(content, name))
     for block in (1, 7, 1000, 2**16):
         monkeypatch.setattr(json_array, "_BLOCK", block)
         assert texts(path) == wanted
@@ -216,7 +239,7 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
     (tmp_path / "c.ndjson").write_text('{"text": "c"}\n')
     for name in ("1.parquet", "2.parquet"):
         (tmp_path / name).write_bytes(b"PAR1" + bytes(96))
-    (tmp_path / "d.jsonl.zst").write_bytes(b"z" * 300)
+    (tmp_path / "d.txt.zst").write_bytes(b"z" * 300)
     (tmp_path / "LICENSE").write_bytes(b"l")
     (tmp_path / "film.mp4").write_bytes(bytes(10**6))
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
@@ -230,7 +253,7 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
     assert [document.text[:1] for document in read_documents(source)] == ["a", "b", "c"]
     assert source.kinds == "2 .md (2 kB), 1 .ndjson (14 bytes)"
     assert source.left_out == (
-        "1 .mp4 (1 MB), 1 .jsonl.zst (300 bytes), 2 .parquet (200 bytes), LICENSE, gone (a broken link),"
+        "1 .mp4 (1 MB), 1 .txt.zst (300 bytes), 2 .parquet (200 bytes), LICENSE, gone (a broken link),"
         " loop (a broken link), 3 other files"
     )
 
@@ -241,8 +264,8 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
         ("train.parquet", "read_parquet"),
         ("data.arrow", "JSON Lines"),
         ("train.json", "name it .jsonl"),
-        ("train.jsonl.zst", "decompress"),
-        ("train.json.gz", "decompress"),
+        ("train.txt.zst", "decompress"),
+        ("train.txt.gz", "decompress"),
         ("all.tar", "decompress"),
         ("weights.bin", "name a folder with that alone"),
         ("NO_SUFFIX", "name a folder with that alone"),

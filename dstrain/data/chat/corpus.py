@@ -23,9 +23,10 @@ from dstrain.data.chat.formats import (
 )
 from dstrain.data.chat.options import CHATML, RecordOptions
 from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
-from dstrain.data.documents import JsonRecord, read_records
+from dstrain.data.documents import read_records
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.progress import Progress
+from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
 from dstrain.data.token_writer import Written
 from dstrain.data.tokenizer_files import BYTES

@@ -1,0 +1,36 @@
+"""A record of a file, whatever kind of file it is in: its fields, and its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.errors import DstrainError
+
+
+@dataclass(frozen=True)
+class JsonRecord:
+    """An object of a JSON-lines file, an element of a file that is one JSON array, or a row of a table.
+
+    Attributes:
+        fields: its values, as JSON would give them.
+        where: its ``FILE:LINE``, or the row of a table.
+        bytes_read: how many of the source's bytes were read to get there.
+        what: of the file it is: a line, an element, or a row.
+        error: why there is none.
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+    bytes_read: int
+    what: str = "line"
+    error: DstrainError | None = None
+
+    def placed(self, error: DstrainError) -> DstrainError:
+        """What is wrong with this record, with its place."""
+        error.where = self.where
+        if self.what != "line":
+            error.message = error.message.replace("this line", f"this {self.what}")
+            error.hint = error.hint and error.hint.replace("each line", f"each {self.what}")
+        return error
