@@ -38,7 +38,10 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
 
 
 def _prepared(resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events) -> PlannedData:
-    source: TextCorpus = own or find_files(resolved.config.data)
+    config = resolved.config
+    source: TextCorpus = own or find_files(
+        config.data, data_format=config.data_format, data_fields=config.data_fields
+    )
     choices = _choices(resolved)
     records = RecordOptions.of(resolved.config)
     cache = cache_folder() / "data"

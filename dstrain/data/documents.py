@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dstrain.data.chat.formats import name_of_kind, text_of
+from dstrain.data.chat.formats import FIELDS, name_of_kind, text_of
 from dstrain.data.compressed import open_lines
+from dstrain.data.delimited import read_delimited
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
+from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.json_array import read_array
 from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
@@ -44,25 +46,29 @@ class DocumentPart:
 
 
 def read_documents(source: Source) -> Iterator[DocumentPart]:
-    """The documents in the order of the source's files, and of the lines of a JSON-lines file.
+    """The documents in the order of the source's files, and of the records of each.
 
     Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
     file are no documents. A file that is one JSON array is read element by element. Of a text file there is 1 MiB in
-    memory at a time, of others one line or element.
+    memory at a time, of others one line or element, or a few thousand rows of a table.
 
     Raises:
-        DstrainError: with the file, or the file and the line, of what can't be read as text.
+        DstrainError: with the file, or the file and the line or row, of what can't be read as text.
     """
-    before = 0
+    _check_tables(source)
+    before, found = 0, False
     for file in source.files:
         with _errors_of(file):
             if file.kind == "text":
                 parts = _read_text(file, source.max_document_bytes or LARGEST_FILE)
             else:
-                parts = _read_json_texts(file, source.max_document_bytes or LARGEST_LINE, source.text_field)
+                parts = _texts_of_records(file, source)
             for part in parts:
                 yield replace(part, bytes_read=before + part.bytes_read)
+                found = True
         before += file.size
+    if not found:
+        _refuse_empty_tables(source)
 
 
 @contextmanager
@@ -117,31 +123,71 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
 
 
 def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonRecord]:
-    """The objects of the source's JSON-lines files, in their order.
+    """The records of the source's files, in their order; its texts are passed over.
 
     Args:
-        keep_errors: a line or an element that is no object is a record with its error.
+        keep_errors: a line or an element that is no object, and a row that is none of its table, is a record with its
+            error.
 
     Raises:
         DstrainError: as `read_documents`.
     """
-    before = 0
+    _check_tables(source)
+    before, found = 0, False
     for file in source.files:
-        if file.kind == "json lines":
+        if file.kind in RECORD_KINDS:
             with _errors_of(file):
-                for record in _json_records(file, source.max_document_bytes or LARGEST_LINE):
+                for record in records_of(file, source):
                     if record.error is not None and not keep_errors:
                         raise record.error
                     yield replace(record, bytes_read=before + record.bytes_read)
+                    found = True
         before += file.size
+    if not found:
+        _refuse_empty_tables(source)
 
 
-def _read_json_texts(file: SourceFile, limit: int, field: str) -> Iterator[DocumentPart]:
-    for record in _json_records(file, limit):
+def records_of(file: SourceFile, source: Source) -> Iterator[JsonRecord]:
+    """The records of one of the source's files, with the bytes read of it alone.
+
+    Raises:
+        DstrainError: as `read_documents`, but of the operating system's and gzip's errors.
+    """
+    limit, choices = source.max_document_bytes or LARGEST_LINE, source.choices
+    if file.kind == "json lines":
+        return _json_records(file, limit)
+    if file.kind == "csv":
+        return read_delimited(file.path, limit, choices.data_format, choices.data_fields)
+    from dstrain.data.tables import read_table  # which costs the time to load Arrow
+
+    text = {source.text_field} if source.text_field != "text" else set()
+    return read_table(file, limit, frozenset({*FIELDS, *choices.data_fields.values(), *text}))
+
+
+def _check_tables(source: Source) -> None:
+    """Before anything is read of them, so that hours of work do not end at a file that shows now that it is broken."""
+    tables = [file for file in source.files if file.kind in ("parquet", "arrow")]
+    if tables:
+        from dstrain.data.tables import check_tables
+
+        check_tables(tables)
+
+
+def _refuse_empty_tables(source: Source) -> None:
+    if any(file.kind == "csv" for file in source.files):
+        raise DstrainError(
+            "this table has no rows: there is nothing to train on",
+            hint="name another file, or write it again with its rows",
+            where=source.place,
+        )
+
+
+def _texts_of_records(file: SourceFile, source: Source) -> Iterator[DocumentPart]:
+    for record in records_of(file, source):
         if record.error is not None:
             raise record.error
         try:
-            yield DocumentPart(text_of(record.fields, field), record.bytes_read)
+            yield DocumentPart(text_of(record.fields, source.text_field), record.bytes_read)
         except DstrainError as error:
             raise record.placed(error) from None
 

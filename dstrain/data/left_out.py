@@ -19,9 +19,8 @@ _NO_TEXT = frozenset({
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 _WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        (".parquet", ".arrow", ".feather", ".orc"),
-        "write its text as JSON Lines (.jsonl), for example with pandas: read_parquet(FILE).to_json(FILE.jsonl,"
-        " orient='records', lines=True)",
+        (".orc", ".avro", ".xlsx"),
+        "write its text as JSON Lines (.jsonl) or parquet, for example with pandas: read_orc(FILE).to_parquet(FILE)",
     ),
     (
         (".json",),

@@ -157,8 +157,9 @@ def prepare(
     if isinstance(source, OwnSource):
         files = source
     else:
-        found = replace(find_files(source), max_document_bytes=max_document_bytes)
-        files = source_of(found, records or RecordOptions(), tokens_of)
+        records = records or RecordOptions()
+        found = find_files(source, data_format=records.data_format, data_fields=records.data_fields)
+        files = source_of(replace(found, max_document_bytes=max_document_bytes), records, tokens_of)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     if isinstance(files, ConversationSource):
         return _conversations(files, tokens, tokens_of, seq_len, validation, pack)

@@ -4,43 +4,34 @@ A source is one of
 
 - ``stdlib``: the modules of the running Python's standard library, a corpus that every machine already has;
 - a text file, whatever its name: one document;
-- a folder: its text files (one document each) and JSON-lines files, found recursively;
-- a JSON-lines file (``.jsonl``, ``.ndjson``, ``.json``, ``.jsonl.gz``): one document a line, in the field ``text``.
+- a JSON-lines file (``.jsonl``, ``.ndjson``, ``.json``, packed or not): one record a line;
+- a table (``.parquet``, ``.arrow``, ``.feather``, ``.csv``, ``.tsv``): one record a row;
+- a folder: all of these in it, found recursively; one that ``datasets.save_to_disk`` has written: its rows;
+- a pattern such as ``data/**/*.parquet``: all files that match.
 
-What the user's own code gives is in `own_documents`.
+Files are sorted by their path below the source's root. What the user's own code gives is in `own_documents`.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from dstrain.addresses import refuse_address
+from dstrain.data.delimited import header_of
+from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TABLE_KINDS, Kind, kind_of_name, label_of
 from dstrain.data.left_out import Kinds, kind_and_size
+from dstrain.data.saved_datasets import DATASET_DICT, saved_files
 from dstrain.errors import DstrainError
 from dstrain.files import kind_of
 
 STDLIB = "stdlib"
-# fmt: off
-TEXT_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".csv",
-    ".tsv", ".log", ".srt", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go",
-    ".java", ".kt",
-    ".scala", ".js", ".ts", ".jsx", ".tsx", ".rb", ".pl", ".php", ".lua", ".jl", ".r", ".sh", ".bash", ".sql",
-    ".swift", ".hs", ".ml", ".el", ".lisp", ".clj", ".ex", ".erl", ".yaml", ".yml", ".toml", ".ini", ".cfg",
-})
-# fmt: on
-JSON_LINES_SUFFIXES = (
-    *(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst", ".json.zst"),
-)
-# Inside a folder .json is usually a config or an index, so it is read as JSON lines only when it is named
-# itself, or compressed.
-SINGLE_JSON_LINES_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json")
 
 # What differs between distributions and builds of one Python version, or is no library code.
 # fmt: off
@@ -50,8 +41,6 @@ _STDLIB_OUT = frozenset({
 })
 # fmt: on
 _STDLIB_OUT_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
-
-Kind = Literal["text", "json lines"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +55,30 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What decides, besides their names, which files a source has and how they are read.
+
+    Attributes:
+        data_format, data_fields: as in `dstrain.data.chat.options`: a table without their fields may be a text.
+        config, split, revision: of a data set that has several.
+    """
+
+    data_format: str = "auto"
+    data_fields: Mapping[str, str] = field(default_factory=dict)
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """A corpus as a sorted list of files; `name` is what the user wrote, `root` the folder they are in.
 
     Attributes:
         kinds, left_out: what is read of a folder, and what is not, in words.
         max_document_bytes: the limit that the user set for a document.
-        text_field: of a JSON-lines file, what holds the document.
+        text_field: of records, what holds the document.
+        choices: what it was found with.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Source:
     left_out: str = ""
     max_document_bytes: int | None = None
     text_field: str = "text"
+    choices: Choices = Choices()
 
     @property
     def bytes(self) -> int:
@@ -107,40 +114,50 @@ class Source:
         ]
 
 
-def find_files(source: str) -> Source:
+def find_files(
+    source: str,
+    *,
+    data_format: str = "auto",
+    data_fields: Mapping[str, str] | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+) -> Source:
     """The files of `source` (see the top of this file), sorted by relative posix path.
+
+    Args: as of `Choices`.
 
     Raises:
         DstrainError: there is no such path, it may not be read, or it holds nothing that could be text.
     """
+    return listed(source, Choices(data_format, data_fields or {}, config, split, revision))
+
+
+def listed(source: str, choices: Choices) -> Source:
+    """`find_files` with these choices."""
     if not source.strip():
         raise DstrainError(
             "no data source given",
-            hint="name a text file, a folder, a .jsonl file, or 'stdlib'",
+            hint="name a text file, a folder, a .jsonl or .parquet file, or 'stdlib'",
             where="data",
         )
     if source == STDLIB:
-        return _stdlib()
-    path = Path(source).expanduser()
-    refuse_address(source, "data")
-    status = _status(path)
-    if stat.S_ISDIR(status.st_mode):
-        return _folder(source, path)
-    if not stat.S_ISREG(status.st_mode):
-        raise DstrainError(
-            "this is neither a file nor a folder",
-            hint="write the text to a file, and name that",
-            where=str(path),
-        )
-    if status.st_size == 0:
-        raise DstrainError(
-            "the file is empty: there is nothing to train on", hint="name one with text", where=str(path)
-        )
-    if not os.access(path, os.R_OK):
-        _unreadable(path)
-    kind: Kind = "json lines" if path.name.lower().endswith(SINGLE_JSON_LINES_SUFFIXES) else "text"
-    file = SourceFile(path.name, str(path), kind, status.st_size, status.st_mtime_ns)
-    return Source(source, str(path.parent.resolve()), (file,))
+        found = _stdlib()
+    else:
+        refuse_address(source, "data")
+        path = Path(source).expanduser()
+        if glob.has_magic(source) and not os.path.lexists(path):
+            found = _matching(source, path, choices)
+        elif stat.S_ISDIR(_status(path).st_mode):
+            found = _saved(source, path, choices) or _folder(source, path, choices)
+        else:
+            found = _single(source, path, choices)
+    return replace(found, choices=choices)
+
+
+def changed(source: Source) -> bool:
+    """Whether its files are not those any more that were found."""
+    return listed(source.name, source.choices).files != source.files
 
 
 def source_summary(source: Source) -> dict[str, int]:
@@ -172,15 +189,100 @@ def _stdlib() -> Source:
     return Source(STDLIB, str(root), tuple(sorted(files, key=lambda file: file.relative)))
 
 
-def _folder(source: str, root: Path) -> Source:
+def _single(source: str, path: Path, choices: Choices) -> Source:
+    """A file that the user has named."""
+    file = _named(path, path.name, choices)
+    # What a table is read as does not show in its name.
+    said = file.kind in TABLE_KINDS or path.name.lower().endswith(DELIMITED_SUFFIXES)
+    return Source(source, str(path.parent.resolve()), (file,), str(_kinds([file])) if said else "")
+
+
+def _named(path: Path, relative: str, choices: Choices) -> SourceFile:
+    status = _status(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DstrainError(
+            "this is neither a file nor a folder",
+            hint="write the text to a file, and name that",
+            where=str(path),
+        )
+    if status.st_size == 0:
+        raise DstrainError(
+            "the file is empty: there is nothing to train on", hint="name one with text", where=str(path)
+        )
+    if not os.access(path, os.R_OK):
+        _unreadable(path)
+    kind = kind_of_name(path.name, named=True)
+    assert kind is not None, "what is named is read"
+    return _as_table(SourceFile(relative, str(path), kind, status.st_size, status.st_mtime_ns), choices)
+
+
+def _as_table(file: SourceFile, choices: Choices) -> SourceFile:
+    """The file as a table, where it has comma-separated values with the columns of a format."""
+    if not file.relative.lower().endswith(DELIMITED_SUFFIXES) or not file.size:
+        return file
+    if choices.data_format not in ("auto", "text"):  # such records can be in no text
+        return replace(file, kind="csv")
+    try:
+        found = header_of(file.path, choices.data_format, choices.data_fields)
+    except OSError as error:
+        _unreadable(Path(file.path), error)
+    return file if found is None else replace(file, kind="csv")
+
+
+def _matching(source: str, path: Path, choices: Choices) -> Source:
+    """The files that a pattern matches, each as if it was named itself."""
+    root = Path(*_without_magic(path.parts))
+    matches = sorted(glob.glob(str(path), recursive=True))
+    # Through a link that leads back, ** finds a file again and again.
+    files_at = {
+        (os.path.realpath(os.path.dirname(match)), os.path.basename(match)): match for match in matches[::-1]
+    }
+    found = [Path(match) for match in files_at.values() if not os.path.isdir(match)]
+    if not found:
+        folders = f": {len(matches):,} folders do" if matches else ""
+        raise DstrainError(
+            f"no file matches this pattern{folders}",
+            hint="'folder/**/*.jsonl' matches at any depth; put a pattern in quotes, so that the shell leaves it alone",
+            where=source,
+        )
+    files = [_named(match, match.relative_to(root).as_posix(), choices) for match in found]
+    files.sort(key=lambda file: file.relative)
+    return Source(source, str(root.resolve()), tuple(files), str(_kinds(files)))
+
+
+def _without_magic(parts: tuple[str, ...]) -> list[str]:
+    """The folders of a path in front of the first that is a pattern."""
+    first = next(at for at, part in enumerate(parts) if glob.has_magic(part))
+    return list(parts[:first])
+
+
+def _saved(source: str, root: Path, choices: Choices) -> Source | None:
+    """The files of a data set that was saved there; None where none was."""
+    paths = saved_files(root, choices.split)
+    if paths is None:
+        return None
+    files = []
+    for path in paths:
+        status = _status(path)
+        relative = path.relative_to(root).as_posix()
+        files.append(SourceFile(relative, str(path), "arrow", status.st_size, status.st_mtime_ns))
+    kinds = f"{_kinds(files)} of a saved data set"
+    return Source(source, str(root.resolve()), tuple(files), kinds)
+
+
+def _folder(source: str, root: Path, choices: Choices) -> Source:
     files: list[SourceFile] = []
     others = Kinds()
     for entry, relative in _walk(str(root)):
-        name = entry.name.lower()
-        if name.endswith(JSON_LINES_SUFFIXES):
-            files.append(_file(entry, relative, "json lines"))
-        elif os.path.splitext(name)[1] in TEXT_SUFFIXES:
-            files.append(_file(entry, relative, "text"))
+        kind = kind_of_name(entry.name, named=False)
+        if entry.name == DATASET_DICT:
+            raise DstrainError(
+                "a data set with several splits lies in this folder",
+                hint=f"name the folder of one split, such as {Path(entry.path).parent / 'train'}",
+                where=os.path.dirname(entry.path),
+            )
+        if kind is not None:
+            files.append(_as_table(_file(entry, relative, kind), choices))
         else:
             others.add(*kind_and_size(entry, relative))
     left_out = str(others)
@@ -188,8 +290,8 @@ def _folder(source: str, root: Path) -> Source:
         seen = f"it contains only {left_out}" if left_out else "the folder is empty"
         raise DstrainError(
             f"no text in this folder: {seen}",
-            hint=f"{others.way_out()}supported are .txt, .md, .py etc., .jsonl and .jsonl.gz; a single file may have"
-            " any name",
+            hint=f"{others.way_out()}supported are .txt, .md, .py etc., .jsonl (also .gz and .zst), .parquet,"
+            " .arrow and .csv; a single file may have any name",
             where=str(root),
         )
     if not any(file.size for file in files):
@@ -212,9 +314,7 @@ def _folder(source: str, root: Path) -> Source:
 def _kinds(files: list[SourceFile]) -> Kinds:
     found = Kinds()
     for file in files:
-        name = file.relative.lower()
-        json_lines = (suffix for suffix in JSON_LINES_SUFFIXES if name.endswith(suffix))
-        found.add(next(json_lines, os.path.splitext(name)[1]), file.size)
+        found.add(label_of(file.relative, file.kind), file.size)
     return found
 
 

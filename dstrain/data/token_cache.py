@@ -26,7 +26,7 @@ from dstrain.data.chat.corpus import ConversationSource, Corpus, write_conversat
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.packing import TokenStream
-from dstrain.data.sources import find_files
+from dstrain.data.sources import Source, changed
 from dstrain.data.token_writer import write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
@@ -128,7 +128,8 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
             written = write_conversations(source, tokenizer, *(aside / name for name in names))
         else:
             written = write_tokens(source, tokenizer, *(aside / name for name in names))
-        if not isinstance(source, OwnSource) and find_files(source.name).files != source.files:
+        files = source if isinstance(source, Source | OwnSource) else source.source
+        if isinstance(files, Source) and changed(files):
             raise DstrainError(
                 "the source's files changed while they were being read",
                 hint="start again",

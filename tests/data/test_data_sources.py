@@ -237,8 +237,8 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
     (tmp_path / "a.md").write_text("a" * 2000)
     (tmp_path / "b.MD").write_text("b")
     (tmp_path / "c.ndjson").write_text('{"text": "c"}\n')
-    for name in ("1.parquet", "2.parquet"):
-        (tmp_path / name).write_bytes(b"PAR1" + bytes(96))
+    for name in ("1.orc", "2.orc"):
+        (tmp_path / name).write_bytes(bytes(100))
     (tmp_path / "d.txt.zst").write_bytes(b"z" * 300)
     (tmp_path / "LICENSE").write_bytes(b"l")
     (tmp_path / "film.mp4").write_bytes(bytes(10**6))
@@ -253,7 +253,7 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
     assert [document.text[:1] for document in read_documents(source)] == ["a", "b", "c"]
     assert source.kinds == "2 .md (2 kB), 1 .ndjson (14 bytes)"
     assert source.left_out == (
-        "1 .mp4 (1 MB), 1 .txt.zst (300 bytes), 2 .parquet (200 bytes), LICENSE, gone (a broken link),"
+        "1 .mp4 (1 MB), 1 .txt.zst (300 bytes), 2 .orc (200 bytes), LICENSE, gone (a broken link),"
         " loop (a broken link), 3 other files"
     )
 
@@ -261,8 +261,7 @@ def test_a_folder_counts_what_is_read_and_what_is_left_out(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
-        ("train.parquet", "read_parquet"),
-        ("data.arrow", "JSON Lines"),
+        ("train.orc", "to_parquet"),
         ("train.json", "name it .jsonl"),
         ("train.txt.zst", "decompress"),
         ("train.txt.gz", "decompress"),

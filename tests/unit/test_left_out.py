@@ -30,15 +30,15 @@ def test_what_is_left_out_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mon
     config = load_config(settings=[f"data={corpus}", "seq_len=32"])
     first = prepare_data(config, "bytes", SILENT)
     assert (first.kinds, first.left_out) == ("1 .txt (2 kB)", "") and not leftover.exists()
-    (corpus / "b.parquet").write_bytes(b"PAR1\x1b[2J")
+    (corpus / "b.orc").write_bytes(b"PAR1\x1b[2J")
     (corpus / "bad\x1b[2J").write_bytes(b"x")
     second = prepare_data(config, "bytes", SILENT)  # of the same text: its summary is kept
     assert second == dataclasses.replace(first, left_out=second.left_out)
-    assert second.left_out.startswith("1 .parquet (8 bytes), bad")
+    assert second.left_out.startswith("1 .orc (8 bytes), bad")
     made = dataclasses.replace(plan(), data=second)
     assert Plan.from_record(json.loads(json.dumps(made.to_record()))) == made
     console = Console(file=io.StringIO(), width=200)
     show_plan(made, console, verbose=True)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"files\s+1 \.txt \(2 kB\); left out: .*1 \.parquet \(8 bytes\), bad", text)
+    assert re.search(r"files\s+1 \.txt \(2 kB\); left out: .*1 \.orc \(8 bytes\), bad", text)
     assert "\x1b[2J" not in text

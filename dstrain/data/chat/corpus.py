@@ -24,6 +24,7 @@ from dstrain.data.chat.formats import (
 from dstrain.data.chat.options import CHATML, RecordOptions
 from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
 from dstrain.data.documents import read_records
+from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.progress import Progress
 from dstrain.data.records import JsonRecord
@@ -93,7 +94,7 @@ def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> S
             where="data_fields",
             hint=f"{{{', '.join(sorted(FIELDS))}}}: the name in your files",
         )
-    lines = [file for file in source.files if file.kind == "json lines"]
+    lines = [file for file in source.files if file.kind in RECORD_KINDS]
     format_name = options.data_format
     text_field = options.data_fields.get("text", "text")
     if format_name == "auto":

@@ -1,22 +1,23 @@
 """The formats that records of training data come in, told by their fields, and the conversation in each.
 
 Formats: ``text`` (a document in one field), ``messages`` (OpenAI's chat format), ``sharegpt`` (``from`` and ``value``),
-``alpaca`` (instruction, input, output) and ``prompt-completion`` (strings, or messages).
+``alpaca`` (instruction, input, output), ``prompt-completion`` (strings, or messages) and ``tokens`` (documents that are
+tokenized already: `dstrain.data.token_records`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dstrain.errors import DstrainError
 
-TEXT, MESSAGES, SHAREGPT, ALPACA, PROMPT_COMPLETION = (
-    *("text", "messages", "sharegpt", "alpaca", "prompt-completion"),
+TEXT, MESSAGES, SHAREGPT, ALPACA, PROMPT_COMPLETION, TOKENS = (
+    *("text", "messages", "sharegpt", "alpaca", "prompt-completion", "tokens"),
 )
-FORMATS = (TEXT, MESSAGES, SHAREGPT, ALPACA, PROMPT_COMPLETION)
+FORMATS = (TEXT, MESSAGES, SHAREGPT, ALPACA, PROMPT_COMPLETION, TOKENS)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names, and those of the data sets that came after it.
@@ -34,11 +35,24 @@ FIELDS = frozenset(
     {
         *("text", "messages", "conversations", "conversation", "tools", "system", "chat_template_kwargs"),
         *("instruction", "input", "output", "history", "prompt", "completion"),
+        *("input_ids", "labels", "attention_mask"),
     }
 )
 """All that the formats have names for."""
 _FIELDS_OF_FORMATS = frozenset(
-    {"messages", "conversations", "conversation", "instruction", "input", "output", "prompt", "completion"}
+    {
+        *(
+            "messages",
+            "conversations",
+            "conversation",
+            "instruction",
+            "input",
+            "output",
+            "prompt",
+            "completion",
+        ),
+        "input_ids",
+    }
 )
 _TRY = {
     TEXT: '{"text": "..."}',
@@ -46,6 +60,7 @@ _TRY = {
     SHAREGPT: '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
     ALPACA: '{"instruction": "...", "input": "...", "output": "..."}',
     PROMPT_COMPLETION: '{"prompt": "...", "completion": "..."}',
+    TOKENS: '{"input_ids": [17, 4, 256], "labels": [-100, 4, 256]}',
 }
 
 
@@ -113,8 +128,8 @@ def recognise(record: Mapping[str, Any]) -> str:
     strings = [key for key, value in record.items() if isinstance(value, str)]
     more = f"; or name the field that holds the text: --set data_fields.text={strings[0]}" if strings else ""
     raise DstrainError(
-        f"this line has no field 'text', 'messages', 'conversations', 'instruction' or 'prompt'; its fields are"
-        f" {fields}",
+        "this line has no field 'text', 'messages', 'conversations', 'instruction', 'prompt' or 'input_ids'; its"
+        f" fields are {fields}",
         hint=f"each line is one object: {_TRY[TEXT]}, or {_TRY[MESSAGES]}{more}",
     )
 
@@ -139,7 +154,29 @@ _FITS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     SHAREGPT: _is_sharegpt,
     ALPACA: lambda record: {"instruction", "output"} <= record.keys(),
     PROMPT_COMPLETION: lambda record: {"prompt", "completion"} <= record.keys(),
+    TOKENS: lambda record: "input_ids" in record,
 }
+_NEEDED: dict[str, tuple[frozenset[str], ...]] = {
+    TEXT: (frozenset({"text"}),),
+    MESSAGES: (frozenset({"messages"}), frozenset({"conversations"}), frozenset({"conversation"})),
+    SHAREGPT: (frozenset({"conversations"}), frozenset({"conversation"})),
+    ALPACA: (frozenset({"instruction", "output"}),),
+    PROMPT_COMPLETION: (frozenset({"prompt", "completion"}),),
+    TOKENS: (frozenset({"input_ids"}),),
+}
+"""The fields that a record of each format has, in one of these ways."""
+
+
+def has_fields(names: Iterable[str], format_name: str, fields: Mapping[str, str]) -> bool:
+    """Whether columns of these names can be records of a format.
+
+    Args:
+        format_name: ``auto`` for any.
+        fields: as of `rename_fields`.
+    """
+    renamed = rename_fields(dict.fromkeys(names), fields).keys()
+    wanted = _NEEDED.values() if format_name == "auto" else [_NEEDED.get(format_name, ())]
+    return any(needed <= renamed for ways in wanted for needed in ways)
 
 
 def read_record(record: Mapping[str, Any], format_name: str) -> Record:
