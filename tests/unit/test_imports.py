@@ -16,7 +16,7 @@ import dstrain.planning
 import dstrain.runs.checkpoint
 import dstrain.supervise
 
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "numpy"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "numpy", "pyarrow"}
 FOR_HELP = {"click", "dstrain"}
 LIGHT = sorted(
     f"{package.__name__}.{module.name}"
@@ -56,6 +56,11 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("module", LIGHT)
 def test_these_rooms_are_light(module: str, repository: Path) -> None:
     assert not loaded_by(f"import {module}", repository) & HEAVY
+
+
+def test_what_the_api_knows_of_the_data_is_light(repository: Path) -> None:
+    """The readers of tables are loaded where a table is read."""
+    assert not loaded_by("import dstrain.api.prepare_data, dstrain.data.documents", repository) & HEAVY
 
 
 def test_launch_and_supervise_know_no_pydantic_either(repository: Path) -> None:
