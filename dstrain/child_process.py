@@ -148,6 +148,24 @@ class ChildProcess:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def start_worker(
+    module: str, arguments: Sequence[str], descriptor: int, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """``python -m module`` as a helper of this process, which hands it a descriptor: in its session and process group,
+    and ended with the thread that starts it.
+
+    Args:
+        environment: variables beside those of this process.
+    """
+    return subprocess.Popen(
+        [sys.executable, *_SAFE_PATH, "-c", _CHILD, str(os.getpid()), _ROOT, module, *arguments],
+        env=os.environ | {"PYTHONWARNINGS": "ignore"} | dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[descriptor],
+    )
+
+
 def child_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """For the main function of a module that `run_module` runs: what it raises becomes a message and an exit code."""
 

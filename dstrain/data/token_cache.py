@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.chat.corpus import ConversationSource, Corpus, write_conversations
+from dstrain.data.chat.corpus import ConversationSource, Corpus
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.packing import TokenStream
 from dstrain.data.sources import Source, changed
-from dstrain.data.token_writer import write_tokens
+from dstrain.data.token_writer import TRAINED, write_tokens
 from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.worker_pool import available_cores
 from dstrain.errors import DstrainError
 from dstrain.files import flush
 from dstrain.shared_caches import is_own, make_folder, open_lock
@@ -36,8 +37,8 @@ from dstrain.strict_json import to_json
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
-_TRAINED = "trained.bin"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_BYTES_A_WORKER = 4_000_000
 _CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
@@ -61,17 +62,23 @@ class Tokens:
     rendered: bool = False
 
 
-def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Tokens:
+def load_or_build(
+    source: Corpus, tokenizer: Tokenizer, cache_dir: Path, workers: int | None = None
+) -> Tokens:
     """The tokens of `source`, from the cache if they are there and whole, else built into it.
 
     The key covers the format, the tokenizer's content, what documents begin with, and each file's path, size and
     modification time; of documents that code gives, a hash of their texts. Any number of processes, on any number of
     hosts that share `cache_dir`, may call this at once.
 
+    Args:
+        workers: processes that tokenize; 0: this one alone; None: as many as are worth their start.
+
     Raises:
         DstrainError: the source can't be read, changed meanwhile, or the cache can't be written.
     """
     folder = cache_dir / _key(source, tokenizer)
+    workers = worth_starting(source.bytes) if workers is None else workers
     try:
         # Before the lock, so that a complete cache on a read-only disk serves.
         found = _open(folder, tokenizer)
@@ -83,7 +90,7 @@ def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Toke
             if found is None:
                 if locked:
                     _clear_leftovers(folder)
-                _build(source, tokenizer, folder)
+                _build(source, tokenizer, folder, workers)
                 found = _open(folder, tokenizer)
     except OSError as error:
         hint = None
@@ -103,6 +110,12 @@ def load_or_build(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Toke
     return found
 
 
+def worth_starting(size: int) -> int:
+    """How many worker processes tokenize so many bytes soonest: none for less than what one does while it starts."""
+    cores = available_cores()
+    return min(cores, size // _BYTES_A_WORKER) if cores > 1 and size >= 2 * _BYTES_A_WORKER else 0
+
+
 def is_cached(source: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> bool:
     """Whether `load_or_build` would find the tokens."""
     try:
@@ -117,17 +130,15 @@ def _key(source: Corpus, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _build(source: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
+def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> None:
     """Write `folder` aside, flush it to the disk, and name it; leave nothing behind on failure."""
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         aside.mkdir(mode=0o700)
         names = [_TOKENS, _LENGTHS]
         if isinstance(source, ConversationSource):
-            names.append(_TRAINED)
-            written = write_conversations(source, tokenizer, *(aside / name for name in names))
-        else:
-            written = write_tokens(source, tokenizer, *(aside / name for name in names))
+            names.append(TRAINED)
+        written = write_tokens(source, tokenizer, aside, workers)
         files = source if isinstance(source, Source | OwnSource) else source.source
         if isinstance(files, Source) and changed(files):
             raise DstrainError(
@@ -183,7 +194,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or meta["dtype"] != tokenizer.dtype.name:
             return None
-        names = [_TOKENS, _LENGTHS, *([_TRAINED] if _TRAINED in meta["checks"] else [])]
+        names = [_TOKENS, _LENGTHS, *([TRAINED] if TRAINED in meta["checks"] else [])]
         if any(_check(folder / name) != meta["checks"][name] for name in names):
             return None
         tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype.newbyteorder("<"), mode="r")
@@ -195,10 +206,10 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         ):
             return None
         trained = None
-        if _TRAINED in names:
-            if not is_own(folder / _TRAINED):
+        if TRAINED in names:
+            if not is_own(folder / TRAINED):
                 return None
-            trained = np.memmap(folder / _TRAINED, dtype=np.uint8, mode="r")
+            trained = np.memmap(folder / TRAINED, dtype=np.uint8, mode="r")
             if trained.size != -(-tokens.size // 8):
                 return None
         stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths, trained)

@@ -204,9 +204,33 @@ class FolderTokenizer(Tokenizer):
         self.special_texts = tuple(special.values())
         self._special = frozenset({*special, self.end_of_document})
         self.fingerprint = _fingerprint(folder, type(tokenizer).__name__, self.end_of_document)
-        self._tokenizer = tokenizer
+        self._folder = folder
+        self._loaded = tokenizer
         self._backend = _plain_backend(tokenizer)
         self._cuts = SafeCuts(self._backend) if self._backend is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process needs. Where the backend does all the work, transformers is loaded there only by what
+        asks for it: that takes seconds."""
+        kept = self.__dict__ | {"_loaded": None, "_cuts": None}
+        if self._backend is not None:
+            # The flag is no part of what the backend pickles.
+            kept["_backend"] = (self._backend, self._backend.encode_special_tokens)
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._backend is not None:
+            self._backend, spelled = self._backend
+            self._backend.encode_special_tokens = spelled
+            self._cuts = SafeCuts(self._backend)
+
+    @property
+    def _tokenizer(self) -> Any:
+        """As transformers has it."""
+        if self._loaded is None:
+            self._loaded = load_pretrained(self._folder, vocabulary_alone(self._folder))
+        return self._loaded
 
     def encode_batch(self, texts: Sequence[str], after: Sequence[str] = ()) -> list[np.ndarray]:
         after = after or [""] * len(texts)

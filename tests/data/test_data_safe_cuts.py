@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dstrain.data import token_writer
+from dstrain.data import encoders
 from dstrain.data.documents import DocumentPart
 from dstrain.data.tokenizers import load_tokenizer
 
@@ -206,7 +206,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_pieces_have_the_tokens_of_the_whole(
     kind: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_writer, "_PIECE", 1500)
+    monkeypatch.setattr(encoders, "_PIECE", 1500)
     tokenizer = load_tokenizer(str(folders(kind)))
     pieces = 0
     for seed in range(3):
@@ -215,7 +215,7 @@ def test_pieces_have_the_tokens_of_the_whole(
         parts = [
             DocumentPart(text[at : at + 7000], at, at + 7000 >= len(text)) for at in range(0, len(text), 7000)
         ]
-        found = list(token_writer._pieces(parts, tokenizer))
+        found = list(encoders.pieces_of(parts, tokenizer))
         assert "".join(piece.text for piece in found) == text
         assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
         ids = tokenizer.encode_batch([piece.text for piece in found], [piece.after for piece in found])
@@ -227,7 +227,7 @@ def test_pieces_have_the_tokens_of_the_whole(
 def test_a_document_without_places_to_cut_is_tokenized_whole(folders: Callable[[str], Path]) -> None:
     tokenizer = load_tokenizer(str(folders("gpt2")))
     parts = [DocumentPart("0123456789" * 30_000, 1, False), DocumentPart("0" * 10, 2)]
-    assert [len(piece.text) for piece in token_writer._pieces(parts, tokenizer)] == [300_010]
+    assert [len(piece.text) for piece in encoders.pieces_of(parts, tokenizer)] == [300_010]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "llama2", "lines"])

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dstrain.data.chat.formats import (
     FIELDS,
@@ -26,10 +22,8 @@ from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, ch
 from dstrain.data.documents import read_records
 from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.own_documents import OwnSource
-from dstrain.data.progress import Progress
 from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
-from dstrain.data.token_writer import Written
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
@@ -38,8 +32,6 @@ _BATCH = 2**19
 """Characters that are tokenized at once."""
 _OVERHEAD = 64
 """What a record of any length counts for."""
-_LISTED = 10_000
-"""Records that were left out whose place is kept."""
 
 
 @dataclass(frozen=True)
@@ -177,93 +169,13 @@ def template_text(name: str | None, tokenizer: Tokenizer) -> str:
         ) from None
 
 
-def write_conversations(
-    corpus: ConversationSource,
-    tokenizer: Tokenizer,
-    tokens_path: Path,
-    lengths_path: Path,
-    trained_path: Path,
-) -> Written:
-    """Tokenize every conversation.
-
-    `tokens_path` and `lengths_path` are written as `dstrain.data.token_writer.write_tokens` does; `trained_path`
-    becomes a bit for each token, the first in the lowest bit of a byte: whether it is to be predicted.
-
-    Raises:
-        DstrainError: with the place of a record that can't be trained on, unless those are left out.
-        OSError: the files can't be written.
-    """
-    # Each file has its own: what is written at once is no part of the content.
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(3)]
-    dtype = tokenizer.dtype.newbyteorder("<")
-    lengths = array("q")
-    skipped, first_skipped = 0, ""
-    places: list[str] = []
-    progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes")
-    rest = np.zeros(0, bool)
-    with open(tokens_path, "wb") as tokens, open(trained_path, "wb") as trained:
-        for batch in _batches(corpus):
-            found = _encoded(corpus, batch)
-            kept: list[Encoded] = []
-            for record, one in zip(batch, found, strict=True):
-                if isinstance(one, Encoded):
-                    kept.append(one)
-                    continue
-                if corpus.options.on_bad_record == "error":
-                    one.hint = f"{one.hint}; " if one.hint else ""
-                    one.hint += "on_bad_record: skip leaves such records out"
-                    raise record.placed(one)
-                skipped += 1
-                first_skipped = first_skipped or one.message
-                if len(places) < _LISTED:
-                    places.append(f"{record.where}: {one.message}")
-            if kept:
-                block = np.concatenate([one.ids for one in kept]).astype(dtype, copy=False).tobytes()
-                bits = np.concatenate([rest, *(one.trained for one in kept)])
-                whole = bits.size // 8 * 8
-                packed = np.packbits(bits[:whole], bitorder="little").tobytes()
-                rest = bits[whole:]
-                for digest, stream, content in zip(digests, (tokens, trained), (block, packed), strict=False):
-                    digest.update(content)
-                    stream.write(content)
-                lengths.extend(one.ids.size for one in kept)
-            progress.update(batch[-1].bytes_read)
-        last = np.packbits(rest, bitorder="little").tobytes()
-        digests[1].update(last)
-        trained.write(last)
-    if not lengths:
-        raise DstrainError(
-            f"all {skipped:,} records were left out: {first_skipped}"
-            if skipped
-            else "no records in this source: all its lines are blank",
-            where=corpus.place,
-        )
-    if places:
-        listed = "\n".join(places)
-        tokens_path.with_name("skipped.txt").write_text(
-            f"{listed}\n", encoding="utf-8", errors="backslashreplace"
-        )
-    stops = tuple(sorted(corpus.template.stop_tokens))
-    counts = np.array(lengths, dtype="<i8")
-    digests[2].update(counts.tobytes())
-    together = b"".join(digest.digest() for digest in digests)
-    np.save(lengths_path, counts, allow_pickle=False)
-    return Written(
-        tokens=int(counts.sum()),
-        documents=len(lengths),
-        empty_documents=skipped,
-        content=hashlib.blake2b(together, digest_size=16).hexdigest(),
-        stop_tokens=stops,
-        rendered=corpus.template.conversations > 0,
-    )
-
-
-def _batches(corpus: ConversationSource) -> Iterator[list[JsonRecord]]:
+def record_batches(records: Iterable[JsonRecord]) -> Iterator[list[JsonRecord]]:
+    """The records in batches that are tokenized at once."""
     batch: list[JsonRecord] = []
     size = 0
-    for record in read_records(corpus.source, keep_errors=True):
+    for record in records:
         batch.append(record)
-        size += _OVERHEAD + _characters(record.fields)
+        size += _OVERHEAD + characters(record.fields)
         if size > _BATCH:
             yield batch
             batch, size = [], 0
@@ -271,17 +183,24 @@ def _batches(corpus: ConversationSource) -> Iterator[list[JsonRecord]]:
         yield batch
 
 
-def _characters(value: Any) -> int:
+def characters(value: Any) -> int:
     """Of all texts in a JSON value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list) else 0
 
 
-def _encoded(corpus: ConversationSource, batch: list[JsonRecord]) -> list[Encoded | DstrainError]:
-    """In the order of the batch."""
+def bad_record(record: JsonRecord, error: DstrainError) -> DstrainError:
+    """What is wrong with a record, with its place and the way to leave it out."""
+    error.hint = f"{error.hint}; " if error.hint else ""
+    error.hint += "on_bad_record: skip leaves such records out"
+    return record.placed(error)
+
+
+def encode_records(corpus: ConversationSource, batch: Sequence[JsonRecord]) -> list[Encoded | DstrainError]:
+    """The tokens of records in their order; the error of one that can't be trained on."""
     read: list[Conversation | Completion | DstrainError] = []
     for record in batch:
         try:
