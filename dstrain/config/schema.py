@@ -15,6 +15,7 @@ from dstrain.config.hook_choices import (
     name_of,
 )
 from dstrain.config.value_types import (
+    DataFormat,
     Fraction,
     HostName,
     NonNegativeInt,
@@ -67,9 +68,9 @@ class RunConfig(BaseModel):
         {},
         description="keyword arguments of a dataset of your own",
     )
-    data_format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"] = Field(
+    data_format: DataFormat = Field(
         "auto",
-        description="format of the records of JSON Lines files; auto: that of the first record, by its fields",
+        description="format of the records of files; auto: that of the first record, by its fields",
     )
     data_fields: dict[str, str] = Field(
         {},

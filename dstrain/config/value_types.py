@@ -17,6 +17,11 @@ PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+# fmt: off
+DataFormat = Literal[
+    "auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion", "tokens",
+]
+# fmt: on
 Precision = Literal["fp32", "bf16", "fp16"]
 # It goes into command lines: nothing that an option parser or a shell could read as anything but a name.
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:][A-Za-z0-9._:-]*$", max_length=253)]

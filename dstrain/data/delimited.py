@@ -19,7 +19,7 @@ _DELIMITERS = {".tsv": "\t", ".csv": ",;\t|"}
 _JSON_FIELDS = frozenset(
     {
         *("messages", "conversations", "conversation", "tools", "history", "chat_template_kwargs"),
-        *("input_ids", "labels", "attention_mask"),
+        *("input_ids", "labels", "attention_mask", "position_ids"),
     }
 )
 """Fields that hold no text: a cell has them as JSON."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dstrain.data.chat.formats import FIELDS, name_of_kind, text_of
+from dstrain.data.chat.formats import FIELDS, TEXT, check_format, name_of_kind, text_of
 from dstrain.data.compressed import open_lines
 from dstrain.data.delimited import read_delimited
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
@@ -187,9 +187,12 @@ def _texts_of_records(file: SourceFile, source: Source) -> Iterator[DocumentPart
         if record.error is not None:
             raise record.error
         try:
-            yield DocumentPart(text_of(record.fields, source.text_field), record.bytes_read)
+            if source.text_field == "text":
+                check_format(record.fields, TEXT, source.first_text)
+            text = text_of(record.fields, source.text_field)
         except DstrainError as error:
             raise record.placed(error) from None
+        yield DocumentPart(text, record.bytes_read)
 
 
 def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:

@@ -27,6 +27,7 @@ from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
+from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
@@ -97,6 +98,8 @@ class PackedData:
         }
 
     def _of_conversations(self) -> dict[str, Any]:
+        if isinstance(self.source, TokenRecords):
+            return self._of_tokens()
         if not isinstance(self.source, ConversationSource):
             if isinstance(self.source, Source) and self.source.text_field != "text":
                 return {"text_field": self.source.text_field}
@@ -111,6 +114,17 @@ class PackedData:
             "cut_documents": self.cut_documents,
             "dropped_documents": self.dropped_documents,
             "train_on": self.source.options.train_on,
+        }
+
+    def _of_tokens(self) -> dict[str, Any]:
+        """Documents that were tokenized elsewhere begin and end as they do."""
+        return {
+            "begins_with": "",
+            "ends_with": " ".join(self.tokenizer.token_text([token]) for token in self.stop_tokens),
+            "format": "tokens",
+            "trained_tokens": self.trained_tokens,
+            "cut_documents": self.cut_documents,
+            "dropped_documents": self.dropped_documents,
         }
 
 
@@ -161,7 +175,7 @@ def prepare(
         found = find_files(source, data_format=records.data_format, data_fields=records.data_fields)
         files = source_of(replace(found, max_document_bytes=max_document_bytes), records, tokens_of)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
-    if isinstance(files, ConversationSource):
+    if isinstance(files, ConversationSource | TokenRecords) and tokens.stream.trained is not None:
         return _conversations(files, tokens, tokens_of, seq_len, validation, pack)
     train, held = split_stream(tokens.stream, validation)
     if pack:
@@ -186,23 +200,25 @@ def prepare(
         tokens=tokens.stream.size,
         folder=tokens.folder,
         lengths=tokens.stream.lengths,
+        stop_tokens=tokens.stop_tokens,
     )
 
 
 def _conversations(
-    source: ConversationSource,
+    source: ConversationSource | TokenRecords,
     tokens: Tokens,
     tokenizer: Tokenizer,
     seq_len: int,
     validation: float,
     pack: bool,
 ) -> PackedData:
-    """The rows of conversations, none of which is cut where that was not said."""
+    """The rows of what is trained in parts, none of which is cut where that was not said."""
     stream, too_long = tokens.stream, source.options.too_long
+    each = "document" if isinstance(source, TokenRecords) else "conversation"
     longer = int((stream.lengths > seq_len).sum())
     if longer and too_long == "error":
         raise DstrainError(
-            f"{longer:,} of {stream.lengths.size:,} conversations have more than seq_len = {seq_len:,} tokens, up to"
+            f"{longer:,} of {stream.lengths.size:,} {each}s have more than seq_len = {seq_len:,} tokens, up to"
             f" {stream.lengths.max():,}",
             where=source.place,
             hint=f"set seq_len to {stream.lengths.max():,}; or too_long: drop leaves them out, too_long: cut cuts them",
@@ -210,14 +226,14 @@ def _conversations(
     fitted = fit(stream, seq_len, too_long)
     if not fitted.stream.lengths.size:
         raise DstrainError(
-            f"no conversation has a part to train on in its first {seq_len:,} tokens",
+            f"no {each} has a part to train on in its first {seq_len:,} tokens",
             where=source.place,
             hint=f"set seq_len to {stream.lengths.max():,}",
         )
     train, held = split_stream(fitted.stream, validation)
     if held is not None and fitted.stream.lengths.size == 1:
         raise DstrainError(
-            "a single conversation can't be divided into training and validation",
+            f"a single {each} can't be divided into training and validation",
             where=source.place,
             hint="add more, or set validation to 0",
         )
@@ -327,7 +343,7 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     known = RecordOptions(**request["records"]).state if "records" in request else ()
     data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
-    source = data.source.source if isinstance(data.source, ConversationSource) else data.source
+    source = data.source.source if isinstance(data.source, ConversationSource | TokenRecords) else data.source
     cache = Path(request["cache_dir"]).expanduser()
     kept = summary_file(cache, source, state, **choices, records=known)
     keep_summary(kept, data.folder, data.summary())

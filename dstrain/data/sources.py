@@ -78,6 +78,7 @@ class Source:
         kinds, left_out: what is read of a folder, and what is not, in words.
         max_document_bytes: the limit that the user set for a document.
         text_field: of records, what holds the document.
+        first_text: the place of the record that told that they are texts; empty where that was named.
         choices: what it was found with.
     """
 
@@ -88,6 +89,7 @@ class Source:
     left_out: str = ""
     max_document_bytes: int | None = None
     text_field: str = "text"
+    first_text: str = ""
     choices: Choices = Choices()
 
     @property

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.chat.corpus import ConversationSource, Corpus
+from dstrain.data.chat.corpus import Corpus
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.packing import TokenStream
 from dstrain.data.sources import Source, changed
+from dstrain.data.token_record_writer import write_token_records
+from dstrain.data.token_records import TokenRecords
 from dstrain.data.token_writer import TRAINED, write_tokens
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.data.worker_pool import available_cores
@@ -136,9 +138,12 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> 
     try:
         aside.mkdir(mode=0o700)
         names = [_TOKENS, _LENGTHS]
-        if isinstance(source, ConversationSource):
+        if isinstance(source, TokenRecords):
+            written = write_token_records(source, tokenizer, aside)
+        else:
+            written = write_tokens(source, tokenizer, aside, workers)
+        if (aside / TRAINED).exists():
             names.append(TRAINED)
-        written = write_tokens(source, tokenizer, aside, workers)
         files = source if isinstance(source, Source | OwnSource) else source.source
         if isinstance(files, Source) and changed(files):
             raise DstrainError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.chat.corpus import ConversationSource, Corpus, bad_record, record_batches
+from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
 from dstrain.data.documents import read_documents, read_records
 from dstrain.data.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of, pieces_of
 from dstrain.data.own_documents import OwnSource, TextCorpus, read_own_documents
@@ -42,7 +42,9 @@ class Written:
     rendered: bool = False
 
 
-def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 0) -> Written:
+def write_tokens(
+    corpus: TextCorpus | ConversationSource, tokenizer: Tokenizer, folder: Path, workers: int = 0
+) -> Written:
     """Tokenize all documents of `corpus` into files of `folder`.
 
     ``tokens.bin`` becomes raw little-endian integers of ``tokenizer.dtype``, ``lengths.npy`` an int64 array of each

@@ -192,6 +192,102 @@ TABLES = {
     "zst: not packed": one("a.jsonl.zst", lines(TEXT), ":1", "incomplete or damaged zstd file", "zstd -t"),
 }  # fmt: skip
 
+TOKENS = {
+    "tokens: beyond the vocabulary": one(
+        "a.jsonl", lines({"input_ids": [1, 2]}, {"input_ids": [3, 257]}), ":2",
+        "input_ids[1] is 257, and the tokenizer has the tokens 0 to 256", "name the tokenizer",
+    ),
+    "tokens: below zero": one("a.jsonl", lines({"input_ids": [-1]}), ":1", "input_ids[0] is -1", "the tokenizer"),
+    "tokens: a fraction": one(
+        "a.jsonl", lines({"input_ids": [1, 2.0]}), ":1", "input_ids[1] is 2.0, not a whole number", "each line"
+    ),
+    "tokens: a truth": one(
+        "a.jsonl", lines({"input_ids": [True]}), ":1", "input_ids[0] is true or false, not", "each line"
+    ),
+    "tokens: a string": one(
+        "a.jsonl", lines({"input_ids": "1 2"}), ":1", "holds a string, not a list of numbers", "each line"
+    ),
+    "tokens: nested": one(
+        "a.parquet", parquet({"input_ids": [[1], [2]]}), ": row group 1, row 1", "input_ids[0] is an array", "each row"
+    ),
+    "tokens: null": one("a.jsonl", lines({"input_ids": None}), ":1", "holds null, not a list", "each line"),
+    "tokens: enormous": one("a.jsonl", lines({"input_ids": [2**70]}), ":1", "more than 63 bits", "each line"),
+    "tokens: no such field": one(
+        "a.jsonl", lines({"ids": [1]}), ":1", "no field 'input_ids'; its fields are 'ids'", "each line",
+        data_format="tokens",
+    ),
+    "labels: too few": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "labels": [1]}), ":1", "labels has 1 values, and input_ids 2", "each"
+    ),
+    "labels: of other tokens": one(
+        "a.jsonl", lines({"input_ids": [1, 2, 3], "labels": [-100, 7, 3]}), ":1",
+        "labels[1] is 7, which is neither input_ids[1] = 2 nor -100", "at its own place",
+    ),
+    "labels: shifted": one(
+        "a.jsonl", lines({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}), ":1", "labels[0] is 2", "shifted by one"
+    ),
+    "labels: nothing trained": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "labels": [1, -100]}), ":1", "no token of this record is trained",
+        "on_bad_record: skip",
+    ),
+    "labels: in some records": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}), ":2",
+        ("this record has no labels, and the one at", "a.jsonl:1 has some"), "into all records",
+    ),
+    "attention_mask: in front": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "attention_mask": [0, 1]}), ":1", "not ones and then zeros", "behind"
+    ),
+    "attention_mask: other numbers": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "attention_mask": [2, 0]}), ":1", "not ones and then zeros", "behind"
+    ),
+    "attention_mask: over labels": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}), ":1",
+        "labels[1] is 2, and attention_mask hides that token", "of padding are -100",
+    ),
+    "position_ids: two documents": one(
+        "a.jsonl", lines({"input_ids": [1, 2], "position_ids": [0, 0]}), ":1", "do not count on from 0", "of its own"
+    ),
+    "tokens: beside texts": Bad(
+        {"d/a.jsonl": lines({"input_ids": [1]}), "d/b.txt": b"text"}, "d", "d",
+        ("b.txt is a text, and no tokens records",), "name the file",
+    ),
+}  # fmt: skip
+
+MIXED = {
+    "mixed: a text behind a conversation": one(
+        "a.jsonl", lines(CHAT, TEXT), ":2",
+        ("this record is in the format text, and the one at", "a.jsonl:1 is in messages"), "a source of one format",
+    ),
+    "mixed: a conversation behind a text": one(
+        "a.jsonl", lines(TEXT, TEXT, CHAT), ":3",
+        ("this record is in the format messages, and the one at", "a.jsonl:1 is in text"), "a source of one format",
+    ),
+    "mixed: between files": Bad(
+        {"d/a.jsonl": lines(CHAT), "d/b.parquet": parquet(ALPACA)}, "d", "d/b.parquet: row group 1, row 1",
+        ("this record is in the format alpaca, and the one at", "d/a.jsonl:1 is in messages"), "data_format=messages",
+    ),
+    "mixed: tokens among texts": one(
+        "a.jsonl", lines(TEXT, {"input_ids": [1]}), ":2", ("in the format tokens", "a.jsonl:1 is in text"), "one format"
+    ),
+    "mixed: texts among tokens": one(
+        "a.jsonl", lines({"input_ids": [1, 2]}, TEXT), ":2", ("in the format text", "a.jsonl:1 is in tokens"),
+        "data_format=tokens",
+    ),
+    "mixed: a later record fits two": one(
+        "a.jsonl", lines(TEXT, TEXT | CHAT), ":2", ("text or messages, and the one at", "a.jsonl:1"), "data_format=text"
+    ),
+    "mixed: sharegpt and messages": one(
+        "a.jsonl",
+        lines(
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"conversations": CHAT["messages"]},
+        ), ":2", ("in the format messages", "a.jsonl:1 is in sharegpt"), "one format",
+    ),
+    "the first record fits two": one(
+        "a.jsonl", lines(TEXT | {"input_ids": [1]}), ":1", "could be in the format text or tokens", "data_format=text"
+    ),
+}  # fmt: skip
+
 SAVED = {
     "saved: several splits": Bad(
         {"d": saved({"train": [TEXT], "test": [TEXT]})}, "d", "d", ("several splits: train, test",), "/train"
@@ -230,7 +326,7 @@ NAMES = {
     ),
 }
 
-ROWS = {**TABLES, **SAVED, **NAMES}
+ROWS = {**TABLES, **TOKENS, **MIXED, **SAVED, **NAMES}
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -113,7 +113,7 @@ def test_a_template_that_the_plan_holds_needs_no_file(tmp_path):
 BAD = {
     "not JSON": ("{bad", "this line is not JSON"),
     "a number": ("7", "this line holds a number, not an object"),
-    "another format": ({"text": "a"}, "null, not a list"),
+    "another format": ({"text": "a"}, "this record is in the format text, and the one at"),
     "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "no message is the assistant's"),
     "a special token": (record(1, "no<|endoftext|>yes"), "spells the special token"),
     "nothing trained": (

@@ -103,8 +103,11 @@ _TRAINED = {
 def _documents(data: PlannedData) -> str:
     if data.trained_tokens is None:
         field = f" (field {shown(data.text_field)!r})" if data.text_field else ""
-        return f"{data.documents:,} documents{field}, {data.tokens:,} tokens"
-    what = "prompts with completions" if data.format == "prompt-completion" else "conversations"
+        as_they_are = f" ({data.format}, taken as they are)" if data.format != "text" else ""
+        return f"{data.documents:,} documents{field}{as_they_are}, {data.tokens:,} tokens"
+    what = {"prompt-completion": "prompts with completions", "tokens": "documents"}.get(
+        data.format, "conversations"
+    )
     share = f"{data.trained_tokens:,} of {data.tokens:,} tokens are trained"
     counts = (
         (data.empty_documents, "left out as bad records"),
@@ -116,6 +119,8 @@ def _documents(data: PlannedData) -> str:
 
 
 def _ends_of_documents(data: PlannedData) -> str:
+    if data.format == "tokens" and data.trained_tokens is not None:
+        return "; trained as their labels say"
     if data.trained_tokens is not None:
         ends = f"; turns end with {shown(data.ends_with)}" if data.ends_with else ""
         return f"; {_TRAINED.get(data.train_on, data.train_on)}{ends}"

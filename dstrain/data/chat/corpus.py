@@ -11,6 +11,7 @@ from dstrain.data.chat.formats import (
     FIELDS,
     PROMPT_COMPLETION,
     TEXT,
+    TOKENS,
     Completion,
     Conversation,
     read_record,
@@ -24,6 +25,7 @@ from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
+from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
@@ -39,13 +41,15 @@ class ConversationSource:
     """The files of a corpus whose records are conversations, or prompts and completions.
 
     Attributes:
-        format: one of `dstrain.data.chat.formats.FORMATS`, but text.
+        format: one of `dstrain.data.chat.formats.FORMATS`, but text and tokens.
+        first: the place of the record that told the format; empty where it was named.
     """
 
     source: Source
     format: str
     options: RecordOptions
     template: ChatTemplate
+    first: str = ""
 
     @property
     def name(self) -> str:
@@ -71,10 +75,12 @@ class ConversationSource:
         return [*self.source.state, *options]
 
 
-Corpus = Source | OwnSource | ConversationSource
+Corpus = Source | OwnSource | ConversationSource | TokenRecords
 
 
-def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> Source | ConversationSource:
+def source_of(
+    source: Source, options: RecordOptions, tokenizer: Tokenizer
+) -> Source | ConversationSource | TokenRecords:
     """The corpus in the format that its records have: that which is named, or that of the first record.
 
     Raises:
@@ -88,11 +94,13 @@ def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> S
         )
     lines = [file for file in source.files if file.kind in RECORD_KINDS]
     format_name = options.data_format
-    text_field = options.data_fields.get("text", "text")
+    text_field, first = options.data_fields.get("text", "text"), ""
     if format_name == "auto":
-        format_name, text_field = _format_of_first(source, options) if lines else (TEXT, text_field)
+        format_name, text_field, first = (
+            _format_of_first(source, options) if lines else (TEXT, text_field, first)
+        )
     if format_name == TEXT:
-        return source if text_field == "text" else replace(source, text_field=text_field)
+        return replace(source, text_field=text_field, first_text=first)
     texts = [file for file in source.files if file.kind == "text"]
     if texts:
         found = f"; {lines[0].relative} holds {format_name}" if lines else ""
@@ -101,16 +109,18 @@ def source_of(source: Source, options: RecordOptions, tokenizer: Tokenizer) -> S
             where=source.place,
             hint="name the file, or a folder without texts; data_format: text reads all as documents",
         )
+    if format_name == TOKENS:
+        return TokenRecords(source, options, first)
     needs_none = format_name == PROMPT_COMPLETION and options.chat_template is None
     text = options.template_text
     if not text and (tokenizer.chat_template or not needs_none):
         text = template_text(options.chat_template, tokenizer)
     template = ChatTemplate(tokenizer, source=text, train_on=options.train_on)
-    return ConversationSource(source, format_name, options, template)
+    return ConversationSource(source, format_name, options, template, first)
 
 
-def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str]:
-    """The format of the first record that has one, and the field that holds a text."""
+def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str, str]:
+    """The format of the first record that has one, the field that holds a text, and the record's place."""
     named = options.data_fields.get("text")
     first: DstrainError | None = None
     for record in read_records(source, keep_errors=True):
@@ -125,11 +135,11 @@ def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str]:
                 raise first from None
             continue
         if format_name == TEXT and "text" not in fields and named is None:
-            return TEXT, next(iter(fields))
-        return format_name, named or "text"
+            return TEXT, next(iter(fields)), record.where
+        return format_name, named or "text", record.where
     if first is not None:
         raise first
-    return TEXT, named or "text"  # which says that there is nothing
+    return TEXT, named or "text", ""  # which says that there is nothing
 
 
 def template_text(name: str | None, tokenizer: Tokenizer) -> str:
@@ -207,7 +217,7 @@ def encode_records(corpus: ConversationSource, batch: Sequence[JsonRecord]) -> l
             if record.error is not None:
                 raise record.error
             fields = rename_fields(record.fields, corpus.options.data_fields)
-            content = read_record(fields, corpus.format)
+            content = read_record(fields, corpus.format, corpus.first)
             assert not isinstance(content, str), "texts are written elsewhere"
             read.append(content)
         except DstrainError as error:

@@ -35,7 +35,7 @@ FIELDS = frozenset(
     {
         *("text", "messages", "conversations", "conversation", "tools", "system", "chat_template_kwargs"),
         *("instruction", "input", "output", "history", "prompt", "completion"),
-        *("input_ids", "labels", "attention_mask"),
+        *("input_ids", "labels", "attention_mask", "position_ids"),
     }
 )
 """All that the formats have names for."""
@@ -179,12 +179,41 @@ def has_fields(names: Iterable[str], format_name: str, fields: Mapping[str, str]
     return any(needed <= renamed for ways in wanted for needed in ways)
 
 
-def read_record(record: Mapping[str, Any], format_name: str) -> Record:
+def check_format(record: Mapping[str, Any], format_name: str, first: str) -> None:
+    """Refuse a record that could be in another format than the one of its source was told by.
+
+    Args:
+        first: the place of that one; empty where the format was named.
+
+    Raises:
+        DstrainError: with both places.
+    """
+    if not first:
+        return
+    found = [name for name, fits in _FITS.items() if fits(record)]
+    if found and found != [format_name]:
+        what = (
+            f"is in the format {found[0]}"
+            if len(found) == 1
+            else f"could be in the format {' or '.join(found)}"
+        )
+        raise DstrainError(
+            f"this record {what}, and the one at {first} is in {format_name}",
+            hint=f"name a source of one format, or say which is meant with data_format, e.g. --set"
+            f" data_format={format_name}",
+        )
+
+
+def read_record(record: Mapping[str, Any], format_name: str, first: str = "") -> Record:
     """What a record of a format holds.
+
+    Args:
+        first: as of `check_format`.
 
     Raises:
         DstrainError: it is in another format, or holds what can't be trained on.
     """
+    check_format(record, format_name, first)
     return _READ[format_name](record)
 
 
