@@ -84,17 +84,29 @@ _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 class ChildProcess:
     """``python -m module`` in a session of its own. Used as a context, nothing that it has started is left behind.
 
+    It ends with the thread that has started it.
+
+    Args:
+        own_stderr: it writes to this process's standard error, and `lines` gives nothing.
+
     Attributes:
         returncode: -N after signal N; None until the context has ended.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        own_stderr: bool = False,
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, *_SAFE_PATH, "-c", _CHILD, str(os.getpid()), _ROOT, module, *arguments],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=None if own_stderr else subprocess.PIPE,
             start_new_session=True,
         )
 
@@ -122,7 +134,7 @@ class ChildProcess:
             selector.register(file, selectors.EVENT_READ)
             open_ = True
             while open_:
-                ended = self._has_ended()
+                ended = self.has_ended()
                 if selector.select(0 if ended else _POLL_SECONDS):
                     new = os.read(file, _BLOCK)
                     open_ = bool(new)
@@ -140,11 +152,11 @@ class ChildProcess:
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGTERM)
         until = time.monotonic() + _CLEAN_SECONDS
-        while not self._has_ended() and time.monotonic() < until:
+        while not self.has_ended() and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
 
-    def _has_ended(self) -> bool:
-        """It stays a zombie, so that no other process gets the number of its group."""
+    def has_ended(self) -> bool:
+        """Asked inside of the context. It stays a zombie, so that no other process gets the number of its group."""
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

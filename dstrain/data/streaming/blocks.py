@@ -1,0 +1,189 @@
+"""Reads a stream's shards in the order of each epoch, and gathers their documents into blocks.
+
+A block holds what is shuffled together. Where it ends depends on the documents' number and characters, and not on their
+tokens, so that whoever reads needs no tokenizer's work, and blocks can be tokenized in any order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dstrain.data.chat.corpus import ConversationSource, characters
+from dstrain.data.documents import JsonRecord, read_documents, read_records
+from dstrain.data.order import hash_words, permute
+from dstrain.data.sources import SourceFile
+from dstrain.data.streaming.state import Place
+from dstrain.data.streaming.stream import Stream
+from dstrain.data.token_writer import Piece, pieces_of
+from dstrain.errors import DstrainError
+
+_OVERHEAD = 64
+"""Characters that a document counts for besides its own."""
+SHARDS, DOCUMENTS, ROWS = range(3)
+"""What is shuffled by the seed, each with a key of its own."""
+
+Document = tuple[Piece, ...] | JsonRecord
+"""A text, or a part of a long one, in pieces; or a record with a conversation."""
+
+
+@dataclass
+class Block:
+    """Documents that are shuffled together.
+
+    Attributes:
+        place: where it begins.
+        after: where the next one does.
+        continues: its one document is a part of a text whose beginning came before.
+        unfinished: its one document goes on in the next block.
+    """
+
+    place: Place
+    after: Place
+    documents: list[Document] = field(default_factory=list)
+    continues: bool = False
+    unfinished: bool = False
+
+
+def shard_order(stream: Stream, epoch: int) -> np.ndarray:
+    """The shards' numbers in the order of an epoch: int64 [shards]."""
+    count = len(stream.files)
+    key = hash_words(stream.request.seed, epoch, SHARDS)
+    return permute(np.arange(count, dtype=np.uint64), count, key)
+
+
+def read_blocks(stream: Stream, place: Place) -> Iterator[Block]:
+    """The blocks from a place on, without an end.
+
+    Raises:
+        DstrainError: a file can't be read, holds what is no text or no record, or has changed since it was listed; or
+            there is no document to train on.
+    """
+    while True:
+        found = False
+        for block in _read_epoch(stream, place):
+            found = True
+            yield block
+        if not found and place == Place(place.epoch):
+            raise DstrainError(
+                "no document is left to train on"
+                if stream.request.held
+                else "no document in this source: all its lines are blank",
+                where=stream.corpus.place,
+                hint="add more text, or set validation to 0" if stream.request.held else "add some text",
+            )
+        place = Place(place.epoch + 1)
+
+
+def _read_epoch(stream: Stream, place: Place) -> Iterator[Block]:
+    request = stream.request
+    block = Block(place, place)
+    size = 0
+
+    def ended(after: Place) -> Block:
+        """The block as it is, and begin the next one behind it."""
+        nonlocal block, size
+        done, size = block, 0
+        done.after = after if after.epoch > place.epoch else replace(after, block=done.place.block + 1)
+        block = Block(done.after, done.after)
+        return done
+
+    for position, shard in enumerate(shard_order(stream, place.epoch)):
+        if position < place.shard:
+            continue
+        first = (place.record, place.part) if position == place.shard else (0, 0)
+        for one in read_shard(stream, int(shard)):
+            if (one.record, one.part) < first or is_held(stream, int(shard), one.record):
+                continue
+            here = Place(place.epoch, position, one.record, one.part)
+            behind = replace(here, record=one.record + 1, part=0)
+            if one.part or not one.last:
+                if block.documents:
+                    yield ended(here)
+                block.documents = [one.document]
+                block.continues, block.unfinished = one.part > 0, not one.last
+                yield ended(behind if one.last else replace(here, part=one.part + 1))
+                continue
+            block.documents.append(one.document)
+            size += one.size
+            if len(block.documents) == request.window or size >= request.characters:
+                yield ended(behind)
+    if block.documents:
+        yield ended(Place(place.epoch + 1))
+
+
+@dataclass(frozen=True)
+class ReadDocument:
+    """A document of a shard, or a part of one of more than ``characters``.
+
+    Attributes:
+        record: how many records of the shard came before.
+        part: how many parts of this one came before.
+        last: whether it ends with this part.
+        size: what it counts for in a block.
+    """
+
+    record: int
+    part: int
+    last: bool
+    document: Document
+    size: int
+
+
+def is_held(stream: Stream, shard: int, record: int) -> bool:
+    """Whether a record is for validation."""
+    held = stream.request.held
+    return held is not None and held.holds(stream.files[shard].relative, shard, record)
+
+
+def read_shard(stream: Stream, shard: int) -> Iterator[ReadDocument]:
+    """All documents of a shard. The file is looked at before and behind it.
+
+    Raises:
+        DstrainError: see `read_blocks`.
+    """
+    file = stream.files[shard]
+    _check_unchanged(file)
+    yield from (
+        _records(stream, file) if isinstance(stream.corpus, ConversationSource) else _texts(stream, file)
+    )
+    _check_unchanged(file)
+
+
+def _records(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
+    assert isinstance(stream.corpus, ConversationSource)
+    source = replace(stream.corpus.source, files=(file,))
+    for number, record in enumerate(read_records(source, keep_errors=True)):
+        yield ReadDocument(number, 0, True, record, _OVERHEAD + characters(record.fields))
+
+
+def _texts(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
+    assert not isinstance(stream.corpus, ConversationSource)
+    parts = read_documents(replace(stream.corpus, files=(file,)))
+    pieces: list[Piece] = []
+    record = part = size = 0
+    for piece in pieces_of(parts, stream.tokenizer):
+        pieces.append(piece)
+        size += len(piece.text)
+        if piece.last or size >= stream.request.characters:
+            yield ReadDocument(record, part, piece.last, tuple(pieces), size + _OVERHEAD)
+            record, part = (record + 1, 0) if piece.last else (record, part + 1)
+            pieces, size = [], 0
+
+
+def _check_unchanged(file: SourceFile) -> None:
+    try:
+        status = os.stat(file.path)
+        changed = (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns)
+        reason = "this file has changed while it was streamed"
+    except OSError as error:
+        changed, reason = True, f"this file can't be read any more: {error.strerror}"
+    if changed:
+        raise DstrainError(
+            reason,
+            where=file.path,
+            hint="a stream needs files that stay as they are: start a new run for changed data",
+        )

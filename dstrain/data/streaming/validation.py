@@ -1,0 +1,112 @@
+"""The validation samples of a stream: documents chosen by a hash, from the beginning of the sorted shards on.
+
+A share of all documents would need all of them to be read before training. So only as many are chosen as the samples
+take, and all others are trained on; which ones is known by the share and the place up to which they were chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dstrain.data.chat.corpus import ConversationSource
+from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
+from dstrain.data.streaming.blocks import Block, read_shard
+from dstrain.data.streaming.encoding import EncodedBlock, encode_block
+from dstrain.data.streaming.state import Place
+from dstrain.data.streaming.stream import Held, Stream, is_chosen
+from dstrain.data.whole_documents import WholeDocumentRows, fit
+from dstrain.errors import DstrainError
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """What is for validation.
+
+    Attributes:
+        documents: how many were chosen.
+        stop_tokens: what ends an assistant's turn in them.
+    """
+
+    held: Held
+    rows: Rows
+    documents: int
+    stop_tokens: tuple[int, ...] = ()
+
+
+def hold_back(stream: Stream, fraction: float, samples: int) -> HeldBack:
+    """Choose documents until they fill so many rows, or there are no more.
+
+    Args:
+        stream: one without documents that are held back.
+        fraction: the share of the documents that is chosen of those that are read; above 0 and below 1.
+
+    Raises:
+        DstrainError: see `read_blocks` and `encode_block`; or those that are chosen don't fill a row.
+    """
+    blocks: list[EncodedBlock] = []
+    end = (len(stream.files), 0)
+    tokens = rows = documents = 0
+    for shard, record, block in _encoded(stream, fraction):
+        blocks.append(block)
+        documents += not block.continues
+        tokens += block.tokens.size
+        if _keeps_documents_apart(stream):
+            rows += int(-(-(block.lengths - 1) // stream.request.seq_len).sum())
+        else:
+            rows = tokens // stream.request.seq_len
+        if rows >= samples:
+            end = (shard, record + 1)
+            break
+    found = _rows(stream, blocks)
+    if not len(found):
+        raise DstrainError(
+            f"validation: {fraction:g} chooses {documents:,} documents with {tokens:,} tokens, which fill no row of"
+            f" {stream.request.seq_len:,}",
+            where=stream.corpus.place,
+            hint="set validation to a larger fraction, or to 0 (none)",
+        )
+    stops: tuple[int, ...] = ()
+    if isinstance(stream.corpus, ConversationSource):
+        stops = tuple(sorted(stream.corpus.template.stop_tokens))
+    return HeldBack(Held(fraction, *end), found, documents, stops)
+
+
+def _keeps_documents_apart(stream: Stream) -> bool:
+    return not stream.request.pack and not isinstance(stream.corpus, ConversationSource)
+
+
+def _encoded(stream: Stream, fraction: float) -> Iterator[tuple[int, int, EncodedBlock]]:
+    """The chosen documents in their order, each by itself: numbers of its shard and record, and its tokens."""
+    for shard, file in enumerate(stream.files):
+        for one in read_shard(stream, shard):
+            if is_chosen(file.relative, one.record, fraction):
+                block = Block(Place(), Place(), [one.document], one.part > 0, not one.last)
+                yield shard, one.record, encode_block(stream, block)
+
+
+def _rows(stream: Stream, blocks: list[EncodedBlock]) -> Rows:
+    request = stream.request
+    lengths: list[int] = []
+    is_open = False
+    for block in blocks:
+        found = block.lengths.tolist()
+        if is_open and found:
+            lengths[-1] += found.pop()
+        lengths += found
+        is_open = block.unfinished and (is_open or block.lengths.size > 0)
+    sizes = np.array(lengths, np.int64)
+    tokens = np.concatenate([*(block.tokens for block in blocks), np.zeros(0, stream.tokenizer.dtype)])
+    starts = np.cumsum(sizes) - sizes
+    end = stream.tokenizer.end_of_document
+    if not isinstance(stream.corpus, ConversationSource):
+        text = TokenStream(tokens, starts, sizes)
+        return PackedRows(text, request.seq_len) if request.pack else SeparateRows(text, request.seq_len, end)
+    trained = np.concatenate(
+        [*(block.trained for block in blocks if block.trained is not None), np.zeros(0, bool)]
+    )
+    documents = TokenStream(tokens, starts, sizes, np.packbits(trained, bitorder="little"))
+    fitted = fit(documents, request.seq_len, stream.corpus.options.too_long)
+    return WholeDocumentRows(fitted.stream, request.seq_len, end, pack=request.pack)
