@@ -58,21 +58,30 @@ def read_documents(source: Source) -> Iterator[DocumentPart]:
     _check_tables(source)
     before, found = 0, False
     for file in source.files:
-        with _errors_of(file):
-            if file.kind == "text":
-                parts = _read_text(file, source.max_document_bytes or LARGEST_FILE)
-            else:
-                parts = _texts_of_records(file, source)
-            for part in parts:
-                yield replace(part, bytes_read=before + part.bytes_read)
-                found = True
+        for part in documents_of(file, source):
+            yield replace(part, bytes_read=before + part.bytes_read)
+            found = True
         before += file.size
     if not found:
         _refuse_empty_tables(source)
 
 
+def documents_of(file: SourceFile, source: Source) -> Iterator[DocumentPart]:
+    """The documents of one of the source's files, with the bytes read of it alone.
+
+    Raises:
+        DstrainError: as `read_documents`.
+    """
+    with errors_of(file):
+        if file.kind == "text":
+            yield from _read_text(file, source.max_document_bytes or LARGEST_FILE)
+        else:
+            yield from _texts_of_records(file, source)
+
+
 @contextmanager
-def _errors_of(file: SourceFile) -> Iterator[None]:
+def errors_of(file: SourceFile) -> Iterator[None]:
+    """What can't be read of a file becomes an error with its place."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -136,7 +145,7 @@ def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonR
     before, found = 0, False
     for file in source.files:
         if file.kind in RECORD_KINDS:
-            with _errors_of(file):
+            with errors_of(file):
                 for record in records_of(file, source):
                     if record.error is not None and not keep_errors:
                         raise record.error

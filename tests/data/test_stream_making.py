@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data import token_writer
+from dstrain.data import encoders
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.packing import IGNORED, PackedRows, TokenStream
 from dstrain.data.streaming.blocks import read_blocks, shard_order
@@ -126,7 +126,7 @@ def test_a_long_text_in_parts_is_one_document(lengths, sizes, seq_len, data):
     """Its parts are in blocks of their own, and no label is lost between them."""
     rng = np.random.default_rng(7)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_writer, "_PIECE", 16)
+        patch.setattr(encoders, "_PIECE", 16)
         for number, length in enumerate(lengths):
             text = bytes(rng.integers(97, 123, length).astype(np.uint8)).decode()
             (Path(folder) / f"{number}.txt").write_text(text)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, characters
-from dstrain.data.documents import JsonRecord, read_documents, read_records
+from dstrain.data.documents import documents_of, errors_of, records_of
+from dstrain.data.encoders import Piece, pieces_of
 from dstrain.data.order import hash_words, permute
+from dstrain.data.records import JsonRecord
 from dstrain.data.sources import SourceFile
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Stream
-from dstrain.data.token_writer import Piece, pieces_of
 from dstrain.errors import DstrainError
 
 _OVERHEAD = 64
@@ -155,17 +156,16 @@ def read_shard(stream: Stream, shard: int) -> Iterator[ReadDocument]:
 
 def _records(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
     assert isinstance(stream.corpus, ConversationSource)
-    source = replace(stream.corpus.source, files=(file,))
-    for number, record in enumerate(read_records(source, keep_errors=True)):
-        yield ReadDocument(number, 0, True, record, _OVERHEAD + characters(record.fields))
+    with errors_of(file):
+        for number, record in enumerate(records_of(file, stream.corpus.source)):
+            yield ReadDocument(number, 0, True, record, _OVERHEAD + characters(record.fields))
 
 
 def _texts(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
     assert not isinstance(stream.corpus, ConversationSource)
-    parts = read_documents(replace(stream.corpus, files=(file,)))
     pieces: list[Piece] = []
     record = part = size = 0
-    for piece in pieces_of(parts, stream.tokenizer):
+    for piece in pieces_of(documents_of(file, stream.corpus), stream.tokenizer):
         pieces.append(piece)
         size += len(piece.text)
         if piece.last or size >= stream.request.characters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ import numpy as np
 from dstrain.data.chat.corpus import ConversationSource
 from dstrain.data.order import hash_words, permute
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
-from dstrain.data.streaming.blocks import DOCUMENTS, ROWS, read_blocks
-from dstrain.data.streaming.encoding import EncodedBlock, Encoder, EncoderHere, say_left_out
+from dstrain.data.streaming.blocks import DOCUMENTS, ROWS, Block, read_blocks
+from dstrain.data.streaming.encoding import BlockEncoder, EncodedBlock
 from dstrain.data.streaming.state import Place, StreamState
 from dstrain.data.streaming.stream import Stream
 from dstrain.data.whole_documents import WholeDocumentRows, fit
@@ -37,23 +38,28 @@ class MadeRows:
     after: StreamState
 
 
-def make_rows(stream: Stream, state: StreamState, encoder: Encoder | None = None) -> Iterator[MadeRows]:
+def make_rows(stream: Stream, state: StreamState, workers: int = 0) -> Iterator[MadeRows]:
     """The rows from ``state.first`` on, without an end: what was made before ``state.row`` comes once more.
 
+    Args:
+        workers: processes that tokenize; 0: this one.
+
     Raises:
-        DstrainError: see `read_blocks` and `Encoder.encode`; or an epoch has no rows.
+        DstrainError: see `read_blocks` and `BlockEncoder.encode`; or an epoch has no rows.
     """
-    encoder = encoder or EncoderHere(stream)
     making = _maker(stream, state)
     begun, rows_before = state.place, state.first
-    for block in encoder.encode(read_blocks(stream, state.place)):
-        say_left_out(block)
-        made = making.add(block)
-        if made is not None:
-            yield made
-        if block.after.epoch > begun.epoch:
-            _check_epoch(stream, begun, making, rows_before)
-            begun, rows_before = block.after, making.number
+    with BlockEncoder(stream, workers) as encoder:
+        for encoded in encoder.encode(read_blocks(stream, state.place)):
+            for reason in encoded.reasons:
+                print(f"left out: {reason}", file=sys.stderr)
+            made = making.add(encoded)
+            if made is not None:
+                yield made
+            after = encoded.block.after
+            if after.epoch > begun.epoch:
+                _check_epoch(stream, begun, making, rows_before)
+                begun, rows_before = after, making.number
 
 
 def _check_epoch(stream: Stream, begun: Place, making: _Maker, rows_before: int) -> None:
@@ -90,17 +96,15 @@ class _Maker(ABC):
         return False
 
     @abstractmethod
-    def add(self, block: EncodedBlock) -> MadeRows | None:
+    def add(self, encoded: EncodedBlock) -> MadeRows | None:
         """The rows that can be made when this block is there; None if there are none."""
 
-    def _order(self, count: int, what: int, block: EncodedBlock) -> np.ndarray:
+    def _order(self, count: int, what: int, block: Block) -> np.ndarray:
         """The order of so many things of a block."""
         key = hash_words(self._request.seed, block.place.epoch, what, block.place.block)
         return permute(np.arange(count, dtype=np.uint64), count, key)
 
-    def _made(
-        self, rows: Rows, count: int, block: EncodedBlock, begin: StreamState, after: StreamState
-    ) -> MadeRows:
+    def _made(self, rows: Rows, count: int, block: Block, begin: StreamState, after: StreamState) -> MadeRows:
         self.number += count
         return MadeRows(rows, self._order(count, ROWS, block), begin, after)
 
@@ -108,15 +112,16 @@ class _Maker(ABC):
 class _WholeBlocks(_Maker):
     """Rows of one block at a time."""
 
-    def add(self, block: EncodedBlock) -> MadeRows | None:
-        if not block.lengths.size:
+    def add(self, encoded: EncodedBlock) -> MadeRows | None:
+        block = encoded.block
+        if not encoded.lengths.size:
             return None
-        order = self._order(block.lengths.size, DOCUMENTS, block)
-        starts = np.cumsum(block.lengths) - block.lengths
+        order = self._order(encoded.lengths.size, DOCUMENTS, block)
+        starts = np.cumsum(encoded.lengths) - encoded.lengths
         trained = None
-        if block.trained is not None:
-            trained = np.packbits(block.trained, bitorder="little")
-        rows = self._rows(TokenStream(block.tokens, starts[order], block.lengths[order], trained))
+        if encoded.trained is not None:
+            trained = np.packbits(encoded.trained, bitorder="little")
+        rows = self._rows(TokenStream(encoded.tokens, starts[order], encoded.lengths[order], trained))
         count = len(rows)
         if not count:
             return None
@@ -162,13 +167,14 @@ class _RunningText(_Maker):
     def waiting(self) -> bool:
         return self._left.size > 0
 
-    def add(self, block: EncodedBlock) -> MadeRows | None:
-        starts, lengths = self._shuffled(block)
+    def add(self, encoded: EncodedBlock) -> MadeRows | None:
+        block = encoded.block
+        starts, lengths = self._shuffled(encoded)
         count = int(lengths.sum())
         if count:
             self._origins.append((block.place, self._skip, count))
         self._skip = 0
-        tokens = np.concatenate([self._left, block.tokens])
+        tokens = np.concatenate([self._left, encoded.tokens])
         starts = np.concatenate(
             [np.cumsum(self._left_lengths) - self._left_lengths, starts + self._left.size]
         )
@@ -190,22 +196,22 @@ class _RunningText(_Maker):
         self._left, self._left_lengths = np.concatenate([*parts, tokens[:0]]), lengths
         return made
 
-    def _shuffled(self, block: EncodedBlock) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffled(self, encoded: EncodedBlock) -> tuple[np.ndarray, np.ndarray]:
         """Where the block's documents begin, and their lengths, in their order; without what is in rows already."""
-        size = block.lengths.size
+        size = encoded.lengths.size
         if not size:
-            return block.lengths, block.lengths
-        order = self._order(size, DOCUMENTS, block)
-        starts = np.cumsum(block.lengths) - block.lengths
-        if self._skip >= block.tokens.size:
+            return encoded.lengths, encoded.lengths
+        order = self._order(size, DOCUMENTS, encoded.block)
+        starts = np.cumsum(encoded.lengths) - encoded.lengths
+        if self._skip >= encoded.tokens.size:
             raise DstrainError(
-                f"the stream has fewer tokens than it had: {block.tokens.size:,} where {self._skip:,} were in rows",
+                f"the stream has fewer tokens than it had: {encoded.tokens.size:,} where {self._skip:,} were in rows",
                 where=self._stream.corpus.place,
                 hint="a stream needs files that stay as they are: start a new run for changed data",
             )
-        return _behind(starts[order], block.lengths[order], self._skip)
+        return _behind(starts[order], encoded.lengths[order], self._skip)
 
-    def _take(self, rows: Rows, taken: int, block: EncodedBlock) -> MadeRows:
+    def _take(self, rows: Rows, taken: int, block: Block) -> MadeRows:
         """The rows that so many tokens fill."""
         count = taken // self._request.seq_len
         place, skip, _ = self._origins[0]

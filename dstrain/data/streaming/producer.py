@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dstrain.child_process import child_main
 from dstrain.data.streaming.making import make_rows
@@ -29,20 +30,20 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     writer = RingWriter(folder, asked["readers"], asked["ahead"])
     try:
-        _write(writer, StreamRequest.from_json(asked["stream"]), asked["fingerprint"], asked["state"])
+        _write(writer, asked)
     except Exception as error:
         shown = _shown(error)
-        writer.fail(shown)
+        folder.fail(shown)
         raise shown from error
     return 0
 
 
-def _write(writer: RingWriter, request: StreamRequest, fingerprint: str, state: dict[str, object]) -> None:
-    stream = Stream.open(request)
-    check_fingerprint(stream, fingerprint)
-    begin = StreamState.from_json(state)
+def _write(writer: RingWriter, asked: Mapping[str, Any]) -> None:
+    stream = Stream.open(StreamRequest.from_json(asked["stream"]))
+    check_fingerprint(stream, asked["fingerprint"])
+    begin = StreamState.from_json(asked["state"])
     again = replace(begin, row=begin.first, check="")
-    for made in make_rows(stream, begin):
+    for made in make_rows(stream, begin, asked["workers"]):
         writer.write(made, stream.tokenizer.dtype, begin.check if made.state == again else "")
 
 

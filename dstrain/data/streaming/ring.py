@@ -68,9 +68,41 @@ class RingFolder:
         make_folder(self.path.parent)
         self.path.mkdir(mode=0o700)
 
+    def fail(self, error: DstrainError) -> None:
+        """Let the readers know why no more segments follow those that are there. The first reason stays."""
+        if not self.error.exists():
+            words = {name: getattr(error, name) for name in ("message", "hint", "where", "exit_code")}
+            aside = self.error.with_suffix(".new")
+            aside.write_text(to_json(words), encoding="utf-8")
+            aside.replace(self.error)
+
+    def failure(self) -> DstrainError:
+        """Why no more segments follow."""
+        try:
+            words = json.loads(self.error.read_text(encoding="utf-8"))
+        except OSError:
+            if not self.path.exists():
+                return DstrainError(
+                    "the rank that makes the rows of the data has ended",
+                    hint="see what it says in its log",
+                    exit_code=1,
+                )
+            return DstrainError(
+                "the process that makes the rows of the data has been killed",
+                hint="what is killed has often run out of memory (see dmesg); resume the run",
+                exit_code=1,
+            )
+        return DstrainError(words.pop("message"), **words)
+
     def remove(self) -> None:
-        """Remove all of it. Who has mapped a segment keeps that."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove all of it, but for what it has failed with: who still asks for rows is told. Who has mapped a segment
+        keeps that."""
+        if not self.error.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            for path in self.path.iterdir():
+                if path != self.error:
+                    path.unlink(missing_ok=True)
         self.lock.unlink(missing_ok=True)
 
 
@@ -126,13 +158,6 @@ class RingWriter:
         aside.replace(path)
         self.number += 1
 
-    def fail(self, error: DstrainError) -> None:
-        """Let the readers know why no more segments follow those that are there."""
-        words = {name: getattr(error, name) for name in ("message", "hint", "where", "exit_code")}
-        aside = self._folder.error.with_suffix(".new")
-        aside.write_text(to_json(words), encoding="utf-8")
-        aside.replace(self._folder.error)
-
     def _remove_unneeded(self) -> None:
         needed = min(int(self._control[:, 0].min()), self.number)
         while self._removed < needed:
@@ -145,7 +170,6 @@ class RingReader:
 
     Args:
         reader: its number among those of this host.
-        has_ended: says whether the writer is gone, where this process knows better than the lock.
     """
 
     def __init__(self, folder: RingFolder, reader: int) -> None:
@@ -154,59 +178,46 @@ class RingReader:
         self._control: np.ndarray | None = None
         self._lock: int | None = None
 
-    def segment(self, number: int, writer_ended: bool | None = None) -> Segment | None:
+    def segment(self, number: int, writer_ended: bool = False) -> Segment | None:
         """The segment of that number; None if it is not there yet. Each is asked for in its turn.
 
         Args:
-            writer_ended: whether the writer is gone, where the caller knows that.
+            writer_ended: the writer is gone, as the caller knows.
 
         Raises:
             DstrainError: what the writer has failed with, or that it is gone.
         """
-        if self._control is None:
-            if not self._folder.control.exists():
-                self._refuse_end(bool(writer_ended), number)
-                return None
+        over = writer_ended or self._folder.error.exists() or self._is_over()
+        if self._control is None and self._folder.control.exists():
             self._control = np.memmap(self._folder.control, np.int64, mode="r+").reshape(-1, 2)
-        if self._control[self._reader, 1] < number:
+        if self._control is not None and self._control[self._reader, 1] < number:
             self._control[self._reader, 1] = number
-        path = self._folder.segment(number)
-        if not path.exists():
-            self._refuse_end(self._is_over() if writer_ended is None else writer_ended, number)
-            if not path.exists():
-                return None
-        return Segment.open(path)
+        # What was written before the end is there, now that the end was seen.
+        with suppress(FileNotFoundError):
+            return Segment.open(self._folder.segment(number))
+        if over:
+            raise self._folder.failure()
+        return None
 
     def release(self, below: int) -> None:
         """Say that segments with smaller numbers are not asked for any more."""
         if self._control is not None and self._control[self._reader, 0] < below:
             self._control[self._reader, 0] = below
 
-    def _refuse_end(self, over: bool, number: int) -> None:
-        """Raise what the writer has failed with, once all that it had written before has been read."""
-        if not over or self._folder.segment(number).exists():
-            return
-        try:
-            words = json.loads(self._folder.error.read_text(encoding="utf-8"))
-        except OSError:
-            words = {
-                "message": "the process that prepares the data has ended without a word: it was killed, or ran out"
-                " of memory",
-                "hint": "resume the run; if it happens again, see the kernel's log (dmesg) for what ended it",
-                "where": str(self._folder.path),
-                "exit_code": 1,
-            }
-        raise DstrainError(words.pop("message"), **words)
-
     def _is_over(self) -> bool:
-        """Whether nobody holds the writer's lock any more. False where that can't be told."""
-        with suppress(OSError):
+        """Whether nobody holds the writer's lock any more, or the ring is gone. False where that can't be told."""
+        if not self._folder.path.exists():
+            return True
+        if self._control is None:
+            return False  # the lock is taken before this file is there
+        try:
             if self._lock is None:
                 self._lock = os.open(self._folder.lock, os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             return True
-        return False
+        except OSError as error:
+            return error.errno == errno.ENOENT
 
     def close(self) -> None:
         """Ask for nothing more."""

@@ -42,8 +42,11 @@ class StreamRows:
         fingerprint: that of the stream, which the files must still have.
         folder: a folder of the host's cache, for the ring.
         name: of the ring, without a dot; the same on all ranks of a host, and of no other run or launch.
-        reader, readers: which of the host's ranks this is, and how many read. The first one starts the process.
+        reader: which of the host's ranks this is. The first one, 0, starts the process; its object is made before the
+            others ask for rows.
+        readers: how many of them there are.
         state: of a checkpoint, from `state_before`; None: from the first row on.
+        workers: processes that tokenize; 0: the one that makes the rows does it.
         ahead: segments that are made ahead.
     """
 
@@ -57,6 +60,7 @@ class StreamRows:
         reader: int = 0,
         readers: int = 1,
         state: Mapping[str, Any] | None = None,
+        workers: int = 0,
         ahead: int = AHEAD,
     ) -> None:
         """
@@ -83,6 +87,7 @@ class StreamRows:
                 "fingerprint": fingerprint,
                 "state": begin.to_json(),
                 "readers": readers,
+                "workers": workers,
                 "ahead": ahead,
             }
             self._ring.make()
@@ -161,6 +166,8 @@ class StreamRows:
         self._reader.close()
         if self._process is not None:
             process, self._process = self._process, None
+            if process.has_ended():
+                self._ring.fail(self._ring.failure())
             process.__exit__(None, None, None)
             self._ring.remove()
 
@@ -193,7 +200,7 @@ class StreamRows:
             if self._closed.is_set():
                 raise RuntimeError("the stream is closed")
             process = self._process
-            segment = self._reader.segment(self._next, process.has_ended() if process is not None else None)
+            segment = self._reader.segment(self._next, process is not None and process.has_ended())
             if segment is not None:
                 break
             time.sleep(pause)

@@ -106,8 +106,10 @@ class Stream:
             DstrainError: any of these can't be read, or is not as it should be.
         """
         tokenizer = load_tokenizer(request.tokenizer, request.begin)
-        found = replace(find_files(request.source), max_document_bytes=request.max_document_bytes)
-        return cls(request, source_of(found, request.records, tokenizer), tokenizer)
+        records = request.records
+        found = find_files(request.source, data_format=records.data_format, data_fields=records.data_fields)
+        found = replace(found, max_document_bytes=request.max_document_bytes)
+        return cls(request, source_of(found, records, tokenizer), tokenizer)
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

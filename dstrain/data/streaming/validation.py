@@ -14,7 +14,7 @@ import numpy as np
 from dstrain.data.chat.corpus import ConversationSource
 from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.streaming.blocks import Block, read_shard
-from dstrain.data.streaming.encoding import EncodedBlock, encode_block
+from dstrain.data.streaming.encoding import BlockEncoder, EncodedBlock
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Held, Stream, is_chosen
 from dstrain.data.whole_documents import WholeDocumentRows, fit
@@ -44,22 +44,23 @@ def hold_back(stream: Stream, fraction: float, samples: int) -> HeldBack:
         fraction: the share of the documents that is chosen of those that are read; above 0 and below 1.
 
     Raises:
-        DstrainError: see `read_blocks` and `encode_block`; or those that are chosen don't fill a row.
+        DstrainError: see `read_blocks` and `BlockEncoder.encode`; or those that are chosen don't fill a row.
     """
     blocks: list[EncodedBlock] = []
     end = (len(stream.files), 0)
     tokens = rows = documents = 0
-    for shard, record, block in _encoded(stream, fraction):
-        blocks.append(block)
-        documents += not block.continues
-        tokens += block.tokens.size
-        if _keeps_documents_apart(stream):
-            rows += int(-(-(block.lengths - 1) // stream.request.seq_len).sum())
-        else:
-            rows = tokens // stream.request.seq_len
-        if rows >= samples:
-            end = (shard, record + 1)
-            break
+    with BlockEncoder(stream) as encoder:
+        for encoded in encoder.encode(_chosen(stream, fraction)):
+            blocks.append(encoded)
+            documents += not encoded.block.continues
+            tokens += encoded.tokens.size
+            if _keeps_documents_apart(stream):
+                rows += int(-(-(encoded.lengths - 1) // stream.request.seq_len).sum())
+            else:
+                rows = tokens // stream.request.seq_len
+            if rows >= samples:
+                end = (encoded.block.place.shard, encoded.block.place.record + 1)
+                break
     found = _rows(stream, blocks)
     if not len(found):
         raise DstrainError(
@@ -68,9 +69,7 @@ def hold_back(stream: Stream, fraction: float, samples: int) -> HeldBack:
             where=stream.corpus.place,
             hint="set validation to a larger fraction, or to 0 (none)",
         )
-    stops: tuple[int, ...] = ()
-    if isinstance(stream.corpus, ConversationSource):
-        stops = tuple(sorted(stream.corpus.template.stop_tokens))
+    stops = tuple(sorted({token for encoded in blocks for token in encoded.stop_tokens}))
     return HeldBack(Held(fraction, *end), found, documents, stops)
 
 
@@ -78,13 +77,14 @@ def _keeps_documents_apart(stream: Stream) -> bool:
     return not stream.request.pack and not isinstance(stream.corpus, ConversationSource)
 
 
-def _encoded(stream: Stream, fraction: float) -> Iterator[tuple[int, int, EncodedBlock]]:
-    """The chosen documents in their order, each by itself: numbers of its shard and record, and its tokens."""
+def _chosen(stream: Stream, fraction: float) -> Iterator[Block]:
+    """The chosen documents in their order, each a block by itself, or several where it is divided. The shard of its
+    place is the number in the sorted list."""
     for shard, file in enumerate(stream.files):
         for one in read_shard(stream, shard):
             if is_chosen(file.relative, one.record, fraction):
-                block = Block(Place(), Place(), [one.document], one.part > 0, not one.last)
-                yield shard, one.record, encode_block(stream, block)
+                place = Place(0, shard, one.record, one.part)
+                yield Block(place, place, [one.document], one.part > 0, not one.last)
 
 
 def _rows(stream: Stream, blocks: list[EncodedBlock]) -> Rows:
@@ -96,7 +96,7 @@ def _rows(stream: Stream, blocks: list[EncodedBlock]) -> Rows:
         if is_open and found:
             lengths[-1] += found.pop()
         lengths += found
-        is_open = block.unfinished and (is_open or block.lengths.size > 0)
+        is_open = block.block.unfinished and (is_open or block.lengths.size > 0)
     sizes = np.array(lengths, np.int64)
     tokens = np.concatenate([*(block.tokens for block in blocks), np.zeros(0, stream.tokenizer.dtype)])
     starts = np.cumsum(sizes) - sizes

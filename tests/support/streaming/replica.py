@@ -31,6 +31,9 @@ def main(run, launch, replicas, replica, last):
     meeting = run / f"meeting-{launch}"
     steps = np.memmap(meeting, np.int64, mode="r+")
     log = open(run / f"log-{launch}-{replica}.jsonl", "a", buffering=1)  # noqa: SIM115 - until this process is killed
+    ready = run / f"ready-{launch}"
+    while replica and not ready.exists():
+        time.sleep(0.001)
     with StreamRows(
         StreamRequest.from_json(asked["stream"]),
         asked["fingerprint"],
@@ -41,6 +44,7 @@ def main(run, launch, replicas, replica, last):
         state=checkpoint["state"],
         ahead=2,
     ) as rows:
+        ready.touch()
         for step in range(checkpoint["step"] + 1, last + 1):
             ids = np.arange((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)
             counts = rows.label_tokens(ids)
