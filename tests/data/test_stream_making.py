@@ -293,6 +293,12 @@ def test_a_bad_record_is_an_error_or_left_out_and_named(tmp_path, capfd):
     assert f"left out: {tmp_path}/a.jsonl:2: " in capfd.readouterr().err
 
 
+def test_records_of_tokens_are_not_streamed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 256]}')
+    with pytest.raises(DstrainError, match="nothing to tokenize"):
+        stream_of(tmp_path)
+
+
 def test_a_file_that_changes_is_an_error(tmp_path):
     write_corpus(tmp_path, [["a"] * 5, ["b"] * 5])
     stream = stream_of(tmp_path, sizes=(1, 100))

@@ -11,6 +11,7 @@ from dstrain.data.chat.corpus import ConversationSource, source_of
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.order import hash_words
 from dstrain.data.sources import Source, SourceFile, find_files
+from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.strict_json import to_json
@@ -109,7 +110,14 @@ class Stream:
         records = request.records
         found = find_files(request.source, data_format=records.data_format, data_fields=records.data_fields)
         found = replace(found, max_document_bytes=request.max_document_bytes)
-        return cls(request, source_of(found, records, tokenizer), tokenizer)
+        corpus = source_of(found, records, tokenizer)
+        if isinstance(corpus, TokenRecords):
+            raise DstrainError(
+                "records of tokens are not streamed: there is nothing to tokenize",
+                where=corpus.place,
+                hint="set data_stream to false; or name texts or conversations",
+            )
+        return cls(request, corpus, tokenizer)
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
