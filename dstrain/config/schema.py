@@ -70,7 +70,8 @@ class RunConfig(BaseModel):
     )
     data_format: DataFormat = Field(
         "auto",
-        description="format of the records of files; auto: that of the first record, by its fields",
+        description="format of the records of files; auto: that of the first record, by its fields; or of files of"
+        " tokens: megatron, nanogpt, llm.c",
     )
     data_fields: dict[str, str] = Field(
         {},

@@ -23,7 +23,7 @@ from dstrain.strict_json import to_json
 from dstrain.version import __version__
 
 TOKEN_FILES = ("tokens.bin", "lengths.npy", "meta.json")
-"""What a folder of the token cache holds: `dstrain.data.token_cache`."""
+"""What a folder of the token cache holds: `dstrain.data.token_cache`. Tokens that are read in place are not in it."""
 
 State = list[list[Any]]
 """Files as [name, bytes, time of the last change of the content, and of anything, in ns]."""
@@ -84,10 +84,12 @@ def read_summary(file: Path) -> dict[str, Any] | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         tokens = file.parents[1] / kept["tokens"]
-        if not all(map(is_own, (tokens, *(tokens / name for name in TOKEN_FILES)))):
+        names = [name for name in TOKEN_FILES if name in [one[0] for one in kept["state"]]]
+        if names not in ([*TOKEN_FILES], [*TOKEN_FILES[1:]]):
             return None
-        state = _state(tokens, TOKEN_FILES)
-        if len(state) == len(TOKEN_FILES) and state == kept["state"]:
+        if not all(map(is_own, (tokens, *(tokens / name for name in names)))):
+            return None
+        if _state(tokens, TOKEN_FILES) == kept["state"]:
             summary: dict[str, Any] = kept["summary"]
             return summary
     except (OSError, ValueError, KeyError, TypeError):

@@ -84,6 +84,10 @@ def errors_of(file: SourceFile) -> Iterator[None]:
     """What can't be read of a file becomes an error with its place."""
     try:
         yield
+    except DstrainError as error:
+        if file.kind == "text" and file.path.endswith(".bin"):
+            error.hint = f"tokens of nanoGPT's are read with --set data_format=nanogpt; else {error.hint}"
+        raise
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DstrainError(
             f"incomplete or damaged gzip file: {error}",

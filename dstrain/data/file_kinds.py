@@ -57,4 +57,4 @@ def label_of(name: str, kind: Kind) -> str:
     )
     if found in DELIMITED_SUFFIXES:
         return f"{found} as {'tables' if kind == 'csv' else 'texts'}"
-    return found
+    return f"{found} of {kind}" if kind in TOKEN_KINDS else found

@@ -18,6 +18,16 @@ class Batch(NamedTuple):
     labels: np.ndarray
 
 
+class TokenArray(Protocol):
+    """Tokens by their places, in one array or in several files."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __getitem__(self, at: np.ndarray, /) -> np.ndarray:
+        """int [...] -> whole numbers of any type [...]."""
+
+
 @dataclass(frozen=True)
 class TokenStream:
     """Documents laid end to end, as pieces of a token file that need not touch each other there.
@@ -25,14 +35,14 @@ class TokenStream:
     Training and validation documents can so be drawn from one file of tokens, at any sequence length.
 
     Attributes:
-        tokens: [file tokens], any unsigned integers, usually a memory map.
+        tokens: [file tokens], any whole numbers, usually a memory map.
         starts: int64 [documents], where in `tokens` each document starts.
         lengths: int64 [documents], its tokens with its end-of-document token, at least 1.
         trained: uint8 [file tokens / 8], a bit for each token, the first in the lowest bit of a byte: whether it is to
             be predicted; None: all are.
     """
 
-    tokens: np.ndarray
+    tokens: TokenArray
     starts: np.ndarray
     lengths: np.ndarray
     trained: np.ndarray | None = None

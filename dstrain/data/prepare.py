@@ -27,6 +27,7 @@ from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.sources import Source, find_files
 from dstrain.data.split import fraction_for, split_stream
 from dstrain.data.token_cache import Tokens, load_or_build
+from dstrain.data.token_files import TokenFiles
 from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.data.whole_documents import WholeDocumentRows, fit
@@ -98,8 +99,8 @@ class PackedData:
         }
 
     def _of_conversations(self) -> dict[str, Any]:
-        if isinstance(self.source, TokenRecords):
-            return self._of_tokens()
+        if isinstance(self.source, TokenRecords | TokenFiles):
+            return self._of_tokens(self.source.format)
         if not isinstance(self.source, ConversationSource):
             if isinstance(self.source, Source) and self.source.text_field != "text":
                 return {"text_field": self.source.text_field}
@@ -116,12 +117,12 @@ class PackedData:
             "train_on": self.source.options.train_on,
         }
 
-    def _of_tokens(self) -> dict[str, Any]:
+    def _of_tokens(self, format_name: str) -> dict[str, Any]:
         """Documents that were tokenized elsewhere begin and end as they do."""
         return {
             "begins_with": "",
             "ends_with": " ".join(self.tokenizer.token_text([token]) for token in self.stop_tokens),
-            "format": "tokens",
+            "format": format_name,
             "trained_tokens": self.trained_tokens,
             "cut_documents": self.cut_documents,
             "dropped_documents": self.dropped_documents,
@@ -343,7 +344,7 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     known = RecordOptions(**request["records"]).state if "records" in request else ()
     data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
-    source = data.source.source if isinstance(data.source, ConversationSource | TokenRecords) else data.source
+    source = data.source if isinstance(data.source, Source | OwnSource) else data.source.source
     cache = Path(request["cache_dir"]).expanduser()
     kept = summary_file(cache, source, state, **choices, records=known)
     keep_summary(kept, data.folder, data.summary())

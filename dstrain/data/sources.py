@@ -7,6 +7,7 @@ A source is one of
 - a JSON-lines file (``.jsonl``, ``.ndjson``, ``.json``, packed or not): one record a line;
 - a table (``.parquet``, ``.arrow``, ``.feather``, ``.csv``, ``.tsv``): one record a row;
 - a folder: all of these in it, found recursively; one that ``datasets.save_to_disk`` has written: its rows;
+- files of tokens, which are read in place: see `token_file_kinds`;
 - a pattern such as ``data/**/*.parquet``: all files that match.
 
 Files are sorted by their path below the source's root. What the user's own code gives is in `own_documents`.
@@ -25,9 +26,10 @@ from typing import Any, NoReturn
 
 from dstrain.addresses import refuse_address
 from dstrain.data.delimited import header_of
-from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TABLE_KINDS, Kind, kind_of_name, label_of
+from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TOKEN_KINDS, Kind, kind_of_name, label_of
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.data.saved_datasets import DATASET_DICT, saved_files
+from dstrain.data.token_file_kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
 from dstrain.errors import DstrainError
 from dstrain.files import kind_of
 
@@ -150,7 +152,7 @@ def listed(source: str, choices: Choices) -> Source:
         path = Path(source).expanduser()
         if glob.has_magic(source) and not os.path.lexists(path):
             found = _matching(source, path, choices)
-        elif stat.S_ISDIR(_status(path).st_mode):
+        elif stat.S_ISDIR(_status(path := named_by_its_prefix(path)).st_mode):
             found = _saved(source, path, choices) or _folder(source, path, choices)
         else:
             found = _single(source, path, choices)
@@ -193,13 +195,14 @@ def _stdlib() -> Source:
 
 def _single(source: str, path: Path, choices: Choices) -> Source:
     """A file that the user has named."""
-    file = _named(path, path.name, choices)
-    # What a table is read as does not show in its name.
-    said = file.kind in TABLE_KINDS or path.name.lower().endswith(DELIMITED_SUFFIXES)
-    return Source(source, str(path.parent.resolve()), (file,), str(_kinds([file])) if said else "")
+    files = _named(path, path.name, choices)
+    # What else it could have been does not show in its name.
+    said = files[0].kind not in ("text", "json lines") or path.name.lower().endswith(DELIMITED_SUFFIXES)
+    return Source(source, str(path.parent.resolve()), tuple(files), str(_kinds(files)) if said else "")
 
 
-def _named(path: Path, relative: str, choices: Choices) -> SourceFile:
+def _named(path: Path, relative: str, choices: Choices) -> list[SourceFile]:
+    """A file that is named, and what belongs to it."""
     status = _status(path)
     if not stat.S_ISREG(status.st_mode):
         raise DstrainError(
@@ -215,7 +218,28 @@ def _named(path: Path, relative: str, choices: Choices) -> SourceFile:
         _unreadable(path)
     kind = kind_of_name(path.name, named=True)
     assert kind is not None, "what is named is read"
-    return _as_table(SourceFile(relative, str(path), kind, status.st_size, status.st_mtime_ns), choices)
+    file = SourceFile(relative, str(path), kind, status.st_size, status.st_mtime_ns)
+    return _with_tokens(file, choices.data_format) or [_as_table(file, choices)]
+
+
+def _with_tokens(file: SourceFile, data_format: str) -> list[SourceFile]:
+    """The file as one of tokens, and its index if it has one; empty where it is none."""
+    path = Path(file.path)
+    if not is_token_file(path, data_format):
+        return []
+    try:
+        kind = token_file_kind(path, data_format)
+    except OSError as error:
+        _unreadable(path, error)
+    if kind is None:
+        return []
+    found = [replace(file, kind=kind)]
+    if kind == "megatron":
+        index = index_of(path)
+        status = _status(index)
+        relative = index_of(Path(file.relative)).as_posix()
+        found.append(SourceFile(relative, str(index), "index", status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _as_table(file: SourceFile, choices: Choices) -> SourceFile:
@@ -247,7 +271,13 @@ def _matching(source: str, path: Path, choices: Choices) -> Source:
             hint="'folder/**/*.jsonl' matches at any depth; put a pattern in quotes, so that the shell leaves it alone",
             where=source,
         )
-    files = [_named(match, match.relative_to(root).as_posix(), choices) for match in found]
+    indexes = {str(index_of(match)) for match in found if match.suffix == ".bin"}
+    files = [
+        file
+        for match in found
+        if str(match) not in indexes  # it comes with its file
+        for file in _named(match, match.relative_to(root).as_posix(), choices)
+    ]
     files.sort(key=lambda file: file.relative)
     return Source(source, str(root.resolve()), tuple(files), str(_kinds(files)))
 
@@ -275,6 +305,7 @@ def _saved(source: str, root: Path, choices: Choices) -> Source | None:
 def _folder(source: str, root: Path, choices: Choices) -> Source:
     files: list[SourceFile] = []
     others = Kinds()
+    named = choices.data_format if choices.data_format in TOKEN_KINDS else "auto"
     for entry, relative in _walk(str(root)):
         kind = kind_of_name(entry.name, named=False)
         if entry.name == DATASET_DICT:
@@ -285,6 +316,10 @@ def _folder(source: str, root: Path, choices: Choices) -> Source:
             )
         if kind is not None:
             files.append(_as_table(_file(entry, relative, kind), choices))
+        elif entry.name.endswith(".bin") and (found := _with_tokens(_file(entry, relative, "text"), named)):
+            files += found
+        elif entry.name.endswith(".idx") and named_by_its_prefix(Path(entry.path)).suffix == ".bin":
+            continue  # it comes with its file
         else:
             others.add(*kind_and_size(entry, relative))
     left_out = str(others)

@@ -1,6 +1,7 @@
 """The cache of tokenized corpora on disk: written once, complete or absent.
 
-``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``, and of conversations ``trained.bin``. It
+``<cache_dir>/<key>/`` holds ``tokens.bin``, ``lengths.npy`` and ``meta.json``, and of conversations ``trained.bin``. Of
+files that hold tokens already there is only where the documents are, ``starts.npy`` in place of ``tokens.bin``. It
 is written aside and named by one rename, under a lock that makes others wait rather than do the same work. Where a file
 system knows no locks, several may do the work, and the first rename wins.
 """
@@ -15,10 +16,11 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,9 @@ from dstrain.data.chat.corpus import Corpus
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.packing import TokenStream
+from dstrain.data.pretokenized import MappedFile, map_tokens, scan
 from dstrain.data.sources import Source, changed
+from dstrain.data.token_files import TokenFiles
 from dstrain.data.token_record_writer import write_token_records
 from dstrain.data.token_records import TokenRecords
 from dstrain.data.token_writer import TRAINED, write_tokens
@@ -39,6 +43,7 @@ from dstrain.strict_json import to_json
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
+_STARTS = "starts.npy"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _BYTES_A_WORKER = 4_000_000
 _CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
@@ -137,8 +142,11 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> 
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         aside.mkdir(mode=0o700)
-        names = [_TOKENS, _LENGTHS]
-        if isinstance(source, TokenRecords):
+        names, mapped = [_TOKENS, _LENGTHS], {}
+        if isinstance(source, TokenFiles):
+            names, mapped = [_LENGTHS, _STARTS], _scanned(source, tokenizer, aside)
+            written = mapped.pop("written")
+        elif isinstance(source, TokenRecords):
             written = write_token_records(source, tokenizer, aside)
         else:
             written = write_tokens(source, tokenizer, aside, workers)
@@ -157,6 +165,7 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> 
             "tokenizer": tokenizer.name,
             "dtype": tokenizer.dtype.name,
             **asdict(written),
+            **mapped,
             "checks": {name: _check(aside / name) for name in names},
         }
         (aside / _META).write_text(to_json(meta, indent=1) + "\n", encoding="utf-8")
@@ -167,6 +176,19 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> 
         _name(aside, folder, tokenizer)
     finally:
         _remove(aside)
+
+
+def _scanned(source: TokenFiles, tokenizer: Tokenizer, aside: Path) -> dict[str, Any]:
+    """Where the documents of token files are goes into files, the rest into the meta data: the files stay in place."""
+    found = scan(source, tokenizer)
+    np.save(aside / _LENGTHS, found.lengths.astype("<i8"), allow_pickle=False)
+    np.save(aside / _STARTS, found.starts.astype("<i8"), allow_pickle=False)
+    files = [asdict(file) for file in found.files]
+    return {
+        "written": found.written,
+        "mapped": files,
+        "checks_of_mapped": [_check(Path(file.path)) for file in found.files],
+    }
 
 
 def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:
@@ -193,14 +215,18 @@ def _name(aside: Path, folder: Path, tokenizer: Tokenizer) -> None:
 
 def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
     """The tokens in `folder`; None if it is not there, not complete, not what was written, or another user's."""
-    if not all(map(is_own, (folder, *(folder / name for name in TOKEN_FILES)))):
+    if not all(map(is_own, (folder, folder / _LENGTHS, folder / _META))):
         return None
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or meta["dtype"] != tokenizer.dtype.name:
             return None
+        if "mapped" in meta:
+            return _open_mapped(folder, meta)
         names = [_TOKENS, _LENGTHS, *([TRAINED] if TRAINED in meta["checks"] else [])]
-        if any(_check(folder / name) != meta["checks"][name] for name in names):
+        if not is_own(folder / _TOKENS) or any(
+            _check(folder / name) != meta["checks"][name] for name in names
+        ):
             return None
         tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype.newbyteorder("<"), mode="r")
         lengths = np.load(folder / _LENGTHS, allow_pickle=False).astype(np.int64)
@@ -223,6 +249,29 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder, stops, rendered)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def _open_mapped(folder: Path, meta: Mapping[str, Any]) -> Tokens | None:
+    """Tokens that lie elsewhere. Raises as `_open` expects it."""
+    files = [MappedFile(**file) for file in meta["mapped"]]
+    if not is_own(folder / _STARTS) or any(
+        _check(folder / name) != meta["checks"][name] for name in (_LENGTHS, _STARTS)
+    ):
+        return None
+    if [_check(Path(file.path)) for file in files] != meta["checks_of_mapped"]:
+        return None
+    lengths, starts = (
+        np.load(folder / name, allow_pickle=False).astype(np.int64) for name in (_LENGTHS, _STARTS)
+    )
+    if (lengths.size, starts.size, int(lengths.sum())) != (
+        meta["documents"],
+        meta["documents"],
+        meta["tokens"],
+    ):
+        return None
+    stream = TokenStream(map_tokens(files), starts, lengths)
+    stops = tuple(int(token) for token in meta["stop_tokens"])
+    return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder, stops)
 
 
 def _check(path: Path) -> list[int | str]:

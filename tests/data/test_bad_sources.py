@@ -15,10 +15,12 @@ from dstrain.data.chat.options import RecordOptions
 from dstrain.data.prepare import prepare
 from dstrain.errors import DstrainError
 from tests.support.table_files import arrow_stream, encrypted, feather, parquet, saved, zstd
+from tests.support.token_files import write_llm_c, write_megatron, write_nanogpt
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 ALPACA = {"instruction": "a", "input": "", "output": "b"}
 TEXT = {"text": "some text " * 9}
+TOKEN_IDS = list(range(1, 51))
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,104 @@ TOKENS = {
     ),
 }  # fmt: skip
 
+
+def megatron(documents=((TOKEN_IDS,),), dtype="uint16", change=None, **others):
+    """``change``: of the index's bytes, afterwards."""
+
+    def write(path):
+        write_megatron(path, documents, dtype, **others)
+        if change is not None:
+            index = path.with_suffix(".idx")
+            index.write_bytes(change(index.read_bytes()))
+
+    return write
+
+
+def with_places(content):
+    """Its second sequence begins elsewhere."""
+    return content[:50] + (2).to_bytes(8, "little") + content[58:]
+
+
+def in_index(write, words, hint):
+    return Bad({"a.bin": write}, "a.bin", "a.idx", (words,), hint)
+
+
+TOKEN_FILES = {
+    "megatron: the index is cut": in_index(
+        megatron(change=lambda idx: idx[:-4]), "this index has 58 bytes, and 1 sequences", "cut off"
+    ),
+    "megatron: another version": in_index(megatron(version=2), "has version 2, and 1 alone", "preprocess_data"),
+    "megatron: fractions": in_index(megatron(dtype="float32"), "are float32, and tokens", "preprocess_data"),
+    "megatron: an unknown type": in_index(megatron(code=77), "not known (77)", "preprocess_data"),
+    "megatron: sequences elsewhere": in_index(
+        megatron((([1, 2],), ([3, 4],)), change=with_places), "do not lie behind each other", "again"
+    ),
+    "megatron: more than text": in_index(megatron(modes=b"\1"), "more than text", "preprocess_data"),
+    "megatron: bounds beyond its sequences": in_index(
+        megatron(change=lambda idx: idx[:-8] + (9).to_bytes(8, "little")), "end at its last", "again"
+    ),
+    "megatron: the tokens are cut": one(
+        "a.bin", lambda path: (megatron()(path), path.write_bytes(path.read_bytes()[:-2])), "",
+        "has 98 bytes, and its index speaks of 100", "copy it and a.idx again",
+    ),
+    "megatron: no index": one(
+        "a.bin", lambda path: write_nanogpt(path, TOKEN_IDS), "", "there is no index beside", "nanogpt",
+        data_format="megatron",
+    ),
+    "megatron: another index": Bad(
+        {"a.bin": b"ab", "a.idx": b"IDX"}, "a.bin", "a.bin", ("a.idx is no index",), "nanogpt",
+        {"data_format": "megatron"},
+    ),
+    "megatron: beyond the vocabulary": one(
+        "a.bin", megatron(((TOKEN_IDS, [1, 300]),)), "", "token 51 is 300, and the tokenizer has", "name the tokenizer"
+    ),
+    "megatron: below zero": one("a.bin", megatron((([1, -2],),), "int32"), "", "token 1 is -2", "name the tokenizer"),
+    "megatron: no documents": one("a.bin", megatron(((),)), "", "the file is empty", "name one"),
+    "nanogpt: not said": one(
+        "a.bin", lambda path: write_nanogpt(path, [1000, 2000, 0]), "", "this is a binary file", "data_format=nanogpt"
+    ),
+    "nanogpt: not said, looks like a text": one(
+        "a.bin", lambda path: write_nanogpt(path, TOKEN_IDS), "", "UTF-16", "data_format=nanogpt"
+    ),
+    "nanogpt: an odd size": one("a.bin", b"\1\0\2", "", "no whole number of tokens", "cut", data_format="nanogpt"),
+    "nanogpt: too few to tell": one(
+        "a.bin", lambda path: write_nanogpt(path, [1, 2], "uint32"), "", "too few to tell", "records",
+        data_format="nanogpt",
+    ),
+    "nanogpt: of another tokenizer": one(
+        "a.bin", lambda path: write_nanogpt(path, [50256, 9] * 50), "", "neither as 16 nor as 32 bits", "the tokenizer",
+        data_format="nanogpt",
+    ),
+    "nanogpt: with an index": one(
+        "a.bin", megatron(), "", "this file is in the format megatron", "data_format=megatron", data_format="nanogpt"
+    ),
+    "llm.c: cut": one(
+        "a.bin", lambda path: write_llm_c(path, TOKEN_IDS, told=51), "", "speaks of 51 tokens, which take 1,126", "cut"
+    ),
+    "llm.c: without a header": one(
+        "a.bin", lambda path: write_nanogpt(path, TOKEN_IDS), "", "does not begin with a header", "nanogpt",
+        data_format="llm.c",
+    ),
+    "token files beside texts": Bad(
+        {"d/a.bin": megatron(), "d/b.txt": b"text " * 30}, "d", "d",
+        ("a.bin is a file of megatron, and b.txt of text or records",), "several sources",
+    ),
+    "token files of two formats": Bad(
+        {"d/a.bin": megatron(), "d/b.bin": lambda path: write_llm_c(path, TOKEN_IDS)}, "d", "d",
+        ("a.bin is a file of megatron, and b.bin of llm.c",), "several sources",
+    ),
+    "training and validation tokens": Bad(
+        {"d/train.bin": lambda path: write_nanogpt(path, TOKEN_IDS), "d/val.bin": b"\1\0"}, "d", "d",
+        ("holds train.bin and val.bin",), "train.bin", {"data_format": "nanogpt"},
+    ),
+    "a format of token files for a text": one(
+        "a.txt", b"a text", "", "does not begin with a header", "nanogpt", data_format="llm.c"
+    ),
+    "a format of token files for a folder of texts": Bad(
+        {"d/a.txt": b"text"}, "d", "d/a.txt", ("has no .bin file",), "leave data_format out",
+        {"data_format": "megatron"},
+    ),
+}  # fmt: skip
 MIXED = {
     "mixed: a text behind a conversation": one(
         "a.jsonl", lines(CHAT, TEXT), ":2",
@@ -326,7 +426,7 @@ NAMES = {
     ),
 }
 
-ROWS = {**TABLES, **TOKENS, **MIXED, **SAVED, **NAMES}
+ROWS = {**TABLES, **TOKENS, **TOKEN_FILES, **MIXED, **SAVED, **NAMES}
 
 
 @pytest.mark.parametrize("name", ROWS)

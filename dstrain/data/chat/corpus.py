@@ -25,6 +25,7 @@ from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
+from dstrain.data.token_files import TokenFiles, token_files
 from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.data.tokenizers import Tokenizer
@@ -75,12 +76,12 @@ class ConversationSource:
         return [*self.source.state, *options]
 
 
-Corpus = Source | OwnSource | ConversationSource | TokenRecords
+Corpus = Source | OwnSource | ConversationSource | TokenRecords | TokenFiles
 
 
 def source_of(
     source: Source, options: RecordOptions, tokenizer: Tokenizer
-) -> Source | ConversationSource | TokenRecords:
+) -> Source | ConversationSource | TokenRecords | TokenFiles:
     """The corpus in the format that its records have: that which is named, or that of the first record.
 
     Raises:
@@ -92,6 +93,8 @@ def source_of(
             where="data_fields",
             hint=f"{{{', '.join(sorted(FIELDS))}}}: the name in your files",
         )
+    if (tokens := token_files(source, options.data_format)) is not None:
+        return tokens
     lines = [file for file in source.files if file.kind in RECORD_KINDS]
     format_name = options.data_format
     text_field, first = options.data_fields.get("text", "text"), ""
