@@ -11,6 +11,7 @@ from dstrain.data.chat.corpus import ConversationSource, source_of
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.order import hash_words
 from dstrain.data.sources import Source, SourceFile, find_files
+from dstrain.data.token_files import TokenFiles
 from dstrain.data.token_records import TokenRecords
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
@@ -111,9 +112,9 @@ class Stream:
         found = find_files(request.source, data_format=records.data_format, data_fields=records.data_fields)
         found = replace(found, max_document_bytes=request.max_document_bytes)
         corpus = source_of(found, records, tokenizer)
-        if isinstance(corpus, TokenRecords):
+        if isinstance(corpus, TokenRecords | TokenFiles):
             raise DstrainError(
-                "records of tokens are not streamed: there is nothing to tokenize",
+                "tokens are not streamed: there is nothing to tokenize",
                 where=corpus.place,
                 hint="set data_stream to false; or name texts or conversations",
             )
