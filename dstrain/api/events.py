@@ -53,8 +53,13 @@ class Events(Protocol):
         """A step has been trained."""
         return None
 
-    def validated(self, step: int, loss: float) -> None:
-        """A validation loss was taken after ``step``; 0: before training."""
+    def validated(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
+        """A validation loss was taken after ``step``; 0: before training.
+
+        Args:
+            loss: of several validation sets the mean over their label tokens.
+            losses: of each of several validation sets, by name; empty for a single one.
+        """
         return None
 
     def saved(self, step: int, path: Path) -> None:

@@ -15,6 +15,7 @@ from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.received import note_owner, refused
 from dstrain.api.resuming import find_run
 from dstrain.child_process import run_module
+from dstrain.config.data_sources import paths_read
 from dstrain.errors import DstrainError
 from dstrain.files import read_json
 from dstrain.plugins import is_code
@@ -166,11 +167,12 @@ def _look_at_owner(
     if found is None or trust or not with_loss:
         return
     try:
-        data = str(read_json(folder.plan)["config"]["data"])
+        paths = paths_read(read_json(folder.plan)["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # the export says what is wrong with it
-    if is_code(data):
-        error = refused([f"dataset {data}"], *found)
+    code = [f"dataset {path}" for path in paths if is_code(path)]
+    if code:
+        error = refused(code, *found)
         raise DstrainError(
             error.message, where=error.where, hint=f"{error.hint}, or leave it out with --no-loss"
         )

@@ -38,7 +38,12 @@ class RunFollower:
                     )
                 )
             if "validation_loss" in record:
-                self._events.validated(record["step"], record["validation_loss"])
+                sets = {
+                    key.partition("/")[2]: value
+                    for key, value in record.items()
+                    if key.startswith("validation_loss/")
+                }
+                self._events.validated(record["step"], record["validation_loss"], sets)
         for path in self._checkpoints.new():
             self._events.saved(int(path.name.removeprefix("step-")), path)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.files import read_json
 from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
-from dstrain.runs.run_folder import RunFolder, last_step, last_validation_loss
+from dstrain.runs.run_folder import RunFolder, is_validation_loss, last_step, last_validation_losses
 from dstrain.supervise.failure_cause import Cause, Outcome
 
 FAILED = 1
@@ -26,7 +27,8 @@ class RunResult:
             the time limit): `resume` continues from its checkpoint.
         saved: whether the state after ``step`` lies in a checkpoint.
         checkpoint: the newest complete checkpoint.
-        validation_loss: the last one; None without a validation set.
+        validation_loss: the last one, of several validation sets the mean over their label tokens; None without any.
+        validation_losses: of each of several validation sets, by name.
         prompt, continuation: the text that the model was given at the end and what it wrote; None where no text was
             wanted, or the run did not complete.
     """
@@ -39,6 +41,7 @@ class RunResult:
     validation_loss: float | None = None
     prompt: str | None = None
     continuation: str | None = None
+    validation_losses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -92,16 +95,19 @@ def result_of(outcome: Outcome, folder: RunFolder, *, saves: bool) -> RunResult:
     if folder.node != 0:  # the first node's supervisor knows what came out
         return RunResult(folder.path, last_step(folder.metrics), True, saves, checkpoint)
     result = with_new_names(read_json(folder.result), METRICS)
-    scored = result["validation_loss"]  # null where there is none, or it is no number
+    losses = {key: value for key, value in result.items() if is_validation_loss(key)}
+    if None in losses.values():  # null where there is none, or it is no number
+        losses |= last_validation_losses(folder.metrics)
     return RunResult(
         folder=folder.path,
         step=result["steps"],
         completed=True,
         saved=saves,
         checkpoint=checkpoint,
-        validation_loss=last_validation_loss(folder.metrics) if scored is None else scored,
+        validation_loss=losses["validation_loss"],
         prompt=result["prompt"] if result["continuation"] else None,
         continuation=result["continuation"] or None,
+        validation_losses={key.partition("/")[2]: loss for key, loss in losses.items() if "/" in key},
     )
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from dstrain.api.events import Events, progress_to
 from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
-from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
-from dstrain.data.own_documents import OwnSource, TextCorpus, read_answer
+from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
+from dstrain.planning.data_parts import DataPart, combine, data_parts
 from dstrain.planning.plan import PlannedData
-from dstrain.plugins import Plugin, PluginError, check_plugin, is_code
+from dstrain.plugins import Plugin, PluginError, check_plugin
 from dstrain.shared_caches import clear_leftovers
 from dstrain.strict_json import to_json
 
@@ -34,25 +34,28 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     Raises:
         DstrainError: the data can't be used.
     """
-    return _prepared(resolved, tokenizer, _own_source(resolved, events), events)
+    parts = data_parts(resolved.config)
+    planned = [
+        _prepared(part, resolved, tokenizer, _own_source(part, resolved, events), events) for part in parts
+    ]
+    return combine(resolved.config, parts, planned)
 
 
-def _prepared(resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events) -> PlannedData:
-    config = resolved.config
-    source: TextCorpus = own or find_files(
-        config.data, data_format=config.data_format, data_fields=config.data_fields
-    )
-    choices = _choices(resolved)
-    records = RecordOptions.of(resolved.config)
+def _prepared(
+    part: DataPart, resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events
+) -> PlannedData:
+    source = own or replace(find_files(part.path, **part.selection), limit=part.limit)
     cache = cache_folder() / "data"
     clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)
+    choices = part.choices(resolved.config)
     known = read_summary(
-        summary_file(cache, source, tokenizer_state(tokenizer), **choices, records=records.state)
+        summary_file(cache, source, tokenizer_state(tokenizer), **choices, records=part.records.state)
     )
     if known is None:
-        known = _asked("dstrain.data.prepare", _request(resolved, tokenizer, own), resolved, events)
+        request = part.request(resolved.config, tokenizer=tokenizer, cache_dir=cache, own=own)
+        known = _asked("dstrain.data.prepare", request, part, resolved, events)
     data = PlannedData.from_record(known)
     return (
         data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
@@ -67,33 +70,32 @@ def look_at_data(
     Raises:
         DstrainError: the data can't be used.
     """
-    own = _own_source(resolved, events)
-    _prepared(resolved, tokenizer, own, events)
-    request = {**_request(resolved, tokenizer, own), "samples": list(samples)}
-    return _asked("dstrain.data.show", request, resolved, events)
-
-
-def _choices(resolved: ResolvedConfig) -> dict[str, Any]:
-    config = resolved.config
-    return {
-        "seq_len": config.seq_len,
-        "validation": config.validation,
-        "pack": config.pack,
-        "begin": config.begin_token,
+    config, cache = resolved.config, cache_folder() / "data"
+    parts = data_parts(config)
+    own = [_own_source(part, resolved, events) for part in parts]
+    planned = combine(
+        config,
+        parts,
+        [_prepared(part, resolved, tokenizer, code, events) for part, code in zip(parts, own, strict=True)],
+    )
+    request = {
+        "parts": [
+            {
+                "name": part.name,
+                "trained": part.trained,
+                "request": part.request(config, tokenizer=tokenizer, cache_dir=cache, own=code),
+            }
+            for part, code in zip(parts, own, strict=True)
+        ],
+        "phases": [[phase.last_step, phase.parts] for phase in planned.phases],
+        "samples": list(samples),
+        "global_batch": config.global_batch,
+        "seed": config.seed,
     }
-
-
-def _request(resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None) -> dict[str, Any]:
-    """The arguments of `dstrain.data.prepare`."""
-    config = resolved.config
-    return {
-        **(own.request() if own else {"source": config.data}),
-        "tokenizer": tokenizer,
-        "cache_dir": str(cache_folder() / "data"),
-        **_choices(resolved),
-        "max_document_bytes": config.max_document_bytes,
-        "records": asdict(RecordOptions.of(config)),
-    }
+    code = next((part for part in parts if part.is_code), parts[0])
+    answer = _asked("dstrain.data.show", request, code, resolved, events)
+    answer["statistics"] |= asdict(planned)
+    return answer
 
 
 def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:
@@ -107,32 +109,29 @@ def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:
         raise
 
 
-def _own_source(resolved: ResolvedConfig, events: Events) -> OwnSource | None:
-    """The documents of the user's code, read once for their hash; None where the data are files."""
-    config = resolved.config
-    if not is_code(config.data):
+def _own_source(part: DataPart, resolved: ResolvedConfig, events: Events) -> OwnSource | None:
+    """The documents of the user's code, read once for their hash; None where the source is files."""
+    if not part.is_code:
         return None
-    for plugin in config.plugins:
-        if plugin.key == "data":
-            check_plugin_here(plugin, resolved)
+    check_plugin_here(Plugin("data", "dataset", part.path), resolved)
     called: dict[str, Any] = {
-        "name": config.data,
-        "options": config.data_options,
-        "folders": config.code_dirs or [],
+        "name": part.path,
+        "options": part.options,
+        "folders": resolved.config.code_dirs or [],
     }
-    found = _asked("dstrain.data.own_documents", called, resolved, events)
+    found = _asked("dstrain.data.own_documents", called, part, resolved, events)
     return OwnSource(**called, **found)
 
 
 def _asked(
-    module: str, request: Mapping[str, Any], resolved: ResolvedConfig, events: Events
+    module: str, request: Mapping[str, Any], part: DataPart, resolved: ResolvedConfig, events: Events
 ) -> dict[str, Any]:
     """What a module answers to a request, both as JSON."""
     import tempfile
 
     from dstrain.child_process import run_module
 
-    name, user_code = resolved.config.data, is_code(resolved.config.data)
+    name, user_code = part.path, part.is_code
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(to_json(request), encoding="utf-8")

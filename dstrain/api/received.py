@@ -110,11 +110,13 @@ def _reaches(resolved: ResolvedConfig) -> Iterator[str]:
         if options:
             told = ", ".join(f"{key} = {value}" for key, value in options.items())
             yield f"its config has {name_of(choice)} use {shown(told)}"
-    keys = ("nvme_path", "hostfile", "master_addr", "ds_config", "model", "tokenizer", "data")
+    keys = ("nvme_path", "hostfile", "master_addr", "ds_config", "model", "tokenizer")
+    named = [*((key, getattr(config, key)) for key in keys)]
+    named += [("data", source.path) for source in config.read_sources]
     outside = [
         f"{key} = {shown(str(value))}"
-        for key in keys
-        if (value := getattr(config, key)) is not None
+        for key, value in named
+        if value is not None
         and ("/" in str(value) or key in ("hostfile", "master_addr"))
         and resolved.origin(key).kind not in _TYPED
     ]
@@ -151,8 +153,8 @@ def note_owner(events: Events, *paths: Path) -> None:
 def note_other_owners(resolved: ResolvedConfig, events: Events) -> None:
     """Say whose the model and data are that a run reads, where they are another user's."""
     config = resolved.config
-    for key in ("model", "tokenizer", "data"):
-        value = str(getattr(config, key))
+    read = [("model", config.model), ("tokenizer", config.tokenizer)]
+    for key, value in (*read, *(("data", source.path) for source in config.read_sources)):
         if is_code(value):
             continue
         found = first_owner(Path(value).expanduser())

@@ -14,6 +14,7 @@ from dstrain.api.preflight import new_run_folder, not_writable
 from dstrain.api.received import check_received, note_other_owners
 from dstrain.api.resuming import find_run
 from dstrain.api.running import Job, execute
+from dstrain.config.data_sources import with_paths
 from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
 from dstrain.config.origins import Origin
 from dstrain.data.tokenizer_files import BYTES
@@ -212,15 +213,19 @@ def changed_keys(flags: Mapping[str, Any], settings: Sequence[str]) -> set[str]:
     return flags.keys() | {setting.partition("=")[0] for setting in settings}
 
 
-def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any]) -> dict[str, str]:
+def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any]) -> dict[str, Any]:
     """Paths that count from the folder that the run was started from, and what the run folder keeps of what is gone."""
     directory = Path(first["directory"])
-    given = {key: Path(values[key]).expanduser() for key in PATHS if values[key] not in (None, *_NO_PATHS)}
-    if is_code(values["data"]):
+    given = {
+        key: Path(values[key]).expanduser()
+        for key in PATHS
+        if isinstance(values[key], str) and values[key] not in _NO_PATHS
+    }
+    if isinstance(values["data"], str) and is_code(values["data"]):
         del given["data"]
     if first["model"]["folder"] is None:
         del given["model"]  # a shape that comes with dstrain
-    found = {
+    found: dict[str, Any] = {
         key: str(directory / path)
         for key, path in given.items()
         if directory != Path.cwd() and not path.is_absolute() and (directory / path).exists()
@@ -231,7 +236,16 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
         found["model"] = str(folder.model)
     if "tokenizer" in gone:
         found["tokenizer"] = str(folder.model)
+    for key in ("data", "validation"):
+        if isinstance(values[key], list) and directory != Path.cwd():
+            found[key] = with_paths(values[key], lambda path: _from(directory, path))
     return found
+
+
+def _from(directory: Path, path: str) -> str:
+    """A source's path, where it counts from that folder and is there."""
+    there = directory / Path(path).expanduser()
+    return str(there) if path not in _NO_PATHS and not is_code(path) and there.exists() else path
 
 
 def _free_name(folder: RunFolder) -> str:

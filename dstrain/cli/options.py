@@ -23,6 +23,7 @@ _WITHOUT_FLAG = (
     "deepspeed",
     "data_options",
     "data_fields",
+    "data_phases",
     "loss_options",
     "optimizer_options",
     "lr_schedule_options",
@@ -158,7 +159,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> Any:
     if origin is typing.Annotated:
         return _kind(parts[0], [*parts[1:], *metadata])
     if origin in (typing.Union, types.UnionType):
-        kinds = [part for part in parts if part is not type(None)]
+        # A list of sources is for files and --set: the flag takes the single one.
+        kinds = [part for part in parts if part is not type(None) and typing.get_origin(part) is not list]
         return _kind(kinds[0], metadata) if len(kinds) == 1 else _StepsOrTime()
     if origin is typing.Literal:
         if all(isinstance(part, int) for part in parts):

@@ -92,6 +92,7 @@ def _in_image(
     """
     from dstrain.api.received import check_image
     from dstrain.api.reproducing import PATHS, changed_keys, recorded_image
+    from dstrain.config.data_sources import paths_read
     from dstrain.config.origins import as_flags
     from dstrain.launch.container import in_image, refuse_unseen
 
@@ -114,7 +115,13 @@ def _in_image(
             hint="change to the folder from which the run was started",
         ) from None
     changed = changed_keys(flags, settings)
-    refuse_unseen({key: values[key] for key in PATHS if values[key] is not None and key not in changed})
+    named = [
+        (key, values[key])
+        for key in PATHS
+        if key != "data" and values[key] is not None and key not in changed
+    ]
+    read = {key: values.get(key) for key in ("data", "validation") if key not in changed}
+    refuse_unseen([*named, *(("data", path) for path in paths_read({"data": None, **read}))])
     words = [
         "reproduce",
         str(run),

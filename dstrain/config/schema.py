@@ -6,6 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
+from dstrain.config.data_sources import (
+    DataSource,
+    Phase,
+    ValidationSource,
+    check_phases,
+    check_sources,
+    or_path,
+    sources_of,
+)
 from dstrain.config.hook_choices import (
     Profile,
     check_hooks,
@@ -59,14 +68,26 @@ class RunConfig(BaseModel):
         "auto",
         description="folder or hub name of a Hugging Face tokenizer, or bytes; auto: the model folder's, else bytes",
     )
-    data: str = Field(
+    data: Annotated[
+        str | list[DataSource], TypeInWords("text, or a list of sources: {path, name, format, weight, ...}")
+    ] = Field(
         "stdlib",
         description="text file, folder, JSON Lines file with a text field, or stdlib; or a function of your own that"
-        " gives the documents: my_module:my_documents",
+        " gives the documents: my_module:my_documents; or a list of such sources",
+        json_schema_extra=or_path,
     )
     data_options: dict[str, Any] = Field(
         {},
         description="keyword arguments of a dataset of your own",
+    )
+    data_weight_by: Literal["tokens", "documents"] = Field(
+        "tokens",
+        description="what the weights of several sources are shares of: the trained tokens, or documents",
+    )
+    data_phases: list[Phase] = Field(
+        [],
+        description="other weights of the sources in the course of the run: [{until: 0.9, weights: {web: 3, code: 1}},"
+        " {weights: {web: 1, code: 1}}]",
     )
     data_format: DataFormat = Field(
         "auto",
@@ -113,8 +134,14 @@ class RunConfig(BaseModel):
         description="bytes of the largest document that is read; default: 64 MiB for a line of a JSON-lines file, which"
         " may be compressed, and 4 GiB for a text file",
     )
-    validation: Fraction = Field(
-        0.05, description="fraction of the documents that is held back for validation"
+    validation: Annotated[
+        Fraction | list[ValidationSource],
+        TypeInWords("number, or a list of sources: {path, name, format, ...}"),
+    ] = Field(
+        0.05,
+        description="fraction of the documents that is held back for validation; or a list of validation sets, each"
+        " with a loss of its own",
+        json_schema_extra=or_path,
     )
 
     # Training length and batch size.
@@ -311,6 +338,22 @@ class RunConfig(BaseModel):
         {}, description="DeepSpeed keys, applied on top of the generated config and of ds_config"
     )
 
+    @field_validator("data", "validation", mode="before")
+    @classmethod
+    def _are_sources(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "data" and not isinstance(value, str | list):
+            raise ValueError("must be a string, or a list of sources")
+        if info.field_name == "validation" and (
+            isinstance(value, bool) or not isinstance(value, int | float | list)
+        ):
+            raise ValueError("must be a number, or a list of validation sets")
+        return check_sources(value, str(info.field_name))
+
+    @field_validator("data_phases", mode="before")
+    @classmethod
+    def _are_phases(cls, value: Any) -> Any:
+        return check_phases(value)
+
     @field_validator("optimizer", mode="before")
     @classmethod
     def _is_optimizer(cls, value: Any) -> Any:
@@ -355,7 +398,7 @@ class RunConfig(BaseModel):
     def plugins(self) -> tuple[Plugin, ...]:
         """All user code that this config names, in the order of its keys."""
         named = [
-            Plugin("data", "dataset", self.data),
+            *(Plugin("data", "dataset", source.path) for source in self.read_sources),
             Plugin("loss", "loss", self.loss),
             Plugin("optimizer", "optimizer", self.optimizer),
             Plugin("lr_schedule", "learning-rate schedule", self.lr_schedule),
@@ -364,6 +407,22 @@ class RunConfig(BaseModel):
             *(plugin for plugin in named if is_code(plugin.name)),
             *(Plugin("hooks", "hook", name_of(each)) for each in self.hooks),
         )
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """What is trained on: the one source of ``data``, or those of its list."""
+        return sources_of(self.data)
+
+    @property
+    def read_sources(self) -> tuple[ValidationSource, ...]:
+        """All that is read: to train on, and as validation sets."""
+        sets = self.validation if isinstance(self.validation, list) else []
+        own = [
+            ValidationSource.of(source.validation)
+            for source in self.sources
+            if isinstance(source.validation, str)
+        ]
+        return (*self.sources, *sets, *own)
 
     @property
     def time_limit_seconds(self) -> int | None:

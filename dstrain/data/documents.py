@@ -46,7 +46,7 @@ class DocumentPart:
 
 
 def read_documents(source: Source) -> Iterator[DocumentPart]:
-    """The documents in the order of the source's files, and of the records of each.
+    """The documents in the order of the source's files, and of the records of each, up to its limit.
 
     Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
     file are no documents. A file that is one JSON array is read element by element. Of a text file there is 1 MiB in
@@ -56,13 +56,15 @@ def read_documents(source: Source) -> Iterator[DocumentPart]:
         DstrainError: with the file, or the file and the line or row, of what can't be read as text.
     """
     _check_tables(source)
-    before, found = 0, False
+    before = read = 0
     for file in source.files:
         for part in documents_of(file, source):
             yield replace(part, bytes_read=before + part.bytes_read)
-            found = True
+            read += part.last
+            if read == source.limit:
+                return
         before += file.size
-    if not found:
+    if not read:
         _refuse_empty_tables(source)
 
 
@@ -136,7 +138,7 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
 
 
 def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonRecord]:
-    """The records of the source's files, in their order; its texts are passed over.
+    """The records of the source's files, in their order, up to its limit; its texts are passed over.
 
     Args:
         keep_errors: a line or an element that is no object, and a row that is none of its table, is a record with its
@@ -146,7 +148,7 @@ def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonR
         DstrainError: as `read_documents`.
     """
     _check_tables(source)
-    before, found = 0, False
+    before = read = 0
     for file in source.files:
         if file.kind in RECORD_KINDS:
             with errors_of(file):
@@ -154,9 +156,11 @@ def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonR
                     if record.error is not None and not keep_errors:
                         raise record.error
                     yield replace(record, bytes_read=before + record.bytes_read)
-                    found = True
+                    read += 1
+                    if read == source.limit:
+                        return
         before += file.size
-    if not found:
+    if not read:
         _refuse_empty_tables(source)
 
 

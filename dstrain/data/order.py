@@ -38,15 +38,8 @@ class SampleOrder:
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         first = (step - 1) * self.global_batch
-        ids = np.empty(self.global_batch, dtype=np.int64)
-        done = 0
-        while done < self.global_batch:
-            epoch, place = divmod(first + done, self.rows)
-            count = min(self.rows - place, self.global_batch - done)
-            places = np.arange(place, place + count, dtype=np.uint64)
-            ids[done : done + count] = permute(places, self.rows, hash_words(self.seed, epoch))
-            done += count
-        return ids
+        places = np.arange(first, first + self.global_batch, dtype=np.int64)
+        return shuffled_rows(places, self.rows, self.seed)
 
     def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
         """What one replica gets of the step: one int64 [micro_batch] for each of its accumulation steps.
@@ -54,16 +47,37 @@ class SampleOrder:
         Micro-batch m of replica r is the block ``m * replicas + r`` of the global batch, so that what has
         been read after m micro-batches does not depend on how many replicas read it.
         """
-        accumulation, rest = divmod(self.global_batch, replicas * micro_batch)
-        if rest:
-            raise ValueError(
-                f"a global batch of {self.global_batch} can't be dealt to {replicas} replicas "
-                f"in micro-batches of {micro_batch}"
-            )
-        if not 0 <= replica < replicas:
-            raise ValueError(f"replica {replica} is not in 0..{replicas - 1}")
-        blocks = self.sample_ids(step).reshape(accumulation, replicas, micro_batch)
-        return [blocks[m, replica] for m in range(accumulation)]
+        return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
+
+
+def shuffled_rows(places: np.ndarray, rows: int, seed: int, *key: int) -> np.ndarray:
+    """The rows at these places of an endless line of epochs, each a fresh shuffle: int64 [n], ascending -> int64 [n].
+
+    Args:
+        rows: of an epoch.
+        key: makes it another shuffle than that of the seed alone.
+    """
+    ids = np.empty(places.size, dtype=np.int64)
+    epochs = places // rows
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        inner = (places[here] - epoch * rows).astype(np.uint64)
+        ids[here] = permute(inner, rows, hash_words(seed, *key, epoch))
+    return ids
+
+
+def dealt(ids: np.ndarray, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
+    """One replica's part of a global batch: see `SampleOrder.micro_batches`."""
+    accumulation, rest = divmod(ids.size, replicas * micro_batch)
+    if rest:
+        raise ValueError(
+            f"a global batch of {ids.size} can't be dealt to {replicas} replicas "
+            f"in micro-batches of {micro_batch}"
+        )
+    if not 0 <= replica < replicas:
+        raise ValueError(f"replica {replica} is not in 0..{replicas - 1}")
+    blocks = ids.reshape(accumulation, replicas, micro_batch)
+    return [blocks[m, replica] for m in range(accumulation)]
 
 
 def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:

@@ -34,7 +34,7 @@ from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
-_OPTIONAL = {"own", "max_document_bytes", "records"}
+_OPTIONAL = {"own", "max_document_bytes", "records", "limit", "config", "split", "revision"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
@@ -139,6 +139,10 @@ def prepare(
     max_document_bytes: int | None = None,
     begin: str = "auto",
     records: RecordOptions | None = None,
+    limit: int | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -156,6 +160,8 @@ def prepare(
         pack: fill each row with as many documents as it takes, else with one and padding.
         begin: what documents begin with: see `dstrain.data.tokenizers.load_tokenizer`.
         records: the format of records, and what of conversations is trained.
+        limit: how many documents to read of files; None: all.
+        config, split, revision: which part of a data set that has several.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -173,8 +179,16 @@ def prepare(
         files = source
     else:
         records = records or RecordOptions()
-        found = find_files(source, data_format=records.data_format, data_fields=records.data_fields)
-        files = source_of(replace(found, max_document_bytes=max_document_bytes), records, tokens_of)
+        found = find_files(
+            source,
+            data_format=records.data_format,
+            data_fields=records.data_fields,
+            config=config,
+            split=split,
+            revision=revision,
+        )
+        found = replace(found, max_document_bytes=max_document_bytes, limit=limit)
+        files = source_of(found, records, tokens_of)
     tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
     if isinstance(files, ConversationSource | TokenRecords) and tokens.stream.trained is not None:
         return _conversations(files, tokens, tokens_of, seq_len, validation, pack)
@@ -345,6 +359,8 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
     source = data.source if isinstance(data.source, Source | OwnSource) else data.source.source
+    if isinstance(source, Source):  # which field holds a text is found out, and no part of what was asked
+        source = replace(source, text_field="text")
     cache = Path(request["cache_dir"]).expanduser()
     kept = summary_file(cache, source, state, **choices, records=known)
     keep_summary(kept, data.folder, data.summary())
@@ -368,9 +384,10 @@ def _request(path: Path) -> dict[str, Any]:
     for key, kinds in _REQUEST.items():
         if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
             raise DstrainError(f"{key!r} is {request[key]!r}, which has the wrong type", where=str(path))
-    limit = request.get("max_document_bytes")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
-        raise DstrainError(f"'max_document_bytes' is {limit!r}, which has the wrong type", where=str(path))
+    for key in ("max_document_bytes", "limit"):
+        number = request.get(key)
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise DstrainError(f"{key!r} is {number!r}, which has the wrong type", where=str(path))
     return request
 
 

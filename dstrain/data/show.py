@@ -1,7 +1,7 @@
 """Samples as the model gets them, in pieces: what is trained, where documents begin, and what is padding.
 
-On the command line: ``python -m dstrain.data.show REQUEST.json ANSWER.json``. The request has the arguments of
-`dstrain.data.prepare`, and ``samples``: the numbers of the samples to show.
+On the command line: ``python -m dstrain.data.show REQUEST.json ANSWER.json``. The request has ``parts``, each with the
+arguments of `dstrain.data.prepare` as ``request``, and ``samples``: the numbers of the samples to show.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from dstrain.child_process import child_main
+from dstrain.data.mixture import MixedRows
 from dstrain.data.packing import IGNORED
-from dstrain.data.prepare import PackedData, prepare_as_asked
+from dstrain.data.prepare import prepare_as_asked
+from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.files import write_json
+from dstrain.mixture_shares import MixturePhase
 
 _PERCENTILES = (0, 25, 50, 75, 95, 100)
 
@@ -47,7 +50,8 @@ class Sample:
     """A row to train on.
 
     Attributes:
-        number: among the training samples.
+        number: among the training samples; of several sources, in the order in which the run takes them.
+        source: its name, where there are several.
         labels: how many of its tokens count in the loss.
         padding: how many of its tokens only fill it up.
     """
@@ -57,16 +61,21 @@ class Sample:
     labels: int
     padding: int
     pieces: tuple[Piece, ...]
+    source: str = ""
 
 
-def sample(data: PackedData, number: int) -> Sample:
-    """The training sample of that number."""
-    batch = data.train.rows(np.array([number]))
+def sample(data: TrainingData, number: int, row: int) -> Sample:
+    """The training sample in that row.
+
+    Args:
+        number: what it is called.
+    """
+    batch = data.rows.rows(np.array([row]))
     ids, positions, labels = (part[0] for part in batch)
     # A label stands where the token before it is: token t counts where label t - 1 is not ignored.
     trained = np.concatenate([[False], labels[:-1] != IGNORED])
     document = np.cumsum(positions == 0) - 1
-    size = int(data.train.filled(np.array([number]))[0])
+    size = int(data.rows.filled(np.array([row]))[0])
     edges = [
         0,
         *(np.flatnonzero((np.diff(document[:size]) != 0) | np.diff(trained[:size])) + 1).tolist(),
@@ -83,17 +92,28 @@ def sample(data: PackedData, number: int) -> Sample:
         if first < last
     ]
     documents = int(document[size - 1]) + 1 if size else 0
-    return Sample(number, documents, int((labels != IGNORED).sum()), ids.size - size, tuple(pieces))
+    source = data.sources[data.rows.source_of(row)].name if isinstance(data.rows, MixedRows) else ""
+    return Sample(number, documents, int((labels != IGNORED).sum()), ids.size - size, tuple(pieces), source)
 
 
-def statistics(data: PackedData) -> dict[str, Any]:
-    """Documents, tokens and rows, as JSON values; ``lengths`` are percentiles of the tokens of a document."""
-    rows = np.arange(len(data.train))
-    labels = data.train.label_tokens(rows)
-    lengths = data.lengths
+def rows_of_samples(
+    data: TrainingData, numbers: Sequence[int], global_batch: int, seed: int
+) -> dict[int, int]:
+    """The row of each of these samples that there is: for a single source its number, for several by their order."""
+    if not data.phases:
+        return {number: number for number in numbers if number < len(data.rows)}
+    order = data.order(global_batch, seed)
+    return {
+        number: int(order.sample_ids(number // global_batch + 1)[number % global_batch]) for number in numbers
+    }
+
+
+def statistics(data: TrainingData) -> dict[str, Any]:
+    """Lengths and labels, as JSON values; ``lengths`` are percentiles of the tokens of a document."""
+    labels = data.rows.label_tokens(np.arange(len(data.rows)))
+    lengths = np.concatenate([source.data.lengths for source in data.sources])
     powers = Counter(int(length).bit_length() for length in lengths.tolist())
     return {
-        **data.summary(),
         "lengths": {
             str(share): int(np.percentile(lengths, share, method="nearest")) for share in _PERCENTILES
         },
@@ -107,10 +127,17 @@ def statistics(data: PackedData) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    wanted = request.pop("samples")
-    data = prepare_as_asked(request)
-    few = [number for number in wanted if number < len(data.train)]
-    samples = [asdict(sample(data, number)) for number in few]
+    trained: list[TrainingSource] = []
+    validation: list[TrainingSource] = []
+    for part in request["parts"]:
+        found = TrainingSource(part["name"], prepare_as_asked(part["request"]))
+        (trained if part["trained"] else validation).append(found)
+    phases = [
+        MixturePhase(last, tuple((n, share) for n, share in parts)) for last, parts in request["phases"]
+    ]
+    data = training_data(trained, validation, phases)
+    rows = rows_of_samples(data, request["samples"], request["global_batch"], request["seed"])
+    samples = [asdict(sample(data, number, row)) for number, row in rows.items()]
     write_json(Path(argv[1]), {"samples": samples, "statistics": statistics(data)})
     return 0
 

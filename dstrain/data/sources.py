@@ -82,6 +82,7 @@ class Source:
         text_field: of records, what holds the document.
         first_text: the place of the record that told that they are texts; empty where that was named.
         choices: what it was found with.
+        limit: how many documents are read, from the first; None: all.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Source:
     text_field: str = "text"
     first_text: str = ""
     choices: Choices = Choices()
+    limit: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -111,9 +113,11 @@ class Source:
         The root is part of it: two files of one name and size may share a time too (images that set all times to 0).
         """
         named = [] if self.text_field == "text" else [self.text_field]
+        limited = [] if self.limit is None else [{"limit": self.limit}]
         return [
             self.root,
             *named,
+            *limited,
             [(file.relative, file.kind, file.size, file.mtime_ns) for file in self.files],
         ]
 

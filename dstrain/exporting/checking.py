@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,13 @@ def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
 
 
 @torch.no_grad()
-def validation_loss(model: PreTrainedModel, rows: Rows, samples: int) -> float:
-    """Mean cross-entropy over the label tokens of the first ``samples`` rows, as during the training."""
+def validation_loss(model: PreTrainedModel, sets: Sequence[Rows], samples: int) -> float:
+    """Mean cross-entropy over the label tokens of the first ``samples`` rows of each set, as during the training."""
     with_positions, documents = takes_positions(model), Documents(model)
     total, count = 0.0, 0
-    samples = min(samples, len(rows))
-    progress = Progress("validation loss of the exported model", samples, "samples")
-    for row in range(samples):
+    numbers = [(rows, row) for rows in sets for row in range(min(samples, len(rows)))]
+    progress = Progress("validation loss of the exported model", len(numbers), "samples")
+    for done, (rows, row) in enumerate(numbers, start=1):
         batch = rows.rows(np.array([row]))
         input_ids, position_ids, labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
         positions = {"position_ids": position_ids} if with_positions else {}
@@ -111,7 +112,7 @@ def validation_loss(model: PreTrainedModel, rows: Rows, samples: int) -> float:
             logits = model(input_ids=input_ids, use_cache=False, **positions, **lengths).logits
         total += float(cross_entropy(logits[0].float(), labels[0], ignore_index=-100, reduction="sum"))
         count += int((labels != -100).sum())
-        progress.update(row + 1)
+        progress.update(done)
     return total / max(1, count)
 
 

@@ -22,6 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from dstrain.child_process import child_main
 from dstrain.data.tokenizer_files import BYTES, speaks_of_other_files
 from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.data.training_data import ValidationSet
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
 from dstrain.errors import DstrainError, way_out
@@ -230,16 +231,17 @@ def _same_folder(one: str, other: str) -> bool:
 
 def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:
     """The exported model's validation loss, or why the run's data do not give one any more; the model is checked."""
-    rows, reason = None, None
+    sets: tuple[ValidationSet, ...] = ()
+    reason = None
     try:
-        rows = prepare_run_data(plan).validation
+        sets = prepare_run_data(plan).validation_sets
     except DstrainError as error:  # the data, which the model does not need
         reason = f"{error.where}: {error.message}" if error.where else error.message
     model = load_exported(folder, tensors.dtype, plan.run_config.attention)
     check_loaded(model, tensors)
-    if rows is None:
+    if not sets:
         return None, reason
-    loss = validation_loss(model, rows, plan.run_config.eval_samples)
+    loss = validation_loss(model, [each.rows for each in sets], plan.run_config.eval_samples)
     return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dstrain.config.files import packaged
@@ -44,11 +44,11 @@ def in_image(
     return ["bash", str(container_script()), *arguments], {**environ, "DOCKER": engine, "IMAGE": image}
 
 
-def refuse_unseen(paths: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
+def refuse_unseen(paths: Iterable[tuple[str, str]], environ: Mapping[str, str] = os.environ) -> None:
     """Raises DstrainError for a path (by the choice that holds it) that the container would not see."""
     # docker.sh shows the current folder as /work.
     mounted = [Path("/work"), *(Path(place) for place in environ.get("MOUNT", "").split(":") if place)]
-    for key, value in paths.items():
+    for key, value in paths:
         path = Path(value).expanduser()
         if path.is_absolute() and not any(path.is_relative_to(place) for place in mounted):
             raise DstrainError(

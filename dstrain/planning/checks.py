@@ -15,6 +15,7 @@ from dstrain.lr_schedules import LR_SCHEDULES
 from dstrain.optimizers import optimizer_facts
 from dstrain.planning.attention import refuse_attention
 from dstrain.planning.batch import make_batch
+from dstrain.planning.data_checks import DATA_CHECKS
 from dstrain.planning.deepspeed.composition import contradictions_of_config
 from dstrain.planning.deepspeed.user_keys import mistakes
 from dstrain.planning.hook_specs import refuse_profile
@@ -126,7 +127,7 @@ def refusals_in_any_layout(resolved: ResolvedConfig) -> list[DstrainError]:
         _refuse_elastic,
         refuse_attention,
         _refuse_nvme,
-        _refuse_data_options,
+        *DATA_CHECKS,
         *(partial(_refuse_options, point) for point in _EXTENSION_POINTS),
         refuse_profile,
     )
@@ -143,7 +144,7 @@ def _raised(resolved: ResolvedConfig, *checks: Callable[[ResolvedConfig], None])
     return found
 
 
-_PATHS = ("model", "tokenizer", "data", "runs_dir", "nvme_path", "hostfile", "ds_config")
+_PATHS = ("model", "tokenizer", "runs_dir", "nvme_path", "hostfile", "ds_config")
 
 
 def _refuse_address(key: str, resolved: ResolvedConfig) -> None:
@@ -191,16 +192,6 @@ def _refuse_nvme(resolved: ResolvedConfig) -> None:
             "--offload nvme requires nvme_path, a folder on a local disk",
             where=str(resolved.origin("offload")),
             hint="--set nvme_path=/local/disk/folder",
-        )
-
-
-def _refuse_data_options(resolved: ResolvedConfig) -> None:
-    config = resolved.config
-    if config.data_options and not is_code(config.data):
-        raise DstrainError(
-            f"data_options ({', '.join(config.data_options)}) are for a dataset of your own, and {config.data} is none",
-            where=str(resolved.origin("data_options", next(iter(config.data_options)))),
-            hint="remove them, or name a dataset of your own: --data my_module:my_documents",
         )
 
 

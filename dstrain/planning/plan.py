@@ -15,6 +15,7 @@ from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
 from dstrain.files import read_json
+from dstrain.mixture_shares import MixturePhase
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
@@ -123,6 +124,8 @@ class PlannedData:
         text_field: the field of a record that holds a text, where it is not called ``text``.
         chat_template: the Jinja template that conversations were rendered with.
         stop_tokens: the tokens that end an assistant's turn.
+        sources: what there are several of; the values above are of those that are trained on together. Empty for one.
+        phases: their shares of the rows in the course of the run.
     """
 
     source: str = ""
@@ -153,12 +156,50 @@ class PlannedData:
     text_field: str = ""
     chat_template: str = ""
     stop_tokens: tuple[int, ...] = ()
+    sources: tuple[PlannedSource, ...] = ()
+    phases: tuple[MixturePhase, ...] = ()
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
         """From a summary of the data, of another version too: what it has more is passed over."""
         known = _known(cls, record)
-        return cls(**{**known, "stop_tokens": tuple(known.get("stop_tokens", ()))})
+        sources = [
+            PlannedSource(**{**source, "data": cls.from_record(source["data"])})
+            for source in known.get("sources", ())
+        ]
+        phases = [
+            MixturePhase(phase["last_step"], tuple((part[0], part[1]) for part in phase["parts"]))
+            for phase in known.get("phases", ())
+        ]
+        stops = tuple(known.get("stop_tokens", ()))
+        return cls(**{**known, "stop_tokens": stops, "sources": tuple(sources), "phases": tuple(phases)})
+
+    @property
+    def training_sources(self) -> tuple[PlannedSource, ...]:
+        """Those of several that are trained on."""
+        return tuple(source for source in self.sources if source.trained)
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """One of several sources.
+
+    Attributes:
+        name: in the plan and in metrics.
+        trained: whether it is trained on; else it is a validation set.
+        rows: how many samples of it the run takes in all.
+        data: what it holds.
+    """
+
+    name: str
+    trained: bool
+    rows: int
+    data: PlannedData
+
+    @property
+    def epochs(self) -> float:
+        """How often the run sees it."""
+        return self.rows / self.data.train_rows
 
 
 def _known(cls: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:

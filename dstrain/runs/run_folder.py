@@ -289,12 +289,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for each in json_lines(path) if (record := _metrics_record(each)) is not None]
 
 
-# Where null stands for a number that is none; a norm is null where fp16 skipped the step.
-_LOSSES = ("loss", "validation_loss")
-
-
 def metrics_record(line: bytes) -> dict[str, Any] | None:
-    """A line of a metrics.jsonl, of 0.1 too; None where it is no whole one. A loss that is null was no number."""
+    """A line of a metrics.jsonl, of 0.1 too; None where it is no whole one.
+
+    A loss that is null was no number; a norm is null where fp16 skipped the step.
+    """
     try:
         record = parse_json(line)
     except ValueError:
@@ -307,13 +306,22 @@ def _metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(step, int) or isinstance(step, bool):
         return None
     renamed = with_new_names(record, METRICS)
-    return renamed | {key: math.nan for key in _LOSSES if renamed.get(key, 0) is None}
+    losses = [key for key in renamed if key == "loss" or is_validation_loss(key)]
+    return renamed | {key: math.nan for key in losses if renamed[key] is None}
 
 
-def last_validation_loss(metrics: Path) -> float | None:
-    """The last one that a metrics.jsonl has, nan included; None where there is none."""
-    losses = [record["validation_loss"] for record in read_metrics(metrics) if "validation_loss" in record]
-    return losses[-1] if losses else None
+def is_validation_loss(key: str) -> bool:
+    """Whether a key of a metrics.jsonl is a validation loss: that of all sets, or of one."""
+    return key.partition("/")[0] == "validation_loss"
+
+
+def last_validation_losses(metrics: Path) -> dict[str, float]:
+    """The last ones that a metrics.jsonl has, by their keys, nan included; none where there are none."""
+    found: dict[str, float] = {}
+    for record in read_metrics(metrics):
+        if losses := {key: value for key, value in record.items() if is_validation_loss(key)}:
+            found = losses
+    return found
 
 
 def json_lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from dstrain.data.order import SampleOrder
+from dstrain.data.mixture import Order
 from dstrain.data.packing import Rows
 from dstrain.engine.interface import MicroBatch
 from dstrain.planning.batch import Batch
@@ -16,11 +16,11 @@ from dstrain.planning.batch import Batch
 class TrainBatches:
     """The micro-batches of each step: which samples they hold depends on config, seed and step alone."""
 
-    def __init__(self, rows: Rows, batch: Batch, *, seed: int, replica: int) -> None:
+    def __init__(self, rows: Rows, batch: Batch, *, order: Order, replica: int) -> None:
         self.rows = rows
         self.batch = batch
         self.replica = replica
-        self.order = SampleOrder(len(rows), batch.global_batch, seed)
+        self.order = order
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of ``step`` (from 1)."""
@@ -36,7 +36,7 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """The same validation samples every time, divided among the replicas.
+    """The same samples of a validation set every time, divided among the replicas.
 
     Where they do not fill the last micro-batches, or ``fewest`` of them, rows without a label stand in:
     they add nothing.
@@ -46,7 +46,8 @@ class ValidationBatches:
         ids = np.arange(min(samples, len(rows)))
         share = batch.micro_batch * batch.data_parallel
         count = max(fewest, math.ceil(len(ids) / share))
-        weight = count * batch.data_parallel / max(1, int(rows.label_tokens(ids).sum()))
+        self.label_tokens = int(rows.label_tokens(ids).sum())
+        weight = count * batch.data_parallel / max(1, self.label_tokens)
         padded = np.concatenate([ids, np.full(count * share - len(ids), -1)])
         parts = padded.reshape(count, batch.data_parallel, batch.micro_batch)[:, replica]
         self._micro_batches = [make_micro_batch(rows, part, weight) for part in parts]

@@ -9,25 +9,23 @@ import hashlib
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dstrain.child_process import run_module
 from dstrain.config.files import cache_folder
-from dstrain.data.chat.options import RecordOptions
 from dstrain.data.own_documents import OwnSource, read_answer
-from dstrain.data.prepare import PackedData, prepare
+from dstrain.data.prepare import PackedData, prepare_as_asked
 from dstrain.data.token_cache import is_cached
 from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.errors import DstrainError
-from dstrain.planning.plan import Plan
-from dstrain.plugins import is_code
+from dstrain.planning.data_parts import DataPart, data_parts
+from dstrain.planning.plan import Plan, PlannedData
 from dstrain.strict_json import to_json
 
 
-def prepare_run_data(plan: Plan) -> PackedData:
+def prepare_run_data(plan: Plan) -> TrainingData:
     """The packed data, from the cache of this host, which is filled where the launch has not done that.
 
     Of the ranks of a host the first one tokenizes, and the others wait for it.
@@ -36,41 +34,53 @@ def prepare_run_data(plan: Plan) -> PackedData:
         DstrainError: they can't be read here, or are not those of the plan.
     """
     config = plan.run_config
-    own = is_code(config.data)
-    choices: dict[str, Any] = {
-        "tokenizer": plan.data.tokenizer,
-        "seq_len": config.seq_len,
-        "validation": config.validation,
-        "cache_dir": str(cache_folder() / "data"),
-        "pack": config.pack,
-        "max_document_bytes": config.max_document_bytes,
-        "begin": config.begin_token,
-    }
+    parts = data_parts(config)
+    planned = [source.data for source in plan.data.sources] or [plan.data]
+    trained: list[TrainingSource] = []
+    validation: list[TrainingSource] = []
+    for part, known in zip(parts, planned, strict=True):
+        found = TrainingSource(part.name, _prepare_part(plan, part, known))
+        (trained if part.trained else validation).append(found)
+    return training_data(trained, validation, plan.data.phases)
+
+
+def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData:
+    """One source, which must hold what the plan knows of it."""
     try:
-        records = replace(RecordOptions.of(config), template_text=plan.data.chat_template)
-        data = prepare(_own_source(plan, choices) if own else config.data, **choices, records=records)
+        own = _own_source(plan, part, known) if part.is_code else None
+        data = prepare_as_asked(_request(plan, part, known, own))
     except DstrainError as error:
         if len(plan.layout.hosts) < 2:
             raise
-        code = f"the module of {config.data} with what it reads" if own else config.data
-        needed = [code, *([] if plan.data.tokenizer == "bytes" else [plan.data.tokenizer])]
+        code = f"the module of {part.path} with what it reads" if part.is_code else part.path
+        needed = [code, *([] if known.tokenizer == "bytes" else [known.tokenizer])]
         raise DstrainError(
             f"on {socket.gethostname()}: {error.message}",
             where=error.where,
             hint=f"every host needs {' and '.join(needed)}: copy what is missing, or name a folder that all share",
         ) from error
     found = data.summary()["fingerprint"]
-    if found != plan.data.fingerprint:
+    if found != known.fingerprint:
         raise DstrainError(
             "the data is not what the plan was made for"
-            f" ({found} on {socket.gethostname()}, {plan.data.fingerprint} in the plan)",
-            where=config.data,
+            f" ({found} on {socket.gethostname()}, {known.fingerprint} in the plan)",
+            where=part.path,
             hint="start a new run for changed data" + _or_copy(plan),
         )
     return data
 
 
-def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
+def _request(plan: Plan, part: DataPart, known: PlannedData, own: OwnSource | None) -> dict[str, Any]:
+    return part.request(
+        plan.run_config,
+        tokenizer=known.tokenizer,
+        cache_dir=cache_folder() / "data",
+        own=own,
+        template=known.chat_template,
+    )
+
+
+def _own_source(plan: Plan, part: DataPart, known: PlannedData) -> OwnSource:
     """The documents of the user's code, with their tokens in the cache.
 
     Where they are not there yet, the code is called in a process of its own: it may draw random numbers, take a
@@ -79,14 +89,13 @@ def _own_source(plan: Plan, choices: Mapping[str, Any]) -> OwnSource:
     Raises:
         DstrainError: the code fails on this host, or gives other documents than the plan's.
     """
-    config, data = plan.run_config, plan.data
-    source = OwnSource(
-        config.data, config.data_options, config.code_dirs or (), data.documents_hash, data.bytes
-    )
-    if not is_cached(source, load_tokenizer(data.tokenizer, config.begin_token), Path(choices["cache_dir"])):
+    config = plan.run_config
+    source = OwnSource(part.path, part.options, config.code_dirs or (), known.documents_hash, known.bytes)
+    tokenizer = load_tokenizer(known.tokenizer, config.begin_token)
+    if not is_cached(source, tokenizer, cache_folder() / "data"):
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-            asked.write_text(to_json({**source.request(), **choices}), encoding="utf-8")
+            asked.write_text(to_json(_request(plan, part, known, source)), encoding="utf-8")
             failed = ""
             try:
                 run_module("dstrain.data.prepare", str(asked), str(answered), say=_say, user_code=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -16,7 +17,6 @@ from torch import distributed
 
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.template import ChatTemplate
-from dstrain.data.prepare import PackedData
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.engine.build import build_engine, start_communication
 from dstrain.engine.client_optimizer import ClientOptimizer
@@ -34,8 +34,8 @@ from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
-from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_loss
-from dstrain.train.batches import TrainBatches, ValidationBatches
+from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
+from dstrain.train.batches import TrainBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
 from dstrain.train.device import be_deterministic, largest_memory
@@ -48,6 +48,7 @@ from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
+from dstrain.train.validation import VALIDATION_LOSS, Validation
 
 
 def train(folder: RunFolder, console: TextIO | None, control: ControlClient) -> tuple[int, bool]:
@@ -119,23 +120,18 @@ def _train(
     hooks.started(start_info(plan, folder, run_id=run_id, first_step=first, rank=rank))
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
-    batches = TrainBatches(data.train, plan.batch, seed=config.seed, replica=replica)
-    validation = None
-    if data.validation is not None:
-        validation = ValidationBatches(
-            data.validation,
-            plan.batch,
-            samples=config.eval_samples,
-            replica=replica,
-            fewest=engine.fewest_micro_batches,
-        )
+    order = data.order(plan.batch.global_batch, config.seed)
+    batches = TrainBatches(data.rows, plan.batch, order=order, replica=replica)
+    validation = Validation(
+        data.validation_sets, engine, plan.batch, samples=config.eval_samples, replica=replica
+    )
 
-    validation_loss = last_validation_loss(folder.metrics)  # of a run that is resumed at its end
-    if first == 1 and validation is not None:
-        validation_loss = engine.eval_loss(validation.micro_batches())
+    losses = last_validation_losses(folder.metrics)  # of a run that is resumed at its end
+    if first == 1 and validation:
+        losses = validation.losses()
         if metrics:
-            metrics.write({"step": 0, "validation_loss": validation_loss, "tokens": 0})
-        hooks.validated(0, {"validation_loss": validation_loss}, tokens=0)
+            metrics.write({"step": 0, **losses, "tokens": 0})
+        hooks.validated(0, losses, tokens=0)
     schedule = SaveSchedule(config, device)
     with (
         hooks.told_of_saves(checkpoints.take_completed),
@@ -161,16 +157,18 @@ def _train(
             }
             if config.precision == "fp16":
                 record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
-            if validation is not None and _due(step, config.eval_every, config.steps):
+            validated = bool(validation) and _due(step, config.eval_every, config.steps)
+            if validated:
                 with control.busy("validation loss"):
-                    record["validation_loss"] = validation_loss = engine.eval_loss(validation.micro_batches())
+                    losses = validation.losses()
+                record |= losses
             if metrics:
                 metrics.write(record)
             if console:
                 console.write(_line(record, config.steps) + "\n")
             hooks.stepped(step, record)
-            if "validation_loss" in record:
-                hooks.validated(step, {"validation_loss": record["validation_loss"]}, tokens=record["tokens"])
+            if validated:
+                hooks.validated(step, losses, tokens=record["tokens"])
             hooks.saved(checkpoints.take_completed())
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_replicas()
@@ -189,7 +187,7 @@ def _train(
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
-    _finish(folder, plan, engine, data, device, validation_loss)
+    _finish(folder, plan, engine, data.tokenizer, device, losses)
     return config.steps, True
 
 
@@ -313,9 +311,9 @@ def _finish(
     folder: RunFolder,
     plan: Plan,
     engine: Engine,
-    data: PackedData,
+    tokenizer: Tokenizer,
     device: torch.device,
-    validation_loss: float | None,
+    validation_losses: Mapping[str, float],
 ) -> None:
     """Let the model speak, and leave result.json."""
     config = plan.run_config
@@ -323,8 +321,8 @@ def _finish(
     if config.sample_tokens:
         text = continuation(
             engine,
-            data.tokenizer,
-            _prompt_ids(plan, data.tokenizer),
+            tokenizer,
+            _prompt_ids(plan, tokenizer),
             tokens=config.sample_tokens,
             seq_len=config.seq_len,
             micro_batch=plan.batch.micro_batch,
@@ -337,7 +335,8 @@ def _finish(
             folder.result,
             {
                 "steps": config.steps,
-                "validation_loss": validation_loss,
+                VALIDATION_LOSS: None,
+                **validation_losses,
                 "prompt": config.prompt,
                 "continuation": text,
             },

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dstrain.config.schema import RunConfig
+from dstrain.data.order import SampleOrder
 from dstrain.data.prepare import prepare
 from dstrain.model.architecture import load_config
 from dstrain.model.pipeline_model import PipelineModel
@@ -188,7 +189,7 @@ def plain_loop(hf: PreTrainedModel, text: Path, cache: Path) -> tuple[list[float
         seq_len=SEQ_LEN,
         where="test",
     )
-    batches = TrainBatches(rows, batch, seed=SEED, replica=0)
+    batches = TrainBatches(rows, batch, order=SampleOrder(len(rows), GLOBAL_BATCH, SEED), replica=0)
     choices = RunConfig()
     groups = [
         {"params": [p for p in hf.parameters() if p.ndim >= 2], "weight_decay": choices.weight_decay},

@@ -21,6 +21,7 @@ indices left out (``layout.ranks.spans``), and stands for all below it. Only the
 NEW: set[str] = {
     *("max_document_bytes", "access", "code_dirs", "hooks", "trackers", "profile", "not_covered"),
     *("begin_token", "data.begins_with", "data.ends_with", "data.kinds", "data.left_out"),
+    *("data_weight_by", "data_phases", "data.sources", "data.phases", "config.data.path"),
     *("data_format", "data_fields", "chat_template", "train_on", "on_bad_record", "too_long"),
     *(
         "data.format",

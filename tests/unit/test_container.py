@@ -53,12 +53,12 @@ def test_an_engine_that_does_not_answer(tmp_path: Path) -> None:
 
 def test_what_the_container_would_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refuse_unseen({"data": "mine.jsonl", "model": "/work/model", "tokenizer": "bytes"}, {})
-    refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models:/texts"})
+    refuse_unseen({"data": "mine.jsonl", "model": "/work/model", "tokenizer": "bytes"}.items(), {})
+    refuse_unseen({"data": "/texts/mine.jsonl"}.items(), {"MOUNT": "/models:/texts"})
     with pytest.raises(DstrainError, match="data: the container can't see "):
-        refuse_unseen({"data": str(tmp_path / "mine.jsonl")}, {})
+        refuse_unseen({"data": str(tmp_path / "mine.jsonl")}.items(), {})
     with pytest.raises(DstrainError, match="data: the container can't see /texts/mine"):
-        refuse_unseen({"data": "/texts/mine.jsonl"}, {"MOUNT": "/models"})
+        refuse_unseen({"data": "/texts/mine.jsonl"}.items(), {"MOUNT": "/models"})
 
 
 def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from dstrain.api.events import Events, Step
 from dstrain.api.following import RunFollower
-from dstrain.runs.run_folder import RunFolder, last_validation_loss
+from dstrain.runs.run_folder import RunFolder, last_validation_losses
 from dstrain.train.metrics import MetricsFile
 
 
@@ -71,7 +72,7 @@ class Screen(Events):
     def step(self, step: Step) -> None:
         self.steps.append(step.step)
 
-    def validated(self, step: int, loss: float) -> None:
+    def validated(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
         if step == 0:
             self.steps.append(step)
 
@@ -132,7 +133,7 @@ def test_a_loss_that_is_no_number_is_null_in_the_file_and_nan_to_its_readers(fol
     seen: list[float] = []
 
     class Observer(Events):
-        def validated(self, step: int, loss: float) -> None:
+        def validated(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
             seen.append(loss)
 
         def step(self, step: Step) -> None:
@@ -147,8 +148,7 @@ def test_a_loss_that_is_no_number_is_null_in_the_file_and_nan_to_its_readers(fol
     assert "NaN" not in folder.metrics.read_text() and "Infinity" not in folder.metrics.read_text()
     follower.update()
     assert len(seen) == 2 and all(math.isnan(loss) for loss in seen)
-    last = last_validation_loss(folder.metrics)
-    assert last is not None and math.isnan(last)
+    assert math.isnan(last_validation_losses(folder.metrics)["validation_loss"])
 
 
 def test_a_disk_that_does_not_answer_ends_no_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,11 +124,13 @@ def test_ranks_take_the_plans_documents_or_none(tmp_path: Path, monkeypatch: pyt
     resolved = load_config(settings=settings)
     data = prepare_data(resolved, "bytes", Heard())
     made = plan(settings=settings, data=data)
-    fingerprint = prepare_run_data(made).summary()["fingerprint"]
+    fingerprint = prepare_run_data(made).sources[0].data.summary()["fingerprint"]
     assert fingerprint == data.fingerprint
 
     file.write_text(file.read_text().replace("text 7", "text 8"))
-    assert prepare_run_data(made).summary()["fingerprint"] == fingerprint, "the plan's documents"
+    assert prepare_run_data(made).sources[0].data.summary()["fingerprint"] == fingerprint, (
+        "the plan's documents"
+    )
     assert prepare_data(resolved, "bytes", Heard()).fingerprint != fingerprint, "what a resumed run refuses"
 
     monkeypatch.setenv("DSTRAIN_CACHE", str(tmp_path / "cache of another host"))

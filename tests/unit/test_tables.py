@@ -341,11 +341,26 @@ def print_statistics(length: int, **_: Any) -> Shown:
             "lengths": {"0": 2, "50": 345, "100": 4_096},
             "histogram": [[2, 3, 1], [2_048, 4_095, 1_234_566]],
             "dropped_documents": 765,
+            "sources": [
+                {
+                    "name": f"source-{number}",
+                    "trained": number < 2,
+                    "rows": 34_567,
+                    "data": {
+                        **numbers,
+                        "format": "prompt-completion",
+                        "padding": 0.0456,
+                    },
+                }
+                for number in range(3)
+            ],
         },
         make_console(),
     )
     return Shown(
-        (*(f"{number:,}" for number in numbers.values()), "98.8%", "765"), (source,), long_lines=True
+        (*(f"{number:,}" for number in numbers.values()), "98.8%", "765", "95.4%", "0.39", "source-2"),
+        (source,),
+        long_lines=True,
     )
 
 
@@ -544,7 +559,7 @@ def test_the_live_line_leaves_out_whole_parts(
         events.planned(replace(long_plan(10), config=long_plan(10).config | {"steps": 12340}))
         events.started(tmp_path, "bash launch.sh")
         events.step(Step(**(record | {"step": 1233, "tokens": 10**8}), metrics={"validation_loss": 9.87654}))
-        events.validated(1233, 9.87654)
+        events.validated(1233, 9.87654, {})
         capsys.readouterr()
         events.step(Step(**record, metrics=record))
     parts = ("step 1234/12340", "loss 10.9877", "validation 9.8765", "lr 3.21e-04", "grad 1.500",

@@ -79,6 +79,10 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     console.print(
         headed("model", f"{model.type}, {model.parameters:,} parameters, {len(model.layers)} layers")
     )
+    if data.sources:
+        console.print(sources(plan))
+        console.print(headed("batch", plan.batch.describe()))
+        return
     console.print(
         headed(
             "data",
@@ -91,6 +95,36 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
         left_out = f"; left out: {shown(data.left_out)}" if data.left_out else ""
         console.print(headed("files", f"{shown(data.kinds)}{left_out}"))
     console.print(headed("batch", plan.batch.describe()))
+
+
+def sources(plan: Plan) -> FoldingTable:
+    """What is trained on and evaluated, a row a source: the run's samples of it, and how often it is seen."""
+    table = FoldingTable(
+        Column("data", style="bold"),
+        Column("documents", gives=True),
+        Column("samples", right=True),
+        Column("share", right=True),
+        Column("epochs", right=True),
+    )
+    trained = plan.data.training_sources
+    tokens = [source.rows * (1 - source.data.padding) for source in trained]
+    for source, of_source in zip(trained, tokens, strict=True):
+        kinds = f"; {shown(source.data.kinds)}" if source.data.kinds else ""
+        left_out = f"; left out: {shown(source.data.left_out)}" if source.data.left_out else ""
+        held_back = f", {source.data.validation_rows:,} for validation" if source.data.validation_rows else ""
+        table.add_row(
+            source.name,
+            f"{_documents(source.data)}{kinds}{left_out}{_ends_of_documents(source.data)}",
+            f"{source.data.train_rows:,}{held_back}",
+            f"{of_source / sum(tokens):.1%}",
+            f"{source.epochs:.2f}",
+        )
+    for source in plan.data.sources:
+        if not source.trained:
+            table.add_row(
+                source.name, _documents(source.data), f"{source.data.train_rows:,} for validation", "-", "-"
+            )
+    return table
 
 
 _TRAINED = {
@@ -204,6 +238,8 @@ def choices(plan: Plan) -> FoldingTable:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
         elif key == "tokenizer" and value == "auto":
             table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
+        elif key == "data" and isinstance(value, list):
+            table.add_row(key, str(plan.data.source), plan.origins[key])
         elif key in ("init", "partition") and plan.origins[key] == "default":
             continue
         else:

@@ -89,12 +89,14 @@ class ConsoleEvents(ProgressEvents):
         elif step.step % max(1, self._steps // _PLAIN_LINES) == 0 or step.step == self._steps:
             self._print_line(step.step)
 
-    def validated(self, step: int, loss: float) -> None:
+    def validated(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
         self._validation = loss
         if step == 0 or self._line is None:
             self._print(Text(f"step {step}  validation loss {loss:.4f} before training"))
         else:
             self._print_line(step)
+        if losses:
+            self._print(Text.assemble(("validation ", "dim"), _by_set(losses)))
 
     def note(self, text: str, topic: str = "note") -> None:
         if topic == "progress":
@@ -140,6 +142,11 @@ class ConsoleEvents(ProgressEvents):
         return {name: Text.assemble((f"{name} ", "dim"), value) for name, value in values.items()}
 
 
+def _by_set(losses: Mapping[str, float]) -> str:
+    """The losses of validation sets, in one line."""
+    return "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+
+
 def show_command(command: str, console: Console) -> None:
     """The shell command that starts the ranks."""
     console.print(Text.assemble(("command  ", "bold"), command), soft_wrap=True)
@@ -149,7 +156,10 @@ def show_result(result: RunResult, console: Console) -> None:
     """Of a run that was trained to its end."""
     folder = RunFolder(result.folder)
     if result.validation_loss is not None:
-        console.print(Text.assemble(("validation loss  ", "bold"), f"{result.validation_loss:.4f}"))
+        of_all = " (mean over the label tokens of all sets)" if result.validation_losses else ""
+        console.print(Text.assemble(("validation loss  ", "bold"), f"{result.validation_loss:.4f}{of_all}"))
+        if result.validation_losses:
+            console.print(Text(_by_set(result.validation_losses)))
     if result.continuation:
         console.print(Text.assemble(("the model continues ", "bold"), repr(result.prompt)))
         console.print(Text(result.continuation, style="cyan"))

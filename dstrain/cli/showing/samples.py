@@ -23,10 +23,11 @@ def show_samples(
     """Each piece on a line of its own: ``train`` where its tokens count in the loss. Line ends are shown as such."""
     for sample in samples:
         documents = f"{sample['documents']} document{'s' if sample['documents'] != 1 else ''}"
+        source = f"{sample['source']}: " if sample["source"] else ""
         console.print(
             headed(
                 f"sample {sample['number']}",
-                f"{documents}, {sample['labels']:,} of {statistics['seq_len']:,} tokens are trained,"
+                f"{source}{documents}, {sample['labels']:,} of {statistics['seq_len']:,} tokens are trained,"
                 f" {sample['padding']:,} are padding",
                 "bold",
             )
@@ -42,6 +43,29 @@ def show_samples(
             console.print(line, soft_wrap=True)
         console.print()
     console.print(Text(f"{statistics['train_rows']:,} training samples; numbers count tokens", style="dim"))
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> FoldingTable:
+    """A row for each of several: its share of the tokens that the run trains on, and how full its samples are."""
+    table = FoldingTable(
+        Column("source", style="bold", gives=True),
+        Column("format", gives=True),
+        *(Column(name, right=True) for name in ("documents", "tokens", "samples", "share", "epochs", "fill")),
+    )
+    taken = [source["rows"] * (1 - source["data"]["padding"]) for source in sources]
+    for source, tokens in zip(sources, taken, strict=True):
+        data = source["data"]
+        table.add_row(
+            source["name"],
+            data["format"],
+            f"{data['documents']:,}",
+            f"{data['tokens']:,}",
+            f"{data['train_rows']:,}",
+            f"{tokens / sum(taken):.1%}" if source["trained"] else "validation",
+            f"{source['rows'] / data['train_rows']:.2f}" if source["trained"] else "-",
+            f"{1 - data['padding']:.1%}",
+        )
+    return table
 
 
 def _elided(text: str) -> str:
@@ -98,6 +122,9 @@ def show_statistics(statistics: Mapping[str, Any], console: Console) -> None:
     for name, text in lines:
         grid.add_row(name, text)
     console.print(grid)
+    if statistics["sources"]:
+        console.print()
+        console.print(_sources(statistics["sources"]))
     console.print()
     most = max(count for _, _, count in statistics["histogram"])
     for first, last, count in statistics["histogram"]:

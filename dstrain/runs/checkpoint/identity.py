@@ -22,7 +22,7 @@ _OWN_ALONE = ("loss", "loss_options")
 
 _WHY = {
     "global_batch": " (the next samples and the learning rate are counted in its steps)",
-    "data": " (the same files, tokenizer and validation split)",
+    "data": " (the same files, tokenizer and validation split; of several sources the same weights and phases)",
 }
 
 

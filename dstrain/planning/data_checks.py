@@ -1,0 +1,103 @@
+"""What a config says of its data that no files could make right."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from dstrain.addresses import refuse_address
+from dstrain.config.data_sources import steps_of_phases, weights_by_phase
+from dstrain.config.loader import ResolvedConfig
+from dstrain.errors import DstrainError
+from dstrain.plugins import is_code
+
+
+def _refuse_data_options(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.data_options and not (isinstance(config.data, str) and is_code(config.data)):
+        named = (
+            f"{config.data} is none"
+            if isinstance(config.data, str)
+            else "data is a list: options of a source"
+        )
+        raise DstrainError(
+            f"data_options ({', '.join(config.data_options)}) are for a dataset of your own, and {named}",
+            where=str(resolved.origin("data_options", next(iter(config.data_options)))),
+            hint="remove them, or name a dataset of your own: --data my_module:my_documents",
+        )
+
+
+def _refuse_addresses_of_data(resolved: ResolvedConfig) -> None:
+    for source in resolved.config.read_sources:
+        refuse_address(source.path, str(resolved.origin("data")))
+
+
+def _refuse_sources(resolved: ResolvedConfig) -> None:
+    """What names of sources, and of validation sets, there can't be together."""
+    config = resolved.config
+    sets = config.validation if isinstance(config.validation, list) else []
+    own = [source.called for source in config.sources if source.validation]
+    for name in (entry.called for entry in sets):
+        if name in own:
+            raise DstrainError(
+                f"two validation sets are called {name!r}: one of validation, and the source's own",
+                where=str(resolved.origin("validation")),
+                hint="give the one of validation another name",
+            )
+    for source in config.read_sources:
+        if source.limit is not None and is_code(source.path):
+            raise DstrainError(
+                f"{source.path} can't have a limit: a dataset of your own gives all that it gives",
+                where=str(resolved.origin("data")),
+                hint="make it an option of your function: options: {limit: 1000}",
+            )
+        if source.options and not is_code(source.path):
+            raise DstrainError(
+                f"options ({', '.join(source.options)}) are for a dataset of your own, and {source.path} is none",
+                where=str(resolved.origin("data")),
+                hint="remove them, or name a dataset of your own: path: my_module:my_documents",
+            )
+
+
+def _refuse_phases(resolved: ResolvedConfig) -> None:
+    config, where = resolved.config, str(resolved.origin("data_phases"))
+    if not config.data_phases:
+        return
+    names = [source.called for source in config.sources]
+    if isinstance(config.data, str):
+        raise DstrainError(
+            "data_phases are for several sources, and data is one",
+            where=where,
+            hint="give data a list of sources, or remove data_phases",
+        )
+    for phase in config.data_phases:
+        unknown = [name for name in phase.weights if name not in names]
+        if unknown:
+            raise DstrainError(
+                f"data_phases: there is no source called {unknown[0]!r}",
+                where=where,
+                hint=f"the sources are: {', '.join(names)}",
+            )
+    for source in config.sources:
+        if source.weight is not None:
+            raise DstrainError(
+                f"{source.called} has a weight, and data_phases give weights too",
+                where=where,
+                hint="remove one of them",
+            )
+        if not any(phase.weights.get(source.called) for phase in config.data_phases):
+            raise DstrainError(
+                f"no phase has a weight above 0 for {source.called}, so it would never be trained on",
+                where=where,
+                hint="give it one, or remove the source",
+            )
+    ends = steps_of_phases(weights_by_phase(config.sources, config.data_phases), config.steps)
+    if any(one >= other for one, other in pairwise((0, *ends))):
+        raise DstrainError(
+            f"the phases end after steps {', '.join(map(str, ends))}, and each must have at least one step",
+            where=where,
+            hint=f"the run has {config.steps:,} steps",
+        )
+
+
+DATA_CHECKS = (_refuse_addresses_of_data, _refuse_data_options, _refuse_sources, _refuse_phases)
+"""Each raises DstrainError."""
