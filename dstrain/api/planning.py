@@ -30,7 +30,7 @@ from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import FORMAT as SHAPE_FORMAT
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.plan import Machines, Plan
-from dstrain.planning.recipe_values import fit_recipe, within_positions
+from dstrain.planning.recipe_values import fit_recipe, follow_data, within_positions
 from dstrain.shared_caches import is_own, write_own
 
 
@@ -49,7 +49,8 @@ class Planned:
 
     def settled(self, resolved: ResolvedConfig) -> ResolvedConfig:
         """The config that was planned for, without what gave way in the plan: a run folder keeps it so."""
-        return fit_recipe(resolved, self.shape, self.plan.layout.world_size)
+        fitting = fit_recipe(resolved, self.shape, self.plan.layout.world_size)
+        return follow_data(fitting, self.plan.data)
 
 
 @dataclass(frozen=True)

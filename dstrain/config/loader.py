@@ -24,6 +24,7 @@ from dstrain.errors import DstrainError
 from dstrain.renamed_keys import CONFIG_KEYS, MEANT_BEFORE
 
 DEFAULT_RECIPE = "quickstart"
+CONVERSATIONS_RECIPE = "sft"
 PRETRAINED_RECIPE = "fine-tune"
 """What lies below a config that starts from pretrained weights and names no recipe: in their place, the quickstart's
 learning rate, or that of the defaults, would destroy them."""
@@ -47,7 +48,7 @@ class ResolvedConfig:
 
     ``blocks``: where the mappings inside ``deepspeed`` begin in a file. ``notes``: what the user should know, such as a
     deprecated key. ``ds_config``: what the DeepSpeed JSON file of that key holds, with the line of each key, or why it
-    can't be read, which matters to a plan alone.
+    can't be read, which matters to a plan alone. ``recipe_by_default``: nobody has named the recipe.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class ResolvedConfig:
     blocks: Mapping[Path_, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ds_config: Document | DstrainError | None = None
+    recipe_by_default: bool = False
 
     def origin(self, *path: str) -> Origin:
         """The origin of a key; of the first that stands in it, or of its nearest parent, where it has none itself."""
@@ -137,9 +139,10 @@ def load_config(
             )
         if recipe is None and named is not None:
             recipe, where_named = named, f"{config_file}:{own.lines[('recipe',)]}"
-    if recipe is None and _init(own, settings, flags or {}) == "pretrained":
+    by_default = recipe is None
+    if by_default and _init(own, settings, flags or {}) == "pretrained":
         recipe = PRETRAINED_RECIPE
-    elif recipe is None and own is None:
+    elif by_default and own is None:
         recipe = DEFAULT_RECIPE
     if recipe is not None:
         path = recipe_path(recipe, where=where_named)
@@ -147,7 +150,8 @@ def load_config(
     if own is not None:
         lay(own, "file", str(config_file))
     beside = None if config_file is None else Path(config_file).parent
-    return _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
+    resolved = _finish(values, origins, settings, flags or {}, blocks, notes, beside=beside)
+    return replace(resolved, recipe_by_default=by_default)
 
 
 def _init(own: Document | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Any:
@@ -228,7 +232,8 @@ def _finish(
     config, wrong = _validate(known, origins)
     if config.plugins:
         config = config.model_copy(update={"code_dirs": _code_dirs(config.code_dirs, beside)})
-    resolved = ResolvedConfig(config, origins, blocks, tuple(notes))
+    by_default = base is not None and base.recipe_by_default
+    resolved = ResolvedConfig(config, origins, blocks, tuple(notes), recipe_by_default=by_default)
     resolved = _follow_scheduler(replace(resolved, ds_config=_read_ds_config(resolved, base)))
     if found or wrong:
         raise ConfigError([*found, *wrong], resolved)

@@ -89,7 +89,9 @@ class Scanned:
 
 
 def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
-    """Read all tokens once: each is checked, and it is seen where documents are.
+    """Read all tokens once, up to the file that has the last document of the source's limit.
+
+    Each is checked, and it is seen where documents are.
 
     The content's hash is that of the same documents from records of tokens.
 
@@ -102,6 +104,7 @@ def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
     starts: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     empty = before = read = 0
+    left = corpus.source.limit
     ended = True
     for file in corpus.files:
         read += file.size
@@ -122,6 +125,7 @@ def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
                 bounds.append(at + _bounds(block, tokenizer))
             progress.update(read - file.size + mapped.offset + (at + block.size) * block.itemsize)
         of_file = known if known is not None else _lengths(bounds, tokens.size)
+        of_file = of_file[:left]
         begins = np.cumsum(of_file) - of_file
         kept = of_file > 0
         single = np.flatnonzero(of_file == 1)
@@ -133,6 +137,9 @@ def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
         lengths.append(of_file[kept])
         files.append(mapped)
         before += tokens.size
+        left = None if left is None else left - of_file.size
+        if left == 0:
+            break
     all_lengths = np.concatenate(lengths)
     if not all_lengths.size:
         raise DstrainError(

@@ -32,7 +32,7 @@ from dstrain.planning.model_checks import (
 from dstrain.planning.model_shape import ModelShape, check_frozen
 from dstrain.planning.partition import cut_as_asked, cut_by_time
 from dstrain.planning.plan import Machines, Plan, PlannedData, PlannedModel
-from dstrain.planning.recipe_values import fit_recipe
+from dstrain.planning.recipe_values import fit_recipe, follow_data
 from dstrain.planning.warnings import (
     warnings_about,
     warnings_about_balance,
@@ -71,7 +71,7 @@ def make_plan(
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
     """
     refuse(resolved)
-    resolved = fit_recipe(resolved, shape, machines.slots)
+    resolved = follow_data(fit_recipe(resolved, shape, machines.slots), data)
     config = resolved.config
     decided = _decide(resolved, machines, shape, data)
     deepspeed = deepspeed_config(resolved, decided.batch, machines.accelerator, max(decided.stage_parameters))

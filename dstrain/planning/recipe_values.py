@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dstrain.config.loader import ResolvedConfig, replace_values
+from dstrain.config.files import recipe_path
+from dstrain.config.loader import CONVERSATIONS_RECIPE, PRETRAINED_RECIPE, ResolvedConfig, replace_values
 from dstrain.config.origins import Origin
+from dstrain.config.yaml_reader import read_yaml
 from dstrain.planning.layout import choose_data_parallel
 from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.plan import PlannedData
 
 _NOT_THE_USERS = ("recipe", "default")
+_OF_THE_TASK = ("lr", "lr_schedule", "lr_final", "betas", "weight_decay", "warmup_steps")
 
 
 def fit_recipe(resolved: ResolvedConfig, shape: ModelShape, slots: int | None) -> ResolvedConfig:
@@ -34,6 +38,23 @@ def fit_recipe(resolved: ResolvedConfig, shape: ModelShape, slots: int | None) -
         return resolved
     said = f"{resolved.origin('micro_batch')} says {config.micro_batch}"
     return replace_values(resolved, {"micro_batch": None}, Origin("derived", f"derived: {said}"))
+
+
+def follow_data(resolved: ResolvedConfig, data: PlannedData) -> ResolvedConfig:
+    """With the optimizer's values for conversations, where pretrained weights see them and nobody has named a recipe.
+
+    Which recipe suits depends on what the data hold, which shows only when they are read.
+    """
+    if not resolved.recipe_by_default or data.trained_tokens is None:
+        return resolved
+    recipe = recipe_path(CONVERSATIONS_RECIPE, where="--recipe")
+    document = read_yaml(recipe, where="--recipe")
+    for key in _OF_THE_TASK:
+        origin = resolved.origin(key)
+        if origin.kind == "recipe" and origin.place.startswith(PRETRAINED_RECIPE):
+            place = Origin("recipe", f"{recipe.name}:{document.lines[(key,)]}")
+            resolved = replace_values(resolved, {key: document.values[key]}, place)
+    return resolved
 
 
 def fitting_micro_batch(resolved: ResolvedConfig, replicas: int) -> int | None:

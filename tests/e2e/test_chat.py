@@ -263,3 +263,24 @@ def test_texts_are_shown_too(dstrain_here: Callable[..., Said], place: Path) -> 
         text = "".join(piece["text"] for piece in sample["pieces"])
         assert "the quick brown fox" in text
         assert not sample["pieces"][0]["trained"] and sample["pieces"][0]["tokens"] == 1
+
+
+def test_the_recipe_for_conversations(
+    chat: list[list[dict[str, Any]]], dstrain: Callable[..., Said], place: Path
+) -> None:
+    first = dstrain("run", "--config", "chat.yaml", "--name", "base", "--steps", "1", "--micro-batch", "4")
+    assert first.code == 0, first.err
+    assert dstrain("export", "base", "base", "--no-loss").code == 0
+    more = ("--steps", "2", "--global-batch", "4", "--seq-len", "128", "--set", "sample_tokens=2")
+    said = dstrain(
+        "run", "--recipe", "sft", "--model", "base", "--data", "chat.jsonl", "--name", "run", *more
+    )
+    assert said.code == 0, said.out + said.err
+    steps = read_metrics(RunFolder(place / "runs" / "run").metrics)
+    assert [record["step"] for record in steps] == [0, 1, 2]
+    assert steps[-1]["validation_loss"] < steps[0]["validation_loss"] * 1.01
+    plan = dstrain(
+        "plan", "--init", "pretrained", "--model", "base", "--data", "chat.jsonl", "--set", "too_long=drop"
+    )
+    assert plan.code == 0, plan.err
+    assert "sft.yaml:" in plan.out and "1e-05" in plan.out

@@ -232,3 +232,23 @@ def test_samples_come_in_the_order_of_training_with_their_sources(
     plan = dstrain_here("plan", "--config", "mixture.yaml")
     assert plan.code == 0, plan.err
     assert "epochs" in plan.out and "for validation" in plan.out
+
+
+def test_the_recipe_for_a_mixture(place: Path, dstrain: Callable[..., Said]) -> None:
+    for name, words in (
+        ("web", "the rank of a stage"),
+        ("code", "def step(rank):"),
+        ("books", "Once upon a time"),
+    ):
+        (place / "data" / name).mkdir(parents=True)
+        for number in range(3):
+            (place / "data" / name / f"{number}.txt").write_text(f"{words} {number}\n" * 200)
+    smaller = ("--steps", "5", "--global-batch", "4", "--seq-len", "64", "--set", "validation=0.1")
+    said = dstrain("run", "--recipe", "pretrain-mix", "--model", "model", "--name", "run", *smaller)
+    assert said.code == 0, said.out + said.err
+    folder = RunFolder(place / "runs" / "run")
+    losses = read_metrics(folder.metrics)[-1]
+    assert {"validation_loss/web", "validation_loss/code", "validation_loss/books"} < losses.keys()
+    plan = Plan.read(folder.plan)
+    assert [phase.last_step for phase in plan.data.phases] == [4, 5]
+    assert plan.origins["data"].startswith("pretrain-mix.yaml:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
-from dstrain.planning.plan import Machines, Plan
-from dstrain.planning.recipe_values import fit_recipe
+from dstrain.planning.plan import Machines, Plan, PlannedData
+from dstrain.planning.recipe_values import fit_recipe, follow_data
 from tests.support.plans import DATA, LAPTOP, shape
 
 
@@ -114,3 +115,30 @@ def test_the_quickstarts_learning_rate_on_pretrained_weights_gets_a_note() -> No
     for chosen in ({"lr": 4e-3}, {"init": "random"}):
         other = load_config(recipe="quickstart", flags={"init": "pretrained", **chosen})
         assert not [note for note in planned(other).warnings if "pretrained" in note]
+
+
+CONVERSATIONS = replace(DATA, format="messages", trained_tokens=100, train_on="assistant")
+
+
+def values_of(resolved: ResolvedConfig, data: PlannedData) -> Plan:
+    return make_plan(resolved, LAPTOP, shape(), data, "/models/tiny/config.json", model_folder="/models/tiny")
+
+
+def test_pretrained_weights_that_see_conversations_take_the_optimizer_of_sft(tmp_path: Path) -> None:
+    resolved = load_config(flags={"init": "pretrained", "weight_decay": 0.3})
+    texts, chat = values_of(resolved, DATA), values_of(resolved, CONVERSATIONS)
+    assert (texts.config["lr"], texts.config["betas"]) == (2e-5, [0.9, 0.999])
+    assert (chat.config["lr"], chat.config["betas"]) == (1e-5, [0.9, 0.95])
+    assert chat.origins["lr"].startswith("sft.yaml:") and texts.origins["lr"].startswith("fine-tune.yaml:")
+    assert chat.config["weight_decay"] == 0.3 and chat.origins["weight_decay"] == "--weight-decay"
+    kept = tmp_path / "config.yaml"
+    kept.write_text(follow_data(resolved, CONVERSATIONS).to_yaml())
+    assert values_of(read_config(kept), CONVERSATIONS).config == chat.config
+
+
+def test_a_named_recipe_keeps_its_values(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("recipe: fine-tune\n")
+    for resolved in (load_config(recipe="fine-tune"), load_config(config_file=str(own))):
+        assert values_of(resolved, CONVERSATIONS).config["lr"] == 2e-5
+    assert values_of(load_config(), CONVERSATIONS).config["lr"] == 4e-3, "random weights"
