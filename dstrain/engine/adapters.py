@@ -96,7 +96,9 @@ class PipelineAdapter(_DeepSpeedAdapter):
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         self._set_lr(lr)
-        return self._result(self.engine.train_batch(iter([m.as_pipeline_item() for m in micro_batches])))
+        # Before DeepSpeed, which would copy them to other memory of the host first, and wait for each.
+        here = [m.to(self.engine.device) for m in micro_batches]
+        return self._result(self.engine.train_batch(iter([m.as_pipeline_item() for m in here])))
 
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
         items = iter([m.as_pipeline_item() for m in micro_batches])

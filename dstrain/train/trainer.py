@@ -46,6 +46,7 @@ from dstrain.train.host_agreement import check_hosts_agree
 from dstrain.train.local_run_folder import record_launch
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.metrics import MetricsFile
+from dstrain.train.prefetch import Prefetch
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
 from dstrain.train.validation import VALIDATION_LOSS, Validation
@@ -135,14 +136,21 @@ def _train(
     schedule = SaveSchedule(config, device)
     with (
         hooks.told_of_saves(checkpoints.take_completed),
-        checkpoints,
-    ):  # at its end the last one is complete, and an error lets it be
+        checkpoints,  # at its end the last one is complete, and an error lets it be
+        Prefetch(
+            batches.micro_batches,
+            first,
+            config.steps,
+            device=device,
+            late=lambda: control.busy("waiting for data"),
+        ) as prefetch,
+    ):
         for step in range(first, config.steps + 1):
             checkpoints.raise_if_failed()
             began = time.perf_counter()
             # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
             torch.manual_seed(config.seed + 1_000_003 * step + rank)
-            result = engine.train_batch(batches.micro_batches(step), lr_of(step))
+            result = engine.train_batch(prefetch.take(step), lr_of(step))
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
             control.step_ended(step)

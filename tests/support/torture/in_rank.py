@@ -40,13 +40,14 @@ def _record_steps(path: Path, attempt: int) -> None:
     from dstrain.train import trainer
 
     batches: list[Any] = []
-    step_of_batch: list[int] = []
+    step_of: dict[int, int] = {}  # by the number of the list that the engine gets: they are built ahead
 
     class NotedBatches(trainer.TrainBatches):  # type: ignore[name-defined,misc]
         def micro_batches(self, step: int) -> Any:
             batches[:] = [self]
-            step_of_batch[:] = [step]
-            return super().micro_batches(step)
+            found = super().micro_batches(step)
+            step_of[id(found)] = step
+            return found
 
     build = trainer.build_engine
     records = path.open("a", encoding="utf-8")
@@ -61,7 +62,7 @@ def _record_steps(path: Path, attempt: int) -> None:
                 numbers.update(_row_numbers(batches[0].rows))
             ids = [numbers[row.numpy().tobytes()] for batch in micro_batches for row in batch.input_ids]
             result = train_batch(micro_batches, lr)
-            record = {"attempt": attempt, "step": step_of_batch[0], "ids": ids, "lr": lr}
+            record = {"attempt": attempt, "step": step_of.pop(id(micro_batches)), "ids": ids, "lr": lr}
             record |= {"loss": result.loss.hex(), "norm": result.grad_norm.hex()}
             records.write(json.dumps(record) + "\n")
             records.flush()
