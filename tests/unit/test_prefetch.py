@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dstrain.data.order import SampleOrder
 from dstrain.data.packing import PackedRows, TokenStream
 from dstrain.engine.interface import MicroBatch
 from dstrain.planning.batch import Batch
@@ -41,7 +42,8 @@ def test_the_steps_are_those_that_are_built_between_steps():
     tokens = np.arange(4000, dtype=np.uint16)
     lengths = np.full(40, 100, np.int64)
     rows = PackedRows(TokenStream(tokens, np.cumsum(lengths) - lengths, lengths), 16)
-    batches = TrainBatches(rows, Batch(8, 2, 2, 2, 16), seed=3, replica=1)
+    order = SampleOrder(len(rows), 8, seed=3)
+    batches = TrainBatches(rows, Batch(8, 2, 2, 2, 16), order=order, replica=1)
     with prefetch(batches.micro_batches, 4, 30) as ahead:
         for step in range(4, 31):
             for found, expected in zip(ahead.take(step), batches.micro_batches(step), strict=True):
