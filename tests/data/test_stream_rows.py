@@ -57,7 +57,7 @@ def opened(request_of, tmp_path):
 
     def opened(name="run", request=request_of, fingerprint=None, **choices):
         fingerprint = fingerprint or Stream.open(request).fingerprint
-        rows = StreamRows(request, fingerprint, tmp_path / "cache" / "streams", name, **choices)
+        rows = StreamRows(request, fingerprint).open(tmp_path / "cache" / "streams", name, **choices)
         found.append(rows)
         return rows
 

@@ -22,8 +22,8 @@ from dstrain.data.streaming.state import StreamState
 from dstrain.data.streaming.stream import StreamRequest
 from dstrain.files import write_json
 
-ENDLESS = 2**62
-"""How many rows there are: more than any training takes."""
+ENDLESS = 2**40
+"""How many rows there are: more than any training takes, and few enough for those of many sources to be counted."""
 _KEPT = 10_000
 """Segments whose states are kept when their rows are gone."""
 _SHORTEST, _LONGEST = 0.001, 0.05
@@ -35,25 +35,31 @@ class StreamRows:
     `label_tokens` is asked for all rows of a step before its rows are: those with smaller numbers than the smallest of
     that question are given up. One thread asks for rows; `state_before` and `close` may be called by another one.
 
-    Used as a context, the process that makes the rows and the ring are gone at its end.
-
     Args:
         request: what is streamed.
         fingerprint: that of the stream, which the files must still have.
-        folder: a folder of the host's cache, for the ring.
-        name: of the ring, without a dot; the same on all ranks of a host, and of no other run or launch.
-        reader: which of the host's ranks this is. The first one, 0, starts the process; its object is made before the
-            others ask for rows.
-        readers: how many of them there are.
-        state: of a checkpoint, from `state_before`; None: from the first row on.
-        workers: processes that tokenize; 0: the one that makes the rows does it.
-        ahead: segments that are made ahead.
     """
 
-    def __init__(
+    def __init__(self, request: StreamRequest, fingerprint: str) -> None:
+        self.request = request
+        self.fingerprint = fingerprint
+        self.seq_len = request.seq_len
+        self._segments: deque[Segment] = deque()  # those that may be asked for, in their order
+        self._states: deque[StreamState] = deque()  # of these and those before them
+        self._next = 0  # the number of the segment that follows
+        self._begin = self._after = (
+            StreamState()
+        )  # how to make the first row, and what follows the newest segment
+        self._lock = threading.Lock()  # of all these
+        self._advancing = threading.Lock()
+        self._closed = threading.Event()
+        self._ring: RingFolder | None = None
+        self._reader: RingReader | None = None
+        self._process: ChildProcess | None = None
+        self._filled = self._seen = 0
+
+    def open(
         self,
-        request: StreamRequest,
-        fingerprint: str,
         folder: Path,
         name: str,
         *,
@@ -62,30 +68,32 @@ class StreamRows:
         state: Mapping[str, Any] | None = None,
         workers: int = 0,
         ahead: int = AHEAD,
-    ) -> None:
-        """
+    ) -> StreamRows:
+        """Begin to stream, once; used as a context, the process that makes the rows and the ring are gone at its end.
+
+        Args:
+            folder: of the host's cache, for the ring.
+            name: of the ring, without a dot; the same on all ranks of a host, and of no other stream, run or launch.
+            reader: which of the host's ranks this is. The first one, 0, starts the process, which ends with the thread
+                that calls; its stream is opened before the others ask for rows.
+            readers: how many of them there are.
+            state: of a checkpoint, from `state_before`; None: from the first row on.
+            workers: processes that tokenize; 0: the one that makes the rows does it.
+            ahead: segments that are made ahead.
+
         Raises:
             DstrainError: the state is none.
             OSError: the ring's folder can't be made.
         """
-        begin = StreamState.from_json(state) if state is not None else StreamState()
-        self.seq_len = request.seq_len
-        self._begin = begin
+        if state is not None:
+            self._begin = self._after = StreamState.from_json(state)
         self._ring = RingFolder.below(folder, name)
         self._reader = RingReader(self._ring, reader)
-        self._segments: deque[Segment] = deque()  # those that may be asked for, in their order
-        self._states: deque[StreamState] = deque()  # of these and those before them
-        self._after = begin  # how to make what follows the newest one
-        self._next = 0  # the number of the segment that follows
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._process: ChildProcess | None = None
-        self._filled = self._seen = 0
         if reader == 0:
             asked = {
-                "stream": request.to_json(),
-                "fingerprint": fingerprint,
-                "state": begin.to_json(),
+                "stream": self.request.to_json(),
+                "fingerprint": self.fingerprint,
+                "state": self._begin.to_json(),
                 "readers": readers,
                 "workers": workers,
                 "ahead": ahead,
@@ -96,6 +104,7 @@ class StreamRows:
             self._process = ChildProcess(
                 "dstrain.data.streaming.producer", [str(self._ring.path)], environment, own_stderr=True
             )
+        return self
 
     def __len__(self) -> int:
         return ENDLESS
@@ -150,8 +159,7 @@ class StreamRows:
             IndexError: the row lies too far back.
             DstrainError: as `rows`.
         """
-        while row > self._after.first:
-            self._advance()
+        self._advance_to(row)
         with self._lock:
             if row == self._after.first:
                 return self._after.at(row).to_json()
@@ -163,8 +171,9 @@ class StreamRows:
     def close(self) -> None:
         """End the process and remove the ring, in the rank that has started it. Who waits for a row gets an error."""
         self._closed.set()
-        self._reader.close()
-        if self._process is not None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._process is not None and self._ring is not None:
             process, self._process = self._process, None
             if process.has_ended():
                 self._ring.fail(self._ring.failure())
@@ -184,8 +193,7 @@ class StreamRows:
         if not ids.size:
             return []
         first, last = int(ids.min()), int(ids.max())
-        while last >= self._after.first:
-            self._advance()
+        self._advance_to(last + 1)
         with self._lock:
             if first < self._begin.row or first < self._segments[0].first:
                 oldest = max(self._begin.row, self._segments[0].first)
@@ -193,18 +201,25 @@ class StreamRows:
             touched = [one for one in self._segments if one.first <= last and one.end > first]
         return [(one, which) for one in touched if (which := (ids >= one.first) & (ids < one.end)).any()]
 
-    def _advance(self) -> None:
-        """Wait for the next segment, and take it in."""
+    def _advance_to(self, row: int) -> None:
+        """Take segments in until all rows before that one are there."""
+        with self._advancing:
+            while self._after.first < row:
+                self._take_in(self._wait_for_next())
+
+    def _wait_for_next(self) -> Segment:
+        assert self._reader is not None, "the stream was not opened"
         pause = _SHORTEST
-        while True:
-            if self._closed.is_set():
-                raise RuntimeError("the stream is closed")
+        while not self._closed.is_set():
             process = self._process
             segment = self._reader.segment(self._next, process is not None and process.has_ended())
             if segment is not None:
-                break
+                return segment
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
+        raise RuntimeError("the stream is closed")
+
+    def _take_in(self, segment: Segment) -> None:
         with self._lock:
             self._segments.append(segment)
             self._states.append(segment.state)
@@ -220,4 +235,5 @@ class StreamRows:
         with self._lock:
             while len(self._segments) > 1 and self._segments[0].end <= below:
                 self._segments.popleft()
-            self._reader.release(self._next - len(self._segments))
+            if self._reader is not None:
+                self._reader.release(self._next - len(self._segments))

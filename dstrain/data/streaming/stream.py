@@ -22,6 +22,8 @@ WINDOW = 8192
 """Documents that are shuffled together."""
 CHARACTERS = 2**23
 """A block of documents ends with this many, so that its memory is bounded whatever its documents are."""
+_NAMES = {"source", "tokenizer", "records", "config", "split", "revision"}
+"""What shows in the files that they lead to."""
 _SALT = 0x76616C69646174  # "validat": what is held back must not share its hash with anything else
 
 
@@ -56,7 +58,8 @@ class StreamRequest:
     Attributes:
         source: what `dstrain.data.sources.find_files` takes.
         tokenizer, begin: what `dstrain.data.tokenizers.load_tokenizer` takes.
-        records: the format of records, named, and what of conversations is trained.
+        records: the format of records, and what of conversations is trained.
+        config, split, revision: which part of a data set that has several.
         window: documents that are shuffled together.
         characters: what ends a block before.
     """
@@ -69,6 +72,9 @@ class StreamRequest:
     pack: bool = True
     max_document_bytes: int | None = None
     records: RecordOptions = field(default_factory=RecordOptions)
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
     held: Held | None = None
     window: int = WINDOW
     characters: int = CHARACTERS
@@ -109,7 +115,14 @@ class Stream:
         """
         tokenizer = load_tokenizer(request.tokenizer, request.begin)
         records = request.records
-        found = find_files(request.source, data_format=records.data_format, data_fields=records.data_fields)
+        found = find_files(
+            request.source,
+            data_format=records.data_format,
+            data_fields=records.data_fields,
+            config=request.config,
+            split=request.split,
+            revision=request.revision,
+        )
         found = replace(found, max_document_bytes=request.max_document_bytes)
         corpus = source_of(found, records, tokenizer)
         if isinstance(corpus, TokenRecords | TokenFiles):
@@ -131,7 +144,7 @@ class Stream:
         tokenizer, the format and template, and the options. Where files lie and when they were written is no part."""
         request, corpus = self.request, self.corpus
         asked = request.to_json()
-        options: list[Any] = [asked[name] for name in sorted(set(asked) - {"source", "tokenizer", "records"})]
+        options: list[Any] = [asked[name] for name in sorted(set(asked) - _NAMES)]
         if isinstance(corpus, ConversationSource):
             fields = sorted(request.records.data_fields.items())
             options += [corpus.format, fields, corpus.template.fingerprint]

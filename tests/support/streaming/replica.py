@@ -34,9 +34,8 @@ def main(run, launch, replicas, replica, last):
     ready = run / f"ready-{launch}"
     while replica and not ready.exists():
         time.sleep(0.001)
-    with StreamRows(
-        StreamRequest.from_json(asked["stream"]),
-        asked["fingerprint"],
+    stream = StreamRows(StreamRequest.from_json(asked["stream"]), asked["fingerprint"])
+    with stream.open(
         run / "streams",
         launch,
         reader=replica,
