@@ -59,10 +59,11 @@ def _way_out(scheme: str, rest: str, address: str, hub: bool) -> str:
     if scheme == "hf":
         page = re.match(r"(datasets/)?([\w.-]+(?:/[\w.-]+)?)", rest)
     if page is not None:
-        if hub and not page[1]:
+        if page[1]:
+            return f"as data, name it as on the hub: {page[2]}"
+        if hub:
             return f"name it as on the hub: {page[2]}"
-        kind = " --repo-type dataset" if page[1] else ""
-        return f"hf download {page[2]}{kind} --local-dir FOLDER, and name the folder"
+        return f"hf download {page[2]} --local-dir FOLDER, and name the folder"
     command = _FETCHED_BY.get(scheme)
     return (
         f"{command.format(address)}, and name what it has fetched" if command else "copy it to this machine"

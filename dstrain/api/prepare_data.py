@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, progress_to
+from dstrain.api.hub_data import fetch_data
 from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
@@ -44,8 +45,18 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
 def _prepared(
     part: DataPart, resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events
 ) -> PlannedData:
-    source = own or replace(find_files(part.path, **part.selection), limit=part.limit)
-    cache = cache_folder() / "data"
+    cache, source = cache_folder() / "data", own
+    if source is None:
+        fetch_data(
+            part.path,
+            cache,
+            events,
+            where=str(resolved.origin("data" if part.trained else "validation")),
+            config=part.config,
+            split=part.split,
+            revision=part.revision,
+        )
+        source = replace(find_files(part.path, cache=cache, **part.selection), limit=part.limit)
     clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)

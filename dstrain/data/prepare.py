@@ -186,6 +186,7 @@ def prepare(
             config=config,
             split=split,
             revision=revision,
+            cache=Path(cache_dir).expanduser(),
         )
         found = replace(found, max_document_bytes=max_document_bytes, limit=limit)
         files = source_of(found, records, tokens_of)

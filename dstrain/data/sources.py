@@ -8,6 +8,7 @@ A source is one of
 - a table (``.parquet``, ``.arrow``, ``.feather``, ``.csv``, ``.tsv``): one record a row;
 - a folder: all of these in it, found recursively; one that ``datasets.save_to_disk`` has written: its rows;
 - files of tokens, which are read in place: see `token_file_kinds`;
+- a data set on the hub, ``org/name``, of which the files were fetched: see `hub_datasets`;
 - a pattern such as ``data/**/*.parquet``: all files that match.
 
 Files are sorted by their path below the source's root. What the user's own code gives is in `own_documents`.
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 from dstrain.addresses import refuse_address
 from dstrain.data.delimited import header_of
 from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TOKEN_KINDS, Kind, kind_of_name, label_of
+from dstrain.data.hub_names import HubName, hub_name, read_listing
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.data.saved_datasets import DATASET_DICT, saved_files
 from dstrain.data.token_file_kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
@@ -63,6 +65,7 @@ class Choices:
     Attributes:
         data_format, data_fields: as in `dstrain.data.chat.options`: a table without their fields may be a text.
         config, split, revision: of a data set that has several.
+        cache: the folder of prepared data, where the listings of data sets of the hub are; None: none is looked for.
     """
 
     data_format: str = "auto"
@@ -70,6 +73,7 @@ class Choices:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def find_files(
     config: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """The files of `source` (see the top of this file), sorted by relative posix path.
 
@@ -138,7 +143,7 @@ def find_files(
     Raises:
         DstrainError: there is no such path, it may not be read, or it holds nothing that could be text.
     """
-    return listed(source, Choices(data_format, data_fields or {}, config, split, revision))
+    return listed(source, Choices(data_format, data_fields or {}, config, split, revision, cache))
 
 
 def listed(source: str, choices: Choices) -> Source:
@@ -154,13 +159,35 @@ def listed(source: str, choices: Choices) -> Source:
     else:
         refuse_address(source, "data")
         path = Path(source).expanduser()
-        if glob.has_magic(source) and not os.path.lexists(path):
+        if choices.cache is not None and (name := _hub_name(source, choices)) is not None:
+            found = _from_hub(source, name, choices.cache)
+        elif glob.has_magic(source) and not os.path.lexists(path):
             found = _matching(source, path, choices)
         elif stat.S_ISDIR(_status(path := named_by_its_prefix(path)).st_mode):
             found = _saved(source, path, choices) or _folder(source, path, choices)
         else:
             found = _single(source, path, choices)
     return replace(found, choices=choices)
+
+
+def _hub_name(source: str, choices: Choices) -> HubName | None:
+    return hub_name(source, config=choices.config, split=choices.split, revision=choices.revision)
+
+
+def _from_hub(source: str, name: HubName, cache: Path) -> Source:
+    fetched = read_listing(name.listing(cache))
+    if fetched is None:
+        raise DstrainError(
+            f"{name} was not fetched on this machine, or its files are gone from the hub's cache",
+            hint="run `dstrain plan` here with the same config; or name a folder",
+            where=source,
+        )
+    files = []
+    for path in map(Path, fetched.files):
+        status = _status(path)
+        files.append(SourceFile(path.name, str(path), "arrow", status.st_size, status.st_mtime_ns))
+    kinds = f"{_kinds(files)} of {name}, at commit {fetched.commit[:12]}"
+    return Source(source, str(Path(fetched.files[0]).parent), tuple(files), kinds)
 
 
 def changed(source: Source) -> bool:
@@ -425,8 +452,8 @@ def _status(path: Path) -> os.stat_result:
             "broken link" if link else "there is no such file or folder",
             hint="remove it, or create its target"
             if link
-            else "a data source is a text file, a folder, a .jsonl file, 'stdlib', or code of your own like"
-            " my_module:my_documents; nothing is downloaded",
+            else "a data source is a file, a folder, a pattern, 'stdlib', a data set on the hub like org/name, or code"
+            " of your own like my_module:my_documents",
             where=str(path),
         ) from None
     except (OSError, ValueError) as error:

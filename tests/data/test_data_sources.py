@@ -217,7 +217,7 @@ def test_numbers_that_nobody_reads_may_have_any_length(tmp_path):
 def test_missing_paths_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "nowhere").message
     assert "no such file" in refused("roneneldan/TinyStories").message
-    assert "nothing is downloaded" in refused("roneneldan/TinyStories").hint
+    assert "a data set on the hub like org/name" in refused(tmp_path / "nowhere").hint
     assert refused("s3://bucket//x").message.startswith("s3://bucket//x is an address")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "broken link" in refused(tmp_path / "link").message

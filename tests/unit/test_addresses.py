@@ -28,7 +28,7 @@ DOWN, HUB = {}, {"hub": True}
         (
             "hf://datasets/org/x/a.txt",
             DOWN,
-            "hf download org/x --repo-type dataset --local-dir FOLDER, and name the folder",
+            "as data, name it as on the hub: org/x",
         ),
         ("https://huggingface.co/org/x/tree/main", HUB, "name it as on the hub: org/x"),
         ("https://huggingface.co/gpt2", HUB, "name it as on the hub: gpt2"),

@@ -94,10 +94,11 @@ def _data(
 
 DATA = {
     "data: nothing of this name": run(
-        "--data", "none.txt", place="none.txt", reason="no such file", hint="nothing is downloaded"
+        "--data", "none.txt", place="none.txt", reason="no such file", hint="a pattern, 'stdlib'"
     ),
     "data: a name on the hub": run(
-        "--data", "roneneldan/TinyStories", place="TinyStories", reason="no such file", hint="nothing is downloaded"
+        "--data", "roneneldan/TinyStories", place="--data", reason="HF_HUB_OFFLINE prevents access to the hub",
+        hint="unset HF_HUB_OFFLINE", looked=("dstrain.data.hub_datasets",), environment={"HF_HUB_OFFLINE": "1"},
     ),
     "data: no name": run("--data", " ", place="data", reason="no data source given", hint="stdlib"),
     "data: code in no module": run(

@@ -1,0 +1,188 @@
+"""Fetches data sets from the Hugging Face hub into its cache, as Arrow files.
+
+``python -m dstrain.data.hub_datasets REQUEST.json OUT.json``: the request has the attributes of `HubName`, and
+``cache``, the folder that the listing of the files goes to. No code of a data set is run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dstrain.child_process import child_main
+from dstrain.data.hub_names import Fetched, HubName, read_listing
+from dstrain.errors import DstrainError
+from dstrain.files import write_json
+from dstrain.shared_caches import make_folder, write_own
+from dstrain.strict_json import to_json
+
+_SECONDS = 30.0
+
+
+def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
+    """Fetch a data set, unless its commit is in the cache, and leave the listing for others.
+
+    Where the hub can't be reached, what was fetched before serves, and ``note`` is told of it.
+
+    Raises:
+        DstrainError: no such data set, revision, config or split, no right to it, or no network and not in the cache.
+    """
+    if "[" in name.split or "+" in name.split:
+        raise DstrainError(
+            f"{name.split!r} is not the name of a split",
+            hint="name one split; limit takes its first documents, several sources take several splits",
+        )
+    listing = name.listing(cache)
+    known = read_listing(listing)
+    if known is not None and name.is_pinned:
+        return known
+    try:
+        commit = _commit(name)
+    except _UnreachableError as unreachable:
+        if known is None:
+            raise DstrainError(
+                f"{name.repository!r} is not a file or folder here, and {unreachable}",
+                hint=f"check the path, or {unreachable.way_out}; a folder with its files works without a network",
+            ) from unreachable
+        note(f"{name}: what was fetched before serves, since {unreachable}")
+        return known
+    if known is not None and known.commit == commit:
+        return known
+    found = _load(name, commit)
+    make_folder(cache)
+    write_own(
+        listing, to_json({"name": str(name), "commit": commit, "files": list(found.files)}, indent=1) + "\n"
+    )
+    return found
+
+
+class _UnreachableError(Exception):
+    """The hub, why, and what may help."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(reason)
+        self.way_out = way_out
+
+
+def _commit(name: HubName) -> str:
+    """What the revision is now."""
+    page = f"{constants.ENDPOINT}/datasets/{name.repository}"
+    try:
+        return str(HfApi().dataset_info(name.repository, revision=name.revision, timeout=_SECONDS).sha)
+    except GatedRepoError as error:
+        raise DstrainError(
+            f"{name.repository} is a gated data set, and you have no access",
+            hint=f"accept its terms on {page}, then `hf auth login`, or set HF_TOKEN",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise DstrainError(
+            f"the data set {name.repository} has no revision {name.revision!r}",
+            hint=f"{page}/tree/main lists branches and tags",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DstrainError(
+            f"{name.repository!r} is neither a file or folder here nor a data set on the hub (or it is private)",
+            hint=f"check the path, or the name on {constants.ENDPOINT}/datasets; for a private data set"
+            " `hf auth login`, or set HF_TOKEN",
+        ) from error
+    except HFValidationError as error:
+        raise DstrainError(
+            f"{name.repository!r} is neither a file or folder here nor a valid name on the hub: {_first_line(error)}",
+            hint="check the path",
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise _UnreachableError(
+            "HF_HUB_OFFLINE prevents access to the hub", "unset HF_HUB_OFFLINE"
+        ) from error
+    except Exception as error:  # besides the hub's own, whatever the network raises
+        what = "does not answer as it should" if isinstance(error, HfHubHTTPError) else "can't be reached"
+        raise _UnreachableError(
+            f"the hub {what}: {_first_line(error)}", f"the network ({constants.ENDPOINT})"
+        ) from error
+
+
+def _load(name: HubName, commit: str) -> Fetched:
+    """The files of the split, from the data sets' library, which makes Arrow files of whatever it has."""
+    print(f"dstrain: fetching {name}", file=sys.stderr)
+    try:
+        found = datasets.load_dataset(
+            name.repository, name.config, split=name.split, revision=commit, trust_remote_code=False
+        )
+    except Exception as error:  # of the library, of Arrow, and of the network
+        raise _explained(error, name) from error
+    files = tuple(str(file["filename"]) for file in found.cache_files)
+    if not files:
+        raise DstrainError(f"{name} holds no rows: there is nothing to train on", hint="name another split")
+    return Fetched(commit, files)
+
+
+def _explained(error: Exception, name: HubName) -> DstrainError:
+    text = str(error)
+    by_hand = f"hf download {name.repository} --repo-type dataset --local-dir FOLDER, and name what is in it"
+    if "Config name is missing" in text:
+        return DstrainError(
+            f"the data set {name.repository} has several configs, and none is named: {_listed(text)}",
+            hint="say which with config",
+        )
+    if "BuilderConfig" in text and "not found" in text:
+        return DstrainError(
+            f"the data set {name.repository} has no config {name.config!r}",
+            hint=f"its configs are: {_listed(text)}",
+        )
+    if "Unknown split" in text:
+        return DstrainError(
+            f"the data set {name.repository} has no split {name.split!r}",
+            hint=f"its splits are: {_listed(text)}; say which with split",
+        )
+    if "scripts are no longer supported" in text or "custom code" in text:
+        return DstrainError(
+            f"the data set {name.repository} is made by code of its own, and no code from the hub is run",
+            hint="many such data sets have a revision refs/convert/parquet; or make files of it, and name those",
+        )
+    if isinstance(error, datasets.exceptions.DataFilesNotFoundError | datasets.data_files.EmptyDatasetError):
+        return DstrainError(
+            f"the data set {name.repository} has no files that the datasets library can read", hint=by_hand
+        )
+    cause = error.__cause__ or error
+    return DstrainError(f"{name} can't be fetched: {_first_line(cause)}", hint=f"try again; or {by_hand}")
+
+
+def _listed(text: str) -> str:
+    """The names in brackets in one of the library's messages."""
+    inside = text.partition("[")[2].partition("]")[0]
+    return inside.replace("'", "") or "none"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+@child_main
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    cache = Path(request.pop("cache"))
+    notes: list[str] = []
+    found = fetch(HubName(**request), cache, notes.append)
+    write_json(Path(argv[1]), {"commit": found.commit, "files": list(found.files), "notes": notes})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
