@@ -13,7 +13,7 @@ from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
 from dstrain.data.own_documents import OwnSource, read_answer
-from dstrain.data.sources import find_files
+from dstrain.data.sources import Source, find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, combine, data_parts
 from dstrain.planning.plan import PlannedData
@@ -45,18 +45,8 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
 def _prepared(
     part: DataPart, resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events
 ) -> PlannedData:
-    cache, source = cache_folder() / "data", own
-    if source is None:
-        fetch_data(
-            part.path,
-            cache,
-            events,
-            where=str(resolved.origin("data" if part.trained else "validation")),
-            config=part.config,
-            split=part.split,
-            revision=part.revision,
-        )
-        source = replace(find_files(part.path, cache=cache, **part.selection), limit=part.limit)
+    cache = cache_folder() / "data"
+    source = own or _files(part, cache, resolved, events)
     clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)
@@ -71,6 +61,15 @@ def _prepared(
     return (
         data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
     )
+
+
+def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events) -> Source:
+    """The files of a source, fetched from the hub where they lie there."""
+    where = str(resolved.origin("data" if part.trained else "validation"))
+    fetch_data(
+        part.path, cache, events, where=where, config=part.config, split=part.split, revision=part.revision
+    )
+    return replace(find_files(part.path, cache=cache, **part.selection), limit=part.limit)
 
 
 def look_at_data(

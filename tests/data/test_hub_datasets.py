@@ -123,7 +123,7 @@ def test_what_is_fetched_is_read_with_its_place(answered) -> None:
         listed = find_files(name, cache=place / "cache", config=config)
         assert [record.fields["text"] for record in read_records(listed)] == found
     test = find_files("tiny/texts", cache=place / "cache", split="test")
-    assert [record.fields["text"] for record in read_records(test)] == ["a test"]
+    assert [record.fields["text"] for record in read_records(test)] == ["a test of these texts, " * 5]
 
 
 def test_it_is_prepared_as_files_are(answered, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "tiny/texts": {
         "README.md": b"# texts\n",
         "data/train-00000-of-00001.parquet": parquet(*[f"text number {n} of these" for n in range(30)]),
-        "data/test-00000-of-00001.parquet": parquet("a test"),
+        "data/test-00000-of-00001.parquet": parquet("a test of these texts, " * 5),
     },
     "tiny/configs": {
         "README.md": SEVERAL,
