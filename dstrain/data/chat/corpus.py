@@ -14,6 +14,7 @@ from dstrain.data.chat.formats import (
     TOKENS,
     Completion,
     Conversation,
+    check_mapped,
     read_record,
     recognise,
     rename_fields,
@@ -130,6 +131,7 @@ def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str, 
         try:
             if record.error is not None:
                 raise record.error
+            check_mapped(record.fields, options.data_fields)
             fields = rename_fields(record.fields, options.data_fields)
             format_name = recognise(fields)
         except DstrainError as error:

@@ -106,6 +106,17 @@ def rename_fields(record: Mapping[str, Any], fields: Mapping[str, str]) -> Mappi
     }
 
 
+def check_mapped(record: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a record without any of the fields that are called otherwise: see `rename_fields`. Raises DstrainError."""
+    if fields and not any(theirs in record for theirs in fields.values()):
+        name, theirs = next(iter(fields.items()))
+        keys = ", ".join(repr(key) for key in list(record)[:12]) or "none"
+        raise DstrainError(
+            f"this record has no field {theirs!r}, which data_fields names for {name!r}; its fields are {keys}",
+            hint="data_fields: {NAME OF THE FORMAT: name in your files}",
+        )
+
+
 def recognise(record: Mapping[str, Any]) -> str:
     """The format of a record, by its fields. One with a single field that is a string is a text.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from tests.support.bad_inputs.row import FIFO, MEASURED, READ, BadInput, bare, run
 from tests.support.materials import LLAMA
+from tests.support.table_files import zstd
 
 
 def _model(content: object, place: str, reason: str, hint: str, *, looked: bool = False) -> BadInput:
@@ -92,6 +96,15 @@ def _data(
     )
 
 
+def _parquet(*texts: object) -> bytes:
+    sink = pa.BufferOutputStream()
+    kind = pa.string() if all(text is None or isinstance(text, str) for text in texts) else None
+    pq.write_table(pa.table({"text": pa.array(texts, kind)}), sink)
+    found: bytes = sink.getvalue().to_pybytes()
+    return found
+
+
+GOOD_TEXT = "a text of some length"
 DATA = {
     "data: nothing of this name": run(
         "--data", "none.txt", place="none.txt", reason="no such file", hint="a pattern, 'stdlib'"
@@ -146,6 +159,68 @@ DATA = {
     ),
     "data: JSON lines of numbers": _data(
         "d.jsonl", '{"text": 5}\n', "d.jsonl:1", "a number, not a string", '{"text": "..."}', looked=True
+    ),
+    "data: parquet that is cut": _data(
+        "d.parquet", _parquet(GOOD_TEXT)[:-9], "d.parquet", "this parquet file has no end", "copy it again", looked=True
+    ),
+    "data: parquet without rows": _data(
+        "d.parquet", _parquet(), "d.parquet", "has no rows", "name another file", looked=True
+    ),
+    "data: parquet with null": _data(
+        "d.parquet", _parquet(GOOD_TEXT, None), "d.parquet: row group 1, row 2", "null, not a string", "each row",
+        looked=True,
+    ),
+    "data: parquet of another column": run(
+        "--data", "d.parquet", "--set", "data_fields.text=story", files={"d.parquet": _parquet(GOOD_TEXT)},
+        place="d.parquet: row group 1, row 1", reason="no field 'story', which data_fields names",
+        hint="name in your files", looked=READ,
+    ),
+    "data: columns of two types": run(
+        "--data", "d", files={"d/a.parquet": _parquet(GOOD_TEXT), "d/b.parquet": _parquet(5)}, place="b.parquet",
+        reason="holds whole numbers here, and strings in", hint="separate sources", looked=READ,
+    ),
+    "data: a row of a table that is too short": _data(
+        "d.csv", "id,text\n1,a\n2\n", "d.csv:3", "has 1 cells, and the header 2", "double quotes", looked=True
+    ),
+    "data: a cell that never ends": _data(
+        "d.csv", 'id,text\n1,"a\n2,b\n', "d.csv:2", "never closed", "cut off", looked=True
+    ),
+    "data: zstd that is cut": _data(
+        "d.jsonl.zst", zstd(b'{"text": "a"}\n' * 999)[:-5], "d.jsonl.zst:1", "damaged zstd file", "zstd -t", looked=True
+    ),
+    "data: tokens of another tokenizer": _data(
+        "d.jsonl", '{"input_ids": [1, 50256]}\n', "d.jsonl:1", "input_ids[1] is 50256", "name the tokenizer",
+        looked=True,
+    ),
+    "data: labels that are shifted": _data(
+        "d.jsonl", '{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}\n', "d.jsonl:1", "labels[0] is 2",
+        "shifted by one", looked=True,
+    ),
+    "data: formats that are mixed": _data(
+        "d.jsonl", '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "d.jsonl:2",
+        "is in the format prompt-completion, and the one at", "data_format=text", looked=True,
+    ),
+    "data: a record of two formats": _data(
+        "d.jsonl", '{"text": "a", "messages": []}\n', "d.jsonl:1", "could be in the format text or messages",
+        "data_format=text", looked=True,
+    ),
+    "data: an index that is cut": run(
+        "--data", "d", files={"d.bin": b"ab" * 9, "d.idx": b"MMIDIDX\0\0\1"}, place="d.idx",
+        reason="not an index of Megatron's", hint="copy it again", looked=READ,
+    ),
+    "data: tokens without a word about them": _data(
+        "d.bin", b"\1\2\0\4" * 99, "d.bin", "binary file", "data_format=nanogpt", looked=True
+    ),
+    "data: no index beside tokens": run(
+        "--data", "d.bin", "--set", "data_format=megatron", files={"d.bin": b"ab" * 9}, place="d.bin",
+        reason="there is no index beside this file", hint="d.idx",
+    ),
+    "data: a saved data set of several splits": run(
+        "--data", "d", files={"d/dataset_dict.json": {"splits": ["train", "test"]}}, place="d",
+        reason="several splits: train, test", hint="d/train",
+    ),
+    "data: a pattern that nothing matches": run(
+        "--data", "none/*.parquet", place="none/*.parquet", reason="no file matches", hint="quotes"
     ),
     "data: no gzip": _data("d.jsonl.gz", b"no gzip", "d.jsonl.gz", "damaged gzip", "gzip -t", looked=True),
 }  # fmt: skip
