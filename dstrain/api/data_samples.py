@@ -13,23 +13,29 @@ from dstrain.planning.checks import refuse
 
 
 def data_samples(
-    config: ResolvedConfig, samples: Sequence[int] = (0, 1, 2), *, events: Events = SILENT
+    config: ResolvedConfig,
+    samples: Sequence[int] = (0, 1, 2),
+    *,
+    each_token: bool = False,
+    events: Events = SILENT,
 ) -> dict[str, Any]:
     """Training samples as the model gets them, and statistics of the data.
 
     Args:
         config: from `load_config`.
         samples: their numbers, from 0. Those that there are not are left out.
+        each_token: each piece has its tokens as ``ids``, and the ``texts`` of them.
         events: told of the progress.
 
     Returns:
-        ``samples``: for each its ``number``, ``documents``, ``labels``, ``padding`` and ``pieces``, each with its
-        ``document``, ``trained``, ``tokens`` and ``text``. ``statistics``: documents, tokens and rows, percentiles of
-        the ``lengths`` of documents and their ``histogram`` as [from, to, documents], and the ``labels`` of all rows.
+        ``samples``: for each its ``number``, ``source``, ``documents``, ``labels``, ``padding`` and ``pieces``, each
+        with its ``document``, ``trained``, ``tokens``, ``text`` and the ``position`` of its first token.
+        ``statistics``: documents, tokens and rows, percentiles of the ``lengths`` of documents and their ``histogram``
+        as [from, to, documents], and the ``labels`` of all rows.
 
     Raises:
         DstrainError: the data can't be used.
     """
     refuse(config)
     model = find_model(config, events)
-    return look_at_data(config, find_tokenizer(config, model, events), samples, events)
+    return look_at_data(config, find_tokenizer(config, model, events), samples, events, each_token=each_token)

@@ -73,7 +73,7 @@ def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events
 
 
 def look_at_data(
-    resolved: ResolvedConfig, tokenizer: str, samples: Sequence[int], events: Events
+    resolved: ResolvedConfig, tokenizer: str, samples: Sequence[int], events: Events, *, each_token: bool
 ) -> dict[str, Any]:
     """Training samples in pieces, and statistics of the data: see `dstrain.data.show`.
 
@@ -99,6 +99,7 @@ def look_at_data(
         ],
         "phases": [[phase.last_step, phase.parts] for phase in planned.phases],
         "samples": list(samples),
+        "each_token": each_token,
         "global_batch": config.global_batch,
         "seed": config.seed,
     }

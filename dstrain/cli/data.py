@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from dstrain.cli.options import GroupedOptions, choices, given, layers
+from dstrain.config.text_file import shown
+from dstrain.errors import DstrainError, way_out
 from dstrain.strict_json import to_json
 
 
@@ -21,13 +24,14 @@ def _looked_at(
     settings: tuple[str, ...],
     flags: dict[str, Any],
     samples: range,
+    each_token: bool = False,
 ) -> dict[str, Any]:
     from dstrain.api.data_samples import data_samples
     from dstrain.api.planning import load_config
     from dstrain.cli.showing.progress import PROGRESS
 
     config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
-    return data_samples(config, samples, events=PROGRESS)
+    return data_samples(config, samples, each_token=each_token, events=PROGRESS)
 
 
 @click.command("show", cls=GroupedOptions)
@@ -40,6 +44,7 @@ def _looked_at(
     "--from", "first", type=click.IntRange(0), default=0, show_default=True, help="The first sample."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the samples as JSON.")
+@click.option("--html", "page", metavar="FILE", help="Write them to a page with every token, for a browser.")
 def show(
     recipe: str | None,
     config_file: str | None,
@@ -47,10 +52,27 @@ def show(
     count: int,
     first: int,
     as_json: bool,
+    page: str | None,
     **flags: Any,
 ) -> None:
     """Show training samples as the model gets them, and which of their tokens count in the loss."""
-    found = _looked_at(recipe, config_file, settings, flags, range(first, first + count))
+    if as_json and page:
+        raise DstrainError(
+            "--json and --html can't be given together", where="--html", hint="remove one of them"
+        )
+    samples = range(first, first + count)
+    found = _looked_at(recipe, config_file, settings, flags, samples, each_token=page is not None)
+    if page:
+        from dstrain.cli.showing.samples_page import samples_page
+
+        try:
+            Path(page).write_text(samples_page(found["samples"], found["statistics"]), encoding="utf-8")
+        except OSError as error:
+            raise DstrainError(
+                f"the page can't be written: {error.strerror}", where=page, hint=way_out(error)
+            ) from error
+        click.echo(f"{len(found['samples'])} samples written to {shown(page)}")
+        return
     if as_json:
         click.echo(to_json(found["samples"], indent=2))
         return

@@ -378,6 +378,10 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "sequence_len": (_same("seq_len"), 2048),
             "sample_packing": (_same("pack"), True),
             "train_on_inputs": (_switch("train_on: all", "train_on: assistant, the default"), False),
+            "train_on_eos": (
+                lambda value: f"train_stop_token: {'false' if value == 'none' else 'true'}",
+                "turn",
+            ),
             "roles_to_train": (_note("train_on: assistant, last or all"), ["assistant"]),
             "excess_length_strategy": (_too_long, "drop"),
             "eval_sample_packing": (_note("pack: true, for training and validation alike"), True),

@@ -108,6 +108,10 @@ class RunConfig(BaseModel):
         description="what of a conversation counts in the loss: assistant: what the assistant writes, with the token"
         " that ends its turn; last: its last turn; all: every token",
     )
+    train_stop_token: bool = Field(
+        True,
+        description="count the token that ends an assistant's turn in the loss, so that the model learns to stop",
+    )
     on_bad_record: Literal["error", "skip"] = Field(
         "error", description="what to do with a conversation that can't be trained on: stop, or leave it out"
     )

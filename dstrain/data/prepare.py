@@ -115,6 +115,7 @@ class PackedData:
             "cut_documents": self.cut_documents,
             "dropped_documents": self.dropped_documents,
             "train_on": self.source.options.train_on,
+            "train_stop_token": self.source.options.train_stop_token,
         }
 
     def _of_tokens(self, format_name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,17 @@ class Piece:
         trained: whether they count in the loss.
         tokens: how many there are.
         text: special tokens spelled out.
+        position: of the first of them, as the model is told it.
+        ids, texts: each token, and its text alone; empty where they were not asked for.
     """
 
     document: int
     trained: bool
     tokens: int
     text: str
+    position: int
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ class Sample:
     source: str = ""
 
 
-def sample(data: TrainingData, number: int, row: int) -> Sample:
+def sample(data: TrainingData, number: int, row: int, *, each_token: bool = False) -> Sample:
     """The training sample in that row.
 
     Args:
         number: what it is called.
+        each_token: with every token of its own.
     """
     batch = data.rows.rows(np.array([row]))
     ids, positions, labels = (part[0] for part in batch)
@@ -81,16 +87,18 @@ def sample(data: TrainingData, number: int, row: int) -> Sample:
         *(np.flatnonzero((np.diff(document[:size]) != 0) | np.diff(trained[:size])) + 1).tolist(),
         size,
     ]
-    pieces = [
-        Piece(
-            int(document[first]),
-            bool(trained[first]),
-            last - first,
-            data.tokenizer.token_text(ids[first:last]),
+    spell = data.tokenizer.token_text
+    pieces = []
+    for first, last in pairwise(edges):
+        if first == last:
+            continue
+        part = ids[first:last].tolist()
+        piece = Piece(
+            int(document[first]), bool(trained[first]), last - first, spell(part), int(positions[first])
         )
-        for first, last in pairwise(edges)
-        if first < last
-    ]
+        if each_token:
+            piece = replace(piece, ids=tuple(part), texts=tuple(spell([token]) for token in part))
+        pieces.append(piece)
     documents = int(document[size - 1]) + 1 if size else 0
     source = data.sources[data.rows.source_of(row)].name if isinstance(data.rows, MixedRows) else ""
     return Sample(number, documents, int((labels != IGNORED).sum()), ids.size - size, tuple(pieces), source)
@@ -137,7 +145,8 @@ def main(argv: Sequence[str]) -> int:
     ]
     data = training_data(trained, validation, phases)
     rows = rows_of_samples(data, request["samples"], request["global_batch"], request["seed"])
-    samples = [asdict(sample(data, number, row)) for number, row in rows.items()]
+    each = bool(request.get("each_token"))
+    samples = [asdict(sample(data, number, row, each_token=each)) for number, row in rows.items()]
     write_json(Path(argv[1]), {"samples": samples, "statistics": statistics(data)})
     return 0
 

@@ -119,6 +119,7 @@ class PlannedData:
         documents_hash: of the texts that the user's own code gave; empty for files.
         format: of the records: see `dstrain.data.chat.formats`.
         train_on: which parts of conversations are trained; empty for texts.
+        train_stop_token: whether the tokens that end the assistant's turns are.
         trained_tokens: how many tokens of conversations are to be predicted; None for texts, where all are.
         cut_documents, dropped_documents: conversations that were longer than a row.
         text_field: the field of a record that holds a text, where it is not called ``text``.
@@ -150,6 +151,7 @@ class PlannedData:
     left_out: str = ""
     format: str = "text"
     train_on: str = ""
+    train_stop_token: bool = True
     trained_tokens: int | None = None
     cut_documents: int = 0
     dropped_documents: int = 0

@@ -74,9 +74,9 @@ def without_marks(template):
     return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
 
 
-def encode(record, template, tokenizer=BYTES, train_on="assistant"):
+def encode(record, template, tokenizer=BYTES, train_on="assistant", **more):
     kind = "messages" if "messages" in record else "prompt-completion"
-    [found] = ChatTemplate(tokenizer, source=template, train_on=train_on).encode_batch(
+    [found] = ChatTemplate(tokenizer, source=template, train_on=train_on, **more).encode_batch(
         [read_record(record, kind)]
     )
     return found
@@ -103,6 +103,23 @@ def test_the_assistants_turns_are_trained_with_their_stop_token(template):
     assert trained_text(found) == [f"Good day.{END}", f"Bye.{END}"]
     assert trained_text(encode(record, template, train_on="last")) == [f"Bye.{END}"]
     assert encode(record, template, train_on="all").trained.all()
+
+
+@pytest.mark.parametrize("template", [MARKED, without_marks(MARKED)], ids=["marks", "prefixes"])
+def test_without_the_stop_token_the_same_words_are_trained(template):
+    record = CONVERSATIONS["system"]
+    found = encode(record, template, train_stop_token=False)
+    assert trained_text(found) == ["Good day.", "Bye."]
+    assert trained_text(encode(record, template, train_on="last", train_stop_token=False)) == ["Bye."]
+    whole = encode(record, template, train_on="all", train_stop_token=False)
+    turns = len(f"{END}") - len("<|endoftext|>") + 1  # the token itself, and the line end behind it
+    assert (~whole.trained).sum() == 2 * turns
+    alone = encode({"prompt": "a", "completion": "b"}, template, train_stop_token=False)
+    assert trained_text(alone) == ["b"]
+    assert ChatTemplate(BYTES, source=template, train_stop_token=False).fingerprint not in (
+        ChatTemplate(BYTES, source=template).fingerprint,
+        ChatTemplate(BYTES, source=template, train_on="last").fingerprint,
+    )
 
 
 @pytest.mark.parametrize("template", [MARKED, without_marks(MARKED)], ids=["marks", "prefixes"])

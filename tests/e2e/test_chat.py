@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,48 @@ def test_the_recipe_for_conversations(
     )
     assert plan.code == 0, plan.err
     assert "sft.yaml:" in plan.out and "1e-05" in plan.out
+
+
+class Page(HTMLParser):
+    """The tokens of a page by their class, and what its titles say."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tokens: list[tuple[str, str, str]] = []
+        self._open: tuple[str, str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert tag not in ("script", "b", "img"), "what the data say is no part of the page"
+        if tag == "span" and "title" in found:
+            self._open = (str(found["class"]), str(found["title"]))
+            self.tokens.append((*self._open, ""))
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.tokens[-1] = (*self._open, self.tokens[-1][2] + data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None
+
+
+def test_a_page_of_samples(dstrain_here: Callable[..., Said], place: Path) -> None:
+    chat = [
+        {"role": "user", "content": "<script>alert(1)</script>"},
+        {"role": "assistant", "content": "<b>&</b>\n"},
+    ]
+    (place / "chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (place / "chat.yaml").write_text(CHAT)
+    said = dstrain_here("data", "show", "--config", "chat.yaml", "-n", "1", "--html", "page.html")
+    assert said.code == 0 and "1 samples written to page.html" in said.out, said
+    page = Page((place / "page.html").read_text())
+    trained = "".join(text for style, _, text in page.tokens if style == "t")
+    assert trained.replace("↵\n", "\n") == "<b>&</b>\n<|endoftext|>"
+    assert all(("not trained" in title) == (style == "c") for style, title, _ in page.tokens)
+    positions = [int(title.split("position ")[1].split(",")[0]) for _, title, _ in page.tokens]
+    assert positions == list(range(len(positions)))
+    both = dstrain_here("data", "show", "--config", "chat.yaml", "--html", "page.html", "--json")
+    assert both.code == 2 and "--json and --html" in both.err
+    nowhere = dstrain_here("data", "show", "--config", "chat.yaml", "--html", "no/page.html")
+    assert nowhere.code == 2 and "the page can't be written" in nowhere.err and "hint" in nowhere.err

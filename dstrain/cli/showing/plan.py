@@ -156,7 +156,8 @@ def _ends_of_documents(data: PlannedData) -> str:
     if data.format == "tokens" and data.trained_tokens is not None:
         return "; trained as their labels say"
     if data.trained_tokens is not None:
-        ends = f"; turns end with {shown(data.ends_with)}" if data.ends_with else ""
+        untrained = "" if data.train_stop_token else ", which is not trained"
+        ends = f"; turns end with {shown(data.ends_with)}{untrained}" if data.ends_with else ""
         return f"; {_TRAINED.get(data.train_on, data.train_on)}{ends}"
     if not data.ends_with:  # a plan of a version that did not say it
         return ""

@@ -38,11 +38,16 @@ def show_samples(
                 document = piece["document"]
                 console.print(Text(f"  document {document}", style="dim"))
             mark, style = (_TRAINED, "green") if piece["trained"] else (_CONTEXT, "dim")
-            line = Text(f"    {mark:<6}{piece['tokens']:>6}  ")
+            line = Text(f"    {mark:<6}{piece['tokens']:>6} {piece['position']:>6}  ")
             line.append(_elided(repr(piece["text"])[1:-1]), style=style)
             console.print(line, soft_wrap=True)
         console.print()
-    console.print(Text(f"{statistics['train_rows']:,} training samples; numbers count tokens", style="dim"))
+    console.print(
+        Text(
+            f"{statistics['train_rows']:,} training samples; beside each piece: its tokens, the position of the first",
+            style="dim",
+        )
+    )
 
 
 def _sources(sources: Sequence[Mapping[str, Any]]) -> FoldingTable:

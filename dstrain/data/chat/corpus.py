@@ -119,7 +119,9 @@ def source_of(
     text = options.template_text
     if not text and (tokenizer.chat_template or not needs_none):
         text = template_text(options.chat_template, tokenizer)
-    template = ChatTemplate(tokenizer, source=text, train_on=options.train_on)
+    template = ChatTemplate(
+        tokenizer, source=text, train_on=options.train_on, train_stop_token=options.train_stop_token
+    )
     return ConversationSource(source, format_name, options, template, first)
 
 

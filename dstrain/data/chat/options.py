@@ -25,6 +25,7 @@ class RecordOptions:
     data_fields: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     train_on: str = "assistant"
+    train_stop_token: bool = True
     on_bad_record: str = "error"
     too_long: str = "error"
     template_text: str = ""
@@ -52,4 +53,5 @@ class RecordOptions:
             self.train_on,
             self.on_bad_record,
             self.too_long,
+            *([] if self.train_stop_token else ["without stop tokens"]),
         ]

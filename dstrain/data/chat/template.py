@@ -101,6 +101,7 @@ class ChatTemplate:
     Args:
         source: the Jinja template. One that asks for today's date finds none, and takes its own default.
         train_on: ``assistant``: what the assistant writes; ``last``: its last turn; ``all``: every token.
+        train_stop_token: whether the token that ends a turn is trained with it, and what follows that in the turn.
 
     Attributes:
         stop_tokens: the tokens that ended the turns which were encoded so far.
@@ -110,7 +111,9 @@ class ChatTemplate:
         DstrainError: the template draws random numbers.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, source: str, train_on: str = "assistant") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, source: str, train_on: str = "assistant", train_stop_token: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._variables = dict(tokenizer.special_tokens)
         self.source = source
@@ -124,6 +127,7 @@ class ChatTemplate:
         self._rendered_source = source.replace("strftime_now", "no_date_here")
         self._marked = bool(_MARK.search(source))
         self._train_on = train_on
+        self._train_stop_token = train_stop_token
         self.stop_tokens: set[int] = set()
         self.conversations = 0
         self._special = _any_of(tokenizer.special_texts)
@@ -132,7 +136,8 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides tokens and what is trained, besides the tokenizer."""
-        content = to_json([self.source, sorted(self._variables.items()), self._train_on])
+        without = [] if self._train_stop_token else ["without stop tokens"]
+        content = to_json([self.source, sorted(self._variables.items()), self._train_on, *without])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def prompt_ids(self, text: str, system: str = "") -> list[int]:
@@ -158,7 +163,7 @@ class ChatTemplate:
             except DstrainError as error:
                 rendered.append(error)
         fine = [one for one in rendered if isinstance(one, _Rendered)]
-        trained = iter(_trained_tokens(self._tokenizer, fine))
+        trained = iter(_trained_tokens(self._tokenizer, fine, with_stops=self._train_stop_token))
         found: list[Encoded | DstrainError] = []
         for record, one in zip(records, rendered, strict=True):
             encoded = one if isinstance(one, DstrainError) else next(trained)
@@ -338,7 +343,7 @@ class ChatTemplate:
             end = np.array([self._tokenizer.end_of_document], dtype=ids.dtype)
             return Encoded(
                 np.concatenate([begin, ids, end]),
-                np.concatenate([np.zeros(begin.size, bool), encoded.trained, np.ones(1, bool)]),
+                np.concatenate([np.zeros(begin.size, bool), encoded.trained, [self._train_stop_token]]),
             )
         twice = self._tokenizer.begin_of_sequence
         if twice is not None and ids[:2].tolist() == [twice, twice]:
@@ -431,7 +436,9 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
     return joined
 
 
-def _trained_tokens(tokenizer: Tokenizer, rendered: Sequence[_Rendered]) -> Iterator[Encoded | DstrainError]:
+def _trained_tokens(
+    tokenizer: Tokenizer, rendered: Sequence[_Rendered], *, with_stops: bool
+) -> Iterator[Encoded | DstrainError]:
     """The tokens of each text, and those of them that lie in what is trained.
 
     Two things must hold, or what is trained is not what the model is asked for later: no token lies across a border,
@@ -451,6 +458,11 @@ def _trained_tokens(tokenizer: Tokenizer, rendered: Sequence[_Rendered]) -> Iter
             if across.any():
                 wrong = wrong or int(np.flatnonzero(across)[0])
             trained |= inside
+        for first, last in () if with_stops else one.turns:
+            turn = np.flatnonzero((places[:, 0] >= first) & (places[:, 0] < last))
+            stops = [number for number, at in enumerate(turn) if tokenizer.is_special(int(ids[at]))]
+            if stops:  # where there is none, that is an error later
+                trained[turn[stops[-1] :]] = False
         if wrong is None and not np.array_equal(ids[: prompt.size], prompt):
             wrong = prompt.size - 1
         if wrong is None:

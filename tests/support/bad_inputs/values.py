@@ -17,6 +17,7 @@ _WRONG_TYPES = [
     ("data_fields", "content", "a dictionary", "names of the fields"),
     ("chat_template", "[chatml]", "a string", "Jinja template"),
     ("train_on", "user", "'assistant', 'last' or 'all'", "counts in the loss"),
+    ("train_stop_token", "never", "boolean", "learns to stop"),
     ("on_bad_record", "ignore", "'error' or 'skip'", "can't be trained on"),
     ("too_long", "truncate", "'error', 'drop' or 'cut'", "more than seq_len tokens"),
     ("attention", "2", "a string", "quotes"),
