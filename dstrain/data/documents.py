@@ -239,7 +239,7 @@ def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
                 bytes_read = plain_bytes if lines is raw else raw.tell()
                 text = _decode(line, file.path, first_line=number)
                 try:
-                    value = json.loads(text, parse_int=whole_number)
+                    value = _parsed(text)
                 except json.JSONDecodeError as error:
                     message = f"this line is not JSON: {error.msg} at column {error.colno}"
                     wrong = DstrainError(message, hint=_LINE, where=where)
@@ -257,6 +257,16 @@ def _record(value: Any, what: str, where: str, bytes_read: int) -> JsonRecord:
     record = JsonRecord({}, where, bytes_read, what)
     wrong = DstrainError(f"this line holds {name_of_kind(value)}, not an object", hint=_LINE)
     return replace(record, error=record.placed(wrong))
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value. Raises as `json.loads`, but for long numbers."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of more digits than Python reads at once; a function of our own is slow
+        return json.loads(text, parse_int=whole_number)
 
 
 def whole_number(digits: str) -> int | float:

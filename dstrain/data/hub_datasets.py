@@ -147,7 +147,9 @@ def _explained(error: Exception, name: HubName) -> DstrainError:
             f"the data set {name.repository} has no split {name.split!r}",
             hint=f"its splits are: {_listed(text)}; say which with split",
         )
-    if "scripts are no longer supported" in text or "custom code" in text:
+    if any(
+        words in text for words in ("scripts are no longer supported", "custom code", "dataset script in")
+    ):
         return DstrainError(
             f"the data set {name.repository} is made by code of its own, and no code from the hub is run",
             hint="many such data sets have a revision refs/convert/parquet; or make files of it, and name those",
