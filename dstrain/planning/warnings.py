@@ -77,7 +77,7 @@ def warnings_about(
             " conversations"
         )
     epochs = config.steps * config.global_batch / data.train_rows
-    if epochs > 1:
+    if epochs > 1 and not data.sources:  # whose table shows it
         found.append(f"the data's {data.train_rows:,} samples are seen {epochs:.1f} times")
     return found
 

@@ -231,7 +231,7 @@ def test_samples_come_in_the_order_of_training_with_their_sources(
         assert name in table
     plan = dstrain_here("plan", "--config", "mixture.yaml")
     assert plan.code == 0, plan.err
-    assert "epochs" in plan.out and "for validation" in plan.out
+    assert "epochs" in plan.out and "numbers" in plan.out
 
 
 def test_the_recipe_for_a_mixture(place: Path, dstrain: Callable[..., Said]) -> None:

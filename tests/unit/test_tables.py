@@ -39,12 +39,13 @@ from dstrain.config.loader import load_config
 from dstrain.config.values import leaves
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
 from dstrain.formatting import format_bytes
+from dstrain.mixture_shares import MixturePhase
 from dstrain.planning.explain import explain
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.fitting.search import Fit, Scored
 from dstrain.planning.layout import Host
 from dstrain.planning.layout_names import LayoutChoice
-from dstrain.planning.plan import Plan
+from dstrain.planning.plan import Plan, PlannedSource
 from dstrain.report.comparison import compare_bits
 from dstrain.report.difference import Difference, Value
 from dstrain.runs.checkpoint.manifest import MANIFEST, make_manifest
@@ -132,6 +133,34 @@ def print_plan(length: int, **_: Any) -> Shown:
     for key in ("model", "data", "zero", "pipeline", "seed", "activation_checkpointing", "steps"):
         values += [key, str(made.config[key]), made.origins[key]]
     return Shown(tuple(numbers), tuple(values))
+
+
+def print_plan_of_several_sources(length: int, **_: Any) -> Shown:
+    counts = {
+        "documents": 12_345_678,
+        "tokens": 9_876_543_210,
+        "train_rows": 345_678,
+        "validation_rows": 2_345,
+    }
+    texts = replace(DATA, **counts, kinds="3 .txt (12 MB)", left_out="2 .orc (5 MB)")
+    chat = replace(
+        texts,
+        format="prompt-completion",
+        trained_tokens=7,
+        train_on="last",
+        dropped_documents=23_456,
+        kinds="",
+    )
+    sources = tuple(
+        PlannedSource(name(f"source{number}", length), number < 2, 456_789, data)
+        for number, data in enumerate((texts, chat, texts))
+    )
+    mixture = replace(DATA, source="all", sources=sources, phases=(MixturePhase(9, ((0, 1), (1, 2))),))
+    show_plan(plan(data=mixture), make_console(), verbose=True)
+    return Shown(
+        (*(f"{number:,}" for number in list(counts.values())[:3]), "50.0%", "1.32", "23,456"),
+        (*(source.name for source in sources), "3 .txt", "2 .orc", chat.format),
+    )
 
 
 def print_plan_of_a_large_machine(length: int, **_: Any) -> Shown:
@@ -366,6 +395,7 @@ def print_statistics(length: int, **_: Any) -> Shown:
 
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "plan": (print_plan, ("plan", "picture", "estimates")),
+    "plan of several sources": (print_plan_of_several_sources, ("plan",)),
     "plan of 4,096 ranks": (print_plan_of_a_large_machine, ("picture", "estimates")),
     "fit": (print_fit, ("fit",)),
     "explanation": (print_explanation, ()),

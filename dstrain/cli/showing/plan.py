@@ -80,7 +80,7 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
         headed("model", f"{model.type}, {model.parameters:,} parameters, {len(model.layers)} layers")
     )
     if data.sources:
-        console.print(sources(plan))
+        _show_sources(data, console)
         console.print(headed("batch", plan.batch.describe()))
         return
     console.print(
@@ -97,34 +97,42 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     console.print(headed("batch", plan.batch.describe()))
 
 
-def sources(plan: Plan) -> FoldingTable:
+def sources(data: PlannedData) -> FoldingTable:
     """What is trained on and evaluated, a row a source: the run's samples of it, and how often it is seen."""
     table = FoldingTable(
-        Column("data", style="bold"),
-        Column("documents", gives=True),
-        Column("samples", right=True),
-        Column("share", right=True),
-        Column("epochs", right=True),
+        Column("data", style="bold", gives=True),
+        Column("format", gives=True),
+        *(Column(name, right=True) for name in ("documents", "tokens", "samples", "share", "epochs")),
     )
-    trained = plan.data.training_sources
-    tokens = [source.rows * (1 - source.data.padding) for source in trained]
-    for source, of_source in zip(trained, tokens, strict=True):
-        kinds = f"; {shown(source.data.kinds)}" if source.data.kinds else ""
-        left_out = f"; left out: {shown(source.data.left_out)}" if source.data.left_out else ""
-        held_back = f", {source.data.validation_rows:,} for validation" if source.data.validation_rows else ""
+    tokens = sum(source.rows * (1 - source.data.padding) for source in data.training_sources)
+    for source in data.sources:
+        held = source.data
+        share = source.rows * (1 - held.padding) / tokens
         table.add_row(
             source.name,
-            f"{_documents(source.data)}{kinds}{left_out}{_ends_of_documents(source.data)}",
-            f"{source.data.train_rows:,}{held_back}",
-            f"{of_source / sum(tokens):.1%}",
-            f"{source.epochs:.2f}",
+            held.format,
+            f"{held.documents:,}",
+            f"{held.tokens:,}",
+            f"{held.train_rows:,}",
+            f"{share:.1%}" if source.trained else "validation",
+            f"{source.epochs:.2f}" if source.trained else "-",
         )
-    for source in plan.data.sources:
-        if not source.trained:
-            table.add_row(
-                source.name, _documents(source.data), f"{source.data.train_rows:,} for validation", "-", "-"
-            )
     return table
+
+
+def _show_sources(data: PlannedData, console: Console) -> None:
+    console.print(sources(data))
+    ends = list(dict.fromkeys(_ends_of_documents(source.data).removeprefix("; ") for source in data.sources))
+    console.print(headed("data", "; ".join(each for each in ends if each)))
+    for source in data.sources:
+        left_out = f"; left out: {shown(source.data.left_out)}" if source.data.left_out else ""
+        if source.data.kinds:
+            console.print(headed("files", f"{source.name}: {shown(source.data.kinds)}{left_out}"))
+    less = [
+        f"{source.name}: {', '.join(counts)}" for source in data.sources if (counts := _left_out(source.data))
+    ]
+    if less:
+        console.print(headed("less", "; ".join(less)))
 
 
 _TRAINED = {
@@ -143,13 +151,19 @@ def _documents(data: PlannedData) -> str:
         data.format, "conversations"
     )
     share = f"{data.trained_tokens:,} of {data.tokens:,} tokens are trained"
+    return ", ".join([f"{data.documents:,} {what} ({data.format})", share, *_left_out(data)])
+
+
+def _left_out(data: PlannedData) -> list[str]:
+    """Which conversations are not there, or not whole, in words."""
+    if data.trained_tokens is None:
+        return []
     counts = (
         (data.empty_documents, "left out as bad records"),
         (data.dropped_documents, "dropped, longer than a sample"),
         (data.cut_documents, "cut, longer than a sample"),
     )
-    less = [f"{count:,} {words}" for count, words in counts if count]
-    return ", ".join([f"{data.documents:,} {what} ({data.format})", share, *less])
+    return [f"{count:,} {words}" for count, words in counts if count]
 
 
 def _ends_of_documents(data: PlannedData) -> str:
