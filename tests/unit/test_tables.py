@@ -152,7 +152,7 @@ def print_plan_of_several_sources(length: int, **_: Any) -> Shown:
         kinds="",
     )
     sources = tuple(
-        PlannedSource(name(f"source{number}", length), number < 2, 456_789, data)
+        PlannedSource(name(f"source{number}", min(length, 60)), number < 2, 456_789, data)
         for number, data in enumerate((texts, chat, texts))
     )
     mixture = replace(DATA, source="all", sources=sources, phases=(MixturePhase(9, ((0, 1), (1, 2))),))
