@@ -20,10 +20,10 @@ import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dstrain.addresses import refuse_address
 from dstrain.data.delimited import header_of
@@ -32,6 +32,7 @@ from dstrain.data.hub_names import HubName, hub_name, read_listing
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.data.saved_datasets import DATASET_DICT, saved_files
 from dstrain.data.token_file_kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
+from dstrain.data.walking import status_of, unreadable, walk
 from dstrain.errors import DstrainError
 from dstrain.files import kind_of
 
@@ -163,7 +164,7 @@ def listed(source: str, choices: Choices) -> Source:
             found = _from_hub(source, name, choices.cache)
         elif glob.has_magic(source) and not os.path.lexists(path):
             found = _matching(source, path, choices)
-        elif stat.S_ISDIR(_status(path := named_by_its_prefix(path)).st_mode):
+        elif stat.S_ISDIR(status_of(path := named_by_its_prefix(path)).st_mode):
             found = _saved(source, path, choices) or _folder(source, path, choices)
         else:
             found = _single(source, path, choices)
@@ -184,7 +185,7 @@ def _from_hub(source: str, name: HubName, cache: Path) -> Source:
         )
     files = []
     for path in map(Path, fetched.files):
-        status = _status(path)
+        status = status_of(path)
         files.append(SourceFile(path.name, str(path), "arrow", status.st_size, status.st_mtime_ns))
     kinds = f"{_kinds(files)} of {name}, at commit {fetched.commit[:12]}"
     return Source(source, str(Path(fetched.files[0]).parent), tuple(files), kinds)
@@ -218,7 +219,7 @@ def _stdlib() -> Source:
 
     files = [
         _file(entry, relative, "text")
-        for entry, relative in _walk(str(root), wanted)
+        for entry, relative in walk(str(root), wanted)
         if relative.endswith(".py")
     ]
     return Source(STDLIB, str(root), tuple(sorted(files, key=lambda file: file.relative)))
@@ -234,7 +235,7 @@ def _single(source: str, path: Path, choices: Choices) -> Source:
 
 def _named(path: Path, relative: str, choices: Choices) -> list[SourceFile]:
     """A file that is named, and what belongs to it."""
-    status = _status(path)
+    status = status_of(path)
     if not stat.S_ISREG(status.st_mode):
         raise DstrainError(
             "this is neither a file nor a folder",
@@ -246,7 +247,7 @@ def _named(path: Path, relative: str, choices: Choices) -> list[SourceFile]:
             "the file is empty: there is nothing to train on", hint="name one with text", where=str(path)
         )
     if not os.access(path, os.R_OK):
-        _unreadable(path)
+        unreadable(path)
     kind = kind_of_name(path.name, named=True)
     assert kind is not None, "what is named is read"
     file = SourceFile(relative, str(path), kind, status.st_size, status.st_mtime_ns)
@@ -261,13 +262,13 @@ def _with_tokens(file: SourceFile, data_format: str) -> list[SourceFile]:
     try:
         kind = token_file_kind(path, data_format)
     except OSError as error:
-        _unreadable(path, error)
+        unreadable(path, error)
     if kind is None:
         return []
     found = [replace(file, kind=kind)]
     if kind == "megatron":
         index = index_of(path)
-        status = _status(index)
+        status = status_of(index)
         relative = index_of(Path(file.relative)).as_posix()
         found.append(SourceFile(relative, str(index), "index", status.st_size, status.st_mtime_ns))
     return found
@@ -282,7 +283,7 @@ def _as_table(file: SourceFile, choices: Choices) -> SourceFile:
     try:
         found = header_of(file.path, choices.data_format, choices.data_fields)
     except OSError as error:
-        _unreadable(Path(file.path), error)
+        unreadable(Path(file.path), error)
     return file if found is None else replace(file, kind="csv")
 
 
@@ -326,7 +327,7 @@ def _saved(source: str, root: Path, choices: Choices) -> Source | None:
         return None
     files = []
     for path in paths:
-        status = _status(path)
+        status = status_of(path)
         relative = path.relative_to(root).as_posix()
         files.append(SourceFile(relative, str(path), "arrow", status.st_size, status.st_mtime_ns))
     kinds = f"{_kinds(files)} of a saved data set"
@@ -337,7 +338,7 @@ def _folder(source: str, root: Path, choices: Choices) -> Source:
     files: list[SourceFile] = []
     others = Kinds()
     named = choices.data_format if choices.data_format in TOKEN_KINDS else "auto"
-    for entry, relative in _walk(str(root)):
+    for entry, relative in walk(str(root)):
         kind = kind_of_name(entry.name, named=False)
         if entry.name == DATASET_DICT:
             raise DstrainError(
@@ -386,52 +387,11 @@ def _kinds(files: list[SourceFile]) -> Kinds:
     return found
 
 
-def _walk(
-    folder: str,
-    wanted: Callable[[str], bool] = lambda name: True,
-    below: str = "",
-    entered: set[tuple[int, int]] | None = None,
-) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Every file below `folder` with its relative posix path. Left out are names that start with a dot (.git,
-    .cache), and those that are not `wanted`, with all that lies below them.
-
-    Links to folders are followed, since corpora are often linked together, but no folder is entered twice. With
-    entries and not paths: 100,000 files are listed at each start.
-    """
-    entered = set() if entered is None else entered
-    folders = []
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
-            return
-        entered.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or not wanted(entry.name):
-                    continue
-                if _is_folder(entry):
-                    folders.append(entry.name)
-                else:
-                    yield entry, below + entry.name
-    except OSError as error:
-        _unreadable(Path(error.filename or folder), error)
-    # Sorted, so that of two links to one folder the same one is entered on every machine.
-    for name in sorted(folders):
-        yield from _walk(os.path.join(folder, name), wanted, f"{below}{name}/", entered)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself: a file, and said to lead nowhere
-        return False
-
-
 def _file(entry: os.DirEntry[str], relative: str, kind: Kind) -> SourceFile:
     try:
         status = entry.stat()
     except OSError:
-        status = _status(Path(entry.path))  # says why
+        status = status_of(Path(entry.path))  # says why
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write to it
         raise DstrainError(
             f"this is {kind_of(status.st_mode)}, not a file",
@@ -439,29 +399,5 @@ def _file(entry: os.DirEntry[str], relative: str, kind: Kind) -> SourceFile:
             where=entry.path,
         )
     if not os.access(entry.path, os.R_OK):
-        _unreadable(Path(entry.path))
+        unreadable(Path(entry.path))
     return SourceFile(relative, entry.path, kind, status.st_size, status.st_mtime_ns)
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        link = path.is_symlink()
-        raise DstrainError(
-            "broken link" if link else "there is no such file or folder",
-            hint="remove it, or create its target"
-            if link
-            else "a data source is a file, a folder, a pattern, 'stdlib', a data set on the hub like org/name, or code"
-            " of your own like my_module:my_documents",
-            where=str(path),
-        ) from None
-    except (OSError, ValueError) as error:
-        _unreadable(path, error)
-
-
-def _unreadable(path: Path, error: Exception | None = None) -> NoReturn:
-    reason = getattr(error, "strerror", None) or (str(error) if error else "Permission denied")
-    raise DstrainError(
-        f"can't be read: {reason}", hint="check the path and its permissions", where=str(path)
-    ) from error
