@@ -6,18 +6,21 @@ kernel. So only what belongs to this user or to root, and can be written by nobo
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import grp
 import os
 import pwd
 import shutil
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OTHERS, _GROUP = 0o002, 0o020
 _HOURS = 6
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_SAY_SECONDS = 2.0
 
 
 def is_own(path: Path) -> bool:
@@ -81,6 +84,41 @@ def open_lock(path: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def locked(path: Path, waits: Callable[[], object] | None) -> Iterator[bool | None]:
+    """Hold an exclusive lock, which ends with its process: True; False where the file system has no locks; None where
+    another process holds it and ``waits`` is None.
+
+    Args:
+        waits: called once if another process holds it for seconds.
+
+    Raises:
+        OSError: the file can't be made, or is not this user's.
+    """
+    from filelock import FileLock, Timeout  # most starts lock nothing
+
+    os.close(open_lock(path))
+    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
+    held: bool | None = True
+    try:
+        try:
+            lock.acquire(timeout=0 if waits is None else _SAY_SECONDS)
+        except Timeout:
+            if waits is None:
+                held = None
+            else:
+                waits()
+                lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        held = False
+    try:
+        yield held
+    finally:
+        lock.release()
+
+
 def clear_leftovers(cache: Path) -> None:
     """Remove what killed processes have half written: this user's entries ``NAME.*.part`` in the cache's folders.
 
@@ -99,15 +137,9 @@ def _clear(path: Path) -> None:
         if _is_old(path):
             _remove(path)
         return
-    with open(open_lock(lock), "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:  # this file system knows no locks
-            if not _is_old(path):
-                return
-        _remove(path)
+    with locked(lock, waits=None) as held:
+        if held or (held is False and _is_old(path)):
+            _remove(path)
 
 
 def _is_old(path: Path) -> bool:

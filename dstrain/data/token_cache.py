@@ -9,15 +9,12 @@ system knows no locks, several may do the work, and the first rename wins.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import shutil
 import sys
-import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +35,12 @@ from dstrain.data.tokenizers import Tokenizer
 from dstrain.data.worker_pool import available_cores
 from dstrain.errors import DstrainError
 from dstrain.files import flush
-from dstrain.shared_caches import is_own, make_folder, open_lock
+from dstrain.shared_caches import is_own, locked, make_folder
 from dstrain.strict_json import to_json
 
 FORMAT = 1
 _TOKENS, _LENGTHS, _META = TOKEN_FILES
 _STARTS = "starts.npy"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _BYTES_A_WORKER = 4_000_000
 _CHECKED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
@@ -92,10 +88,10 @@ def load_or_build(
         if found is not None:
             return found
         make_folder(cache_dir)
-        with _lock(cache_dir / f"{folder.name}.lock", source) as locked:
+        with locked(cache_dir / f"{folder.name}.lock", lambda: _say_waiting(source)) as held:
             found = _open(folder, tokenizer)  # another process may have built it while this one waited
             if found is None:
-                if locked:
+                if held:
                     _clear_leftovers(folder)
                 _build(source, tokenizer, folder, workers)
                 found = _open(folder, tokenizer)
@@ -292,30 +288,8 @@ def _check(path: Path) -> list[int | str]:
     return [size, digest.hexdigest()]
 
 
-@contextmanager
-def _lock(path: Path, source: Corpus) -> Iterator[bool]:
-    """Hold an exclusive lock: True, or False where the file system has none. A lock ends with its process."""
-    with open(open_lock(path), "ab") as stream:
-        locked = True
-        start = time.monotonic()
-        said = False
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                locked = False
-                break
-            if not said and time.monotonic() - start > 2:
-                said = True
-                print(
-                    f"dstrain: another process is tokenizing {source.name}; waiting for it", file=sys.stderr
-                )
-        yield locked  # closing the file lets go of the lock
+def _say_waiting(source: Corpus) -> None:
+    print(f"dstrain: another process is tokenizing {source.name}; waiting for it", file=sys.stderr)
 
 
 def _clear_leftovers(folder: Path) -> None:

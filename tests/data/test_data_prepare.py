@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import threading
-from types import SimpleNamespace
+import time
 
 import numpy as np
 import pytest
@@ -181,7 +181,7 @@ def test_threads_without_file_locks_still_agree(corpus, tmp_path, monkeypatch):
     def no_locks(stream, how):
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(token_cache, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / "local").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
     barrier = threading.Barrier(3)
@@ -200,6 +200,24 @@ def test_threads_without_file_locks_still_agree(corpus, tmp_path, monkeypatch):
     assert len(summaries) == 3 and summaries[0] == summaries[1] == summaries[2]
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
     assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_a_second_process_waits_and_says_so(corpus, tmp_path, monkeypatch, builds, capsys):
+    monkeypatch.setattr("dstrain.shared_caches._SAY_SECONDS", 0.1)
+    real = token_cache._name
+    monkeypatch.setattr(token_cache, "_name", lambda *args: (time.sleep(1), real(*args)))
+    found = []
+
+    def work():
+        found.append(prepare(str(corpus), "bytes", 32, 0, tmp_path / "cache").fingerprint)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1 and len(found) == 3 and len(set(found)) == 1
+    assert capsys.readouterr().err.count("another process is tokenizing") == 2
 
 
 @pytest.mark.parametrize(
