@@ -15,8 +15,12 @@ import numpy as np
 from dstrain.data.safe_cuts import SafeCuts
 from dstrain.data.sentencepiece_models import SENTENCEPIECE, check_conversion, vocabulary_alone
 from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, speaks_of_other_files, tokenizer_folder
+from dstrain.data.word_cache import WordCache, word_cache
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
+
+_WORTH_CACHE = 2**17
+"""Characters from which on words are remembered."""
 
 
 class Tokenizer(ABC):
@@ -89,6 +93,13 @@ class Tokenizer(ABC):
         Raises:
             DstrainError: the tokenizer does not know it.
         """
+
+    def encode_trained(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """`encode_rendered` of each text, and which tokens lie in parts of it, where that is plain: `dtype` [n], bool
+        [n]. None where `encode_with_places` must be asked."""
+        return [None] * len(texts)
 
     @abstractmethod
     def is_special(self, token: int) -> bool:
@@ -208,11 +219,13 @@ class FolderTokenizer(Tokenizer):
         self._loaded = tokenizer
         self._backend = _plain_backend(tokenizer)
         self._cuts = SafeCuts(self._backend) if self._backend is not None else None
+        self._words: WordCache | None = None
+        self._characters = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process needs. Where the backend does all the work, transformers is loaded there only by what
         asks for it: that takes seconds."""
-        kept = self.__dict__ | {"_loaded": None, "_cuts": None}
+        kept = self.__dict__ | {"_loaded": None, "_cuts": None, "_words": None, "_characters": 0}
         if self._backend is not None:
             # The flag is no part of what the backend pickles.
             kept["_backend"] = (self._backend, self._backend.encode_special_tokens)
@@ -248,8 +261,13 @@ class FolderTokenizer(Tokenizer):
         if not texts:
             return []
         if self._backend is not None:
-            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-            found = [(encoding.ids, encoding.offsets) for encoding in encodings]
+            words = self._word_cache(texts)
+            known = [words.ids_and_places(text) if words is not None else None for text in texts]
+            others = [text for text, one in zip(texts, known, strict=True) if one is None]
+            encodings = iter(self._backend.encode_batch(others, add_special_tokens=False) if others else ())
+            found = [
+                ((encoding := next(encodings)).ids, encoding.offsets) if one is None else one for one in known
+            ]
         elif self._tokenizer.is_fast:
             encoded = self._encoded(texts, return_offsets_mapping=True)
             found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
@@ -261,6 +279,14 @@ class FolderTokenizer(Tokenizer):
             )
         return [(np.asarray(ids, dtype=self.dtype), _whole_places(offsets)) for ids, offsets in found]
 
+    def encode_trained(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        words = self._word_cache(texts)
+        if words is None:
+            return [None] * len(texts)
+        return [words.ids_and_trained(text, parts) for text, parts in zip(texts, spans, strict=True)]
+
     def token_text(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._tokenizer.decode(np.asarray(ids).ravel().tolist(), skip_special_tokens=False))
 
@@ -271,9 +297,22 @@ class FolderTokenizer(Tokenizer):
         if not texts:
             return []
         if self._backend is not None:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+            words = self._word_cache(texts)
+            found = [words.ids(text) if words is not None else None for text in texts]
+            others = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+            encodings = iter(
+                self._backend.encode_batch_fast(others, add_special_tokens=False) if others else ()
+            )
+            return [np.array(next(encodings).ids, dtype=self.dtype) if ids is None else ids for ids in found]
         return [np.asarray(ids, dtype=self.dtype) for ids in self._encoded(texts)["input_ids"]]
+
+    def _word_cache(self, texts: Sequence[str]) -> WordCache | None:
+        """None for the first texts, which are encoded sooner than it is made."""
+        if self._backend is not None and self._characters < _WORTH_CACHE:
+            self._characters += sum(map(len, texts))
+            if self._characters >= _WORTH_CACHE:
+                self._words = word_cache(self._backend, self.dtype)
+        return self._words
 
     def _encoded(self, texts: Sequence[str], **options: bool) -> Any:
         """By the tokenizer's own class, not by its backend alone."""
@@ -381,7 +420,7 @@ def load_pretrained(folder: Path, alone: str = "") -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _whole_places(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def _whole_places(offsets: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
     """Where tokens begin and end, int64 [n, 2]: some tokenizers leave out the white space that a token begins with."""
     places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     if places.size:

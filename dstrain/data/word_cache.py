@@ -1,0 +1,298 @@
+"""Remembers the tokens of words: what a byte-level tokenizer does with a word does not depend on what stands around it.
+
+The tokenizers library looks each word of a text up anew, with the place of each of its characters in the text. Here a
+text is divided by its patterns in Python (`dstrain.data.word_patterns`), and only words that were not met yet are given
+to the library. What can't be shown to give the same tokens is left to the library as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from dstrain.data.word_patterns import WordPatterns, word_patterns
+
+_MOST_WORDS = 2**17
+"""Words that are remembered, about 25 MB. When as many others have come, all are forgotten: the text is another one."""
+_LONGEST = 64
+"""Characters of a word that is remembered."""
+_MOST_PARTS = 1024
+_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
+_SPACE = "\u0120"
+"""How byte-level vocabularies spell a space."""
+
+
+class WordCache:
+    """The tokens of texts, word by word, for a tokenizer that `word_cache` has taken.
+
+    Args:
+        dtype: of the tokens.
+    """
+
+    def __init__(self, backend: Any, patterns: WordPatterns, dtype: np.dtype) -> None:
+        from tokenizers import pre_tokenizers
+
+        self._model = backend.model
+        self._normalizer = backend.normalizer
+        self._dtype = dtype
+        self._patterns = patterns
+        self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._added = _AddedTokens(backend)
+        self._ids = _Known(lambda word: self._as_bytes(self._tokens_of(word)))
+        self._places = _Known(lambda word: self._places_of(word, first=False))
+        self._trims = _trimming(backend)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        self._spells_all = all(self._model.token_to_id(character) is not None for character in alphabet)
+        self._recent: dict[str, list[str]] = {}
+
+    def ids(self, text: str) -> np.ndarray | None:
+        """The tokens, `dtype` [n]; None where the library must be asked."""
+        words = self._words(text)
+        return self._joined(words) if words is not None else None
+
+    def ids_and_places(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The tokens, and where each begins and ends as the library says it: `dtype` [n], int64 [n, 2]."""
+        if self._trims is None or (words := self._words(text)) is None:
+            return None
+        found = list(map(self._places.__getitem__, words))
+        self._places.make_room()
+        ids = self._joined(words)
+        if found:
+            found[0] = self._places_of(words[0], first=True)
+        if b"" in found:
+            return None
+        counts = np.fromiter(map(len, found), np.int64, len(found)) // 8
+        starts = np.fromiter(accumulate(map(len, words[:-1]), initial=0), np.int64, len(words))
+        places = np.frombuffer(b"".join(found), np.int32).reshape(-1, 2).astype(np.int64)
+        return ids, places + np.repeat(starts, counts)[:, None]
+
+    def ids_and_trained(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The tokens, and which of them lie in parts of the text: `dtype` [n], bool [n].
+
+        None where a part begins or ends inside of a word, or where its place in the text changes the tokens in front of
+        the last one: what is in front of it has, alone, the tokens that it has here.
+        """
+        if self._trims is None or not self._spells_all or (parts := self._added.divide(text)) is None:
+            return None
+        words = self._words_of(parts)
+        if words is None:
+            return None
+        found = list(map(self._ids.__getitem__, words))
+        self._ids.make_room()
+        ids = np.frombuffer(b"".join(found), dtype=self._dtype)
+        ends = np.fromiter(accumulate(map(len, words), initial=0), np.int64, len(words) + 1)
+        counts = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize
+        before = np.concatenate([[0], np.cumsum(counts)])  # of each word, the tokens in front of it
+        last = spans[-1][0]
+        begin = max(
+            start for start in accumulate((len(part) for part, _ in parts), initial=0) if start <= last
+        )
+        edges = np.array([begin, *(edge for span in spans for edge in span)])
+        places = np.searchsorted(ends, edges)
+        if (ends[places] != edges).any():
+            return None
+        # With its spaces cut off, a token ends before the part does: see `Tokenizer.encode_with_places`.
+        if self._trims and any(text[edge - 1] == " " for edge in edges[1:] if edge):
+            return None
+        first, *numbers = before[places].tolist()
+        tail = self.ids(text[begin:last])
+        if tail is None or not np.array_equal(tail, ids[first : first + tail.size]):
+            return None
+        trained = np.zeros(ids.size, bool)
+        for begins, finishes in zip(numbers[::2], numbers[1::2], strict=True):
+            trained[begins:finishes] = True
+        return ids, trained
+
+    def _joined(self, words: list[str]) -> np.ndarray:
+        ids = np.frombuffer(b"".join(map(self._ids.__getitem__, words)), dtype=self._dtype)
+        self._ids.make_room()
+        return ids
+
+    def _words(self, text: str) -> list[str] | None:
+        parts = self._added.divide(text)
+        return self._words_of(parts) if parts is not None else None
+
+    def _words_of(self, parts: Sequence[tuple[str, bool]]) -> list[str] | None:
+        found: list[str] = []
+        for part, is_token in parts:
+            if is_token:
+                found.append(part)
+                continue
+            words = self._recent.get(part)
+            if words is None and (words := self._words_between(part)) is None:
+                return None
+            if len(parts) > 1:  # of a conversation, whose beginning is asked for again
+                if len(self._recent) == _MOST_PARTS:
+                    self._recent.clear()
+                self._recent[part] = words
+            found += words
+        return found
+
+    def _words_between(self, text: str) -> list[str] | None:
+        """Those of a text without added tokens."""
+        if text.isascii():
+            words = self._patterns.words(text)
+            return words if sum(map(len, words)) == len(text) else None
+        if self._normalizer is not None and self._normalizer.normalize_str(text) != text:
+            return None
+        alike = self._patterns.ascii_alike(text)
+        if alike is None:
+            return None
+        ends = list(accumulate(map(len, self._patterns.words(alike)), initial=0))
+        return [text[first:last] for first, last in pairwise(ends)] if ends[-1] == len(text) else None
+
+    def _tokens_of(self, word: str) -> list[tuple[int, str]]:
+        """As the library's model gives them, each with its spelling in characters that stand for bytes."""
+        if (number := self._added.ids.get(word)) is not None:
+            return [(number, word)]
+        [(spelled, _)] = self._bytes.pre_tokenize_str(word)
+        return [(token.id, token.value) for token in self._model.tokenize(spelled)]
+
+    def _as_bytes(self, tokens: list[tuple[int, str]]) -> bytes:
+        return np.array([number for number, _ in tokens], dtype=self._dtype).tobytes()
+
+    def _places_of(self, word: str, *, first: bool) -> bytes:
+        """Begin and end in the word of each of its tokens, int32 [n, 2]; empty where that is not known.
+
+        Args:
+            first: the word begins the text.
+        """
+        if word in self._added.ids:
+            return np.array([0, len(word)], dtype=np.int32).tobytes()
+        found = self._tokens_of(word)
+        self._ids.add(word, self._as_bytes(found))
+        tokens = [spelled for _, spelled in found]
+        character = np.repeat(np.arange(len(word)), [len(one.encode()) for one in word])
+        if sum(map(len, tokens)) != character.size:  # what has no token is spelled as another one
+            return b""
+        places, at = [], 0
+        for token in tokens:
+            begin, end = int(character[at]), int(character[at + len(token) - 1]) + 1
+            at += len(token)
+            if self._trims:
+                spaces = len(token) - len(token.lstrip(_SPACE))
+                if spaces == 1 and first and begin == 0 and self._trims == "but the first":
+                    spaces = 0
+                trailing = len(token) - len(token.rstrip(_SPACE))
+                begin = min(begin + spaces, end)
+                end = max(end - trailing, begin) if end >= trailing else end
+            places += [begin, end]
+        return np.array(places, dtype=np.int32).tobytes()
+
+
+class _Known(dict[str, bytes]):
+    """What was found of words; that of others is found when it is asked for."""
+
+    def __init__(self, find: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._find = find
+        self._missed = 0
+
+    def __missing__(self, word: str) -> bytes:
+        found = self._find(word)
+        self._missed += len(word) <= _LONGEST
+        self.add(word, found)
+        return found
+
+    def add(self, word: str, found: bytes) -> None:
+        """Remember it, if there is room."""
+        if len(word) <= _LONGEST and len(self) < _MOST_WORDS:
+            self[word] = found
+
+    def make_room(self) -> None:
+        """Forget all, where half of what has come lately was not known."""
+        if self._missed > 2 * _MOST_WORDS:
+            self.clear()
+            self._missed = 0
+
+
+class _AddedTokens:
+    """Tokens that are found in a text before it is divided into words.
+
+    Attributes:
+        ids: of those that are found as they are written.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        added = backend.get_added_tokens_decoder()
+        plain = {
+            number: token
+            for number, token in added.items()
+            if not (token.lstrip or token.rstrip or token.single_word or _has_space(token.content))
+            and not backend.encode_special_tokens
+        }
+        self.ids = {token.content: int(number) for number, token in plain.items()}
+        # The longest of those that begin at one place; what is normalized is looked for in what the others leave.
+        self._stages = [
+            _any_of([token.content for token in plain.values() if token.normalized is normalized])
+            for normalized in (False, True)
+        ]
+        self._others = _any_of([token.content for number, token in added.items() if number not in plain])
+        self._begins = sorted({token.content[:2] for token in added.values()})
+
+    def divide(self, text: str) -> list[tuple[str, bool]] | None:
+        """The parts of a text, and whether each is a token; None where one is found in another way."""
+        if not any(begin in text for begin in self._begins):
+            return [(text, False)]
+        if self._others is not None and self._others.search(text):
+            return None
+        parts = [(text, False)]
+        for stage in self._stages:
+            if stage is not None:
+                parts = [part for one in parts for part in (_divided(stage, one[0]) if not one[1] else [one])]
+        return parts
+
+
+def _divided(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, bool]]:
+    at = 0
+    for match in pattern.finditer(text):
+        if at < match.start():
+            yield text[at : match.start()], False
+        yield match.group(), True
+        at = match.end()
+    if at < len(text):
+        yield text[at:], False
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+
+
+def _has_space(text: str) -> bool:
+    return text != text.strip() or _SPACE in text
+
+
+def _trimming(backend: Any) -> str | None:
+    """Whether the spaces around a token are no part of its place: "", "all", or "but the first" where the text begins
+    with one; None where the library does something else to places."""
+    if backend.post_processor is None:
+        return ""
+    content = json.loads(backend.post_processor.__getstate__())
+    steps = content.get("processors", []) if content.get("type") == "Sequence" else [content]
+    trims = [step for step in steps if step.get("type") == "ByteLevel" and step["trim_offsets"]]
+    if any(step.get("type") not in ("ByteLevel", "TemplateProcessing") for step in steps) or len(trims) > 1:
+        return None
+    if not trims:
+        return ""
+    return "but the first" if trims[0]["add_prefix_space"] else "all"
+
+
+def word_cache(backend: Any, dtype: np.dtype) -> WordCache | None:
+    """For a tokenizer of the tokenizers library whose words are independent of each other; None for others."""
+    normalizer = backend.normalizer
+    if normalizer is not None and json.loads(normalizer.__getstate__()).get("type") not in _NORMALIZERS:
+        return None
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    if getattr(backend.model, "dropout", None) or "" in added:
+        return None
+    if normalizer is not None and any(normalizer.normalize_str(text) != text for text in added):
+        return None
+    patterns = word_patterns(backend)
+    return WordCache(backend, patterns, dtype) if patterns is not None else None
