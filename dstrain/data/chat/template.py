@@ -131,6 +131,7 @@ class ChatTemplate:
         self.stop_tokens: set[int] = set()
         self.conversations = 0
         self._special = _any_of(tokenizer.special_texts)
+        self._ends: dict[str, int] = {}  # the tokens that special texts are
         self._in_parts = self._wants_parts()
 
     @property
@@ -362,8 +363,16 @@ class ChatTemplate:
 
     def _note_stop(self, turn: str) -> None:
         """Each turn must end with a token that is no text, or the model never learns to stop."""
-        [ids] = self._tokenizer.encode_rendered([turn.rstrip()[-_SHOWN:]])
-        last = int(ids[-1]) if ids.size else -1
+        end = turn.rstrip()[-_SHOWN:]
+        for found in self._special.finditer(end) if self._special else ():
+            if found.end() == len(end):
+                end = found.group()
+        last = self._ends.get(end)
+        if last is None:
+            [ids] = self._tokenizer.encode_rendered([end])
+            last = int(ids[-1]) if ids.size else -1
+            if self._tokenizer.is_special(last):
+                self._ends[end] = last
         if not self._tokenizer.is_special(last):
             raise DstrainError(
                 f"no stop token ends the assistant's turn, which ends with {turn[-_SHOWN:]!r}: the model would"
