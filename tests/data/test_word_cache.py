@@ -202,25 +202,28 @@ def test_what_is_trained_is_what_the_places_say(
     cache = cache_of(backend)
     answered = 0
 
-    @settings(deadline=None, max_examples=40)
-    @given(texts=st.lists(TEXTS, min_size=1, max_size=5))
-    def check(texts: list[str]) -> None:
+    def compare(text: str, spans: list[tuple[int, int]]) -> None:
         nonlocal answered
-        edges = np.cumsum([0, *map(len, texts)]).tolist()
-        text = "".join(texts)
-        spans = [span for span in list(pairwise(edges))[::2] if span[0] < span[1]]
-        if not spans:
-            return
         found = cache.ids_and_trained(text, spans)
         if found is not None:
             answered += 1
-            [expected] = _trained_by_places(tokenizer, [_Rendered(text, tuple(spans))])
+            [expected] = _trained_by_places(tokenizer, [_Rendered(text, tuple(spans))], with_stops=True)
             assert isinstance(expected, Encoded), (text, spans)
             assert found[0].tolist() == expected.ids.tolist()
             assert found[1].tolist() == expected.trained.tolist(), (text, spans)
 
+    @settings(deadline=None, max_examples=40)
+    @given(texts=st.lists(TEXTS, min_size=1, max_size=5))
+    def check(texts: list[str]) -> None:
+        edges = np.cumsum([0, *map(len, texts)]).tolist()
+        spans = [span for span in list(pairwise(edges))[::2] if span[0] < span[1]]
+        if spans:
+            compare("".join(texts), spans)
+
     check()
-    assert answered > 5
+    answered = 0
+    compare("<s>user\n hi<|end|><s>assistant\nyes<|end|>", [(31, 41)])
+    assert answered == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -453,15 +453,18 @@ def _trained_tokens(
     Two things must hold, or what is trained is not what the model is asked for later: no token lies across a border,
     and the text in front of the last answer has, alone, the tokens that it has in the whole.
     """
+    if not with_stops:  # whose places must be known
+        yield from _trained_by_places(tokenizer, rendered, with_stops=False)
+        return
     plain = tokenizer.encode_trained([one.text for one in rendered], [one.trained for one in rendered])
     others = [one for one, found in zip(rendered, plain, strict=True) if found is None]
-    with_places = _trained_by_places(tokenizer, others)
+    with_places = _trained_by_places(tokenizer, others, with_stops=True)
     for found in plain:
         yield next(with_places) if found is None else Encoded(*found)
 
 
 def _trained_by_places(
-    tokenizer: Tokenizer, rendered: Sequence[_Rendered]
+    tokenizer: Tokenizer, rendered: Sequence[_Rendered], *, with_stops: bool
 ) -> Iterator[Encoded | DstrainError]:
     prompts = [one.text[: one.trained[-1][0]] for one in rendered]
     encoded = tokenizer.encode_with_places([one.text for one in rendered])
