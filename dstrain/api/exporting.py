@@ -20,7 +20,7 @@ from dstrain.errors import DstrainError
 from dstrain.files import read_json
 from dstrain.plugins import is_code
 from dstrain.runs.checkpoint.hold import held
-from dstrain.runs.checkpoint.manifest import complete_checkpoints, step_of
+from dstrain.runs.checkpoint.manifest import damage_of, named_checkpoints, step_of
 from dstrain.runs.received import first_owner
 from dstrain.runs.run_folder import RunFolder
 from dstrain.strict_json import to_json
@@ -190,20 +190,31 @@ def _ask(module: str, request: dict[str, Any], events: Events) -> dict[str, Any]
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The newest complete checkpoint, or that of ``step``. Raises DstrainError."""
-    found = {step_of(path): path for path in complete_checkpoints(folder.checkpoints)}
-    if not found:
+    damage = {path: damage_of(path) for path in named_checkpoints(folder.checkpoints)}
+    found = {step_of(path): path for path, why in damage.items() if why is None}
+    if found and step in (None, *found):
+        return found[step or max(found)]
+    wrong = {path: why for path, why in damage.items() if why and step in (None, step_of(path))}
+    available = f"available steps: {', '.join(map(str, found))}" if found else ""
+    if wrong:
+        reasons = "\n".join(f"  {path.name}: {why}" for path, why in wrong.items())
+        which = f"no complete checkpoint of step {step}" if step is not None else "no complete checkpoint"
         raise DstrainError(
-            f"{folder.name} has no complete checkpoint",
+            f"{folder.name} has {which}:\n{reasons}",
             where=str(folder.checkpoints),
-            hint=f"`dstrain resume {folder.name}` continues it to its end and saves one",
+            hint="; ".join(filter(None, [available, "restore the files from a backup"])),
         )
-    if step is not None and step not in found:
+    if found:
         raise DstrainError(
             f"{folder.name} has no checkpoint of step {step}",
             where="--step",
-            hint=f"available steps: {', '.join(map(str, found))}; a larger `keep` keeps more checkpoints",
+            hint=f"{available}; a larger `keep` keeps more checkpoints",
         )
-    return found[step or max(found)]
+    raise DstrainError(
+        f"{folder.name} has no complete checkpoint",
+        where=str(folder.checkpoints),
+        hint=f"`dstrain resume {folder.name}` continues it to its end and saves one",
+    )
 
 
 def _refuse_occupied(out: Path) -> None:

@@ -38,7 +38,8 @@ from dstrain.files import write_json
 from dstrain.model.architecture import load_config
 from dstrain.model.weights.weight_files import WeightFiles
 from dstrain.planning.plan import Plan
-from dstrain.runs.checkpoint.manifest import read_manifest
+from dstrain.runs.checkpoint.identity import identity_of
+from dstrain.runs.checkpoint.manifest import step_of
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.run_data import prepare_run_data
 
@@ -74,7 +75,7 @@ def export(
         DstrainError: it can't be read, written, or is not what was trained.
     """
     plan = Plan.read(run.plan)
-    identity = read_manifest(checkpoint)["identity"]
+    identity = identity_of(checkpoint)
     config = _model_config(_model_file(plan, run), identity)
     dtype = dtype or identity["precision"]
     tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
@@ -97,7 +98,7 @@ def export(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    step = read_manifest(checkpoint)["step"]
+    step = step_of(checkpoint)
     run_loss_step, run_loss = _loss_of_run(run, step)
     return {
         "step": step,

@@ -123,6 +123,10 @@ _OF_A_RUN = [
         Site("dstrain.train.worker", "read", "runs/old/checkpoints/step-000002/zero_to_fp32.py"),
         "EIO",
     ),
+    *(
+        (command, Site(module, "open to read", "runs/old/checkpoints/step-000002/manifest.json"), "ELOOP")
+        for command, module in (("export", "dstrain.exporting.convert"), ("resume", "dstrain.train.worker"))
+    ),
 ]
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstrain.errors import DstrainError
+from dstrain.errors import DstrainError, way_out
 from dstrain.planning.layout_names import LayoutChoice
-from dstrain.runs.checkpoint.manifest import read_manifest
+from dstrain.runs.checkpoint.manifest import MANIFEST, read_manifest
 
 _NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")
 _LAYOUT = (*_NAMED, "cut")
@@ -31,7 +31,7 @@ def refuse_other_batch(checkpoint: Path, *, global_batch: int, data_parallel: in
 
     What the plan says of a batch that can't be shared is meant for a run that begins. Raises DstrainError.
     """
-    _refuse_another("global_batch", global_batch, _identity_of(checkpoint), checkpoint)
+    _refuse_another("global_batch", global_batch, identity_of(checkpoint), checkpoint)
     if data_parallel is None or global_batch % data_parallel == 0:
         return
     fitting = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
@@ -50,7 +50,7 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
     Another layout is none, but where DeepSpeed keeps states in files of its own. Raises DstrainError.
     """
-    saved = _identity_of(checkpoint)
+    saved = identity_of(checkpoint)
     for key in (*identity, *(key for key in _OWN_ALONE if key in saved and key not in identity)):
         if key not in _MAY_CHANGE:
             _refuse_another(key, identity.get(key), saved, checkpoint)
@@ -75,12 +75,12 @@ def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: 
 
 def is_other_layout(checkpoint: Path, identity: Mapping[str, Any]) -> bool:
     """Whether another layout than this run's has saved the checkpoint, so that its ranks' files are not ours."""
-    return _another_layout(_identity_of(checkpoint), identity)
+    return _another_layout(identity_of(checkpoint), identity)
 
 
 def what_changes(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
     """In a line each, what of the layout is another than the checkpoint's. Empty where nothing is."""
-    saved = _identity_of(checkpoint)
+    saved = identity_of(checkpoint)
     lines = []
     if _another_layout(saved, identity):
         before, after = _name(saved), _name(identity)
@@ -101,8 +101,19 @@ def _another_layout(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> bo
     return any(key in identity and saved.get(key) != identity[key] for key in _LAYOUT)
 
 
-def _identity_of(checkpoint: Path) -> dict[str, Any]:
-    identity: dict[str, Any] = read_manifest(checkpoint)["identity"]
+def identity_of(checkpoint: Path) -> dict[str, Any]:
+    """`Plan.identity` of the run that saved a checkpoint. Raises DstrainError where its manifest can't be read."""
+    try:
+        identity: dict[str, Any] = read_manifest(checkpoint)["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else reason
+        hint = "`dstrain checkpoints RUN --verify` tells which checkpoints are whole"
+        raise DstrainError(
+            f"this checkpoint's manifest can't be read: {reason}",
+            where=str(checkpoint / MANIFEST),
+            hint=way_out(error, hint) if isinstance(error, OSError) else hint,
+        ) from error
     return identity
 
 

@@ -330,8 +330,13 @@ def wrong_files(
         except FileNotFoundError:
             found[name] = f"{name} is missing"
         except OSError as error:
-            found[name] = f"{name} {_UNREADABLE} ({error.strerror})"
+            found[name] = unreadable(name, error)
     return found
+
+
+def unreadable(name: str, error: OSError | ValueError) -> str:
+    """What to say of a file that can't be read now."""
+    return f"{name} {_UNREADABLE} ({getattr(error, 'strerror', None) or error})"
 
 
 _UNREADABLE = "can't be read"

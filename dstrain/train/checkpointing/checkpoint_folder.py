@@ -23,6 +23,7 @@ from dstrain.runs.checkpoint.manifest import (
     make_manifest,
     missing_or_cut,
     read_manifest,
+    unreadable,
 )
 from dstrain.strict_json import to_json
 from dstrain.version import __version__
@@ -81,7 +82,10 @@ def write_manifest(
         file.flush()
         os.fsync(file.fileno())
     flush_folders(aside)
-    why = missing_or_cut(aside, files_of(read_manifest(aside)))
+    try:
+        why = missing_or_cut(aside, files_of(read_manifest(aside)))
+    except ValueError as error:
+        why = unreadable(MANIFEST, error)
     if why is not None:
         raise OSError(f"the files on disk differ from what was written: {why}")
 

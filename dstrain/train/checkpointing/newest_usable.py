@@ -11,6 +11,7 @@ from torch import distributed
 from dstrain.errors import DstrainError
 from dstrain.json_collectives import all_gather_json, broadcast_json
 from dstrain.runs.checkpoint.manifest import (
+    MANIFEST,
     Choice,
     choose_newest,
     files_of,
@@ -19,6 +20,7 @@ from dstrain.runs.checkpoint.manifest import (
     passed_over,
     read_manifest,
     share_out,
+    unreadable,
     wrong_files,
 )
 
@@ -78,11 +80,16 @@ def _choose(folder: Path, run: str, damaged: dict[str, str]) -> Choice:
 def _wrong_bytes(checkpoint: Path, say: Callable[[str], None]) -> str | None:
     """What is wrong with the first wrong file, the same on all ranks; each reads its share."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    files = files_of(read_manifest(checkpoint))
-    if rank == 0 and any(file.sha256 is None for file in files.values()):
-        say(f"{checkpoint.name} was saved by an older dstrain, without checksums: only sizes are checked")
-    share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
-    parts: list[dict[str, str]] = all_gather_json(wrong_files(checkpoint, files, share))
+    try:
+        files = files_of(read_manifest(checkpoint))
+    except (OSError, ValueError) as error:  # rank 0 could read it a moment ago
+        wrong = {MANIFEST: unreadable(MANIFEST, error)}
+    else:
+        if rank == 0 and any(file.sha256 is None for file in files.values()):
+            say(f"{checkpoint.name} was saved by an older dstrain, without checksums: only sizes are checked")
+        share = share_out({name: file.size for name, file in files.items()}, ranks)[rank]
+        wrong = wrong_files(checkpoint, files, share)
+    parts: list[dict[str, str]] = all_gather_json(wrong)
     found = {name: why for part in parts for name, why in part.items()}
     if not found:
         return None
