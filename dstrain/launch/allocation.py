@@ -12,6 +12,21 @@ from dstrain.errors import DstrainError
 from dstrain.planning.layout import Host
 
 _ONE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+# squeue(1), "JOB STATE CODES": those without hosts, or that take nothing new.
+_ENDED = {
+    *(
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "COMPLETING",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+    ),
+    *("PENDING", "PREEMPTED", "REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
+}
+_ANSWER_SECONDS = 10.0
 _GROUP = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
 
@@ -41,10 +56,43 @@ def names_of(node_list: str) -> list[str]:
     )
     if said.returncode:
         raise DstrainError(
-            f"scontrol does not know the hosts of this job: {said.stderr.strip()}",
-            hint="check that SLURM_JOB_NODELIST was set by Slurm",
+            f"scontrol does not know the hosts of this job: {_last_line(said.stderr)}",
+            where="SLURM_JOB_NODELIST",
+            hint="check that it was set by Slurm, or use --launcher local to stay on this machine",
         )
     return said.stdout.split()
+
+
+def why_ended(job: str) -> str | None:
+    """Why nothing can be started in a job any more, in Slurm's words; None where it can, or where Slurm does not say.
+
+    A shell can outlive its job, and a container may have the variables of one and no way to Slurm. Where Slurm does
+    not answer now, srun waits for it longer than this does.
+    """
+    if which("squeue") is None:
+        return None
+    import subprocess
+
+    try:
+        said = subprocess.run(
+            ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if said.returncode:
+        lasting = "Invalid job id" in said.stderr or "fatal: " in said.stderr
+        return _last_line(said.stderr) if lasting else None
+    states = said.stdout.split()  # one for each part of a heterogeneous job
+    return ", ".join(states) if states and not set(states) - _ENDED else None
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it does not say why"])[-1]
 
 
 def slurm_allocation(

@@ -9,7 +9,7 @@ from shutil import which
 from typing import TYPE_CHECKING
 
 from dstrain.errors import DstrainError
-from dstrain.launch.allocation import Allocation, slurm_allocation
+from dstrain.launch.allocation import Allocation, slurm_allocation, why_ended
 from dstrain.launch.devices import Devices
 from dstrain.launch.hosts import is_this_host, read_hostfile
 from dstrain.launch.launch_spec import runs_here
@@ -85,6 +85,14 @@ def find_placement(
             where=str(resolved.origin("launcher")) if config.launcher else "SLURM_JOB_ID",
             hint="--launcher local stays on this machine, as for a shell or a container that has kept a job's"
             " variables; or add Slurm's commands to PATH",
+        )
+    reason = why_ended(allocation.job)
+    if reason is not None:
+        raise DstrainError(
+            f"SLURM_JOB_ID says that this is job {allocation.job}, in which Slurm can't start anything: {reason}",
+            where=str(resolved.origin("launcher")) if config.launcher else "SLURM_JOB_ID",
+            hint="get hosts anew with `dstrain submit` or salloc; --launcher local stays on this machine, as for a"
+            " shell or a container that has kept a job's variables",
         )
     if config.launcher == "slurm":
         return Placement(allocation.hosts, "slurm")

@@ -356,6 +356,23 @@ def test_kubernetes_yaml(
         assert site.numbers("train") == site.numbers("undisturbed")
 
 
+def test_a_shell_that_has_outlived_its_job(slurm_site: Placement) -> None:
+    """Its variables lead nowhere: `plan` and `run` say so before anything is started."""
+    assert slurm_site.slurm is not None
+    argv = ["salloc", "--nodes=2", "--ntasks-per-node=2", "env"]
+    kept = slurm_site.slurm.run(argv, env=slurm_site.environment, cwd=slurm_site.place).out
+    left = dict(line.split("=", 1) for line in kept.splitlines() if line.startswith("SLURM_"))
+    purged = {"SLURM_JOB_ID": "4711"}  # Slurm forgets a job minutes after its end
+    for more, reason in (({}, "COMPLETED"), (purged, "Invalid job id")):
+        variables = slurm_site.environment | left | more
+        for command in ("plan", "run"):
+            argv = dstrain_argv(command, *ARGUMENTS)
+            said = slurm_site.cluster.run("n1", argv, env=variables, cwd=slurm_site.place)
+            errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+            assert said.code == 2 and len(errors) == 1, said
+            assert reason in said.err and "salloc" in said.err and "--launcher local" in said.err, said
+
+
 @pytest.mark.heavy
 def test_slurm_sbatch(slurm_site: Placement, local: list[dict[str, Any]], repository: Path) -> None:
     """launch/slurm.sbatch as it stands there; only the numbers of ranks and GPUs are those of these hosts."""

@@ -12,7 +12,7 @@ from dstrain.api.preflight import node_of
 from dstrain.config.loader import ResolvedConfig, load_config
 from dstrain.errors import DstrainError
 from dstrain.launch import placement as placement_module
-from dstrain.launch.allocation import Allocation, names_of, slurm_allocation
+from dstrain.launch.allocation import Allocation, names_of, slurm_allocation, why_ended
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement, find_placement
 from dstrain.planning.layout import Host
@@ -23,8 +23,9 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"}
 
 @pytest.fixture(autouse=True)
 def _srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's commands are there, whatever this machine has."""
+    """Slurm's commands are there, whatever this machine has, and the job goes on."""
     monkeypatch.setattr(placement_module, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(placement_module, "why_ended", lambda job: None)
 
 
 @pytest.mark.parametrize("flags", [{}, {"launcher": "slurm"}])
@@ -85,6 +86,40 @@ def test_no_allocation_and_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     # A container inside a job may have no tool of Slurm, and stays on its host.
     found = slurm_allocation(JOB | {"SLURM_JOB_NODELIST": "gpu-07", "SLURM_TASKS_PER_NODE": "2"})
     assert found is not None and found.hosts == (Host("gpu-07", 2),)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("echo RUNNING", None),
+        ("echo COMPLETED; echo RUNNING", None),
+        ("echo COMPLETED", "COMPLETED"),
+        ("echo TIMEOUT; echo CANCELLED", "TIMEOUT, CANCELLED"),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "Invalid job id specified"),
+        ("echo squeue: error: no DNS >&2; echo squeue: fatal: no source >&2; exit 1", "fatal: no source"),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", None),
+        ("", None),
+    ],
+)
+def test_a_job_that_has_ended(
+    answer: str, reason: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n{answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = why_ended("7")
+    assert (said is None) == (reason is None) and (reason or "") in (said or "")
+    monkeypatch.setattr(placement_module, "why_ended", why_ended)
+    left = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu07", "SLURM_TASKS_PER_NODE": "1"}
+    if said is None:
+        assert find_placement(config(), CPU, left).launcher == "slurm"
+        return
+    for flags in ({}, {"launcher": "slurm"}):
+        with pytest.raises(DstrainError, match="job 7, in which Slurm can't start anything") as caught:
+            find_placement(config(**flags), CPU, left)
+        assert said in caught.value.message and "--launcher local" in (caught.value.hint or "")
+    assert find_placement(config(launcher="local"), CPU, left) == Placement((), "local")
 
 
 @pytest.fixture
