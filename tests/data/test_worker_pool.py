@@ -90,12 +90,13 @@ def test_an_error_of_an_earlier_record_is_told_first() -> None:
 
 
 def test_a_worker_that_dies_is_an_error_with_a_way_out() -> None:
+    before = set(psutil.Process().children())  # of other tests, such as the fork server
     with WorkerPool(Work(), 2) as pool:
         with pytest.raises(DstrainError, match="was ended by SIGKILL") as caught:
             list(pool.map(["a", "die", "sleep 0.1", "b"]))
         assert "memory" in (caught.value.hint or "") and caught.value.exit_code == 1
         assert [job for job, _ in pool.map(["c"])] == ["c"]  # with new ones
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 SCRIPT = """
