@@ -50,6 +50,16 @@ def _prepared(
     clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)
+    if part.streamed and isinstance(source, Source):
+        asked = {
+            "stream": part.stream_request(resolved.config, tokenizer=tokenizer),
+            "validation": part.validation,
+            "samples": resolved.config.eval_samples,
+        }
+        found = PlannedData.from_record(
+            _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
+        )
+        return replace(found, kinds=source.kinds, left_out=source.left_out)
     choices = part.choices(resolved.config)
     known = read_summary(
         summary_file(cache, source, tokenizer_state(tokenizer), **choices, records=part.records.state)
@@ -81,6 +91,12 @@ def look_at_data(
         DstrainError: the data can't be used.
     """
     config, cache = resolved.config, cache_folder() / "data"
+    if config.data_stream:
+        raise DstrainError(
+            "the samples of a stream are made while it is trained on",
+            where=str(resolved.origin("data_stream")),
+            hint="--set data_stream=false shows the samples of the same data, in another order; it reads all of them",
+        )
     parts = data_parts(config)
     own = [_own_source(part, resolved, events) for part in parts]
     planned = combine(

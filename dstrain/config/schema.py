@@ -89,6 +89,10 @@ class RunConfig(BaseModel):
         description="other weights of the sources in the course of the run: [{until: 0.9, weights: {web: 3, code: 1}},"
         " {weights: {web: 1, code: 1}}]",
     )
+    data_stream: bool = Field(
+        False,
+        description="train while the data is still being read and tokenized, without a cache of its tokens",
+    )
     data_format: DataFormat = Field(
         "auto",
         description="format of the records of files; auto: that of the first record, by its fields; or of files of"

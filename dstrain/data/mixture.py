@@ -29,6 +29,30 @@ class Order(Protocol):
     def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
         """What one replica gets of the step: one int64 [micro_batch] for each of its accumulation steps."""
 
+    def given_before(self, step: int) -> list[int]:
+        """How many rows each source has given before the step, epoch after epoch."""
+
+
+class RowsInOrder:
+    """The rows of one source one after the other, as a stream has them."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+
+    def sample_ids(self, step: int) -> np.ndarray:
+        """The rows of the step's global batch: int64 [global_batch], steps counted from 1."""
+        if step < 1:
+            raise ValueError(f"steps are counted from 1, not {step}")
+        return np.arange((step - 1) * self.global_batch, step * self.global_batch, dtype=np.int64)
+
+    def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
+        """See `dstrain.data.order.SampleOrder.micro_batches`."""
+        return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
+
+    def given_before(self, step: int) -> list[int]:
+        """How many rows were given before the step."""
+        return [(step - 1) * self.global_batch]
+
 
 class MixtureOrder:
     """The rows of each step as a pure function of (sources, phases, global batch, seed, step).
@@ -79,13 +103,25 @@ class MixtureOrder:
         """See `dstrain.data.order.SampleOrder.micro_batches`."""
         return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
+    def given_before(self, step: int) -> list[int]:
+        """How many rows each source has given before the step, epoch after epoch."""
+        place = (step - 1) * self.global_batch
+        phase = self._phase_at(place)
+        begin, given = self._before[phase]
+        found = list(given)
+        for number, count in rows_of_sources(place - begin, self._phases[phase].parts).items():
+            found[number] += count
+        return found
+
+    def _phase_at(self, place: int) -> int:
+        """A phase ends with a step, so that a step is in one alone."""
+        ends = (end for end, _ in self._before[1:])
+        return next((at for at, end in enumerate(ends) if place < end), len(self._phases) - 1)
+
     def _places(self, step: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Of each source in the step: where in the batch its rows stand, and how many it has given before each."""
         first = (step - 1) * self.global_batch
-        # A phase ends with a step, so that a step is in one alone.
-        phase = next(
-            (at for at, (end, _) in enumerate(self._before[1:]) if first < end), len(self._phases) - 1
-        )
+        phase = self._phase_at(first)
         begin, given = self._before[phase]
         line = np.arange(first - begin, first - begin + self.global_batch + 1, dtype=np.int64)
         found = {}

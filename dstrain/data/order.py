@@ -49,6 +49,10 @@ class SampleOrder:
         """
         return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
+    def given_before(self, step: int) -> list[int]:
+        """How many rows were given before the step, epoch after epoch."""
+        return [(step - 1) * self.global_batch]
+
 
 def shuffled_rows(places: np.ndarray, rows: int, seed: int, *key: int) -> np.ndarray:
     """The rows at these places of an endless line of epochs, each a fresh shuffle: int64 [n], ascending -> int64 [n].

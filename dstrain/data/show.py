@@ -20,7 +20,7 @@ import numpy as np
 from dstrain.child_process import child_main
 from dstrain.data.mixture import MixedRows
 from dstrain.data.packing import IGNORED
-from dstrain.data.prepare import prepare_as_asked
+from dstrain.data.prepare import PackedData, prepare_as_asked
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.files import write_json
 from dstrain.mixture_shares import MixturePhase
@@ -119,7 +119,9 @@ def rows_of_samples(
 def statistics(data: TrainingData) -> dict[str, Any]:
     """Lengths and labels, as JSON values; ``lengths`` are percentiles of the tokens of a document."""
     labels = data.rows.label_tokens(np.arange(len(data.rows)))
-    lengths = np.concatenate([source.data.lengths for source in data.sources])
+    lengths = np.concatenate(
+        [source.data.lengths for source in data.sources if isinstance(source.data, PackedData)]
+    )
     powers = Counter(int(length).bit_length() for length in lengths.tolist())
     return {
         "lengths": {

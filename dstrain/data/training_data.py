@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.data.mixture import MixedRows, MixtureOrder, Order
+from dstrain.data.mixture import MixedRows, MixtureOrder, Order, RowsInOrder
 from dstrain.data.order import SampleOrder
 from dstrain.data.packing import Rows
 from dstrain.data.prepare import PackedData
+from dstrain.data.streaming.prepare import StreamedData
+from dstrain.data.streaming.rows import StreamRows
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.mixture_shares import MixturePhase
 
@@ -34,7 +36,7 @@ class TrainingSource:
     """
 
     name: str
-    data: PackedData
+    data: PackedData | StreamedData
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,21 @@ class TrainingData:
     def order(self, global_batch: int, seed: int) -> Order:
         """Which rows each step takes."""
         if not self.phases:
-            return SampleOrder(len(self.rows), global_batch, seed)
+            return (
+                RowsInOrder(global_batch) if self.streams else SampleOrder(len(self.rows), global_batch, seed)
+            )
         rows = {source.name: len(source.data.train) for source in self.sources}
-        return MixtureOrder(rows, self.phases, global_batch, seed)
+        streamed = {source.name for source in self.sources if isinstance(source.data, StreamedData)}
+        return MixtureOrder(rows, self.phases, global_batch, seed, in_order=streamed)
+
+    @property
+    def streams(self) -> dict[int, StreamRows]:
+        """The rows of those sources that are streamed, by their numbers."""
+        return {
+            number: source.data.train
+            for number, source in enumerate(self.sources)
+            if isinstance(source.data, StreamedData)
+        }
 
 
 def training_data(

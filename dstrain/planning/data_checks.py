@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from dstrain.addresses import refuse_address
 from dstrain.config.data_sources import steps_of_phases, weights_by_phase
-from dstrain.config.loader import ResolvedConfig
+from dstrain.config.loader import DEFAULT_RECIPE, ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plugins import is_code
 
@@ -99,5 +99,38 @@ def _refuse_phases(resolved: ResolvedConfig) -> None:
         )
 
 
-DATA_CHECKS = (_refuse_addresses_of_data, _refuse_data_options, _refuse_sources, _refuse_phases)
+def _refuse_stream(resolved: ResolvedConfig) -> None:
+    """What can't be streamed, or needs to be known before all is read."""
+    config, where = resolved.config, str(resolved.origin("data_stream"))
+    if not config.data_stream:
+        return
+    steps = resolved.origin("steps")
+    if steps.kind == "default" or steps.place.startswith(f"{DEFAULT_RECIPE}.yaml"):
+        raise DstrainError(
+            "data_stream needs the number of steps: how much data there is, is not known before it is read",
+            where=where,
+            hint="--steps N",
+        )
+    for source in config.sources:
+        if is_code(source.path):
+            raise DstrainError(
+                f"{source.path} can't be streamed: data_stream reads files, and starts again in the middle of them",
+                where=where,
+                hint="set data_stream to false, or let your code write files",
+            )
+        if source.limit is not None:
+            raise DstrainError(
+                f"{source.called} has a limit, which a stream can't keep: it reads its files in another order",
+                where=where,
+                hint="remove the limit, or set data_stream to false",
+            )
+
+
+DATA_CHECKS = (
+    _refuse_addresses_of_data,
+    _refuse_data_options,
+    _refuse_sources,
+    _refuse_phases,
+    _refuse_stream,
+)
 """Each raises DstrainError."""

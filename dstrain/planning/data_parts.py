@@ -31,6 +31,7 @@ class DataPart:
         limit: the number of documents to read; None: all.
         config, split, revision: which part of a data set that has several.
         options: of the user's own code.
+        streamed: whether it is read while it is trained on.
     """
 
     name: str
@@ -43,6 +44,7 @@ class DataPart:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    streamed: bool = False
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -91,6 +93,36 @@ class DataPart:
             **{name: value for name, value in self._part_of_set.items() if value is not None},
         }
 
+    def stream_request(
+        self,
+        config: RunConfig,
+        *,
+        tokenizer: str,
+        template: str = "",
+        held_until: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """A `dstrain.data.streaming.stream.StreamRequest`, as JSON values.
+
+        Args:
+            template: as of `request`.
+            held_until: up to which file and record documents are held back for validation; None: none.
+        """
+        held = None
+        if held_until is not None:
+            held = {"fraction": self.validation, "shard": held_until[0], "record": held_until[1]}
+        return {
+            "source": self.path,
+            "tokenizer": tokenizer,
+            "seq_len": config.seq_len,
+            "seed": config.seed,
+            "begin": config.begin_token,
+            "pack": config.pack,
+            "max_document_bytes": config.max_document_bytes,
+            "records": asdict(replace(self.records, template_text=template)),
+            **self._part_of_set,
+            "held": held,
+        }
+
 
 def data_parts(config: RunConfig) -> tuple[DataPart, ...]:
     """All that a config reads: first what is trained on, then the validation sets that are no part of it."""
@@ -114,6 +146,7 @@ def data_parts(config: RunConfig) -> tuple[DataPart, ...]:
             config=source.config,
             split=source.split if own else None,
             revision=source.revision,
+            streamed=config.data_stream and trained,
         )
 
     sets = config.validation if isinstance(config.validation, list) else []
@@ -175,6 +208,7 @@ def combine(config: RunConfig, parts: Sequence[DataPart], planned: Sequence[Plan
         stop_tokens=tuple(sorted({token for data in trained for token in data.stop_tokens})),
         sources=sources,
         phases=phases,
+        held_until=None,
     )
 
 

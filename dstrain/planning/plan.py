@@ -127,6 +127,8 @@ class PlannedData:
         stop_tokens: the tokens that end an assistant's turn.
         sources: what there are several of; the values above are of those that are trained on together. Empty for one.
         phases: their shares of the rows in the course of the run.
+        streamed: whether it is read while it is trained on: documents, tokens and samples to train on are estimates.
+        held_until: of a stream, numbers of the file and record up to which documents are held back for validation.
     """
 
     source: str = ""
@@ -160,6 +162,8 @@ class PlannedData:
     stop_tokens: tuple[int, ...] = ()
     sources: tuple[PlannedSource, ...] = ()
     phases: tuple[MixturePhase, ...] = ()
+    streamed: bool = False
+    held_until: tuple[int, int] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
@@ -173,8 +177,14 @@ class PlannedData:
             MixturePhase(phase["last_step"], tuple((part[0], part[1]) for part in phase["parts"]))
             for phase in known.get("phases", ())
         ]
-        stops = tuple(known.get("stop_tokens", ()))
-        return cls(**{**known, "stop_tokens": stops, "sources": tuple(sources), "phases": tuple(phases)})
+        held = known.get("held_until")
+        made = {
+            "stop_tokens": tuple(known.get("stop_tokens", ())),
+            "sources": tuple(sources),
+            "phases": tuple(phases),
+            "held_until": (held[0], held[1]) if held else None,
+        }
+        return cls(**{**known, **made})
 
     @property
     def training_sources(self) -> tuple[PlannedSource, ...]:

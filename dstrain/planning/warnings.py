@@ -78,7 +78,8 @@ def warnings_about(
         )
     epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1 and not data.sources:  # whose table shows it
-        found.append(f"the data's {data.train_rows:,} samples are seen {epochs:.1f} times")
+        about = "about " if data.streamed else ""
+        found.append(f"the data's {about}{data.train_rows:,} samples are seen {about}{epochs:.1f} times")
     return found
 
 

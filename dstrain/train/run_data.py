@@ -16,6 +16,8 @@ from dstrain.child_process import run_module
 from dstrain.config.files import cache_folder
 from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.prepare import PackedData, prepare_as_asked
+from dstrain.data.streaming.prepare import StreamedData, prepare_stream
+from dstrain.data.streaming.stream import StreamRequest
 from dstrain.data.token_cache import is_cached
 from dstrain.data.tokenizers import load_tokenizer
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
@@ -44,9 +46,11 @@ def prepare_run_data(plan: Plan) -> TrainingData:
     return training_data(trained, validation, plan.data.phases)
 
 
-def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData:
+def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData | StreamedData:
     """One source, which must hold what the plan knows of it."""
     try:
+        if part.streamed:
+            return _prepare_stream(plan, part, known)
         own = _own_source(plan, part, known) if part.is_code else None
         data = prepare_as_asked(_request(plan, part, known, own))
     except DstrainError as error:
@@ -68,6 +72,19 @@ def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData:
             hint="start a new run for changed data" + _or_copy(plan),
         )
     return data
+
+
+def _prepare_stream(plan: Plan, part: DataPart, known: PlannedData) -> StreamedData:
+    asked = part.stream_request(
+        plan.run_config, tokenizer=known.tokenizer, template=known.chat_template, held_until=known.held_until
+    )
+    return prepare_stream(
+        StreamRequest.from_json(asked),
+        plan.run_config.eval_samples,
+        known.fingerprint,
+        part.path,
+        "start a new run for changed data" + _or_copy(plan),
+    )
 
 
 def _request(plan: Plan, part: DataPart, known: PlannedData, own: OwnSource | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
+from dstrain.config.files import cache_folder
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizers import Tokenizer
@@ -49,6 +50,7 @@ from dstrain.train.metrics import MetricsFile
 from dstrain.train.prefetch import Prefetch
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
+from dstrain.train.streams import Streams
 from dstrain.train.validation import VALIDATION_LOSS, Validation
 
 
@@ -122,6 +124,7 @@ def _train(
     metrics = MetricsFile(folder.metrics, after_step=first - 1) if rank == 0 else None
 
     order = data.order(plan.batch.global_batch, config.seed)
+    streams = Streams(data, order, cache_folder() / "streams")
     batches = TrainBatches(data.rows, plan.batch, order=order, replica=replica)
     validation = Validation(
         data.validation_sets, engine, plan.batch, samples=config.eval_samples, replica=replica
@@ -144,7 +147,10 @@ def _train(
             device=device,
             late=lambda: control.busy("waiting for data"),
         ) as prefetch,
+        streams,
     ):
+        if first <= config.steps:
+            streams.open(checkpoints.streams)
         for step in range(first, config.steps + 1):
             checkpoints.raise_if_failed()
             began = time.perf_counter()
@@ -185,7 +191,7 @@ def _train(
                 with control.busy("checkpoint"):
                     if metrics:
                         metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
-                    checkpoints.save(engine, step)
+                    checkpoints.save(engine, step, streams.states(step))
                 schedule.saved()
             if leave:
                 control.run_ending()

@@ -22,6 +22,7 @@ NEW: set[str] = {
     *("max_document_bytes", "access", "code_dirs", "hooks", "trackers", "profile", "not_covered"),
     *("begin_token", "data.begins_with", "data.ends_with", "data.kinds", "data.left_out"),
     *("data_weight_by", "data_phases", "data.sources", "data.phases", "config.data.path"),
+    *("data_stream", "data.streamed", "data.held_until"),
     *(
         "data_format",
         "data_fields",

@@ -87,7 +87,7 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
         headed(
             "data",
             f"{data.source}: {_documents(data)},"
-            f" {data.train_rows:,} training samples, {data.validation_rows:,} validation samples"
+            f" {_training_samples(data)}, {data.validation_rows:,} validation samples"
             f"{_ends_of_documents(data)}",
         )
     )
@@ -108,12 +108,11 @@ def sources(data: PlannedData) -> FoldingTable:
     for source in data.sources:
         held = source.data
         share = source.rows * (1 - held.padding) / tokens
+        about = "about " if held.streamed else ""
         table.add_row(
             source.name,
             held.format,
-            f"{held.documents:,}",
-            f"{held.tokens:,}",
-            f"{held.train_rows:,}",
+            *(f"{about}{count:,}" for count in (held.documents, held.tokens, held.train_rows)),
             f"{share:.1%}" if source.trained else "validation",
             f"{source.epochs:.2f}" if source.trained else "-",
         )
@@ -142,9 +141,18 @@ _TRAINED = {
 }
 
 
+def _training_samples(data: PlannedData) -> str:
+    if data.streamed:
+        return f"about {data.train_rows:,} training samples an epoch"
+    return f"{data.train_rows:,} training samples"
+
+
 def _documents(data: PlannedData) -> str:
+    field = f" (field {shown(data.text_field)!r})" if data.text_field else ""
+    if data.streamed:
+        files = f"{format_count(data.files, 'file')} ({data.format}{field}, {format_bytes(data.bytes)})"
+        return f"{files}, streamed: tokens are counted while training"
     if data.trained_tokens is None:
-        field = f" (field {shown(data.text_field)!r})" if data.text_field else ""
         as_they_are = f" ({data.format}, taken as they are)" if data.format != "text" else ""
         return f"{data.documents:,} documents{field}{as_they_are}, {data.tokens:,} tokens"
     what = {"prompt-completion": "prompts with completions", "tokens": "documents"}.get(

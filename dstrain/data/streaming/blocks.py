@@ -125,6 +125,7 @@ class ReadDocument:
         part: how many parts of this one came before.
         last: whether it ends with this part.
         size: what it counts for in a block.
+        bytes_read: of the shard, to get this far.
     """
 
     record: int
@@ -132,6 +133,7 @@ class ReadDocument:
     last: bool
     document: Document
     size: int
+    bytes_read: int
 
 
 def is_held(stream: Stream, shard: int, record: int) -> bool:
@@ -158,7 +160,8 @@ def _records(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
     assert isinstance(stream.corpus, ConversationSource)
     with errors_of(file):
         for number, record in enumerate(records_of(file, stream.corpus.source)):
-            yield ReadDocument(number, 0, True, record, _OVERHEAD + characters(record.fields))
+            size = _OVERHEAD + characters(record.fields)
+            yield ReadDocument(number, 0, True, record, size, record.bytes_read)
 
 
 def _texts(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
@@ -169,7 +172,8 @@ def _texts(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
         pieces.append(piece)
         size += len(piece.text)
         if piece.last or size >= stream.request.characters:
-            yield ReadDocument(record, part, piece.last, tuple(pieces), size + _OVERHEAD)
+            size += _OVERHEAD
+            yield ReadDocument(record, part, piece.last, tuple(pieces), size, piece.bytes_read)
             record, part = (record + 1, 0) if piece.last else (record, part + 1)
             pieces, size = [], 0
 

@@ -168,6 +168,21 @@ class StreamRows:
                 raise IndexError(f"row {row} lies before those whose place is known")
             return self._states[at - 1].at(row).to_json()
 
+    def check_before(self, row: int) -> str:
+        """A hash of rows up to the one before that: hosts that make the same rows have the same. Empty where none was
+        made before it since the stream was opened.
+
+        Raises: as `state_before`.
+        """
+        if row <= self._begin.row:
+            return ""
+        self._advance_to(row)
+        with self._lock:
+            at = bisect_right(self._states, row - 1, key=lambda state: state.first)
+            if not at:
+                raise IndexError(f"row {row} lies before those whose place is known")
+            return self._states[at - 1].check
+
     def close(self) -> None:
         """End the process and remove the ring, in the rank that has started it. Who waits for a row gets an error."""
         self._closed.set()

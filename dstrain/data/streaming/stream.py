@@ -93,9 +93,9 @@ class StreamRequest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StreamRequest:
-        """The reverse of `to_json`."""
-        held = Held(**value["held"]) if value["held"] else None
-        return cls(**{**value, "records": RecordOptions(**value["records"]), "held": held})
+        """The reverse of `to_json`; what is missing has its default."""
+        held = Held(**value["held"]) if value.get("held") else None
+        return cls(**{**value, "records": RecordOptions(**value.get("records", {})), "held": held})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ take, and all others are trained on; which ones is known by the share and the pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ def hold_back(stream: Stream, fraction: float, samples: int) -> HeldBack:
             if rows >= samples:
                 end = (encoded.block.place.shard, encoded.block.place.record + 1)
                 break
-    found = _rows(stream, blocks)
+    found = rows_of_blocks(stream, blocks)
     if not len(found):
         raise DstrainError(
             f"validation: {fraction:g} chooses {documents:,} documents with {tokens:,} tokens, which fill no row of"
@@ -87,7 +87,8 @@ def _chosen(stream: Stream, fraction: float) -> Iterator[Block]:
                 yield Block(place, place, [one.document], one.part > 0, not one.last)
 
 
-def _rows(stream: Stream, blocks: list[EncodedBlock]) -> Rows:
+def rows_of_blocks(stream: Stream, blocks: Sequence[EncodedBlock]) -> Rows:
+    """The rows that these documents fill, in their order."""
     request = stream.request
     lengths: list[int] = []
     is_open = False

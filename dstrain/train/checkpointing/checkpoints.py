@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,6 +75,8 @@ class Checkpoints:
         self.identity = dict(identity)
         self.run = run
         self.background = background
+        self.streams: Sequence[Any] | None = None
+        """What was saved as ``streams`` of `save` with the state that was loaded."""
         self._config = dict(config)
         self._say = say
         self._rank = distributed.get_rank()
@@ -83,8 +85,10 @@ class Checkpoints:
         self._said_no_room = False
         self._completed: deque[tuple[int, Path]] = deque()
 
-    def save(self, engine: Engine, step: int) -> Path:
+    def save(self, engine: Engine, step: int, streams: Sequence[Any] | None = None) -> Path:
         """Save the state after ``step``; returns the folder that the checkpoint has, or will have, when it is complete.
+
+        ``streams`` says how to go on with data that is streamed.
 
         In the background only the copy to host memory is made now; an earlier checkpoint is complete before.
 
@@ -100,7 +104,10 @@ class Checkpoints:
                 begin(self.folder, step, keep=self.keep, keep_every=self.keep_every, damaged=self._damaged)
                 (aside / WORDS).mkdir()
             distributed.barrier()
-            engine.save(aside, {"step": step, "run": self.run}, held if self.background else None)
+            state = {"step": step, "run": self.run}
+            if streams is not None:
+                state["streams"] = list(streams)
+            engine.save(aside, state, held if self.background else None)
             written = self._share_of_written(aside)
         except Exception as error:
             reason = why_not_written(error, aside)
@@ -178,7 +185,9 @@ class Checkpoints:
             return 0
         refuse_other(folder, self.identity)
         other_layout = is_other_layout(folder, self.identity)
-        return int(engine.load(folder, other_layout=other_layout, say=self._say)["step"])
+        state = engine.load(folder, other_layout=other_layout, say=self._say)
+        self.streams = state.get("streams")
+        return int(state["step"])
 
     def newest_usable(self) -> Path | None:
         """As `find_newest_usable`, in this run's folder."""

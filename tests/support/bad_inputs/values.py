@@ -13,6 +13,7 @@ _WRONG_TYPES = [
     ("data", "null", "a string", "text file, folder"),
     ("data_weight_by", "rows", "'tokens' or 'documents'", "weights of several sources"),
     ("data_phases", "0.9", "a list", "weights of the sources"),
+    ("data_stream", "always", "boolean", "for example data_stream: false"),
     ("data_format", "chat", "'auto', 'text', 'messages'", "of the first record"),
     ("data_fields", "content", "a dictionary", "names of the fields"),
     ("chat_template", "[chatml]", "a string", "Jinja template"),
