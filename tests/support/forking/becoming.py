@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from typing import Any
 
 from tests.support import os_errors
@@ -40,7 +40,8 @@ class ForkingPopen(subprocess.Popen):
         if _is_script(argv):
             argv, options["cwd"], environment = _told_by_script(argv, options.get("cwd"), environment)
         if is_python(argv):
-            options["preexec_fn"] = lambda: become(argv, environment)
+            kept = tuple(options.get("pass_fds", ()))
+            options["preexec_fn"] = lambda: become(argv, environment, kept)
         super().__init__(args, **options)
 
 
@@ -99,11 +100,14 @@ def fork_from_here() -> None:
         torchrun.Popen = ForkingPopen  # type: ignore[attr-defined]
 
 
-def become(argv: list[str], environment: Mapping[str, str]) -> None:
-    """Go on as ``argv`` would begin: signals, files and environment as after an exec. Does not return."""
+def become(argv: list[str], environment: Mapping[str, str], kept: Sequence[int] = ()) -> None:
+    """Go on as ``argv`` would begin: signals, files and environment as after an exec. Does not return.
+
+    ``kept``: descriptors that are handed on.
+    """
     code = 1
     try:
-        os.closerange(3, _MOST_FILES)
+        _close_all_but(kept)
         _signals_as_at_the_start()
         show_arguments(argv)
         os.environ.clear()
@@ -130,6 +134,12 @@ def become(argv: list[str], environment: Mapping[str, str]) -> None:
         with suppress(OSError):
             traceback.print_exc()
     _end(code)
+
+
+def _close_all_but(kept: Sequence[int]) -> None:
+    edges = [2, *sorted(kept), _MOST_FILES]
+    for below, above in pairwise(edges):
+        os.closerange(below + 1, above)
 
 
 def _program(option: str, what: str, rest: Sequence[str]) -> str:
