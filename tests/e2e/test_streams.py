@@ -72,10 +72,10 @@ def producers() -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = path.read_bytes().split(b"\0")
+            words = path.read_bytes()
         except OSError:
             continue
-        if b"dstrain.data.streaming.producer" in words and os.environ["DSTRAIN_CACHE"].encode() in words[-2]:
+        if b"dstrain.data.streaming.producer" in words and os.environ["DSTRAIN_CACHE"].encode() in words:
             found.append(int(path.parts[2]))
     return found
 

@@ -134,6 +134,7 @@ def summarise(request: StreamRequest, validation: float, samples: int) -> dict[s
             "stop_tokens": sorted(stops),
             "trained_tokens": look.of_all(look.labels),
             "train_on": stream.corpus.options.train_on,
+            "train_stop_token": stream.corpus.options.train_stop_token,
         }
     elif stream.corpus.text_field != "text":
         summary["text_field"] = stream.corpus.text_field
