@@ -173,10 +173,10 @@ def test_what_nobody_expected_is_an_error_with_its_place(tmp_path):
     (request / "request.json").write_text(
         json.dumps({"readers": 1, "ahead": 1, "workers": 0, "stream": {}, "fingerprint": "", "state": {}})
     )
-    with pytest.raises(DstrainError, match="the data can't be prepared: KeyError"):
+    with pytest.raises(DstrainError, match="the data can't be prepared: TypeError"):
         run_module("dstrain.data.streaming.producer", str(request))
     reader = RingReader(RingFolder(request), 0)
-    with pytest.raises(DstrainError, match="the data can't be prepared: KeyError") as failed:
+    with pytest.raises(DstrainError, match="the data can't be prepared: TypeError") as failed:
         reader.segment(0)
     assert "stream.py:" in failed.value.where
 
