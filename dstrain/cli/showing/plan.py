@@ -127,6 +127,10 @@ def _show_sources(data: PlannedData, console: Console) -> None:
         left_out = f"; left out: {shown(source.data.left_out)}" if source.data.left_out else ""
         if source.data.kinds:
             console.print(headed("files", f"{source.name}: {shown(source.data.kinds)}{left_out}"))
+    if data.streamed:
+        console.print(
+            headed("stream", "streamed: tokens are counted while training; until then numbers are estimates")
+        )
     less = [
         f"{source.name}: {', '.join(counts)}" for source in data.sources if (counts := _left_out(source.data))
     ]
