@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OTHERS, _GROUP = 0o002, 0o020
-_HOURS = 6
+_HOURS, _KEPT_HOURS = 6, 7 * 24
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _SAY_SECONDS = 2.0
 
@@ -120,14 +120,16 @@ def locked(path: Path, waits: Callable[[], object] | None) -> Iterator[bool | No
 
 
 def clear_leftovers(cache: Path) -> None:
-    """Remove what killed processes have half written: this user's entries ``NAME.*.part`` in the cache's folders.
+    """Remove what killed processes have half written: this user's entries ``NAME.*.part`` in the cache's folders, and
+    ``NAME.unfinished``, with which the next process would go on, after a week.
 
     One whose ``NAME.lock`` is held is being written; where there is no lock, one that was written to in the last hours.
     """
-    for pattern in ("*/*.part", "*/*/*.part"):
+    for pattern in ("*/*.part", "*/*/*.part", "*/*.unfinished"):
         for path in cache.glob(pattern):
             with suppress(OSError):
-                if path.lstat().st_uid == os.geteuid():
+                kept = path.suffix == ".unfinished" and not _is_old(path, _KEPT_HOURS)
+                if not kept and path.lstat().st_uid == os.geteuid():
                     _clear(path)
 
 
@@ -142,10 +144,10 @@ def _clear(path: Path) -> None:
             _remove(path)
 
 
-def _is_old(path: Path) -> bool:
+def _is_old(path: Path, hours: int = _HOURS) -> bool:
     inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
     newest = max(entry.lstat().st_mtime for entry in (path, *inside))
-    return bool(newest < time.time() - _HOURS * 3600)
+    return bool(newest < time.time() - hours * 3600)
 
 
 def _remove(path: Path) -> None:

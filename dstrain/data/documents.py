@@ -17,7 +17,7 @@ from dstrain.data.delimited import read_delimited
 from dstrain.data.encodings import not_utf8, refuse_other_kinds
 from dstrain.data.file_kinds import RECORD_KINDS
 from dstrain.data.json_array import read_array
-from dstrain.data.records import JsonRecord
+from dstrain.data.records import JsonRecord, ReadPlace
 from dstrain.data.sources import Source, SourceFile
 from dstrain.errors import DstrainError, way_out
 
@@ -28,6 +28,7 @@ LARGEST_LINE, LARGEST_FILE = 2**26, 2**32
 file does not show how long its lines are; a text file is as large as it looks."""
 _LIMIT_KEY = "max_document_bytes"
 _BLOCK = 2**20
+_BEGINNING = ReadPlace()
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,38 @@ class DocumentPart:
         text: encodable as UTF-8.
         bytes_read: how many of the source's bytes were read to get this far.
         last: whether the document ends with it.
+        file, number: which of the source's files, and which of its documents, it is.
     """
 
     text: str
     bytes_read: int
     last: bool = True
+    file: int = 0
+    number: int = 0
 
 
-def read_documents(source: Source) -> Iterator[DocumentPart]:
+def read_documents(source: Source, start: ReadPlace = _BEGINNING) -> Iterator[DocumentPart]:
     """The documents in the order of the source's files, and of the records of each, up to its limit.
 
     Line ends stay as they are; a byte order mark at a file's start is dropped. Blank lines of a JSON-lines
     file are no documents. A file that is one JSON array is read element by element. Of a text file there is 1 MiB in
     memory at a time, of others one line or element, or a few thousand rows of a table.
 
+    Args:
+        start: what is not given again.
+
     Raises:
         DstrainError: with the file, or the file and the line or row, of what can't be read as text.
     """
     _check_tables(source)
-    before = read = 0
-    for file in source.files:
-        for part in documents_of(file, source):
-            yield replace(part, bytes_read=before + part.bytes_read)
-            read += part.last
+    before, read = 0, start.read
+    for index, file in enumerate(source.files):
+        number = 0
+        for part in documents_of(file, source) if index >= start.file and read != source.limit else ():
+            if index > start.file or number >= start.number:
+                yield DocumentPart(part.text, before + part.bytes_read, part.last, index, number)
+                read += part.last
+            number += part.last
             if read == source.limit:
                 return
         before += file.size
@@ -137,25 +147,30 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
             block = following
 
 
-def read_records(source: Source, *, keep_errors: bool = False) -> Iterator[JsonRecord]:
+def read_records(
+    source: Source, *, keep_errors: bool = False, start: ReadPlace = _BEGINNING
+) -> Iterator[JsonRecord]:
     """The records of the source's files, in their order, up to its limit; its texts are passed over.
 
     Args:
         keep_errors: a line or an element that is no object, and a row that is none of its table, is a record with its
             error.
+        start: what is not read again.
 
     Raises:
         DstrainError: as `read_documents`.
     """
     _check_tables(source)
-    before = read = 0
-    for file in source.files:
-        if file.kind in RECORD_KINDS:
+    before, read = 0, start.read
+    for index, file in enumerate(source.files):
+        if file.kind in RECORD_KINDS and index >= start.file and read != source.limit:
             with errors_of(file):
-                for record in records_of(file, source):
+                for number, record in enumerate(records_of(file, source)):
+                    if index == start.file and number < start.number:
+                        continue
                     if record.error is not None and not keep_errors:
                         raise record.error
-                    yield replace(record, bytes_read=before + record.bytes_read)
+                    yield replace(record, bytes_read=before + record.bytes_read, file=index, number=number)
                     read += 1
                     if read == source.limit:
                         return

@@ -31,12 +31,15 @@ class Piece:
         after: the character in front of it, where it is not the first one of its document, else "".
         last: whether the document ends with it.
         bytes_read: of the source.
+        file, number: as of a `DocumentPart`.
     """
 
     after: str
     text: str
     last: bool
     bytes_read: int
+    file: int = 0
+    number: int = 0
 
     @property
     def whole(self) -> bool:
@@ -112,21 +115,31 @@ class RecordEncoder:
         )
 
 
-def pieces_of(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The documents, long ones cut where that changes no token."""
+def pieces_of(parts: Iterable[DocumentPart], tokenizer: Tokenizer, characters: int = 0) -> Iterator[Piece]:
+    """The documents, long ones cut where that changes no token.
+
+    Args:
+        characters: of the first document that were given by an earlier call.
+    """
     text = after = ""
     start = searched = 0
     for part in parts:
-        text, searched, start = text[start:] + part.text, searched - start, 0
+        new = part.text
+        if characters >= len(new) > 0:
+            after, characters = new[-1], characters - len(new)
+            continue
+        if characters:
+            after, new, characters = new[characters - 1], new[characters:], 0
+        text, searched, start = text[start:] + new, searched - start, 0
         while len(text) - start > 2 * _PIECE:
             cut = tokenizer.safe_cut(text, max(start + _PIECE, searched))
             if cut is None:
                 searched = len(text) - CONTEXT
                 break
-            yield Piece(after, text[start:cut], False, part.bytes_read)
+            yield Piece(after, text[start:cut], False, part.bytes_read, part.file, part.number)
             after, start = text[cut - 1], cut
         if part.last:
-            yield Piece(after, text[start:], True, part.bytes_read)
+            yield Piece(after, text[start:], True, part.bytes_read, part.file, part.number)
             text, after = "", ""
             start = searched = 0
 

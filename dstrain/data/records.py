@@ -10,6 +10,20 @@ from dstrain.errors import DstrainError
 
 
 @dataclass(frozen=True)
+class ReadPlace:
+    """Where in a source reading goes on.
+
+    Attributes:
+        file, number: of the source's files those before, and of that one as many documents or records, are passed over.
+        read: how many were read before, of all files.
+    """
+
+    file: int = 0
+    number: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True)
 class JsonRecord:
     """An object of a JSON-lines file, an element of a file that is one JSON array, or a row of a table.
 
@@ -19,6 +33,7 @@ class JsonRecord:
         bytes_read: how many of the source's bytes were read to get there.
         what: of the file it is: a line, an element, or a row.
         error: why there is none.
+        file, number: which of the source's files, and which of its records, it is.
     """
 
     fields: Mapping[str, Any]
@@ -26,6 +41,8 @@ class JsonRecord:
     bytes_read: int
     what: str = "line"
     error: DstrainError | None = None
+    file: int = 0
+    number: int = 0
 
     def placed(self, error: DstrainError) -> DstrainError:
         """What is wrong with this record, with its place."""

@@ -14,7 +14,8 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from dstrain.data.packing import TokenStream
 from dstrain.data.pretokenized import MappedFile, map_tokens, scan
 from dstrain.data.sources import Source, changed
 from dstrain.data.token_files import TokenFiles
+from dstrain.data.token_output import can_go_on, close_for_good
 from dstrain.data.token_record_writer import write_token_records
 from dstrain.data.token_records import TokenRecords
 from dstrain.data.token_writer import TRAINED, write_tokens
 from dstrain.data.tokenizers import Tokenizer
-from dstrain.data.worker_pool import available_cores
+from dstrain.data.worker_pool import WorkerEndedError, available_cores
 from dstrain.errors import DstrainError
 from dstrain.files import flush
 from dstrain.shared_caches import is_own, locked, make_folder
@@ -93,7 +95,8 @@ def load_or_build(
             if found is None:
                 if held:
                     _clear_leftovers(folder)
-                _build(source, tokenizer, folder, workers)
+                with _aside(folder, alone=held is True) as aside:
+                    _build(source, tokenizer, folder, aside, workers)
                 found = _open(folder, tokenizer)
     except OSError as error:
         hint = None
@@ -133,45 +136,66 @@ def _key(source: Corpus, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, workers: int) -> None:
-    """Write `folder` aside, flush it to the disk, and name it; leave nothing behind on failure."""
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    try:
-        aside.mkdir(mode=0o700)
-        names, mapped = [_TOKENS, _LENGTHS], {}
-        if isinstance(source, TokenFiles):
-            names, mapped = [_LENGTHS, _STARTS], _scanned(source, tokenizer, aside)
-            written = mapped.pop("written")
-        elif isinstance(source, TokenRecords):
-            written = write_token_records(source, tokenizer, aside)
-        else:
-            written = write_tokens(source, tokenizer, aside, workers)
-        if (aside / TRAINED).exists():
-            names.append(TRAINED)
-        files = source if isinstance(source, Source | OwnSource) else source.source
-        if isinstance(files, Source) and changed(files):
-            raise DstrainError(
-                "the source's files changed while they were being read",
-                hint="start again",
-                where=source.place,
-            )
-        meta = {
-            "format": FORMAT,
-            "source": source.name,
-            "tokenizer": tokenizer.name,
-            "dtype": tokenizer.dtype.name,
-            **asdict(written),
-            **mapped,
-            "checks": {name: _check(aside / name) for name in names},
-        }
-        (aside / _META).write_text(to_json(meta, indent=1) + "\n", encoding="utf-8")
-        for name in (*names, _META):
-            (aside / name).chmod(0o600)
-        for name in (*names, _META, "."):
-            flush(aside / name)
-        _name(aside, folder, tokenizer)
-    finally:
+@contextmanager
+def _aside(folder: Path, *, alone: bool) -> Iterator[Path]:
+    """A folder to write into before it gets its name. Nothing is left behind on failure, but by a process that is
+    interrupted: the next one goes on there.
+
+    Args:
+        alone: this process holds the lock.
+    """
+    aside = folder.with_name(
+        f"{folder.name}.unfinished" if alone else f"{folder.name}.{uuid.uuid4().hex}.part"
+    )
+    if not (is_own(aside) and can_go_on(aside)):
         _remove(aside)
+        aside.mkdir(mode=0o700)
+    try:
+        yield aside
+    except BaseException as error:
+        interrupted = not isinstance(error, Exception) or isinstance(error, WorkerEndedError)
+        if not (alone and interrupted and can_go_on(aside)):
+            _remove(aside)
+        raise
+    _remove(aside)  # where another process has given its own the name
+
+
+def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, aside: Path, workers: int) -> None:
+    """Write `folder` aside, flush it to the disk, and name it."""
+    names, mapped = [_TOKENS, _LENGTHS], {}
+    if isinstance(source, TokenFiles):
+        names, mapped = [_LENGTHS, _STARTS], _scanned(source, tokenizer, aside)
+        written = mapped.pop("written")
+    elif isinstance(source, TokenRecords):
+        written = write_token_records(source, tokenizer, aside)
+    else:
+        written = write_tokens(source, tokenizer, aside, workers)
+    if (aside / TRAINED).exists():
+        names.append(TRAINED)
+    files = source if isinstance(source, Source | OwnSource) else source.source
+    if isinstance(files, Source) and changed(files):
+        raise DstrainError(
+            "the source's files changed while they were being read",
+            hint="start again",
+            where=source.place,
+        )
+    meta = {
+        "format": FORMAT,
+        "source": source.name,
+        "tokenizer": tokenizer.name,
+        "dtype": tokenizer.dtype.name,
+        **asdict(written),
+        **mapped,
+        "checks": {name: _check(aside / name) for name in names},
+    }
+    (aside / _META).write_text(to_json(meta, indent=1) + "\n", encoding="utf-8")
+    for name in (*names, _META):
+        (aside / name).chmod(0o600)
+    for name in (*names, _META):
+        flush(aside / name)
+    close_for_good(aside)
+    flush(aside)
+    _name(aside, folder, tokenizer)
 
 
 def _scanned(source: TokenFiles, tokenizer: Tokenizer, aside: Path) -> dict[str, Any]:
@@ -300,7 +324,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Whatever is there. What can't be removed now is left to `_clear_leftovers` of the next build."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

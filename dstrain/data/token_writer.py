@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
-from dstrain.data.documents import read_documents, read_records
+from dstrain.data.documents import DocumentPart, read_documents, read_records
 from dstrain.data.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of, pieces_of
 from dstrain.data.own_documents import OwnSource, TextCorpus, read_own_documents
 from dstrain.data.progress import Progress
+from dstrain.data.records import JsonRecord, ReadPlace
+from dstrain.data.token_output import LENGTHS, SKIPPED, TOKENS, TRAINED, TokenOutput
 from dstrain.data.tokenizers import Tokenizer
 from dstrain.data.worker_pool import WorkerPool
 from dstrain.errors import DstrainError
 
-TOKENS, LENGTHS, TRAINED, SKIPPED = "tokens.bin", "lengths.npy", "trained.bin", "skipped.txt"
+__all__ = ["LENGTHS", "SKIPPED", "TOKENS", "TRAINED", "Written", "write_tokens"]
 _LISTED = 10_000
 """Records that were left out whose place is kept."""
 
@@ -53,6 +57,9 @@ def write_tokens(
     counted. Memory does not grow with the corpus or its documents, as long as a text file has places where it can be
     cut (see `dstrain.data.safe_cuts`).
 
+    Where an earlier call for the same corpus was interrupted in `folder`, this one goes on: see
+    `dstrain.data.token_output`. The folder must be of this corpus alone, and nobody else may write there.
+
     Args:
         workers: processes that tokenize; 0: this one. The files do not depend on it.
 
@@ -61,68 +68,107 @@ def write_tokens(
             can't be trained on, unless those are left out; no document holds any text; or a worker was killed.
         OSError: the files can't be written.
     """
-    if isinstance(corpus, ConversationSource):
-        return _write_conversations(corpus, tokenizer, folder, workers)
-    return _write_texts(corpus, tokenizer, folder, workers)
+    dtype = tokenizer.dtype.newbyteorder("<")
+    with TokenOutput(folder, dtype, bits=isinstance(corpus, ConversationSource)) as output:
+        if output.state is not None:
+            read = output.state["bytes_read"] / 1e6
+            print(
+                f"dstrain: tokenizing {corpus.name}: goes on where it was interrupted, at {read:,.1f} MB",
+                file=sys.stderr,
+            )
+        if isinstance(corpus, ConversationSource):
+            return _write_conversations(corpus, tokenizer, folder, workers, output)
+        return _write_texts(corpus, tokenizer, workers, output)
 
 
-def _write_texts(source: TextCorpus, tokenizer: Tokenizer, folder: Path, workers: int) -> Written:
-    digest = hashlib.blake2b(digest_size=16)
-    documents = _Documents(tokenizer)
-    read = read_own_documents(source) if isinstance(source, OwnSource) else read_documents(source)
-    progress = Progress(f"tokenizing {source.name}", source.bytes, "bytes")
-    with open(folder / TOKENS, "wb") as stream, WorkerPool(TextEncoder(tokenizer), workers) as pool:
-        for batch, encoded in pool.map(batches_of(pieces_of(read, tokenizer))):
-            content = documents.add(batch, encoded)
-            digest.update(content)
-            stream.write(content)
-            progress.update(batch[-1].bytes_read)
-    empty = documents.empty
-    if not documents.lengths:
+def _write_texts(source: TextCorpus, tokenizer: Tokenizer, workers: int, output: TokenOutput) -> Written:
+    documents = _Documents(tokenizer, output.state)
+    pieces = pieces_of(_read(source, documents.place), tokenizer, documents.characters)
+    progress = Progress(f"tokenizing {source.name}", source.bytes, "bytes", documents.bytes_read)
+    with WorkerPool(TextEncoder(tokenizer), workers) as pool:
+        for batch, encoded in pool.map(batches_of(pieces)):
+            output.write(*documents.add(batch, encoded), None)
+            progress.update(documents.bytes_read)
+            if output.is_time_to_save():
+                output.save(documents.state())
+    output.finish()
+    if not output.documents:
         raise DstrainError(
-            f"no text in this source: {empty:,} documents, all of them empty"
-            if empty
+            f"no text in this source: {documents.empty:,} documents, all of them empty"
+            if documents.empty
             else "no text in this source: it holds no document",
             where=source.place,
         )
-    counts = np.array(documents.lengths, dtype="<i8")
-    digest.update(counts.tobytes())
-    np.save(folder / LENGTHS, counts, allow_pickle=False)
-    return Written(int(counts.sum()), counts.size, empty, digest.hexdigest())
+    return Written(output.tokens, output.documents, documents.empty, output.hash_together())
+
+
+def _read(source: TextCorpus, place: ReadPlace) -> Iterator[DocumentPart]:
+    if not isinstance(source, OwnSource):
+        yield from read_documents(source, place)
+        return
+    for number, part in enumerate(read_own_documents(source)):
+        if number >= place.number:
+            yield DocumentPart(part.text, part.bytes_read, number=number)
 
 
 class _Documents:
-    """Puts documents that were cut together again, and counts.
+    """Puts documents that were cut together again, and knows how far it has come.
+
+    Args:
+        state: as `state` gave it; None: from the beginning.
 
     Attributes:
-        lengths: of the documents so far. No list, which takes four times the memory for hundreds of millions of them.
-        empty: how many had no token.
+        place: where to go on reading.
+        characters: of the document there that are done.
+        empty: how many documents had no token.
+        bytes_read: of the source.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, state: Any) -> None:
+        state = state or {
+            "place": asdict(ReadPlace()),
+            "characters": 0,
+            "length": 0,
+            "empty": 0,
+            "bytes_read": 0,
+        }
         self._tokenizer = tokenizer
-        self._dtype = tokenizer.dtype.newbyteorder("<")
-        self._end = np.array([tokenizer.end_of_document], dtype=self._dtype)
-        self._length = 0
-        self.lengths = array("q")
-        self.empty = 0
+        self._end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
+        self._length = int(state["length"])  # tokens so far of the document that is cut
+        self.place = ReadPlace(**state["place"])
+        self.characters = int(state["characters"])
+        self.empty = int(state["empty"])
+        self.bytes_read = int(state["bytes_read"])
 
-    def add(self, batch: Sequence[Piece], encoded: EncodedBatch) -> bytes:
-        """The next tokens of the file."""
+    def state(self) -> dict[str, Any]:
+        return {
+            "place": asdict(self.place),
+            "characters": self.characters,
+            "length": self._length,
+            "empty": self.empty,
+            "bytes_read": self.bytes_read,
+        }
+
+    def add(self, batch: Sequence[Piece], encoded: EncodedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens of the file, and the lengths of the documents that end with them."""
+        last = batch[-1]
+        ended = sum(piece.last for piece in batch)
+        self.place = ReadPlace(last.file, last.number + last.last, self.place.read + ended)
+        self.bytes_read = last.bytes_read
         if all(piece.whole for piece in batch):
             kept = encoded.lengths[encoded.lengths > 0]
-            self.lengths.frombytes(kept.tobytes())
             self.empty += len(batch) - kept.size
-            return encoded.tokens.astype(self._dtype, copy=False).tobytes()
-        ends = np.cumsum(encoded.lengths)
+            return encoded.tokens, kept
         block: list[np.ndarray] = []
-        for piece, ids in zip(batch, np.split(encoded.tokens, ends[:-1]), strict=True):
-            block += self._joined(piece, ids)
-        return np.concatenate(block).astype(self._dtype, copy=False).tobytes()
+        lengths = array("q")
+        for piece, ids in zip(batch, np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]), strict=True):
+            block += self._joined(piece, ids, lengths)
+            self.characters = 0 if piece.last else self.characters + len(piece.text)
+        return np.concatenate(block), np.array(lengths, dtype=np.int64)
 
-    def _joined(self, piece: Piece, ids: np.ndarray) -> Iterator[np.ndarray]:
+    def _joined(self, piece: Piece, ids: np.ndarray, lengths: array[int]) -> Iterator[np.ndarray]:
         if ids.size and self._length == 0 and not piece.whole:
-            begin = np.array(self._tokenizer.begin_before(ids), dtype=self._dtype)
+            begin = np.array(self._tokenizer.begin_before(ids), dtype=ids.dtype)
             yield begin
             self._length = begin.size
         yield ids
@@ -133,73 +179,98 @@ class _Documents:
             yield self._end
             self._length += 1
         if self._length:
-            self.lengths.append(self._length)
+            lengths.append(self._length)
         else:
             self.empty += 1
         self._length = 0
 
 
 def _write_conversations(
-    corpus: ConversationSource, tokenizer: Tokenizer, folder: Path, workers: int
+    corpus: ConversationSource, tokenizer: Tokenizer, folder: Path, workers: int, output: TokenOutput
 ) -> Written:
-    # Each file has its own: what is written at once is no part of the content.
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(3)]
-    dtype = tokenizer.dtype.newbyteorder("<")
-    lengths = array("q")
-    skipped, rendered, first_skipped = 0, 0, ""
-    stops: set[int] = set()
-    places: list[str] = []
-    progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes")
-    rest = np.zeros(0, bool)
-    batches = record_batches(read_records(corpus.source, keep_errors=True))
-    with (
-        open(folder / TOKENS, "wb") as tokens,
-        open(folder / TRAINED, "wb") as trained,
-        WorkerPool(RecordEncoder(corpus, tokenizer), workers) as pool,
-    ):
+    found = _Conversations(corpus, output.state)
+    batches = record_batches(_keeping_errors(corpus, found.place))
+    progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes", found.bytes_read)
+    with WorkerPool(RecordEncoder(corpus, tokenizer), workers) as pool:
         for batch, encoded in pool.map(batches):
-            assert encoded.trained is not None
-            for number, error in sorted(encoded.errors.items()):
-                if corpus.options.on_bad_record == "error":
-                    raise bad_record(batch[number], error)
-                first_skipped = first_skipped or error.message
-                if len(places) < _LISTED:
-                    places.append(f"{batch[number].where}: {error.message}")
-            skipped += len(encoded.errors)
-            rendered += encoded.rendered
-            stops |= encoded.stop_tokens
-            block = encoded.tokens.astype(dtype, copy=False).tobytes()
-            bits = np.concatenate([rest, encoded.trained])
-            whole = bits.size // 8 * 8
-            packed = np.packbits(bits[:whole], bitorder="little").tobytes()
-            rest = bits[whole:]
-            for digest, stream, content in zip(digests, (tokens, trained), (block, packed), strict=False):
-                digest.update(content)
-                stream.write(content)
-            lengths.frombytes(encoded.lengths[encoded.lengths > 0].tobytes())
-            progress.update(batch[-1].bytes_read)
-        last = np.packbits(rest, bitorder="little").tobytes()
-        digests[1].update(last)
-        trained.write(last)
-    if not lengths:
+            found.add(batch, encoded)
+            output.write(encoded.tokens, encoded.lengths[encoded.lengths > 0], encoded.trained)
+            progress.update(found.bytes_read)
+            if output.is_time_to_save():
+                output.save(found.state())
+    # Each file has its own hash: what is written at once is no part of the content.
+    together = b"".join(output.finish())
+    if not output.documents:
         raise DstrainError(
-            f"all {skipped:,} records were left out: {first_skipped}"
-            if skipped
+            f"all {found.skipped:,} records were left out: {found.first_skipped}"
+            if found.skipped
             else "no records in this source: all its lines are blank",
             where=corpus.place,
         )
-    if places:
-        listed = "\n".join(places)
+    if found.places:
+        listed = "\n".join(found.places)
         (folder / SKIPPED).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
-    counts = np.array(lengths, dtype="<i8")
-    digests[2].update(counts.tobytes())
-    together = b"".join(digest.digest() for digest in digests)
-    np.save(folder / LENGTHS, counts, allow_pickle=False)
     return Written(
-        tokens=int(counts.sum()),
-        documents=len(lengths),
-        empty_documents=skipped,
+        tokens=output.tokens,
+        documents=output.documents,
+        empty_documents=found.skipped,
         content=hashlib.blake2b(together, digest_size=16).hexdigest(),
-        stop_tokens=tuple(sorted(stops)),
-        rendered=rendered > 0,
+        stop_tokens=tuple(sorted(found.stops)),
+        rendered=found.rendered > 0,
     )
+
+
+def _keeping_errors(corpus: ConversationSource, place: ReadPlace) -> Iterable[JsonRecord]:
+    return read_records(corpus.source, keep_errors=True, start=place)
+
+
+class _Conversations:
+    """Counts records, and knows how far it has come.
+
+    Args:
+        state: as `state` gave it; None: from the beginning.
+
+    Attributes:
+        place: where to go on reading.
+        bytes_read: of the source.
+        skipped, first_skipped, places: records that are left out: how many, why the first one, and which.
+        stops: the tokens that end turns.
+        rendered: how many went through the template.
+    """
+
+    def __init__(self, corpus: ConversationSource, state: Any) -> None:
+        state = state or {}
+        self._corpus = corpus
+        self.place = ReadPlace(**state.get("place", {}))
+        self.bytes_read = int(state.get("bytes_read", 0))
+        self.skipped = int(state.get("skipped", 0))
+        self.first_skipped = str(state.get("first_skipped", ""))
+        self.places = list(state.get("places", []))
+        self.stops = set(state.get("stops", []))
+        self.rendered = int(state.get("rendered", 0))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "place": asdict(self.place),
+            "bytes_read": self.bytes_read,
+            "skipped": self.skipped,
+            "first_skipped": self.first_skipped,
+            "places": self.places,
+            "stops": sorted(self.stops),
+            "rendered": self.rendered,
+        }
+
+    def add(self, batch: Sequence[JsonRecord], encoded: EncodedBatch) -> None:
+        """Count what was found of a batch. Raises the first error of its records where none may be left out."""
+        for number, error in sorted(encoded.errors.items()):
+            if self._corpus.options.on_bad_record == "error":
+                raise bad_record(batch[number], error)
+            self.first_skipped = self.first_skipped or error.message
+            if len(self.places) < _LISTED:
+                self.places.append(f"{batch[number].where}: {error.message}")
+        last = batch[-1]
+        self.place = ReadPlace(last.file, last.number + 1, self.place.read + len(batch))
+        self.bytes_read = last.bytes_read
+        self.skipped += len(encoded.errors)
+        self.rendered += encoded.rendered
+        self.stops |= encoded.stop_tokens

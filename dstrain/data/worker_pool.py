@@ -72,7 +72,7 @@ class WorkerPool(Generic[Job, Result]):
         given first.
 
         Raises:
-            DstrainError: a worker has ended, as one that is killed.
+            WorkerEndedError: a worker has ended, as one that is killed.
         """
         if self._count == 0:
             for job in jobs:
@@ -134,6 +134,10 @@ class WorkerPool(Generic[Job, Result]):
             found[number] = answer
 
 
+class WorkerEndedError(DstrainError):
+    """A worker was ended by somebody else: what was done before it is as good as ever."""
+
+
 class _Answer:
     """A result, or what was raised and where."""
 
@@ -181,7 +185,7 @@ class _Worker:
         except OSError:
             raise self._ended() from None
 
-    def _ended(self) -> DstrainError:
+    def _ended(self) -> WorkerEndedError:
         with suppress(OSError):
             self.connection.close()
         try:
@@ -192,7 +196,7 @@ class _Worker:
         if code < 0:
             known = -code in set(signal.Signals)
             how = f"was ended by {signal.Signals(-code).name if known else f'signal {-code}'}"
-        return DstrainError(
+        return WorkerEndedError(
             f"a worker process {how} while it had work to do",
             hint="one that is killed has often run out of memory: fewer of them (--workers 1, or 0 for none), or"
             " more memory",

@@ -11,7 +11,7 @@ def test_quiet_at_first_then_a_line_now_and_then(monkeypatch, capsys):
     documents = Progress("tokenizing x", 1200, "documents")
     for second, said in [
         (1.9, ""),
-        (2.0, "reading x: 2.0 MB of 10.0 MB, about 8 s left"),
+        (2.0, "reading x: 2.0 MB of 10.0 MB, 1.0 MB/s, about 8 s left"),
         (6.9, ""),
         (7.0, "about 3 s"),
     ]:
