@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,12 @@ from dstrain.api.events import Events, progress_to
 from dstrain.api.hub_data import fetch_data
 from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
-from dstrain.data.dataset_summary_cache import read_summary, summary_file, tokenizer_state
+from dstrain.data.dataset_summary_cache import (
+    read_summary,
+    summary_file,
+    tokenizer_state,
+    tokens_of_summary,
+)
 from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.sources import Source, find_files
 from dstrain.errors import DstrainError
@@ -42,8 +50,79 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     return combine(resolved.config, parts, planned)
 
 
+@dataclass(frozen=True)
+class PreparedSource:
+    """The tokens of a source in the cache.
+
+    Attributes:
+        name: of the source.
+        data: what it holds.
+        folder: where its tokens lie; empty for a stream, of which nothing is tokenized ahead.
+        seconds: what it took to tokenize it, or to find that it was there.
+        was_there: its tokens lay in the cache before.
+    """
+
+    name: str
+    data: PlannedData
+    folder: str
+    seconds: float
+    was_there: bool
+
+
+def prepare_sources(
+    resolved: ResolvedConfig, tokenizer: str, events: Events, *, workers: int | None = None
+) -> list[PreparedSource]:
+    """`prepare_data`, source by source.
+
+    Args:
+        workers: processes that tokenize; 0: one that does it alone; None: as many as are worth their start.
+
+    Raises:
+        DstrainError: the data can't be used.
+    """
+    found, cache = [], cache_folder() / "data"
+    for part in data_parts(resolved.config):
+        before = _entries(cache)
+        start = time.monotonic()
+        own = _own_source(part, resolved, events)
+        data = _prepared(part, resolved, tokenizer, own, events, workers=workers)
+        seconds = time.monotonic() - start
+        if data.streamed:
+            found.append(PreparedSource(part.name, data, "", seconds, was_there=False))
+            continue
+        source = own or _files(part, cache, resolved, events)
+        folder, there = cache, True  # in a cache that can't be written no summary names its folder
+        with suppress(OSError):
+            folder = tokens_of_summary(_summary_file(part, source, resolved, tokenizer))
+            there = before.get(folder.name) == folder.stat().st_ino
+        found.append(PreparedSource(part.name, data, str(folder), seconds, there))
+    return found
+
+
+def _entries(folder: Path) -> dict[str, int]:
+    """What lies in a folder, with the number of each in its file system: what is made anew has another one."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.inode() for entry in entries}
+    except FileNotFoundError:
+        return {}
+
+
+def _summary_file(
+    part: DataPart, source: Source | OwnSource, resolved: ResolvedConfig, tokenizer: str
+) -> Path:
+    cache, state = cache_folder() / "data", tokenizer_state(tokenizer)
+    return summary_file(cache, source, state, **part.choices(resolved.config), records=part.records.state)
+
+
 def _prepared(
-    part: DataPart, resolved: ResolvedConfig, tokenizer: str, own: OwnSource | None, events: Events
+    part: DataPart,
+    resolved: ResolvedConfig,
+    tokenizer: str,
+    own: OwnSource | None,
+    events: Events,
+    *,
+    workers: int | None = None,
 ) -> PlannedData:
     cache = cache_folder() / "data"
     source = own or _files(part, cache, resolved, events)
@@ -60,12 +139,10 @@ def _prepared(
             _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
         )
         return replace(found, kinds=source.kinds, left_out=source.left_out)
-    choices = part.choices(resolved.config)
-    known = read_summary(
-        summary_file(cache, source, tokenizer_state(tokenizer), **choices, records=part.records.state)
-    )
+    known = read_summary(_summary_file(part, source, resolved, tokenizer))
     if known is None:
         request = part.request(resolved.config, tokenizer=tokenizer, cache_dir=cache, own=own)
+        request |= {} if workers is None else {"workers": workers}
         known = _asked("dstrain.data.prepare", request, part, resolved, events)
     data = PlannedData.from_record(known)
     return (

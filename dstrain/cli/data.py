@@ -1,7 +1,8 @@
-"""``dstrain data``: shows what the model gets of the data."""
+"""``dstrain data``: tokenizes data ahead, and shows what the model gets of them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dstrain.strict_json import to_json
 
 @click.group("data")
 def command() -> None:
-    """Show what the model gets of the data: which tokens are trained, and how samples are filled."""
+    """Prepare data, and show what the model gets of them: which tokens are trained, and how samples are filled."""
 
 
 def _looked_at(
@@ -100,5 +101,38 @@ def stats(
     show_statistics(found, make_console())
 
 
+@click.command("prepare", cls=GroupedOptions)
+@layers
+@choices
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Processes that tokenize; 0: one alone. By default one for each core, where there is enough to do.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was prepared as JSON.")
+def prepare(
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    workers: int | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Tokenize the data into the cache that a run uses. No device is needed; a run does the same by itself."""
+    from dstrain.api.data_samples import prepare_ahead
+    from dstrain.api.planning import load_config
+    from dstrain.cli.showing.prepared import print_prepared
+    from dstrain.cli.showing.progress import PROGRESS
+
+    config = load_config(config_file, recipe=recipe, settings=settings, flags=given(flags))
+    found = prepare_ahead(config, workers=workers, events=PROGRESS)
+    if as_json:
+        click.echo(to_json([asdict(source) for source in found], indent=2))
+    else:
+        print_prepared(found)
+
+
+command.add_command(prepare)
 command.add_command(show)
 command.add_command(stats)

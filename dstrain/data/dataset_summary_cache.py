@@ -97,6 +97,11 @@ def read_summary(file: Path) -> dict[str, Any] | None:
     return None
 
 
+def tokens_of_summary(file: Path) -> Path:
+    """The folder of the tokens that a summary speaks of, which `read_summary` has found. Raises OSError."""
+    return Path(file.parents[1] / json.loads(file.read_text(encoding="utf-8"))["tokens"])
+
+
 def keep_summary(file: Path, tokens: Path, summary: dict[str, Any]) -> None:
     """Leave ``summary`` of the tokens in the folder ``tokens`` for others, where the cache can be written."""
     with suppress(OSError):

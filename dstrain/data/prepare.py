@@ -34,7 +34,7 @@ from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
-_OPTIONAL = {"own", "max_document_bytes", "records", "limit", "config", "split", "revision"}
+_OPTIONAL = {"own", "max_document_bytes", "records", "limit", "workers", "config", "split", "revision"}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
@@ -144,6 +144,7 @@ def prepare(
     config: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    workers: int | None = None,
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -163,6 +164,7 @@ def prepare(
         records: the format of records, and what of conversations is trained.
         limit: how many documents to read of files; None: all.
         config, split, revision: which part of a data set that has several.
+        workers: see `dstrain.data.token_cache.load_or_build`.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -191,7 +193,7 @@ def prepare(
         )
         found = replace(found, max_document_bytes=max_document_bytes, limit=limit)
         files = source_of(found, records, tokens_of)
-    tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser())
+    tokens = load_or_build(files, tokens_of, Path(cache_dir).expanduser(), workers)
     if isinstance(files, ConversationSource | TokenRecords) and tokens.stream.trained is not None:
         return _conversations(files, tokens, tokens_of, seq_len, validation, pack)
     train, held = split_stream(tokens.stream, validation)
@@ -386,7 +388,7 @@ def _request(path: Path) -> dict[str, Any]:
     for key, kinds in _REQUEST.items():
         if not isinstance(request[key], kinds) or (isinstance(request[key], bool) and kinds is not bool):
             raise DstrainError(f"{key!r} is {request[key]!r}, which has the wrong type", where=str(path))
-    for key in ("max_document_bytes", "limit"):
+    for key in ("max_document_bytes", "limit", "workers"):
         number = request.get(key)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise DstrainError(f"{key!r} is {number!r}, which has the wrong type", where=str(path))
