@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,8 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     Raises:
         DstrainError: the data can't be used.
     """
-    parts = data_parts(resolved.config)
-    planned = [
-        _prepared(part, resolved, tokenizer, _own_source(part, resolved, events), events) for part in parts
-    ]
-    return combine(resolved.config, parts, planned)
+    found = prepare_sources(resolved, tokenizer, events)
+    return combine(resolved.config, [each.part for each in found], [each.data for each in found])
 
 
 @dataclass(frozen=True)
@@ -55,18 +52,30 @@ class PreparedSource:
     """The tokens of a source in the cache.
 
     Attributes:
-        name: of the source.
+        part: which one it is.
+        source: its files, or its code.
         data: what it holds.
         folder: where its tokens lie; empty for a stream, of which nothing is tokenized ahead.
         seconds: what it took to tokenize it, or to find that it was there.
         was_there: its tokens lay in the cache before.
     """
 
-    name: str
+    part: DataPart
+    source: Source | OwnSource
     data: PlannedData
     folder: str
     seconds: float
     was_there: bool
+
+    @property
+    def name(self) -> str:
+        """Of the source."""
+        return self.part.name
+
+    @property
+    def own(self) -> OwnSource | None:
+        """The documents of the user's code; None for files."""
+        return self.source if isinstance(self.source, OwnSource) else None
 
 
 def prepare_sources(
@@ -80,22 +89,32 @@ def prepare_sources(
     Raises:
         DstrainError: the data can't be used.
     """
-    found, cache = [], cache_folder() / "data"
+    cache = cache_folder() / "data"
+    clear_leftovers(cache_folder())
+    if note := cache_note():
+        events.note(note)
+    sources: list[tuple[DataPart, Source | OwnSource]] = []
     for part in data_parts(resolved.config):
+        with _named(part, resolved):
+            sources.append(
+                (part, _own_source(part, resolved, events) or _files(part, cache, resolved, events))
+            )
+    _refuse_overlap(sources, resolved)
+    found = []
+    for part, source in sources:
         before = _entries(cache)
         start = time.monotonic()
-        own = _own_source(part, resolved, events)
-        data = _prepared(part, resolved, tokenizer, own, events, workers=workers)
+        with _named(part, resolved):
+            data = _prepared(part, source, resolved, tokenizer, events, workers=workers)
         seconds = time.monotonic() - start
         if data.streamed:
-            found.append(PreparedSource(part.name, data, "", seconds, was_there=False))
+            found.append(PreparedSource(part, source, data, "", seconds, was_there=False))
             continue
-        source = own or _files(part, cache, resolved, events)
         folder, there = cache, True  # in a cache that can't be written no summary names its folder
         with suppress(OSError):
             folder = tokens_of_summary(_summary_file(part, source, resolved, tokenizer))
             there = before.get(folder.name) == folder.stat().st_ino
-        found.append(PreparedSource(part.name, data, str(folder), seconds, there))
+        found.append(PreparedSource(part, source, data, str(folder), seconds, there))
     return found
 
 
@@ -115,20 +134,51 @@ def _summary_file(
     return summary_file(cache, source, state, **part.choices(resolved.config), records=part.records.state)
 
 
+@contextmanager
+def _named(part: DataPart, resolved: ResolvedConfig) -> Iterator[None]:
+    """Around what is done with one of several sources: an error says which."""
+    try:
+        yield
+    except DstrainError as error:
+        if isinstance(resolved.config.data, list) or not part.trained:
+            kind = "source" if part.trained else "validation set"
+            error.message = f"{kind} {part.name}: {error.message}"
+        raise
+
+
+def _refuse_overlap(found: Sequence[tuple[DataPart, Source | OwnSource]], resolved: ResolvedConfig) -> None:
+    """What is trained on measures nothing. Raises DstrainError where a validation set has some of it."""
+    where = str(resolved.origin("validation" if isinstance(resolved.config.validation, list) else "data"))
+    trained = {place: part for part, source in found if part.trained for place in _places(part, source)}
+    for part, source in found:
+        for place in () if part.trained else _places(part, source):
+            if place in trained:
+                raise DstrainError(
+                    f"validation set {part.name}: {place} is trained on too, in source {trained[place].name}",
+                    where=where,
+                    hint="remove it from one of them; validation: 0.05 holds back a part of what is trained on",
+                )
+
+
+def _places(part: DataPart, source: Source | OwnSource) -> Iterator[str]:
+    """What tells its files, or its code with its options, from others."""
+    if isinstance(source, OwnSource):
+        yield f"{part.path} {to_json(part.options)}"
+    for file in source.files:
+        yield os.path.abspath(file.path)
+
+
 def _prepared(
     part: DataPart,
+    source: Source | OwnSource,
     resolved: ResolvedConfig,
     tokenizer: str,
-    own: OwnSource | None,
     events: Events,
     *,
     workers: int | None = None,
 ) -> PlannedData:
     cache = cache_folder() / "data"
-    source = own or _files(part, cache, resolved, events)
-    clear_leftovers(cache_folder())
-    if note := cache_note():
-        events.note(note)
+    own = source if isinstance(source, OwnSource) else None
     if part.streamed and isinstance(source, Source):
         asked = {
             "stream": part.stream_request(resolved.config, tokenizer=tokenizer),
@@ -174,13 +224,9 @@ def look_at_data(
             where=str(resolved.origin("data_stream")),
             hint="--set data_stream=false shows the samples of the same data, in another order; it reads all of them",
         )
-    parts = data_parts(config)
-    own = [_own_source(part, resolved, events) for part in parts]
-    planned = combine(
-        config,
-        parts,
-        [_prepared(part, resolved, tokenizer, code, events) for part, code in zip(parts, own, strict=True)],
-    )
+    found = prepare_sources(resolved, tokenizer, events)
+    parts, own = [each.part for each in found], [each.own for each in found]
+    planned = combine(config, parts, [each.data for each in found])
     request = {
         "parts": [
             {

@@ -14,7 +14,9 @@ from dstrain.api.planning import plan_for
 from dstrain.api.preflight import node_of
 from dstrain.api.received import check_received, note_other_owners
 from dstrain.api.running import Job, execute
-from dstrain.config.loader import override, read_config
+from dstrain.config.data_sources import steps_of_phases, weights_by_phase
+from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
+from dstrain.config.origins import Origin
 from dstrain.config.text_file import shown
 from dstrain.errors import DstrainError
 from dstrain.runs.checkpoint.identity import refuse_other_batch
@@ -77,7 +79,8 @@ def resumed_job(
     """
     if flags.get("name") is not None:
         raise DstrainError("a run can't be renamed when it is resumed", where="--name", hint="remove --name")
-    resolved = override(read_config(folder.config), flags, settings)
+    before = read_config(folder.config)
+    resolved = _with_the_phases_of(before, override(before, flags, settings), events)
     check_received(folder, resolved, [folder.config], trust=trust, events=events)
     node = node_of(resolved, node_rank)
     newest = choose_newest(folder.checkpoints, run_id(folder.run_id, folder.checkpoints)).checkpoint
@@ -98,6 +101,23 @@ def resumed_job(
     planned = plan_for(resolved, events=events)
     events.planned(planned.plan)
     return Job(resolved, planned, RunFolder(folder.path, node or 0), node)
+
+
+def _with_the_phases_of(before: ResolvedConfig, resolved: ResolvedConfig, events: Events) -> ResolvedConfig:
+    """The config with phases that end at the steps where they ended before, whatever the number of steps is now."""
+    old, new = before.config, resolved.config
+    if not old.data_phases or old.steps == new.steps or old.data_phases != new.data_phases:
+        return resolved
+    ends = steps_of_phases(weights_by_phase(old.sources, old.data_phases), old.steps)
+    phases = [
+        {**phase.model_dump(), "until": None if phase.until is None else end}
+        for phase, end in zip(old.data_phases, ends, strict=True)
+    ]
+    if [phase["until"] for phase in phases] == [phase.until for phase in old.data_phases]:
+        return resolved
+    told = ", ".join(f"step {end:,}" for end in ends[:-1])
+    events.note(f"phases of the data end where they did: after {told}", "resume")
+    return replace_values(resolved, {"data_phases": phases}, Origin("derived", "the run so far"))
 
 
 def find_run(run: str | PathLike[str]) -> RunFolder:

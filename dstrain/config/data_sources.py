@@ -77,7 +77,7 @@ class DataSource(ValidationSource):
 
     weight: Weight | None = Field(
         None,
-        description="its share of the training tokens, relative to the others'; default: all by their size",
+        description="its share of the tokens in samples, padding aside; default: each source by its size",
     )
     validation: Fraction | str | None = Field(
         None,
@@ -94,7 +94,7 @@ class Phase(BaseModel):
     weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]] = Field(
         description="weight of each source, by name; 0 or none: it is left out"
     )
-    until: Annotated[float, Field(gt=0)] | None = Field(
+    until: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="fraction of the run (below 1), or number of steps, at which it ends; the last has none",
     )
@@ -102,8 +102,10 @@ class Phase(BaseModel):
     @field_validator("until", mode="before")
     @classmethod
     def _steps_or_fraction(cls, value: Any) -> Any:
-        if isinstance(value, float) and value >= 1 and value != int(value):
-            raise ValueError("must be a fraction of the run below 1, or a whole number of steps")
+        fraction = isinstance(value, float) and 0 < value < 1
+        steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (fraction or steps or value is None):
+            raise ValueError("must be a fraction of the run between 0 and 1, or a whole number of steps")
         return value
 
 
@@ -260,5 +262,5 @@ def steps_of_phases(
 ) -> tuple[int, ...]:
     """The last step of each phase of `weights_by_phase`: fractions are of all ``steps``."""
     return tuple(
-        steps if until is None else round(until * steps) if until < 1 else round(until) for until, _ in phases
+        steps if until is None else round(until * steps) if until < 1 else int(until) for until, _ in phases
     )

@@ -72,8 +72,8 @@ class RunConfig(BaseModel):
         str | list[DataSource], TypeInWords("text, or a list of sources: {path, name, format, weight, ...}")
     ] = Field(
         "stdlib",
-        description="text file, folder, JSON Lines file with a text field, or stdlib; or a function of your own that"
-        " gives the documents: my_module:my_documents; or a list of such sources",
+        description="file, folder, pattern or hub data set: text, JSON Lines, parquet, Arrow, CSV, files of tokens; or"
+        " stdlib; or a function of your own that gives the documents: my_module:my_documents; or a list of sources",
         json_schema_extra=or_path,
     )
     data_options: dict[str, Any] = Field(
@@ -82,7 +82,8 @@ class RunConfig(BaseModel):
     )
     data_weight_by: Literal["tokens", "documents"] = Field(
         "tokens",
-        description="what the weights of several sources are shares of: the trained tokens, or documents",
+        description="what the weights of several sources are shares of: the tokens of samples (padding aside), or"
+        " documents",
     )
     data_phases: list[Phase] = Field(
         [],

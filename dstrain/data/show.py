@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,8 @@ from dstrain.data.training_data import TrainingData, TrainingSource, training_da
 from dstrain.files import write_json
 from dstrain.mixture_shares import MixturePhase
 
+_MOST_OF_A_CHARACTER = 6
+"""Tokens of a single character, of an emoji in bytes and marks between them."""
 _PERCENTILES = (0, 25, 50, 75, 95, 100)
 
 
@@ -38,7 +39,8 @@ class Piece:
         tokens: how many there are.
         text: special tokens spelled out.
         position: of the first of them, as the model is told it.
-        ids, texts: each token, and its text alone; empty where they were not asked for.
+        beyond: whether it is the token behind the sample, which its last one is to predict.
+        ids, texts: each token, and its text alone; empty where they were not asked for, but for one beyond the sample.
     """
 
     document: int
@@ -48,6 +50,7 @@ class Piece:
     position: int
     ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,39 @@ def sample(data: TrainingData, number: int, row: int, *, each_token: bool = Fals
         if first == last:
             continue
         part = ids[first:last].tolist()
-        piece = Piece(
-            int(document[first]), bool(trained[first]), last - first, spell(part), int(positions[first])
+        pieces.append(
+            Piece(
+                int(document[first]), bool(trained[first]), last - first, spell(part), int(positions[first])
+            )
         )
         if each_token:
-            piece = replace(piece, ids=tuple(part), texts=tuple(spell([token]) for token in part))
-        pieces.append(piece)
+            pieces[-1] = replace(pieces[-1], ids=tuple(part), texts=_texts(part, spell))
+    if size == ids.size and labels[-1] != IGNORED:
+        token = int(labels[-1])
+        text = spell([token])
+        pieces.append(
+            Piece(int(document[-1]), True, 1, text, int(positions[-1]) + 1, (token,), (text,), True)
+        )
     documents = int(document[size - 1]) + 1 if size else 0
     source = data.sources[data.rows.source_of(row)].name if isinstance(data.rows, MixedRows) else ""
     return Sample(number, documents, int((labels != IGNORED).sum()), ids.size - size, tuple(pieces), source)
+
+
+def _texts(ids: Sequence[int], spell: Callable[[Sequence[int]], str]) -> tuple[str, ...]:
+    """The text of each token. A character of several tokens is that of the last of them, and the others are empty."""
+    found: list[str] = []
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = spell(waiting)
+        if text.endswith("\ufffd") and len(waiting) < _MOST_OF_A_CHARACTER:
+            found.append("")
+        else:
+            found.append(text)
+            waiting.clear()
+    if waiting:
+        found[-1] = spell(waiting)
+    return tuple(found)
 
 
 def rows_of_samples(
@@ -122,12 +149,14 @@ def statistics(data: TrainingData) -> dict[str, Any]:
     lengths = np.concatenate(
         [source.data.lengths for source in data.sources if isinstance(source.data, PackedData)]
     )
-    powers = Counter(int(length).bit_length() for length in lengths.tolist())
+    powers = np.bincount(np.frexp(lengths)[1])  # the bits of each number
     return {
         "lengths": {
             str(share): int(np.percentile(lengths, share, method="nearest")) for share in _PERCENTILES
         },
-        "histogram": [[2 ** (power - 1), 2**power - 1, powers[power]] for power in sorted(powers)],
+        "histogram": [
+            [2 ** (power - 1), 2**power - 1, int(powers[power])] for power in np.flatnonzero(powers).tolist()
+        ],
         "labels": int(labels.sum()),
         "labels_of_a_row": [int(labels.min()), round(float(labels.mean()), 1), int(labels.max())],
     }

@@ -63,7 +63,7 @@ def _refuse_phases(resolved: ResolvedConfig) -> None:
     if not config.data_phases:
         return
     names = [source.called for source in config.sources]
-    if isinstance(config.data, str):
+    if len(config.sources) < 2:
         raise DstrainError(
             "data_phases are for several sources, and data is one",
             where=where,

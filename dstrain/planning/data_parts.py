@@ -169,8 +169,10 @@ def combine(config: RunConfig, parts: Sequence[DataPart], planned: Sequence[Plan
     trained = [data for part, data in zip(parts, planned, strict=True) if part.trained]
     names = [part.name for part in parts if part.trained]
     sets = [data for part, data in zip(parts, planned, strict=True) if not part.trained]
-    phases = _phases(config, names, trained)
-    given = rows_before(phases, config.global_batch, len(trained))[-1][1]
+    phases = _phases(config, names, trained) if len(trained) > 1 else ()
+    given = [config.steps * config.global_batch]
+    if phases:
+        given = rows_before(phases, config.global_batch, len(trained))[-1][1]
     taken = [*given, *([0] * len(sets))]
     sources = tuple(
         PlannedSource(part.name, part.trained, rows, replace(data, sources=(), phases=()))
@@ -194,7 +196,7 @@ def combine(config: RunConfig, parts: Sequence[DataPart], planned: Sequence[Plan
         train_rows=rows,
         validation_rows=sum(data.validation_rows for data in trained) + sum(data.train_rows for data in sets),
         padding=sum(data.padding * data.train_rows for data in trained) / rows,
-        fingerprint=_fingerprint(names, trained, phases),
+        fingerprint=_fingerprint(names, trained, phases) if phases else trained[0].fingerprint,
         documents_hash="",
         kinds="",
         left_out="",
@@ -219,7 +221,8 @@ def _phases(
     ends = steps_of_phases(phases, config.steps)
     rows = [data.train_rows for data in trained]
     if config.data_weight_by == "documents":
-        sizes = [(data.documents - data.validation_documents) / data.train_rows for data in trained]
+        counts = [data.documents - data.dropped_documents - data.validation_documents for data in trained]
+        sizes = [count / data.train_rows for count, data in zip(counts, trained, strict=True)]
     else:
         sizes = [(1 - data.padding) * data.seq_len for data in trained]
     return tuple(

@@ -76,6 +76,9 @@ def warnings_about(
             f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} no effect: the data are texts, and no"
             " conversations"
         )
+    untouched = [source.name for source in data.training_sources if not source.rows]
+    if untouched:
+        found.append(f"nothing of {', '.join(untouched)} is trained on in {config.steps:,} steps")
     epochs = config.steps * config.global_batch / data.train_rows
     if epochs > 1 and not data.sources:  # whose table shows it
         about = "about " if data.streamed else ""

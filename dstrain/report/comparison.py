@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from dstrain.runs.run_folder import RunFolder, read_metrics
+from dstrain.runs.run_folder import RunFolder, is_validation_loss, read_metrics
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def _relative(found: float | None, wanted: float | None) -> float:
     return distance if np.isfinite(distance) else float("inf")
 
 
-COMPARED = ("loss", "grad_norm", "lr", "loss_scale", "validation_loss")
-"""What a step's line says of the numbers, one deciding the next; the other keys count and measure."""
-_NOT_ALWAYS = ("validation_loss",)  # how often it is taken changes no other number
+COMPARED = ("loss", "grad_norm", "lr", "loss_scale")
+"""What a step's line says of the numbers, one deciding the next; then the validation losses, which may be taken less
+often and change no other number. The other keys count and measure."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def compare_bits(run: RunFolder, again: RunFolder) -> Repetition:
     found = (
         Deviation(step, key, was[step].get(key), now[step].get(key))
         for step in both
-        for key in COMPARED
-        if not _same(was[step].get(key), now[step].get(key), often=key not in _NOT_ALWAYS)
+        for key in (*COMPARED, *filter(is_validation_loss, {**was[step], **now[step]}))
+        if not _same(was[step].get(key), now[step].get(key), often=key in COMPARED)
     )
     return Repetition(
         steps=sum(step > 0 for step in both),

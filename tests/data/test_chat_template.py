@@ -122,6 +122,24 @@ def test_without_the_stop_token_the_same_words_are_trained(template):
     )
 
 
+def test_without_stop_tokens_turns_must_be_found_and_need_none():
+    rewrites = (
+        "{%- for m in messages -%}{{ m.role + ':' + (m.content if loop.last or m.role != 'assistant' else '...') }}"
+        "{{ eos_token }}{%- endfor -%}{%- if add_generation_prompt -%}assistant:{%- endif -%}"
+    )
+    record = CONVERSATIONS["system"]
+    assert isinstance(encode(record, rewrites, train_on="all"), Encoded)
+    refused = encode(record, rewrites, train_on="all", train_stop_token=False)
+    assert isinstance(refused, DstrainError) and "changes how the chat template writes it" in refused.message
+    outside = (
+        "{%- for m in messages -%}{{ m.role + ':' }}{%- if m.role == 'assistant' -%}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{%- else -%}{{ m.content }}{%- endif -%}{{ eos_token }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}assistant:{%- endif -%}"
+    )
+    assert isinstance(encode(record, outside), DstrainError)
+    assert trained_text(encode(record, outside, train_stop_token=False)) == ["Good day.", "Bye."]
+
+
 @pytest.mark.parametrize("template", [MARKED, without_marks(MARKED)], ids=["marks", "prefixes"])
 def test_what_messages_say_themselves(template):
     messages = [

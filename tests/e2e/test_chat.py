@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,37 @@ def text_of(messages: list[dict[str, Any]]) -> list[int]:
     """As many elements as the conversation has tokens."""
     text = "".join(f"{message['role']}: {message['content']}#" for message in messages)
     return list(text.encode())
+
+
+def test_what_a_sample_of_text_trains_is_shown_to_its_last_label(
+    dstrain_here: Callable[..., Said], place: Path
+) -> None:
+    (place / "text.txt").write_text(
+        "".join(chr(97 + at % 26) for at in range(200)) + "\u4f60\u597d \U0001f600" * 9
+    )
+    chosen = (
+        "--model",
+        "model",
+        "--tokenizer",
+        "bytes",
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "64",
+        "--set",
+        "validation=0",
+    )
+    samples = json.loads(dstrain_here("data", "show", *chosen, "-n", "9", "--json").out)
+    for sample, following in pairwise(samples):
+        trained = [piece for piece in sample["pieces"] if piece["trained"]]
+        assert sum(piece["tokens"] for piece in trained) == sample["labels"] == 64
+        assert trained[-1]["beyond"] and trained[-1]["ids"][0] in following["pieces"][0]["text"].encode()
+    said = dstrain_here("data", "show", *chosen, "-n", "9", "--html", "page.html")
+    assert said.code == 0, said.err
+    text = "".join(
+        text for style, _, text in Page((place / "page.html").read_text()).tokens if "beyond" not in style
+    )
+    assert "\u4f60\u597d \U0001f600" in text
 
 
 def test_texts_are_shown_too(dstrain_here: Callable[..., Said], place: Path) -> None:

@@ -206,11 +206,18 @@ def test_a_run_is_stopped_and_goes_on_with_another_layout_and_the_same_samples(
     assert again.code == 0, again.out + again.err
 
 
-def test_phases_by_fractions_do_not_go_on_for_more_steps(mixture: Path, dstrain: Callable[..., Said]) -> None:
+def test_phases_by_fractions_end_where_they_did_when_a_run_goes_on_for_more_steps(
+    mixture: Path, dstrain: Callable[..., Said]
+) -> None:
     assert dstrain("run", "--config", "mixture.yaml", "--name", "run", "--steps", "2").code == 0
-    said = dstrain("resume", "run", "--steps", "8")
-    assert said.code == 2
-    assert "data" in said.err and "phases" in said.err
+    said = dstrain("resume", "run", "--steps", "3")
+    assert said.code == 0, said.err
+    assert "phases of the data end where they did: after step 1" in said.out
+    phases = Plan.read(RunFolder(mixture / "runs" / "run").plan).data.phases
+    assert [phase.last_step for phase in phases] == [1, 3]
+    others = "data_phases=[{until: 2, weights: {text: 1}}, {weights: {chat: 1, numbers: 1}}]"
+    changed = dstrain("resume", "run", "--steps", "4", "--set", others)
+    assert changed.code == 2 and "weights and phases" in changed.err
 
 
 def test_samples_come_in_the_order_of_training_with_their_sources(
@@ -232,6 +239,61 @@ def test_samples_come_in_the_order_of_training_with_their_sources(
     plan = dstrain_here("plan", "--config", "mixture.yaml")
     assert plan.code == 0, plan.err
     assert "epochs" in plan.out and "numbers" in plan.out
+
+
+def test_a_validation_set_is_not_trained_on(mixture: Path, dstrain_here: Callable[..., Said]) -> None:
+    (mixture / "own.py").write_text("def texts(kind='a'):\n    return [f'{kind} of many words'] * 400\n")
+    (mixture / "folder").mkdir()
+    (mixture / "folder" / "numbers.txt").write_text((mixture / "numbers.txt").read_text())
+    kinds = "{path: 'own:texts', options: {kind: b}}"
+    for data, validation, wrong in (
+        ("[numbers.txt]", "[{path: ./numbers.txt, name: same}]", "validation set same: "),
+        (
+            "[{path: numbers.txt, validation: numbers.txt}]",
+            "0",
+            "numbers.txt is trained on too, in source numbers",
+        ),
+        ("[folder]", "[folder/numbers.txt]", "numbers.txt is trained on too, in source folder"),
+        ("['own:texts']", "[{path: 'own:texts', name: own}]", "own:texts {} is trained on too"),
+        ("['own:texts']", f"[{kinds[:-1]}, name: other}}]", None),
+    ):
+        chosen = ("--set", f"data={data}", "--set", f"validation={validation}", "--seq-len", "64")
+        said = dstrain_here("plan", "--model", "model", "--tokenizer", "bytes", *chosen)
+        assert (said.code == 0) if wrong is None else (said.code == 2 and wrong in said.err), said
+
+
+def test_an_error_names_its_source(mixture: Path, dstrain_here: Callable[..., Said]) -> None:
+    (mixture / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    for data, validation, said in (
+        ("[numbers.txt, {path: bad.jsonl, name: mine}]", "0", "source mine: "),
+        ("[numbers.txt]", "[bad.jsonl]", "validation set bad: "),
+        ("[numbers.txt, {path: nowhere.txt, name: mine}]", "0", "source mine: there is no such file"),
+    ):
+        chosen = ("--set", f"data={data}", "--set", f"validation={validation}")
+        found = dstrain_here("plan", "--model", "model", "--tokenizer", "bytes", *chosen)
+        assert found.code == 2 and said in found.err and "hint" in found.err, found
+
+
+def test_a_validation_list_changes_nothing_of_what_a_single_source_trains_on(
+    mixture: Path, dstrain_here: Callable[..., Said]
+) -> None:
+    plans = []
+    for validation in ("0", "[text.jsonl]", "[text.jsonl, {path: more.jsonl, name: chat}]"):
+        chosen = (
+            "--set",
+            "data=numbers.txt",
+            "--set",
+            f"validation={validation}",
+            "--set",
+            "too_long=drop",
+            "--json",
+        )
+        said = dstrain_here("plan", "--model", "model", "--tokenizer", "bytes", "--seq-len", "128", *chosen)
+        assert said.code == 0, said.err
+        plans.append(json.loads(said.out)["data"])
+    assert len({plan["fingerprint"] for plan in plans}) == 1
+    assert all(not plan["phases"] for plan in plans)
+    assert [len(plan["sources"]) for plan in plans] == [0, 2, 3]
 
 
 def test_the_recipe_for_a_mixture(place: Path, dstrain: Callable[..., Said]) -> None:

@@ -40,6 +40,8 @@ def show_samples(
             mark, style = (_TRAINED, "green") if piece["trained"] else (_CONTEXT, "dim")
             line = Text(f"    {mark:<6}{piece['tokens']:>6} {piece['position']:>6}  ")
             line.append(_elided(repr(piece["text"])[1:-1]), style=style)
+            if piece["beyond"]:
+                line.append("  (behind the sample; its last token predicts it)", style="dim")
             console.print(line, soft_wrap=True)
         console.print()
     console.print(

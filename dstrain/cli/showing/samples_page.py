@@ -16,6 +16,7 @@ h2 { font-size: 1.05em; margin: 2em 0 .4em }
   overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 13px }
 .document::before { content: "document " attr(data-number); display: block; color: #778; font-size: 11px }
 span { border-radius: 2px; box-shadow: inset -1px 0 #0002 } .t { background: #bfe8c5 } .c { color: #667 }
+.beyond { outline: 1px dashed #58a; margin-left: .3em } span:empty::after { content: "\00b7" }
 .key span { padding: 0 .4em } .padding { color: #778; font-size: 12px }
 @media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd } .t { background: #1f5a2c }
   .c { color: #99a } span { box-shadow: inset -1px 0 #fff2 } }
@@ -61,6 +62,8 @@ def _parts(samples: Sequence[Mapping[str, Any]], statistics: Mapping[str, Any]) 
 
 def _tokens(piece: Mapping[str, Any]) -> Iterator[str]:
     style, trained = ("t", "trained") if piece["trained"] else ("c", "not trained")
+    if piece["beyond"]:
+        style, trained = "t beyond", "trained, behind the sample"
     for at, (token, text) in enumerate(zip(piece["ids"], piece["texts"], strict=True)):
         # A line end is shown, and then breaks the line.
         spelled = escape(text).replace("\n", "&#8629;\n")

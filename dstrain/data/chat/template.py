@@ -213,7 +213,7 @@ class ChatTemplate:
         try:
             spans = self._spans(record, text, marks, turns, turns)
         except DstrainError:
-            if left_out:
+            if left_out or not self._train_stop_token:
                 raise
             return _Rendered(text, ((0, len(text)),))
         for number in turns:
@@ -374,6 +374,10 @@ class ChatTemplate:
             if self._tokenizer.is_special(last):
                 self._ends[end] = last
         if not self._tokenizer.is_special(last):
+            if (
+                not self._train_stop_token
+            ):  # a template that leaves it out of the turn gives what is asked for
+                return
             raise DstrainError(
                 f"no stop token ends the assistant's turn, which ends with {turn[-_SHOWN:]!r}: the model would"
                 " never learn to stop",
