@@ -43,8 +43,8 @@ def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> Pl
     Raises:
         DstrainError: the data can't be used.
     """
-    found = prepare_sources(resolved, tokenizer, events)
-    return combine(resolved.config, [each.part for each in found], [each.data for each in found])
+    found = _prepare_parts(resolved, tokenizer, events)
+    return combine(resolved.config, [part for part, _, _ in found], [each.data for _, _, each in found])
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,18 @@ class PreparedSource:
     """The tokens of a source in the cache.
 
     Attributes:
-        part: which one it is.
-        source: its files, or its code.
+        name: of the source.
         data: what it holds.
         folder: where its tokens lie; empty for a stream, of which nothing is tokenized ahead.
         seconds: what it took to tokenize it, or to find that it was there.
         was_there: its tokens lay in the cache before.
     """
 
-    part: DataPart
-    source: Source | OwnSource
+    name: str
     data: PlannedData
     folder: str
     seconds: float
     was_there: bool
-
-    @property
-    def name(self) -> str:
-        """Of the source."""
-        return self.part.name
-
-    @property
-    def own(self) -> OwnSource | None:
-        """The documents of the user's code; None for files."""
-        return self.source if isinstance(self.source, OwnSource) else None
 
 
 def prepare_sources(
@@ -89,6 +77,12 @@ def prepare_sources(
     Raises:
         DstrainError: the data can't be used.
     """
+    return [each for _, _, each in _prepare_parts(resolved, tokenizer, events, workers=workers)]
+
+
+def _prepare_parts(
+    resolved: ResolvedConfig, tokenizer: str, events: Events, *, workers: int | None = None
+) -> list[tuple[DataPart, Source | OwnSource, PreparedSource]]:
     cache = cache_folder() / "data"
     clear_leftovers(cache_folder())
     if note := cache_note():
@@ -108,13 +102,13 @@ def prepare_sources(
             data = _prepared(part, source, resolved, tokenizer, events, workers=workers)
         seconds = time.monotonic() - start
         if data.streamed:
-            found.append(PreparedSource(part, source, data, "", seconds, was_there=False))
+            found.append((part, source, PreparedSource(part.name, data, "", seconds, was_there=False)))
             continue
         folder, there = cache, True  # in a cache that can't be written no summary names its folder
         with suppress(OSError):
             folder = tokens_of_summary(_summary_file(part, source, resolved, tokenizer))
             there = before.get(folder.name) == folder.stat().st_ino
-        found.append(PreparedSource(part, source, data, str(folder), seconds, there))
+        found.append((part, source, PreparedSource(part.name, data, str(folder), seconds, there)))
     return found
 
 
@@ -224,9 +218,10 @@ def look_at_data(
             where=str(resolved.origin("data_stream")),
             hint="--set data_stream=false shows the samples of the same data, in another order; it reads all of them",
         )
-    found = prepare_sources(resolved, tokenizer, events)
-    parts, own = [each.part for each in found], [each.own for each in found]
-    planned = combine(config, parts, [each.data for each in found])
+    found = _prepare_parts(resolved, tokenizer, events)
+    parts = [part for part, _, _ in found]
+    own = [source if isinstance(source, OwnSource) else None for _, source, _ in found]
+    planned = combine(config, parts, [each.data for _, _, each in found])
     request = {
         "parts": [
             {
