@@ -44,7 +44,8 @@ def read_index(path: Path) -> MegatronIndex:
         DstrainError: it is of another version, cut, or does not fit together.
         OSError: it can't be read.
     """
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    # Nothing can be mapped of an empty file.
+    content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     if content.size < _HEADER.itemsize or content[: len(MEGATRON_MAGIC)].tobytes() != MEGATRON_MAGIC:
         raise DstrainError("this is not an index of Megatron's", hint=_AGAIN, where=str(path))
     header = content[: _HEADER.itemsize].view(_HEADER)[0]
@@ -86,7 +87,7 @@ def read_index(path: Path) -> MegatronIndex:
         raise DstrainError(
             "the sequences of this index do not lie behind each other", hint=_AGAIN, where=str(path)
         )
-    if not starts.size or starts[0] != 0 or starts[-1] != sequences or (np.diff(starts) < 0).any():
+    if not starts.size or starts[0] != 0 or starts[-1] != sequences or (starts[1:] < starts[:-1]).any():
         raise DstrainError(
             "the documents of this index do not begin at its first sequence, follow each other, and end at its last",
             hint=_AGAIN,

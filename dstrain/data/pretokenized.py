@@ -107,15 +107,25 @@ def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
     left = corpus.source.limit
     ended = True
     for file in corpus.files:
+        if left == 0:
+            break
         read += file.size
         if file.kind == "index":
             continue
         try:
             mapped, known = _mapped(file, tokenizer)
+            if not mapped.tokens:  # a shard of nothing, or of documents without a token
+                of_shard = known[:left].size if known is not None else 0
+                empty, left = empty + of_shard, None if left is None else left - of_shard
+                continue
             tokens = map_tokens([mapped])
         except OSError as error:
             raise DstrainError(
                 f"can't be read: {error.strerror or error}", where=file.path, hint=way_out(error)
+            ) from error
+        except ValueError as error:  # there is less to map than was there when the files were listed
+            raise DstrainError(
+                "this file changed while it was being read", where=file.path, hint="start again"
             ) from error
         assert isinstance(tokens, np.ndarray)
         bounds = [np.zeros(1, np.int64)]
@@ -138,9 +148,7 @@ def scan(corpus: TokenFiles, tokenizer: Tokenizer) -> Scanned:
         files.append(mapped)
         before += tokens.size
         left = None if left is None else left - of_file.size
-        if left == 0:
-            break
-    all_lengths = np.concatenate(lengths)
+    all_lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
     if not all_lengths.size:
         raise DstrainError(
             "no document in this source has a token", hint="name a file with tokens", where=corpus.place
@@ -176,10 +184,21 @@ def _mapped(file: SourceFile, tokenizer: Tokenizer) -> tuple[MappedFile, np.ndar
 
 def _llm_c(file: SourceFile) -> MappedFile:
     with open(file.path, "rb") as stream:
-        header = np.frombuffer(stream.read(LLM_C_HEADER_BYTES), dtype="<i4", count=3)
-    size, tokens = LLM_C_HEADERS[int(header[0]), int(header[1])], int(header[2])
+        content = stream.read(LLM_C_HEADER_BYTES)
+    if len(content) < LLM_C_HEADER_BYTES:
+        raise DstrainError(
+            f"this file has {file.size:,} bytes, and its header alone takes {LLM_C_HEADER_BYTES:,}",
+            hint="copy it again: it may be cut off",
+            where=file.path,
+        )
+    header = np.frombuffer(content, dtype="<i4", count=3)
+    if (kind := (int(header[0]), int(header[1]))) not in LLM_C_HEADERS:
+        raise DstrainError(
+            "this file's header is another one than before", hint="start again", where=file.path
+        )
+    size, tokens = LLM_C_HEADERS[kind], int(header[2])
     needed = LLM_C_HEADER_BYTES + size * tokens
-    if needed != file.size or not tokens:
+    if needed != file.size:
         raise DstrainError(
             f"this file has {file.size:,} bytes, and its header speaks of {tokens:,} tokens, which take {needed:,}",
             hint="copy it again: it may be cut off",
@@ -193,6 +212,8 @@ def _bytes_of_a_token(file: SourceFile, tokenizer: Tokenizer) -> int:
 
     As numbers of 16 bits, tokens of 32 bits are a low half and a small number in turn.
     """
+    if not file.size:
+        return 2
     if file.size % 2:
         raise DstrainError(
             f"this file has {file.size:,} bytes, which are no whole number of tokens",
