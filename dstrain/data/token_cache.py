@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import uuid
@@ -203,7 +204,8 @@ def _scanned(source: TokenFiles, tokenizer: Tokenizer, aside: Path) -> dict[str,
     found = scan(source, tokenizer)
     np.save(aside / _LENGTHS, found.lengths.astype("<i8"), allow_pickle=False)
     np.save(aside / _STARTS, found.starts.astype("<i8"), allow_pickle=False)
-    files = [asdict(file) for file in found.files]
+    # Whoever opens the cache may stand in another folder.
+    files = [{**asdict(file), "path": os.path.realpath(file.path)} for file in found.files]
     return {
         "written": found.written,
         "mapped": files,

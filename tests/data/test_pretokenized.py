@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dstrain.data import pretokenized
+from dstrain.data import pretokenized, token_cache
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.packing import IGNORED
 from dstrain.data.prepare import main, prepare
@@ -175,3 +175,12 @@ def test_tokens_of_a_large_vocabulary_are_told_apart(tmp_path):
         source = find_files(str(path), data_format="nanogpt")
         scanned = pretokenized.scan(pretokenized.TokenFiles(source, "nanogpt"), Large())
         assert scanned.files[0].tokens == 4000 and scanned.files[0].dtype == f"<u{np.dtype(dtype).itemsize}"
+
+
+def test_the_cache_of_a_relative_path_serves_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = megatron(tmp_path / "a.bin")
+    wanted = prepared(tmp_path, "a.bin")
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(token_cache, "_build", None)
+    assert prepared(tmp_path, path).fingerprint == wanted.fingerprint
