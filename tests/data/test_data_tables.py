@@ -11,6 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from dstrain.data import tables
 from dstrain.data.chat.formats import read_record
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.documents import read_documents, read_records
@@ -209,6 +210,26 @@ def test_a_folder_mixes_kinds_and_the_plan_names_them(tmp_path):
     ]  # fmt: skip
     for kind in (".parquet", ".arrow", ".jsonl", ".txt", ".csv as tables", ".tsv as tables"):
         assert f"1 {kind} (" in source.kinds
+
+
+def test_of_a_complete_cache_no_table_is_opened_but_the_first(tmp_path, monkeypatch):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for number in range(9):
+        write(folder / f"{number}.parquet", TEXTS)
+    opened = []
+    check, parts = tables._check_begin_and_end, tables._parquet_parts
+    monkeypatch.setattr(
+        tables, "_check_begin_and_end", lambda file: (opened.append(file.relative), check(file))
+    )
+    monkeypatch.setattr(tables, "_parquet_parts", lambda file: (opened.append(file.relative), parts(file))[1])
+    first = prepared(tmp_path, folder)
+    assert set(opened) == {f"{number}.parquet" for number in range(9)}, (
+        "all are checked before their tokens are made"
+    )
+    opened.clear()
+    assert prepared(tmp_path, folder).fingerprint == first.fingerprint
+    assert opened == ["0.parquet"]
 
 
 def test_a_pattern_names_files(tmp_path, monkeypatch):

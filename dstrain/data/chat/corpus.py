@@ -129,7 +129,7 @@ def _format_of_first(source: Source, options: RecordOptions) -> tuple[str, str, 
     """The format of the first record that has one, the field that holds a text, and the record's place."""
     named = options.data_fields.get("text")
     first: DstrainError | None = None
-    for record in read_records(source, keep_errors=True):
+    for record in read_records(source, keep_errors=True, check_all=False):
         try:
             if record.error is not None:
                 raise record.error
