@@ -21,7 +21,9 @@ _MOST_WORDS = 2**17
 """Words that are remembered, about 25 MB. When as many others have come, all are forgotten: the text is another one."""
 _LONGEST = 64
 """Characters of a word that is remembered."""
-_MOST_PARTS = 1024
+_MOST_CHARACTERS = 2**20
+"""Of parts of conversations whose words are remembered; with the words, about 20 bytes for each."""
+_LONGEST_PART = 2**14
 _NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 _SPACE = "\u0120"
 """How byte-level vocabularies spell a space."""
@@ -49,6 +51,7 @@ class WordCache:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         self._spells_all = all(self._model.token_to_id(character) is not None for character in alphabet)
         self._recent: dict[str, list[str]] = {}
+        self._recent_characters = 0
 
     def ids(self, text: str) -> np.ndarray | None:
         """The tokens, `dtype` [n]; None where the library must be asked."""
@@ -126,14 +129,23 @@ class WordCache:
                 found.append(part)
                 continue
             words = self._recent.get(part)
-            if words is None and (words := self._words_between(part)) is None:
-                return None
-            if len(parts) > 1:  # of a conversation, whose beginning is asked for again
-                if len(self._recent) == _MOST_PARTS:
-                    self._recent.clear()
-                self._recent[part] = words
+            if words is None:
+                if (words := self._words_between(part)) is None:
+                    return None
+                if len(parts) > 1:  # of a conversation, whose beginning is asked for again
+                    self._remember(part, words)
             found += words
         return found
+
+    def _remember(self, part: str, words: list[str]) -> None:
+        """The words of a part that is not known, where it is short; all others are forgotten where there are many."""
+        if len(part) > _LONGEST_PART:
+            return
+        if self._recent_characters + len(part) > _MOST_CHARACTERS:
+            self._recent.clear()
+            self._recent_characters = 0
+        self._recent[part] = words
+        self._recent_characters += len(part)
 
     def _words_between(self, text: str) -> list[str] | None:
         """Those of a text without added tokens."""

@@ -319,3 +319,17 @@ def test_the_memory_stays_bounded(made: dict[str, Tokenizer], monkeypatch: pytes
         assert same(backend, cache, f"w{'x' * (number % 90)} {number} and the cat")
         assert len(cache._ids) <= 50
     assert "cat" in cache._ids or " cat" in cache._ids
+
+
+def test_what_is_remembered_of_conversations_is_bounded(made: dict[str, Tokenizer], monkeypatch) -> None:
+    """By characters: a thousand turns of a megabyte each would not fit."""
+    monkeypatch.setattr(module, "_MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_LONGEST_PART", 300)
+    backend = made["gpt2"]
+    cache = cache_of(backend)
+    for number in range(60):
+        text = f"<s>{'the cat ' * (number + 3)}<|end|>Sat {number}"
+        assert same(backend, cache, text)
+        assert sum(map(len, cache._recent)) == cache._recent_characters <= 1000
+        assert max(map(len, cache._recent), default=0) <= 300
+    assert cache._recent, "short ones are remembered"
