@@ -55,7 +55,7 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
         if known is None:
             raise DstrainError(
                 f"{name.repository!r} is not a file or folder here, and {unreachable}",
-                hint=f"check the path, or {unreachable.way_out}; a folder with its files works without a network",
+                hint=f"{_check_path(name)}, or {unreachable.way_out}; a folder with its files works without a network",
             ) from unreachable
         note(f"{name}: what was fetched before serves, since {unreachable}")
         return known
@@ -95,13 +95,13 @@ def _commit(name: HubName) -> str:
     except RepositoryNotFoundError as error:
         raise DstrainError(
             f"{name.repository!r} is neither a file or folder here nor a data set on the hub (or it is private)",
-            hint=f"check the path, or the name on {constants.ENDPOINT}/datasets; for a private data set"
+            hint=f"{_check_path(name)}, or the name on {constants.ENDPOINT}/datasets; for a private data set"
             " `hf auth login`, or set HF_TOKEN",
         ) from error
     except HFValidationError as error:
         raise DstrainError(
             f"{name.repository!r} is neither a file or folder here nor a valid name on the hub: {_first_line(error)}",
-            hint="check the path",
+            hint=_check_path(name),
         ) from error
     except OfflineModeIsEnabled as error:
         raise _UnreachableError(
@@ -112,6 +112,11 @@ def _commit(name: HubName) -> str:
         raise _UnreachableError(
             f"the hub {what}: {_first_line(error)}", f"the network ({constants.ENDPOINT})"
         ) from error
+
+
+def _check_path(name: HubName) -> str:
+    """A path with a slip in it is not asked for on the hub where it shows that it is one."""
+    return f"check the path (./{name.repository} is always one here)"
 
 
 def _load(name: HubName, commit: str) -> Fetched:

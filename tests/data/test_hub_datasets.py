@@ -71,7 +71,7 @@ GOOD = {
     "chat": {"repository": "tiny/chat"},
 }
 BAD = {
-    "no such data set": ({"repository": "tiny/none"}, "neither a file or folder here nor a data set", "check the path"),
+    "no such data set": ({"repository": "tiny/none"}, "neither a file or folder here nor a data set", "(./tiny/none is always"),
     "gated": ({"repository": "tiny/gated"}, "is a gated data set", "accept its terms"),
     "no such revision": ({"repository": "tiny/texts", "revision": "v9"}, "has no revision 'v9'", "branches and tags"),
     "no such split": (
@@ -89,7 +89,7 @@ BAD = {
     "a script": ({"repository": "tiny/script"}, "no code from the hub is run", "refs/convert/parquet"),
     "no files": ({"repository": "tiny/nothing"}, "no files that the datasets library can read", "hf download tiny/"),
     "a broken file": ({"repository": "tiny/broken"}, "can't be fetched: ", "hf download tiny/broken"),
-    "no valid name": ({"repository": "ti--ny/x"}, "nor a valid name on the hub", "check the path"),
+    "no valid name": ({"repository": "ti--ny/x"}, "nor a valid name on the hub", "check the path (./ti--ny/x"),
 }  # fmt: skip
 
 
