@@ -31,6 +31,7 @@ from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TOKEN_KINDS, Kind, kind_
 from dstrain.data.hub_names import HubName, hub_name, read_listing
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.data.saved_datasets import DATASET_DICT, saved_files
+from dstrain.data.split_names import refuse_both_splits
 from dstrain.data.token_file_kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
 from dstrain.data.walking import status_of, unreadable, walk
 from dstrain.errors import DstrainError
@@ -156,19 +157,60 @@ def listed(source: str, choices: Choices) -> Source:
             where="data",
         )
     if source == STDLIB:
+        _refuse_choices_of_hub(source, choices)
+        _refuse_split(source, choices)
         found = _stdlib()
     else:
         refuse_address(source, "data")
         path = Path(source).expanduser()
-        if choices.cache is not None and (name := _hub_name(source, choices)) is not None:
+        name = _hub_name(source, choices)
+        if name is None:
+            _refuse_choices_of_hub(source, choices)
+        if choices.cache is not None and name is not None:
             found = _from_hub(source, name, choices.cache)
         elif glob.has_magic(source) and not os.path.lexists(path):
+            _refuse_split(source, choices)
             found = _matching(source, path, choices)
         elif stat.S_ISDIR(status_of(path := named_by_its_prefix(path)).st_mode):
+            if not (path / DATASET_DICT).is_file():
+                _refuse_split(source, choices)
             found = _saved(source, path, choices) or _folder(source, path, choices)
         else:
+            _refuse_split(source, choices)
             found = _single(source, path, choices)
+    refuse_both_splits(found.files, source)
     return replace(found, choices=choices)
+
+
+def _refuse_choices_of_hub(source: str, choices: Choices) -> None:
+    for name, value in (("config", choices.config), ("revision", choices.revision)):
+        if value is not None:
+            raise DstrainError(
+                f"{name} ({value}) is for data sets on the hub, and this is a path here",
+                hint=f"remove it, and name the files that are meant: a folder, or a pattern like {source}/*.parquet"
+                if Path(source).expanduser().is_dir()
+                else "remove it",
+                where=source,
+            )
+
+
+def _refuse_split(source: str, choices: Choices) -> None:
+    if choices.split is None:
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = f"{source.rstrip('/')}/**/{choices.split}-*.parquet"
+        hint = f"remove it, and name the files of the split: a pattern such as '{files}', or a folder with them alone"
+    else:
+        hint = (
+            "remove it; files of one split are named themselves, by a folder with them alone, or by a pattern"
+        )
+    raise DstrainError(
+        f"split ({choices.split}) is for data sets on the hub and for folders in which save_to_disk has written several"
+        " splits, and this is neither",
+        hint=hint,
+        where=source,
+    )
 
 
 def _hub_name(source: str, choices: Choices) -> HubName | None:

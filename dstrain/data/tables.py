@@ -138,6 +138,7 @@ def _with_own_names(schema: pa.Schema, path: str) -> pa.Schema:
 
 def _parquet_parts(file: SourceFile) -> Iterator[_Part]:
     with _errors_of(file.path):
+        _check_begin_and_end(file)
         # Pages are read one by one, and not a whole row group at once.
         table = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=2**20)
     with table:

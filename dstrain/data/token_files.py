@@ -69,11 +69,4 @@ def token_files(source: Source, data_format: str) -> TokenFiles | None:
             hint="name files of one format, or several sources",
             where=source.place,
         )
-    names = {file.relative for file in source.files}
-    if {"train.bin", "val.bin"} <= names:
-        raise DstrainError(
-            "this folder holds train.bin and val.bin: both would be trained on",
-            hint="name train.bin; validation holds back a part of it",
-            where=source.place,
-        )
     return TokenFiles(source, kinds[0])

@@ -11,6 +11,7 @@ from typing import Any
 from dstrain.config.data_sources import ValidationSource, steps_of_phases, weights_by_phase
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.options import RecordOptions
+from dstrain.data.hub_names import hub_name
 from dstrain.data.own_documents import OwnSource
 from dstrain.mixture_shares import MixturePhase, parts_of, row_shares, rows_before
 from dstrain.planning.plan import PlannedData, PlannedSource
@@ -135,6 +136,7 @@ def data_parts(config: RunConfig) -> tuple[DataPart, ...]:
             records = replace(records, data_fields=source.fields)
         options = config.data_options if isinstance(config.data, str) and trained else source.options
         own = path == source.path  # and no validation set beside it
+        shared = own or hub_name(path) is not None  # a path here has neither config nor revision
         return DataPart(
             source.called,
             path,
@@ -143,9 +145,9 @@ def data_parts(config: RunConfig) -> tuple[DataPart, ...]:
             records,
             source.limit if own else None,
             options,
-            config=source.config,
+            config=source.config if shared else None,
             split=source.split if own else None,
-            revision=source.revision,
+            revision=source.revision if shared else None,
             streamed=config.data_stream and trained,
         )
 

@@ -343,7 +343,8 @@ TOKEN_FILES = {
     ),
     "training and validation tokens": Bad(
         {"d/train.bin": lambda path: write_nanogpt(path, TOKEN_IDS), "d/val.bin": b"\1\0"}, "d", "d",
-        ("holds train.bin and val.bin",), "train.bin", {"data_format": "nanogpt"},
+        ("both train.bin and val.bin would be trained on", "called val"), "d/**/*train*.bin",
+        {"data_format": "nanogpt"},
     ),
     "a format of token files for a text": one(
         "a.txt", b"a text", "", "does not begin with a header", "nanogpt", data_format="llm.c"

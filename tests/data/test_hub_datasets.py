@@ -71,7 +71,7 @@ GOOD = {
     "chat": {"repository": "tiny/chat"},
 }
 BAD = {
-    "no such data set": ({"repository": "tiny/none"}, "neither a file or folder here nor a data set", "(./tiny/none is always"),
+    "no such data set": ({"repository": "tiny/none"}, "neither a file or folder here nor a data set", "./tiny/none is"),
     "gated": ({"repository": "tiny/gated"}, "is a gated data set", "accept its terms"),
     "no such revision": ({"repository": "tiny/texts", "revision": "v9"}, "has no revision 'v9'", "branches and tags"),
     "no such split": (
