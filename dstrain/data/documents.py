@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from dstrain.data.chat.formats import FIELDS, TEXT, check_format, name_of_kind, text_of
@@ -78,17 +79,22 @@ def read_documents(source: Source, start: ReadPlace = _BEGINNING) -> Iterator[Do
         _refuse_empty_tables(source)
 
 
-def documents_of(file: SourceFile, source: Source) -> Iterator[DocumentPart]:
+def documents_of(
+    file: SourceFile, source: Source, *, skip: int = 0, group: int | None = None
+) -> Iterator[DocumentPart]:
     """The documents of one of the source's files, with the bytes read of it alone.
+
+    Args:
+        skip, group: as of `records_of`.
 
     Raises:
         DstrainError: as `read_documents`.
     """
     with errors_of(file):
-        if file.kind == "text":
+        if file.kind != "text":
+            yield from _texts_of_records(file, source, skip, group)
+        elif not skip:
             yield from _read_text(file, source.max_document_bytes or LARGEST_FILE)
-        else:
-            yield from _texts_of_records(file, source)
 
 
 @contextmanager
@@ -186,21 +192,29 @@ def read_records(
         _refuse_empty_tables(source)
 
 
-def records_of(file: SourceFile, source: Source) -> Iterator[JsonRecord]:
+def records_of(
+    file: SourceFile, source: Source, *, skip: int = 0, group: int | None = None
+) -> Iterator[JsonRecord]:
     """The records of one of the source's files, with the bytes read of it alone.
+
+    Args:
+        skip: how many of them to leave out at the beginning; those of JSON lines are not parsed.
+        group: of a parquet file, the row group whose records they are, from 0 on; None: all.
 
     Raises:
         DstrainError: as `read_documents`, but of the operating system's and gzip's errors.
     """
     limit, choices = source.max_document_bytes or LARGEST_LINE, source.choices
     if file.kind == "json lines":
-        return _json_records(file, limit)
+        return _json_records(file, limit, skip)
     if file.kind == "csv":
-        return read_delimited(file.path, limit, choices.data_format, choices.data_fields)
+        found = read_delimited(file.path, limit, choices.data_format, choices.data_fields)
+        return islice(found, skip, None)
     from dstrain.data.tables import read_table  # which costs the time to load Arrow
 
     text = {source.text_field} if source.text_field != "text" else set()
-    return read_table(file, limit, frozenset({*FIELDS, *choices.data_fields.values(), *text}))
+    rows = read_table(file, limit, frozenset({*FIELDS, *choices.data_fields.values(), *text}), group)
+    return islice(rows, skip, None)
 
 
 def _check_tables(source: Source) -> None:
@@ -221,8 +235,10 @@ def _refuse_empty_tables(source: Source) -> None:
         )
 
 
-def _texts_of_records(file: SourceFile, source: Source) -> Iterator[DocumentPart]:
-    for record in records_of(file, source):
+def _texts_of_records(
+    file: SourceFile, source: Source, skip: int, group: int | None
+) -> Iterator[DocumentPart]:
+    for record in records_of(file, source, skip=skip, group=group):
         if record.error is not None:
             raise record.error
         try:
@@ -234,7 +250,7 @@ def _texts_of_records(file: SourceFile, source: Source) -> Iterator[DocumentPart
         yield DocumentPart(text, record.bytes_read)
 
 
-def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
+def _json_records(file: SourceFile, limit: int, skip: int) -> Iterator[JsonRecord]:
     with open(file.path, "rb") as raw:
         lines = open_lines(raw, file.path)
         plain_bytes, begun = 0, False
@@ -245,7 +261,8 @@ def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
                 refuse_other_kinds(line, file.path)
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if not begun and line.lstrip().startswith(b"["):
-                for value, at in read_array(line, lines, file.path, number, limit, whole_number):
+                elements = read_array(line, lines, file.path, number, limit, whole_number)
+                for value, at in islice(elements, skip, None):
                     yield _record(value, "element", f"{file.path}:{at}", raw.tell())
                 return
             begun = begun or bool(line.strip())
@@ -256,7 +273,9 @@ def _json_records(file: SourceFile, limit: int) -> Iterator[JsonRecord]:
                     " size",
                     where=where,
                 )
-            if line.strip():
+            if line.strip() and skip:
+                skip -= 1
+            elif line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
                 bytes_read = plain_bytes if lines is raw else raw.tell()
                 text = _decode(line, file.path, first_line=number)

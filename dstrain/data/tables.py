@@ -38,7 +38,9 @@ class _Part:
     bytes_read: int
 
 
-def read_table(file: SourceFile, limit: int, fields: frozenset[str]) -> Iterator[JsonRecord]:
+def read_table(
+    file: SourceFile, limit: int, fields: frozenset[str], group: int | None = None
+) -> Iterator[JsonRecord]:
     """The rows in their order. Row groups, batches and rows are counted from 1.
 
     Nested columns become what JSON would give: objects for structs, without what is null in them, and for maps, arrays
@@ -47,12 +49,13 @@ def read_table(file: SourceFile, limit: int, fields: frozenset[str]) -> Iterator
     Args:
         limit: the largest string in a row, in bytes.
         fields: the columns that may be of use.
+        group: of a parquet file, the only row group to read, from 0 on.
 
     Raises:
         DstrainError: with the place of what can't be read.
     """
     what = "row group" if file.kind == "parquet" else "batch"
-    parts = _parquet_parts(file) if file.kind == "parquet" else _arrow_parts(file)
+    parts = _parquet_parts(file, group) if file.kind == "parquet" else _arrow_parts(file)
     convert: list[Callable[[Any], Any] | None] | None = None
     for part in parts:
         names = part.rows.schema.names
@@ -136,7 +139,15 @@ def _with_own_names(schema: pa.Schema, path: str) -> pa.Schema:
     return schema
 
 
-def _parquet_parts(file: SourceFile) -> Iterator[_Part]:
+def row_groups(file: SourceFile) -> int:
+    """How many row groups a parquet file has. Raises DstrainError where it can't be read."""
+    with _errors_of(file.path):
+        _check_begin_and_end(file)
+        with pq.ParquetFile(file.path) as table:
+            return int(table.num_row_groups)
+
+
+def _parquet_parts(file: SourceFile, only: int | None = None) -> Iterator[_Part]:
     with _errors_of(file.path):
         _check_begin_and_end(file)
         # Pages are read one by one, and not a whole row group at once.
@@ -145,6 +156,9 @@ def _parquet_parts(file: SourceFile) -> Iterator[_Part]:
         done, of_all = 0, table.metadata.num_rows
         for group in range(table.num_row_groups):
             of_group = table.metadata.row_group(group)
+            if only not in (None, group):
+                done += of_group.num_rows
+                continue
             size = max(1, of_group.total_byte_size // max(1, of_group.num_rows))
             batches = table.iter_batches(
                 batch_size=max(1, min(_PART_ROWS, _PART_BYTES // size)), row_groups=[group]

@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from dstrain.data import encoders
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.packing import IGNORED, PackedRows, TokenStream
-from dstrain.data.streaming.blocks import read_blocks, shard_order
+from dstrain.data.streaming.blocks import read_blocks, read_shard, shard_order
 from dstrain.data.streaming.making import make_rows
 from dstrain.data.streaming.segments import Segment, write_segment
 from dstrain.data.streaming.state import Place, StreamState
@@ -185,6 +187,41 @@ def test_a_document_a_row(shards, sizes, seq_len):
     assert sum(map(len, labels)) == sum(map(len, texts)), (
         "each token but the first of a document, and its end"
     )
+
+
+def test_row_groups_of_parquet_are_shards(tmp_path):
+    texts = [f"{number} " + "x" * (number % 5) for number in range(60)]
+    for file, first in (("a", 0), ("b", 40)):
+        table = pa.table({"text": texts[first : first + (40 if file == "a" else 20)]})
+        pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=10)
+    stream = stream_of(tmp_path, seq_len=8, sizes=(7, 1000))
+    assert [shard.name for shard in stream.shards] == [
+        *(f"a.parquet#{group}" for group in range(4)),
+        *(f"b.parquet#{group}" for group in range(2)),
+    ]
+    made = of_epochs(stream, 2)
+    found, _ = documents_in(np.concatenate([batch.input_ids.ravel() for batch in unshuffled(made)]))
+    for epoch in (found[:60], found[60:120]):
+        assert sorted(epoch) == sorted(texts)
+    expected = contents(made)
+    for state in (made[3].state, made[-3].state):
+        again = contents(islice(make_rows(stream, state), 2))
+        assert all(expected[row] == content for row, content in again.items() if row in expected)
+
+
+@pytest.mark.parametrize(
+    "name,write", [("a.jsonl", "\n\n".join), ("b.json", lambda lines: f"[{','.join(lines)}]")]
+)
+def test_going_on_in_the_middle_of_a_file_reads_what_is_left_of_it(tmp_path, name, write):
+    (tmp_path / name).write_text(write([json.dumps({"text": f"text {number}"}) for number in range(9)]))
+    stream = stream_of(tmp_path / name)
+    whole = list(read_shard(stream, 0))
+    assert [one.record for one in whole] == list(range(9))
+    for first in (1, 5, 9):
+        rest = list(read_shard(stream, 0, first))
+        assert [(one.record, one.document[0].text) for one in rest] == [
+            (one.record, one.document[0].text) for one in whole[first:]
+        ]
 
 
 def test_the_order_is_a_function_of_the_seed(tmp_path):

@@ -17,9 +17,9 @@ from dstrain.data.documents import documents_of, errors_of, records_of
 from dstrain.data.encoders import Piece, pieces_of
 from dstrain.data.order import hash_words, permute
 from dstrain.data.records import JsonRecord
-from dstrain.data.sources import SourceFile
+from dstrain.data.sources import Source, SourceFile
 from dstrain.data.streaming.state import Place
-from dstrain.data.streaming.stream import Stream
+from dstrain.data.streaming.stream import Shard, Stream
 from dstrain.errors import DstrainError
 
 _OVERHEAD = 64
@@ -51,7 +51,7 @@ class Block:
 
 def shard_order(stream: Stream, epoch: int) -> np.ndarray:
     """The shards' numbers in the order of an epoch: int64 [shards]."""
-    count = len(stream.files)
+    count = len(stream.shards)
     key = hash_words(stream.request.seed, epoch, SHARDS)
     return permute(np.arange(count, dtype=np.uint64), count, key)
 
@@ -96,7 +96,7 @@ def _read_epoch(stream: Stream, place: Place) -> Iterator[Block]:
         if position < place.shard:
             continue
         first = (place.record, place.part) if position == place.shard else (0, 0)
-        for one in read_shard(stream, int(shard)):
+        for one in read_shard(stream, int(shard), first[0]):
             if (one.record, one.part) < first or is_held(stream, int(shard), one.record):
                 continue
             here = Place(place.epoch, position, one.record, one.part)
@@ -125,7 +125,7 @@ class ReadDocument:
         part: how many parts of this one came before.
         last: whether it ends with this part.
         size: what it counts for in a block.
-        bytes_read: of the shard, to get this far.
+        bytes_read: of the file, to get this far.
     """
 
     record: int
@@ -139,36 +139,37 @@ class ReadDocument:
 def is_held(stream: Stream, shard: int, record: int) -> bool:
     """Whether a record is for validation."""
     held = stream.request.held
-    return held is not None and held.holds(stream.files[shard].relative, shard, record)
+    return held is not None and held.holds(stream.shards[shard].name, shard, record)
 
 
-def read_shard(stream: Stream, shard: int) -> Iterator[ReadDocument]:
-    """All documents of a shard. The file is looked at before and behind it.
+def read_shard(stream: Stream, shard: int, record: int = 0) -> Iterator[ReadDocument]:
+    """The documents of a shard from a record on. The file is looked at before and behind it.
 
     Raises:
         DstrainError: see `read_blocks`.
     """
-    file = stream.files[shard]
-    _check_unchanged(file)
-    yield from (
-        _records(stream, file) if isinstance(stream.corpus, ConversationSource) else _texts(stream, file)
-    )
-    _check_unchanged(file)
+    place = stream.shards[shard]
+    _check_unchanged(place.file)
+    if isinstance(stream.corpus, ConversationSource):
+        yield from _records(stream.corpus.source, place, record)
+    else:
+        yield from _texts(stream, stream.corpus, place, record)
+    _check_unchanged(place.file)
 
 
-def _records(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
-    assert isinstance(stream.corpus, ConversationSource)
-    with errors_of(file):
-        for number, record in enumerate(records_of(file, stream.corpus.source)):
+def _records(source: Source, shard: Shard, first: int) -> Iterator[ReadDocument]:
+    with errors_of(shard.file):
+        records = records_of(shard.file, source, skip=first, group=shard.group)
+        for number, record in enumerate(records, start=first):
             size = _OVERHEAD + characters(record.fields)
             yield ReadDocument(number, 0, True, record, size, record.bytes_read)
 
 
-def _texts(stream: Stream, file: SourceFile) -> Iterator[ReadDocument]:
-    assert not isinstance(stream.corpus, ConversationSource)
+def _texts(stream: Stream, source: Source, shard: Shard, first: int) -> Iterator[ReadDocument]:
     pieces: list[Piece] = []
-    record = part = size = 0
-    for piece in pieces_of(documents_of(file, stream.corpus), stream.tokenizer):
+    record, part, size = first, 0, 0
+    parts = documents_of(shard.file, source, skip=first, group=shard.group)
+    for piece in pieces_of(parts, stream.tokenizer):
         pieces.append(piece)
         size += len(piece.text)
         if piece.last or size >= stream.request.characters:

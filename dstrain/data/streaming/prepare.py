@@ -105,7 +105,7 @@ def summarise(request: StreamRequest, validation: float, samples: int) -> dict[s
     tokenizer, held = stream.tokenizer, stream.request.held
     summary = {
         "source": stream.corpus.name,
-        "files": len(stream.files),
+        "files": len(stream.corpus.files),
         "bytes": stream.corpus.bytes,
         "documents": look.of_all(look.documents),
         "validation_documents": held_documents,
@@ -202,16 +202,17 @@ class _Reads:
     def of(self, stream: Stream) -> Iterator[Block]:
         """Each document as a block by itself."""
         size = before = 0
-        held = stream.request.held
-        for shard, file in enumerate(stream.files):
-            for one in read_shard(stream, shard):
+        held, file = stream.request.held, stream.shards[0].file
+        for number, shard in enumerate(stream.shards):
+            if shard.file != file:
+                before, file = before + file.size, shard.file
+            for one in read_shard(stream, number):
                 self.bytes = max(1, before + one.bytes_read)
-                if held is None or not held.holds(file.relative, shard, one.record):
+                if held is None or not held.holds(shard.name, number, one.record):
                     yield Block(Place(), Place(), [one.document], one.part > 0, not one.last)
                     size += one.size
                 if size >= _LOOKED_AT:
                     return
-            before += file.size
         self.all = True
 
 

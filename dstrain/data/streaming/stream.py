@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -99,12 +99,30 @@ class StreamRequest:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A file, or a row group of one, from 0 on."""
+
+    file: SourceFile
+    group: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The same wherever the files lie."""
+        return self.file.relative if self.group is None else f"{self.file.relative}#{self.group}"
+
+
+@dataclass(frozen=True)
 class Stream:
-    """A stream whose files are listed and whose tokenizer is loaded."""
+    """A stream whose files are listed and whose tokenizer is loaded.
+
+    Attributes:
+        shards: sorted by the names of their files; a parquet file is divided into its row groups.
+    """
 
     request: StreamRequest
     corpus: Source | ConversationSource
     tokenizer: Tokenizer
+    shards: tuple[Shard, ...]
 
     @classmethod
     def open(cls, request: StreamRequest) -> Stream:
@@ -131,12 +149,7 @@ class Stream:
                 where=corpus.place,
                 hint="set data_stream to false; or name texts or conversations",
             )
-        return cls(request, corpus, tokenizer)
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The shards, sorted by their names."""
-        return self.corpus.files
+        return cls(request, corpus, tokenizer, tuple(_shards(corpus.files)))
 
     @property
     def fingerprint(self) -> str:
@@ -154,13 +167,24 @@ class Stream:
         content = to_json(
             [
                 FORMAT,
-                [(file.relative, file.kind, file.size) for file in self.files],
+                [(file.relative, file.kind, file.size) for file in corpus.files],
                 self.tokenizer.fingerprint,
                 list(self.tokenizer.begin_of_document),
                 *options,
             ]
         )
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _shards(files: Sequence[SourceFile]) -> Iterator[Shard]:
+    for file in files:
+        if file.kind != "parquet":
+            yield Shard(file)
+            continue
+        from dstrain.data.tables import row_groups  # which costs the time to load Arrow
+
+        for group in range(row_groups(file)):
+            yield Shard(file, group)
 
 
 def check_fingerprint(stream: Stream, expected: str) -> None:

@@ -47,7 +47,7 @@ def hold_back(stream: Stream, fraction: float, samples: int) -> HeldBack:
         DstrainError: see `read_blocks` and `BlockEncoder.encode`; or those that are chosen don't fill a row.
     """
     blocks: list[EncodedBlock] = []
-    end = (len(stream.files), 0)
+    end = (len(stream.shards), 0)
     tokens = rows = documents = 0
     with BlockEncoder(stream) as encoder:
         for encoded in encoder.encode(_chosen(stream, fraction)):
@@ -80,10 +80,10 @@ def _keeps_documents_apart(stream: Stream) -> bool:
 def _chosen(stream: Stream, fraction: float) -> Iterator[Block]:
     """The chosen documents in their order, each a block by itself, or several where it is divided. The shard of its
     place is the number in the sorted list."""
-    for shard, file in enumerate(stream.files):
-        for one in read_shard(stream, shard):
-            if is_chosen(file.relative, one.record, fraction):
-                place = Place(0, shard, one.record, one.part)
+    for number, shard in enumerate(stream.shards):
+        for one in read_shard(stream, number):
+            if is_chosen(shard.name, one.record, fraction):
+                place = Place(0, number, one.record, one.part)
                 yield Block(place, place, [one.document], one.part > 0, not one.last)
 
 
