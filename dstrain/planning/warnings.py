@@ -70,7 +70,9 @@ def warnings_about(
                 " anything"
             )
         )
-    changed = _changed(config, _OF_CONVERSATIONS) if data.trained_tokens is None else []
+    read = [source.data for source in data.sources] or [data]
+    texts = all(each.trained_tokens is None for each in read)
+    changed = _changed(config, _OF_CONVERSATIONS) if texts else []
     if changed:
         found.append(
             f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} no effect: the data are texts, and no"

@@ -239,6 +239,7 @@ def test_samples_come_in_the_order_of_training_with_their_sources(
     plan = dstrain_here("plan", "--config", "mixture.yaml")
     assert plan.code == 0, plan.err
     assert "epochs" in plan.out and "numbers" in plan.out
+    assert "no effect" not in plan.out, "too_long is for the conversations among them"
 
 
 def test_a_validation_set_is_not_trained_on(mixture: Path, dstrain_here: Callable[..., Said]) -> None:
