@@ -1,17 +1,45 @@
-"""Fetches a data set that the config names as it is called on the hub, in a process of its own."""
+"""Data sets that the config names as they are called on the hub: fetched in a process of its own, and kept to the
+commits that were planned with."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dstrain.api.events import Events, progress_to
 from dstrain.child_process import run_module
 from dstrain.data.hub_names import hub_name, read_listing
 from dstrain.errors import DstrainError
+from dstrain.planning.data_parts import DataPart, data_parts
+from dstrain.planning.plan import Plan
+from dstrain.runs.run_folder import RunFolder
 from dstrain.strict_json import to_json
+
+Commits = Mapping[tuple[str | None, ...], str]
+"""Path, config, split and revision of a source -> the commit that was planned with."""
+
+
+def planned_commits(folder: RunFolder) -> Commits:
+    """Those of a run's data sets, so that it goes on with what it has begun with; none where it has no plan."""
+    with suppress(DstrainError):
+        plan = Plan.read(folder.plan)
+        planned = [source.data for source in plan.data.sources] or [plan.data]
+        parts = data_parts(plan.run_config)
+        return {_key(part): data.commit for part, data in zip(parts, planned, strict=False) if data.commit}
+    return {}
+
+
+def at_commits(parts: Sequence[DataPart], commits: Commits) -> list[DataPart]:
+    """The same sources, at the commits of those that have one."""
+    return [replace(part, revision=commits.get(_key(part), part.revision)) for part in parts]
+
+
+def _key(part: DataPart) -> tuple[str | None, ...]:
+    return part.path, part.config, part.split, part.revision
 
 
 def fetch_data(

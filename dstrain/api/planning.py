@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import SILENT, Events, progress_to
+from dstrain.api.hub_data import Commits
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
 from dstrain.api.model_lookup import check_pretrained, find_model, find_tokenizer
 from dstrain.api.prepare_data import check_plugin_here, prepare_data
@@ -97,12 +98,14 @@ def plan_for(
     events: Events = SILENT,
     *,
     earlier: Planned | None = None,
+    commits: Commits | None = None,
 ) -> Planned:
     """Make the plan, measuring the model and preparing the data where that was not done before.
 
     Args:
         described: machines that are not here; None: those that are.
         earlier: a plan of the same model and data on the same machines: neither is looked at again.
+        commits: of data sets on the hub that the run has begun with.
 
     Raises:
         DstrainError: whatever can't work; nothing of the run has been started then.
@@ -112,7 +115,7 @@ def plan_for(
         return replace(earlier, plan=earlier.make(resolved, earlier.hosts))
     if described is None:
         check_code_here(resolved)
-    prepared = prepare(resolved, described, events)
+    prepared = prepare(resolved, described, events, commits=commits)
     placement = prepared.placement
     plan = prepared.make(resolved, prepared.machines.hosts)
     if placement.launcher == "none" and described is None and len(plan.layout.hosts) < len(placement.hosts):
@@ -136,12 +139,17 @@ def check_code_here(resolved: ResolvedConfig) -> None:
 
 
 def prepare(
-    resolved: ResolvedConfig, described: Elsewhere | None = None, events: Events = SILENT
+    resolved: ResolvedConfig,
+    described: Elsewhere | None = None,
+    events: Events = SILENT,
+    *,
+    commits: Commits | None = None,
 ) -> Prepared:
     """Look at the machines, measure the model and prepare the data, where that was not done before.
 
     Args:
         described: machines that are not here; None: those that are.
+        commits: as of `plan_for`.
 
     Raises:
         DstrainError: one of them can't be used.
@@ -154,7 +162,7 @@ def prepare(
     if config.init == "pretrained":
         check_pretrained(model, events)
     tokenizer = find_tokenizer(resolved, model, events)
-    data = prepare_data(resolved, tokenizer, events)
+    data = prepare_data(resolved, tokenizer, events, commits=commits)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None
 

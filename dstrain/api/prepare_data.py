@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import Events, progress_to
-from dstrain.api.hub_data import fetch_data
+from dstrain.api.hub_data import Commits, at_commits, fetch_data
 from dstrain.config.files import cache_folder, cache_note
 from dstrain.config.loader import ResolvedConfig
 from dstrain.data.dataset_summary_cache import (
@@ -34,16 +34,21 @@ from dstrain.strict_json import to_json
 _HASH_SEEDS = {"dstrain.data.own_documents": "1", "dstrain.data.prepare": "2", "dstrain.data.show": "2"}
 
 
-def prepare_data(resolved: ResolvedConfig, tokenizer: str, events: Events) -> PlannedData:
+def prepare_data(
+    resolved: ResolvedConfig, tokenizer: str, events: Events, *, commits: Commits | None = None
+) -> PlannedData:
     """Tokenise the data into the cache, where the ranks will find them, and say what they hold.
 
     What was found out about the same data before is read instead, where their tokens are still as they were. Documents
     that code gives are read for that in any case, in a process of its own.
 
+    Args:
+        commits: of data sets on the hub that were planned before.
+
     Raises:
         DstrainError: the data can't be used.
     """
-    found = _prepare_parts(resolved, tokenizer, events)
+    found = _prepare_parts(resolved, tokenizer, events, commits=commits)
     return combine(resolved.config, [part for part, _, _ in found], [each.data for _, _, each in found])
 
 
@@ -81,14 +86,19 @@ def prepare_sources(
 
 
 def _prepare_parts(
-    resolved: ResolvedConfig, tokenizer: str, events: Events, *, workers: int | None = None
+    resolved: ResolvedConfig,
+    tokenizer: str,
+    events: Events,
+    *,
+    workers: int | None = None,
+    commits: Commits | None = None,
 ) -> list[tuple[DataPart, Source | OwnSource, PreparedSource]]:
     cache = cache_folder() / "data"
     clear_leftovers(cache_folder())
     if note := cache_note():
         events.note(note)
     sources: list[tuple[DataPart, Source | OwnSource]] = []
-    for part in data_parts(resolved.config):
+    for part in at_commits(data_parts(resolved.config), commits or {}):
         with _named(part, resolved):
             sources.append(
                 (part, _own_source(part, resolved, events) or _files(part, cache, resolved, events))
@@ -182,16 +192,16 @@ def _prepared(
         found = PlannedData.from_record(
             _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
         )
-        return replace(found, kinds=source.kinds, left_out=source.left_out)
+        return replace(found, kinds=source.kinds, left_out=source.left_out, commit=source.commit)
     known = read_summary(_summary_file(part, source, resolved, tokenizer))
     if known is None:
         request = part.request(resolved.config, tokenizer=tokenizer, cache_dir=cache, own=own)
         request |= {} if workers is None else {"workers": workers}
         known = _asked("dstrain.data.prepare", request, part, resolved, events)
     data = PlannedData.from_record(known)
-    return (
-        data if isinstance(source, OwnSource) else replace(data, kinds=source.kinds, left_out=source.left_out)
-    )
+    if isinstance(source, OwnSource):
+        return data
+    return replace(data, kinds=source.kinds, left_out=source.left_out, commit=source.commit)
 
 
 def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events) -> Source:

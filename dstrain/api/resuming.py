@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import SILENT, Events
+from dstrain.api.hub_data import planned_commits
 from dstrain.api.outcome import RunResult
 from dstrain.api.planning import plan_for
 from dstrain.api.preflight import node_of
@@ -98,7 +99,7 @@ def resumed_job(
         config = resolved.config
         refuse_other_batch(newest, global_batch=config.global_batch, data_parallel=config.data_parallel)
     note_other_owners(resolved, events)
-    planned = plan_for(resolved, events=events)
+    planned = plan_for(resolved, events=events, commits=planned_commits(folder))
     events.planned(planned.plan)
     return Job(resolved, planned, RunFolder(folder.path, node or 0), node)
 

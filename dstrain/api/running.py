@@ -9,6 +9,7 @@ from pathlib import Path
 from dstrain.api.events import SILENT, Events
 from dstrain.api.folder_lock import locked, lost
 from dstrain.api.following import RunFollower
+from dstrain.api.hub_data import planned_commits
 from dstrain.api.launch_attempt import fill_run_folder, launch, launch_spec
 from dstrain.api.outcome import FAILED, RunResult, result_of
 from dstrain.api.planning import Planned, plan_for
@@ -105,7 +106,7 @@ def new_job(
     folder = RunFolder(new_run_folder(resolved, resume=resume or node_rank is not None).path, node or 0)
     note_owner(events, folder.path, folder.checkpoints)
     note_other_owners(resolved, events)
-    planned = plan_for(resolved, events=events)
+    planned = plan_for(resolved, events=events, commits=planned_commits(folder))
     events.planned(planned.plan)
     return Job(planned.settled(resolved), planned, folder, node, new=not resume and node is None)
 

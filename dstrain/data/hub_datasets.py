@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -45,8 +46,7 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
             f"{name.split!r} is not the name of a split",
             hint="name one split; limit takes its first documents, several sources take several splits",
         )
-    listing = name.listing(cache)
-    known = read_listing(listing)
+    known = read_listing(name.listing(cache))
     if known is not None and name.is_pinned:
         return known
     try:
@@ -58,15 +58,23 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
                 hint=f"{_check_path(name)}, or {unreachable.way_out}; a folder with its files works without a network",
             ) from unreachable
         note(f"{name}: what was fetched before serves, since {unreachable}")
-        return known
-    if known is not None and known.commit == commit:
-        return known
-    found = _load(name, commit)
-    make_folder(cache)
-    write_own(
-        listing, to_json({"name": str(name), "commit": commit, "files": list(found.files)}, indent=1) + "\n"
-    )
+        found = known
+    else:
+        pinned = read_listing(replace(name, revision=commit).listing(cache))
+        found = next((one for one in (known, pinned) if one and one.commit == commit), None) or _load(
+            name, commit
+        )
+    _keep(found, name, cache)
     return found
+
+
+def _keep(found: Fetched, name: HubName, cache: Path) -> None:
+    """Leave the listing, of what was asked for and of the commit: whoever has planned with that goes on with it."""
+    make_folder(cache)
+    content = {"name": str(name), "commit": found.commit, "files": list(found.files)}
+    for one in {name, replace(name, revision=found.commit)}:
+        if read_listing(one.listing(cache)) != found:
+            write_own(one.listing(cache), to_json(content, indent=1) + "\n")
 
 
 class _UnreachableError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dstrain.shared_caches import is_own
 from dstrain.strict_json import to_json
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_SERVER = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_SUFFIXES = (
     *NAMED_JSON_LINES_SUFFIXES,
@@ -48,8 +50,13 @@ class HubName:
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     def listing(self, cache: Path) -> Path:
-        """Where is written which files were fetched."""
-        key = to_json([self.repository, self.config, self.split, self.revision])
+        """Where is written which files were fetched.
+
+        A branch is another one on another server; a commit is a hash of what it holds.
+        """
+        server = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+        other = [server] if server not in ("", _SERVER) and not self.is_pinned else []
+        key = to_json([self.repository, self.config, self.split, self.revision, *other])
         return cache / "hub" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def __str__(self) -> str:

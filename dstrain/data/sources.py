@@ -89,6 +89,7 @@ class Source:
         first_text: the place of the record that told that they are texts; empty where that was named.
         choices: what it was found with.
         limit: how many documents are read, from the first; None: all.
+        commit: of a data set on the hub.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Source:
     first_text: str = ""
     choices: Choices = Choices()
     limit: int | None = None
+    commit: str = ""
 
     @property
     def bytes(self) -> int:
@@ -220,9 +222,10 @@ def _hub_name(source: str, choices: Choices) -> HubName | None:
 def _from_hub(source: str, name: HubName, cache: Path) -> Source:
     fetched = read_listing(name.listing(cache))
     if fetched is None:
+        pinned = f", and {name.repository}@{name.revision} as the source" if name.is_pinned else ""
         raise DstrainError(
             f"{name} was not fetched on this machine, or its files are gone from the hub's cache",
-            hint="run `dstrain plan` here with the same config; or name a folder",
+            hint=f"run `dstrain plan` here with the same config{pinned}; or name a folder",
             where=source,
         )
     files = []
@@ -230,7 +233,8 @@ def _from_hub(source: str, name: HubName, cache: Path) -> Source:
         status = status_of(path)
         files.append(SourceFile(path.name, str(path), "arrow", status.st_size, status.st_mtime_ns))
     kinds = f"{_kinds(files)} of {name}, at commit {fetched.commit[:12]}"
-    return Source(source, str(Path(fetched.files[0]).parent), tuple(files), kinds)
+    folder = str(Path(fetched.files[0]).parent)
+    return Source(source, folder, tuple(files), kinds, commit=fetched.commit)
 
 
 def changed(source: Source) -> bool:

@@ -202,6 +202,7 @@ def combine(config: RunConfig, parts: Sequence[DataPart], planned: Sequence[Plan
         documents_hash="",
         kinds="",
         left_out="",
+        commit="",
         format=formats.pop() if len(formats) == 1 else "several",
         train_on=conversations[0].train_on if conversations else "",
         trained_tokens=sum(data.trained_tokens or 0 for data in conversations) if all_conversations else None,

@@ -107,6 +107,7 @@ class PlannedData:
     Attributes:
         source: name of what was read, of so many ``files`` and ``bytes``.
         kinds, left_out: what a folder's files are, and what lies there and is not read, in words.
+        commit: of a data set on the hub; the ranks read it there, and a run that goes on, wherever its branch is then.
         documents: all of them; of these ``validation_documents`` are kept from training, and ``empty_documents`` hold
             nothing.
         tokens: of all documents, with the tokens that each begins and ends with.
@@ -151,6 +152,7 @@ class PlannedData:
     ends_with: str = ""
     kinds: str = ""
     left_out: str = ""
+    commit: str = ""
     format: str = "text"
     train_on: str = ""
     train_stop_token: bool = True

@@ -9,6 +9,7 @@ import hashlib
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def prepare_run_data(plan: Plan) -> TrainingData:
 
 def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData | StreamedData:
     """One source, which must hold what the plan knows of it."""
+    if known.commit:
+        part = replace(part, revision=known.commit)
     try:
         if part.streamed:
             return _prepare_stream(plan, part, known)

@@ -99,7 +99,8 @@ def answered(
 ) -> Iterator[tuple[Path, dict[str, dict[str, Any]], DataHub]]:
     """The place, and the answer to each of the requests."""
     place = tmp_path_factory.mktemp("hub")
-    with DataHub() as hub:
+    with DataHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)  # what is read is of the server that it was fetched from
         names, requests = [*GOOD, *BAD], [*GOOD.values(), *(row[0] for row in BAD.values())]
         answers, _ = ask(place, hub.endpoint, *requests)
         yield place, dict(zip(names, answers, strict=True)), hub
@@ -153,6 +154,16 @@ def test_a_branch_is_asked_for_again_and_a_commit_is_not(answered) -> None:
         hub.asked.clear()
         answers, said = ask(place, hub.endpoint, {"repository": "tiny/texts"})
         assert hub.asked == ["/api/datasets/tiny/texts"] and "fetching" not in said
+        assert find_files("tiny/texts", cache=place / "cache").commit == moved
+        earlier = find_files("tiny/texts", cache=place / "cache", revision=COMMIT)
+        assert earlier.commit == COMMIT, "what was planned with it goes on with it"
+        assert (
+            COMMIT[:12] in earlier.kinds
+            and earlier.files != find_files("tiny/texts", cache=place / "cache").files
+        )
+        hub.commit = COMMIT
+        _, said = ask(place, hub.endpoint, {"repository": "tiny/texts"})
+        assert "fetching" not in said and find_files("tiny/texts", cache=place / "cache").commit == COMMIT
     finally:
         hub.commit = COMMIT
 
@@ -160,19 +171,38 @@ def test_a_branch_is_asked_for_again_and_a_commit_is_not(answered) -> None:
 def test_without_a_network_what_was_fetched_serves(answered) -> None:
     place, _, hub = answered
     unknown = {"repository": "tiny/unknown"}
-    for environment, words in (
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE prevents access to the hub"),
-        (
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "the hub can't be reached",
-        ),  # nobody listens at the discard port
+    for status, environment, words in (
+        (200, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE prevents access to the hub"),
+        (503, {}, "the hub does not answer as it should"),
     ):
-        answers, said = ask(place, hub.endpoint, GOOD["german"], unknown, **environment)
+        hub.status = status
+        try:
+            answers, said = ask(place, hub.endpoint, GOOD["german"], unknown, **environment)
+        finally:
+            hub.status = 200
         assert (
             answers[0]["commit"] == COMMIT
             and "config german, split train: what was fetched before serves" in said
         )
         assert words in answers[1]["message"] and "a folder with its files works" in answers[1]["hint"]
+
+
+def test_a_branch_is_of_its_server_and_a_commit_is_the_same_on_all(answered, monkeypatch) -> None:
+    place, *_ = answered
+    nobody = "http://127.0.0.1:9"  # nobody listens at the discard port
+    answers, _ = ask(place, nobody, GOOD["german"], GOOD["pinned"])
+    assert "the hub can't be reached" in answers[0]["message"] and answers[1]["commit"] == OLDER
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
+    with pytest.raises(DstrainError, match="was not fetched on this machine"):
+        find_files("tiny/texts", cache=place / "cache")
+    assert find_files("tiny/texts", cache=place / "cache", revision=COMMIT).commit == COMMIT
+    with pytest.raises(DstrainError, match="was not fetched") as refused:
+        find_files("tiny/texts", cache=place / "cache", revision="a" * 40)
+    assert f"tiny/texts@{'a' * 40} as the source" in str(refused.value.hint)
+    monkeypatch.delenv("HF_ENDPOINT")
+    default = HubName("tiny/texts").listing(place)
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co/")
+    assert HubName("tiny/texts").listing(place) == default
 
 
 def test_what_is_gone_or_was_never_fetched_is_told(answered, tmp_path: Path) -> None:

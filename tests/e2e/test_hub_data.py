@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_hub import COMMIT, OLDER, DataHub
+from tests.support.data_hub import COMMIT, OLDER, REPOSITORIES, DataHub, parquet
 from tests.support.e2e import Said, one_message
 
 GOOD = ["--model", "model", "--seq-len", "16", "--name", "x", "--global-batch", "4"]
@@ -64,6 +64,35 @@ def test_a_run_trains_on_data_sets_of_the_hub(
     assert again.code == 0 and "tiny/texts, split train: what was fetched before serves" in again.err
     said = command(place, repository, "run", *GOOD, "--config", "c.yaml")
     assert said.code == 0, said
+
+
+@pytest.mark.heavy
+def test_a_run_goes_on_with_the_commit_that_it_has_begun_with(
+    hub: DataHub, place: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        *GOOD,
+        "--data",
+        "tiny/texts",
+        "--steps",
+        "2",
+        "--save-every",
+        "1",
+        "--set",
+        "sample_tokens=0",
+    ]
+    said = command(place, repository, "run", *arguments)
+    assert said.code == 0, said
+    hub.commit = "f" * 40
+    other = {"train.parquet": parquet(*[f"another text is number {n}" for n in range(30)])}
+    monkeypatch.setitem(REPOSITORIES, "tiny/texts", other)
+    planned = command(place, repository, "plan", *GOOD, "--data", "tiny/texts", "--json")
+    assert json.loads(planned.out)["data"]["commit"] == hub.commit
+    said = command(place, repository, "resume", "x", "--steps", "4")
+    assert said.code == 0, said
+    assert json.loads((place / "runs/x/plan.json").read_text())["data"]["commit"] == COMMIT
+    said = command(place, repository, "reproduce", "x")
+    assert said.code == 0 and "bit-equal: all 4 steps" in said.out, said
 
 
 def test_what_the_hub_does_not_give_is_one_message(hub: DataHub, place: Path, repository: Path) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dstrain.api.hub_data import at_commits, planned_commits
 from dstrain.errors import DstrainError
-from dstrain.planning.plan import Plan
+from dstrain.planning.data_parts import data_parts
+from dstrain.planning.plan import Plan, PlannedSource
 from dstrain.runs.protocol import plan_digest
 from dstrain.runs.run_folder import RunFolder
-from dstrain.train import local_run_folder
+from dstrain.train import local_run_folder, run_data
 from dstrain.train.local_run_folder import keep_plan, plan_seen
 from dstrain.train.run_data import check_model_file, prepare_run_data
-from tests.support.plans import plan
+from tests.support.plans import DATA, plan
 
 HERE = socket.gethostname()
 
@@ -60,6 +63,40 @@ def test_other_data_are_refused_with_their_host(tmp_path: Path) -> None:
     assert "copy" not in str(error.value)
     with pytest.raises(DstrainError, match="or copy the same files to this host"):
         prepare_run_data(on_hosts(one, 2))
+
+
+def test_the_ranks_ask_for_the_commit_that_was_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataclasses.replace(DATA, commit="a" * 40)
+    asked: list[dict[str, Any]] = []
+
+    def take(request: dict[str, Any]) -> None:
+        asked.append(request)
+        raise DstrainError("enough")
+
+    monkeypatch.setattr(run_data, "prepare_as_asked", take)
+    for settings in (("data=org/name",), ("data=org/name@main",)):
+        with pytest.raises(DstrainError, match="enough"):
+            prepare_run_data(plan(data=data, settings=settings))
+    assert [request["revision"] for request in asked] == ["a" * 40, "a" * 40]
+
+
+def test_what_goes_on_asks_for_the_commits_of_its_plan(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert planned_commits(folder) == {}
+    sources = [{"path": "org/name", "split": "b"}, "org/name", "text.txt"]
+    made = plan(settings=("data=[{path: org/name, split: b, name: b}, org/name, text.txt]",))
+    commits = ("a" * 40, "b" * 40, "")
+    each = tuple(
+        PlannedSource(str(source), True, 1, dataclasses.replace(DATA, commit=commit))
+        for source, commit in zip(sources, commits, strict=True)
+    )
+    made = dataclasses.replace(made, data=dataclasses.replace(DATA, sources=each))
+    folder.plan.write_text(json.dumps(made.to_record()))
+    known = planned_commits(folder)
+    parts = at_commits(data_parts(made.run_config), known)
+    assert [part.revision for part in parts] == ["a" * 40, "b" * 40, None]
+    other = plan(settings=("data=[{path: org/name, revision: v2}, org/other]",)).run_config
+    assert [part.revision for part in at_commits(data_parts(other), known)] == ["v2", None]
 
 
 def test_the_models_config_is_the_plans(tmp_path: Path) -> None:
