@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,9 @@ from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
-_OPTIONAL = {"own", "max_document_bytes", "records", "limit", "workers", "config", "split", "revision"}
+_OPTIONAL = {
+    *("own", "max_document_bytes", "records", "limit", "workers", "config", "split", "revision", "use"),
+}
 _REQUEST: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "tokenizer": str,
@@ -145,6 +147,7 @@ def prepare(
     split: str | None = None,
     revision: str | None = None,
     workers: int | None = None,
+    use: Literal["training", "validation"] = "training",
 ) -> PackedData:
     """Tokenize `source` into `cache_dir` unless that was done before, split it, and put it into rows.
 
@@ -165,6 +168,7 @@ def prepare(
         limit: how many documents to read of files; None: all.
         config, split, revision: which part of a data set that has several.
         workers: see `dstrain.data.token_cache.load_or_build`.
+        use: what the rows are for, in messages.
 
     Raises:
         DstrainError: any of these is not as it should be, or there are fewer tokens than one row takes.
@@ -198,9 +202,9 @@ def prepare(
         return _conversations(files, tokens, tokens_of, seq_len, validation, pack)
     train, held = split_stream(tokens.stream, validation)
     if pack:
-        _check_rows(tokens, train, held, seq_len, validation, files)
+        _check_rows(tokens, train, held, seq_len, validation, files, use)
     else:
-        _check_labels(train, held, files)
+        _check_labels(train, held, files, use)
 
     def rows(stream: TokenStream) -> Rows:
         if pack:
@@ -294,13 +298,26 @@ def _check_rows(
     seq_len: int,
     validation: float,
     files: Corpus,
+    use: str,
 ) -> None:
+    limit = (
+        None if isinstance(files, OwnSource) else (files if isinstance(files, Source) else files.source).limit
+    )
+    if train.size < seq_len and use == "validation":
+        raise DstrainError(
+            f"this validation set has {train.size:,} tokens, but one row needs {seq_len:,}",
+            hint="raise limit, or add text to this validation set"
+            if limit is not None
+            else "add text to this validation set",
+            where=files.place,
+        )
     if train.size < seq_len:
+        raised = "raise limit, " if limit is not None else ""
         total = f"{tokens.stream.size:,} tokens"
         found = f"{total} ({train.size:,} of them to train on)" if held is not None else total
         raise DstrainError(
             f"this source has {found}, but one row needs {seq_len:,}",
-            hint=f"set seq_len to {train.size:,} or less, or add more text",
+            hint=f"set seq_len to {train.size:,} or less, {raised}or add more text",
             where=files.place,
         )
     if held is not None and held.size < seq_len:
@@ -314,13 +331,16 @@ def _check_rows(
         )
 
 
-def _check_labels(train: TokenStream, held: TokenStream | None, files: Corpus) -> None:
+def _check_labels(train: TokenStream, held: TokenStream | None, files: Corpus, use: str) -> None:
     """Separate rows may be short, but one must have something to predict."""
-    for what, stream in (("to train on", train), ("for validation", held)):
+    whole = "to train on" if use == "training" else "of this validation set"
+    for what, stream in ((whole, train), ("for validation", held)):
         if stream is not None and stream.lengths.max() < 2:
             raise DstrainError(
                 f"no document {what} has two tokens, so there is nothing to predict",
-                hint="add more text, or change validation",
+                hint="add more text, or change validation"
+                if use == "training"
+                else "add text to this validation set",
                 where=files.place,
             )
 

@@ -91,6 +91,7 @@ class DataPart:
             "max_document_bytes": config.max_document_bytes,
             "records": asdict(replace(self.records, template_text=template)),
             **({} if self.limit is None else {"limit": self.limit}),
+            **({} if self.trained else {"use": "validation"}),
             **{name: value for name, value in self._part_of_set.items() if value is not None},
         }
 

@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 
+from dstrain.config.loader import load_config
 from dstrain.data import token_cache
 from dstrain.data.packing import IGNORED
 from dstrain.data.prepare import prepare
 from dstrain.errors import DstrainError
+from dstrain.planning.data_parts import data_parts
 
 
 @pytest.fixture
@@ -67,6 +69,41 @@ def test_without_packing_a_row_holds_one_document(corpus, tmp_path):
     rest = 1 - sum(len(text) + (len(text) < 32) for text in texts) / (32 * len(texts))
     assert summary["padding"] == pytest.approx(rest) and 0 < rest < 1
     assert packed.summary()["padding"] == 0
+
+
+def test_a_validation_set_that_is_too_small_is_called_one(tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    for limit, pack, words, hint in (
+        (
+            None,
+            True,
+            "this validation set has 6 tokens, but one row needs 64",
+            "add text to this validation set",
+        ),
+        (1, True, "this validation set has 6 tokens", "raise limit, or add text to this validation set"),
+    ):
+        with pytest.raises(DstrainError) as refused:
+            prepare(
+                str(tmp_path / "a.txt"),
+                "bytes",
+                64,
+                0,
+                tmp_path / "cache",
+                pack,
+                limit=limit,
+                use="validation",
+            )
+        assert words in refused.value.message and refused.value.hint == hint
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [7]}\n')
+    with pytest.raises(DstrainError, match="no document of this validation set has two tokens") as refused:
+        prepare(str(tmp_path / "ids.jsonl"), "bytes", 64, 0, tmp_path / "cache", pack=False, use="validation")
+    assert refused.value.hint == "add text to this validation set"
+    data = [{"path": str(tmp_path / "a.txt"), "validation": "b.txt"}]
+    config = load_config(recipe=None, config_file=None, settings=(), flags={"data": data}).config
+    asked = [
+        part.request(config, tokenizer="bytes", cache_dir=tmp_path, own=None) for part in data_parts(config)
+    ]
+    assert [request.get("use") for request in asked] == [None, "validation"]
 
 
 def test_documents_shorter_than_a_row_are_enough_without_packing(tmp_path):
