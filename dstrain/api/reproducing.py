@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.api.events import SILENT, Events
+from dstrain.api.hub_data import planned_commits
 from dstrain.api.planning import plan_for
 from dstrain.api.preflight import new_run_folder, not_writable
 from dstrain.api.received import check_received, note_other_owners
@@ -17,6 +19,8 @@ from dstrain.api.running import Job, execute
 from dstrain.config.data_sources import with_paths
 from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
 from dstrain.config.origins import Origin
+from dstrain.data.chat.options import CHATML
+from dstrain.data.token_file_kinds import named_by_its_prefix
 from dstrain.data.tokenizer_files import BYTES
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
@@ -99,7 +103,7 @@ def reproduce(
     check_received(folder, resolved, [folder.config, folder.launches], trust=trust, events=events)
     note_other_owners(resolved, events)
     again = new_run_folder(resolved, resume=False)
-    planned = plan_for(resolved, events=events)
+    planned = plan_for(resolved, events=events, commits=planned_commits(folder))
     events.planned(planned.plan)
     events.note(f"repeating {folder.name} as {again.name}: {planned.plan.batch.describe()}", "reproduce")
     stopped: DstrainError | None = None
@@ -166,9 +170,9 @@ def _in_short(found: Sequence[Difference]) -> str:
     return "; ".join(str(difference) for difference in found[:3])
 
 
-PATHS = ("model", "data", "tokenizer", "ds_config", "hostfile")
+PATHS = ("model", "data", "tokenizer", "chat_template", "ds_config", "hostfile")
 """Choices that may be paths."""
-_NO_PATHS = ("stdlib", "auto", BYTES)  # but these, whatever lies under such a name
+_NO_PATHS = ("stdlib", "auto", BYTES, CHATML)  # but these, whatever lies under such a name
 
 # Where a run's machines are, when somebody typed dstrain on each of them.
 _PLACES = ("launcher", "nodes", "processes", "master_addr", "master_port")
@@ -219,16 +223,17 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
     given = {
         key: Path(values[key]).expanduser()
         for key in PATHS
-        if isinstance(values[key], str) and values[key] not in _NO_PATHS
+        if isinstance(values.get(key), str) and values[key] not in _NO_PATHS
     }
     if isinstance(values["data"], str) and is_code(values["data"]):
         del given["data"]
     if first["model"]["folder"] is None:
         del given["model"]  # a shape that comes with dstrain
+    elsewhere = directory != Path.cwd()
     found: dict[str, Any] = {
-        key: str(directory / path)
+        key: there
         for key, path in given.items()
-        if directory != Path.cwd() and not path.is_absolute() and (directory / path).exists()
+        if elsewhere and key != "data" and (there := _from(directory, str(path))) != str(path)
     }
     gone = {key for key, path in given.items() if not Path(found.get(key, path)).exists()}
     was_folder = "model" in given and first["model"]["folder"] == str(directory / given["model"])
@@ -237,15 +242,21 @@ def _paths(values: Mapping[str, Any], folder: RunFolder, first: Mapping[str, Any
     if "tokenizer" in gone:
         found["tokenizer"] = str(folder.model)
     for key in ("data", "validation"):
-        if isinstance(values[key], list) and directory != Path.cwd():
+        if elsewhere and isinstance(values.get(key), str | list):
             found[key] = with_paths(values[key], lambda path: _from(directory, path))
     return found
 
 
 def _from(directory: Path, path: str) -> str:
-    """A source's path, where it counts from that folder and is there."""
-    there = directory / Path(path).expanduser()
-    return str(there) if path not in _NO_PATHS and not is_code(path) and there.exists() else path
+    """A path, a pattern or the first part of Megatron's two names, where it counts from that folder and is there."""
+    relative = Path(path).expanduser()
+    there = directory / relative
+    if path in _NO_PATHS or is_code(path) or relative.is_absolute():
+        return path
+    if named_by_its_prefix(there).exists():
+        return str(there)
+    pattern = str(Path(glob.escape(str(directory))) / relative)
+    return pattern if glob.has_magic(path) and any(glob.iglob(pattern, recursive=True)) else path
 
 
 def _free_name(folder: RunFolder) -> str:

@@ -118,7 +118,7 @@ def _in_image(
     named = [
         (key, values[key])
         for key in PATHS
-        if key != "data" and values[key] is not None and key not in changed
+        if key != "data" and values.get(key) is not None and key not in changed
     ]
     read = {key: values.get(key) for key in ("data", "validation") if key not in changed}
     refuse_unseen([*named, *(("data", path) for path in paths_read({"data": None, **read}))])

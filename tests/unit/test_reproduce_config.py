@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def test_paths_count_from_where_the_run_was_started(place: Path, monkeypatch: py
     assert [config.model, config.data, config.tokenizer] == [
         str(place / name) for name in ("model", "mine.txt", "words")
     ]
+
+
+def test_patterns_prefixes_and_templates_count_from_there_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = place / "an [odd] name"
+    for name in ("web/a.jsonl", "tok/train.bin", "tok/train.idx", "chat.jinja", "org/data/a.txt"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("text")
+    monkeypatch.chdir(place.parent / "here")
+    odd = f"{place}/an [[]odd] name"
+    sources = ["web/*.jsonl", "tok/train", "org/data", "org/name", "none/*.jsonl", "/abs/*.jsonl", "stdlib"]
+    moved = [f"{odd}/web/*.jsonl", f"{there}/tok/train", f"{there}/org/data", *sources[3:]]
+    for source, expected in zip(sources, moved, strict=True):
+        assert again(there, data=source, chat_template="chat.jinja").data == expected
+    config = again(there, data=[{"path": path, "name": f"n{at}"} for at, path in enumerate(sources)])
+    assert [source.path for source in config.sources] == moved
+    assert Path(glob.glob(config.sources[0].path)[0]) == there / "web/a.jsonl"
+    config = again(there, data="web/*.jsonl", chat_template="chat.jinja", validation=[{"path": "tok/train"}])
+    assert config.chat_template == str(there / "chat.jinja") and config.read_sources[-1].path == moved[1]
+    (there / "chatml").touch()
+    assert again(there, chat_template="chatml").chat_template == "chatml"
 
 
 def test_what_is_gone_is_taken_from_the_run_folder(place: Path) -> None:
