@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CONFIG_KEYS: Mapping[str, str] = {"held_out": "validation"}
-MEANT_BEFORE: Mapping[str, Any] = {"begin_token": "never", "data_format": "text"}
+MEANT_BEFORE: Mapping[str, Any] = {"begin_token": "never", "data_format": "text-0.1"}
 """What a run of a version that did not have the key yet has trained with."""
 METRICS: Mapping[str, str] = {"held_out_loss": "validation_loss"}
 DATA_SUMMARY: Mapping[str, str] = {

@@ -97,7 +97,7 @@ class RunConfig(BaseModel):
     data_format: DataFormat = Field(
         "auto",
         description="format of the records of files; auto: that of the first record, by its fields; or of files of"
-        " tokens: megatron, nanogpt, llm.c",
+        " tokens: megatron, nanogpt, llm.c; text-0.1: texts, of the files that version 0.1 has read",
     )
     data_fields: dict[str, str] = Field(
         {},

@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # fmt: off
 DataFormat = Literal[
     "auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion", "tokens", "megatron", "nanogpt", "llm.c",
+    "text-0.1",
 ]
 # fmt: on
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -27,7 +27,14 @@ from typing import Any
 
 from dstrain.addresses import refuse_address
 from dstrain.data.delimited import header_of
-from dstrain.data.file_kinds import DELIMITED_SUFFIXES, TOKEN_KINDS, Kind, kind_of_name, label_of
+from dstrain.data.file_kinds import (
+    DELIMITED_SUFFIXES,
+    TEXTS_OF_0_1,
+    TOKEN_KINDS,
+    Kind,
+    kind_of_name,
+    label_of,
+)
 from dstrain.data.hub_names import HubName, hub_name, read_listing
 from dstrain.data.left_out import Kinds, kind_and_size
 from dstrain.data.saved_datasets import DATASET_DICT, saved_files
@@ -76,6 +83,11 @@ class Choices:
     split: str | None = None
     revision: str | None = None
     cache: Path | None = None
+
+    @property
+    def of_0_1(self) -> bool:
+        """Whether the files are those that version 0.1 has read, in its way: a run that has begun with it goes on."""
+        return self.data_format == TEXTS_OF_0_1
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,8 @@ def listed(source: str, choices: Choices) -> Source:
         else:
             _refuse_split(source, choices)
             found = _single(source, path, choices)
-    refuse_both_splits(found.files, source)
+    if not choices.of_0_1:
+        refuse_both_splits(found.files, source)
     return replace(found, choices=choices)
 
 
@@ -294,9 +307,11 @@ def _named(path: Path, relative: str, choices: Choices) -> list[SourceFile]:
         )
     if not os.access(path, os.R_OK):
         unreadable(path)
-    kind = kind_of_name(path.name, named=True)
+    kind = kind_of_name(path.name, named=True, of_0_1=choices.of_0_1)
     assert kind is not None, "what is named is read"
     file = SourceFile(relative, str(path), kind, status.st_size, status.st_mtime_ns)
+    if choices.of_0_1:
+        return [file]
     return _with_tokens(file, choices.data_format) or [_as_table(file, choices)]
 
 
@@ -368,7 +383,7 @@ def _without_magic(parts: tuple[str, ...]) -> list[str]:
 
 def _saved(source: str, root: Path, choices: Choices) -> Source | None:
     """The files of a data set that was saved there; None where none was."""
-    paths = saved_files(root, choices.split)
+    paths = None if choices.of_0_1 else saved_files(root, choices.split)
     if paths is None:
         return None
     files = []
@@ -385,7 +400,13 @@ def _folder(source: str, root: Path, choices: Choices) -> Source:
     others = Kinds()
     named = choices.data_format if choices.data_format in TOKEN_KINDS else "auto"
     for entry, relative in walk(str(root)):
-        kind = kind_of_name(entry.name, named=False)
+        kind = kind_of_name(entry.name, named=False, of_0_1=choices.of_0_1)
+        if choices.of_0_1:
+            if kind is not None:
+                files.append(_file(entry, relative, kind))
+            else:
+                others.add(*kind_and_size(entry, relative))
+            continue
         if entry.name == DATASET_DICT:
             raise DstrainError(
                 "a data set with several splits lies in this folder",
@@ -416,7 +437,7 @@ def _folder(source: str, root: Path, choices: Choices) -> Source:
             hint=others.way_out() or "check that they were copied completely",
             where=str(root),
         )
-    if others.unread_bytes > sum(file.size for file in files):
+    if others.unread_bytes > sum(file.size for file in files) and not choices.of_0_1:
         raise DstrainError(
             f"most of this folder would be left out: {others}; read would be {_kinds(files)}",
             hint=f"{others.way_out()}if the rest is what is meant, name a folder with that alone",

@@ -22,7 +22,7 @@ from dstrain.data.chat.formats import (
 from dstrain.data.chat.options import CHATML, RecordOptions
 from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
 from dstrain.data.documents import read_records
-from dstrain.data.file_kinds import RECORD_KINDS
+from dstrain.data.file_kinds import RECORD_KINDS, TEXTS_OF_0_1
 from dstrain.data.own_documents import OwnSource
 from dstrain.data.records import JsonRecord
 from dstrain.data.sources import Source, SourceFile
@@ -103,7 +103,7 @@ def source_of(
         format_name, text_field, first = (
             _format_of_first(source, options) if lines else (TEXT, text_field, first)
         )
-    if format_name == TEXT:
+    if format_name in (TEXT, TEXTS_OF_0_1):
         return replace(source, text_field=text_field, first_text=first)
     texts = [file for file in source.files if file.kind == "text"]
     if texts:
