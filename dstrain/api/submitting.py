@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from dstrain.api.preflight import claim, new_run_folder, not_writable
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
+from dstrain.launch.allocation import outside_of_jobs
 from dstrain.launch.batch_script import Job, batch_script
 from dstrain.planning.checks import refuse
 from dstrain.planning.layout import choose_data_parallel
@@ -108,6 +110,7 @@ def submit(job: SlurmJob) -> tuple[str, SlurmJob]:
     script = str(folder.batch_script)
     done = subprocess.run(
         ["sbatch", "--parsable", script],
+        env=outside_of_jobs(os.environ),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

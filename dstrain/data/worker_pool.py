@@ -190,9 +190,9 @@ class _Worker:
             self.connection.close()
         try:
             code = self._process.wait(timeout=10)
-        except Exception:  # it has closed the connection, and goes on
-            code = 0
-        how = "ended"
+            how = f"ended with exit code {code}"
+        except Exception:  # it goes on
+            code, how = 0, "closed its connection"
         if code < 0:
             known = -code in set(signal.Signals)
             how = f"was ended by {signal.Signals(-code).name if known else f'signal {-code}'}"

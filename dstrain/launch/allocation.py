@@ -26,6 +26,18 @@ _ENDED = {
     ),
     *("PENDING", "PREEMPTED", "REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
 }
+# What leads commands to a Slurm, or has them behave otherwise; no job sets it, but for the first.
+_OF_THE_USER = {
+    *(
+        "SLURM_CONF",
+        "SLURM_CLUSTERS",
+        "SLURM_CONF_SERVER",
+        "SLURM_DEBUG_FLAGS",
+        "SLURM_EXIT_ERROR",
+        "SLURM_JWT",
+    ),
+    "SLURM_TIME_FORMAT",
+}
 _ANSWER_SECONDS = 10.0
 _GROUP = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
@@ -93,6 +105,21 @@ def why_ended(job: str) -> str | None:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it does not say why"])[-1]
+
+
+def outside_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what Slurm has set in it for a job.
+
+    sbatch hands on what it finds: the memory or the cores that one job asked for would be asked for again by srun in
+    the next, whether that job has them or not.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return dict(environ)
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("SLURM_") or name in _OF_THE_USER
+    }
 
 
 def slurm_allocation(

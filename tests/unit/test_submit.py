@@ -168,6 +168,23 @@ def test_what_sbatch_refuses_can_be_mended(tmp_path: Path) -> None:
     assert said.code == 0 and said.out.startswith("job 31 submitted: nodes 2, ranks per node 2\n")
 
 
+def test_a_job_gets_nothing_of_the_job_that_it_is_submitted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun refuses the memory per core of one beside the memory per node of the other."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/env; echo 31\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for job in ({}, {"SLURM_JOB_ID": "12", "SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_PER_TASK": "2"}):
+        for name, value in job.items():
+            monkeypatch.setenv(name, value)
+        said = Said(tmp_path, *SUBMIT[:-1], f"job-{len(job)}", path=f"{tmp_path}:/usr/bin:/bin")
+        assert said.code == 0, said.err
+        names = [line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()]
+        assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"] and "PATH" in names
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_trust_is_passed_on(trust: bool, tmp_path: Path) -> None:
     script = batch_script(Job(tmp_path / "a b", 1, 1, python="python", trust=trust))
