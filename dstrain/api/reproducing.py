@@ -95,11 +95,7 @@ def reproduce(
     try:
         resolved = choices_again(folder, first, changes or {}, settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DstrainError(
-            "the record of its first launch is damaged",
-            where=str(folder.launches),
-            hint="restore the file from a copy; without it nobody knows what was trained",
-        ) from error
+        raise _damaged(folder) from error
     check_received(folder, resolved, [folder.config, folder.launches], trust=trust, events=events)
     note_other_owners(resolved, events)
     again = new_run_folder(resolved, resume=False)
@@ -136,8 +132,16 @@ def recorded_image(folder: RunFolder) -> tuple[str | None, Mapping[str, Any]]:
     first = first_launch(read_launches(folder), folder)
     image, config = first.get("image"), first.get("config")
     if not isinstance(image, str | None) or not isinstance(config, dict):
-        raise DstrainError("the record of its first launch is damaged", where=str(folder.launches))
+        raise _damaged(folder)
     return image, config
+
+
+def _damaged(folder: RunFolder) -> DstrainError:
+    return DstrainError(
+        "the record of its first launch is damaged",
+        where=str(folder.launches),
+        hint="restore the file from a copy; without it nobody knows what was trained",
+    )
 
 
 def _cause(

@@ -335,7 +335,11 @@ def shrink_model(resolved: ResolvedConfig, folder: Path) -> Path:
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        raise DstrainError(f"not a model's config: {error}", where=str(source)) from None
+        raise DstrainError(
+            f"not a model's config: {error}",
+            where=str(source),
+            hint='a config.json is one JSON object: {"model_type": "llama", ...}',
+        ) from None
     for key, size in _SMALL_SIZES.items():
         if isinstance(config.get(key), int):
             config[key] = min(size, config[key])

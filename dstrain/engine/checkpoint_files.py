@@ -12,6 +12,7 @@ import torch
 
 from dstrain.engine.safe_unpickling import load_safely
 from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.manifest import WHOLE
 
 # All files of one checkpoint lie in one folder; DeepSpeed wants a tag below a directory.
 TAG = "state"
@@ -84,4 +85,5 @@ class SavedTensor:
         return DstrainError(
             f"the checkpoint holds {held} of {wanted} values of a parameter",
             where=str(self.pieces[0].path.parent),
+            hint=WHOLE,
         )

@@ -27,6 +27,7 @@ import torch
 from dstrain.engine.checkpoint_files import PARAMETER_NAMES, TAG, MappedFiles, Piece, SavedTensor
 from dstrain.engine.client_optimizer import hugging_face_name
 from dstrain.errors import DstrainError
+from dstrain.runs.checkpoint.manifest import WHOLE
 
 MASTER = "fp32 master"
 """The fp32 weight among a parameter's states; the others have the optimizer's own names."""
@@ -95,12 +96,16 @@ class SavedState:
         self._optimizers = self._by_stage(_OPTIMIZER_FILE, names)
         self._layers = {int(m[1]): self.folder / m[0] for m in map(_LAYER_FILE.fullmatch, names) if m}
         if not self._models:
-            raise DstrainError("there is no DeepSpeed state in this checkpoint", where=str(checkpoint))
+            raise DstrainError(
+                "there is no DeepSpeed state in this checkpoint", where=str(checkpoint), hint=WHOLE
+            )
         replicas = max(len(paths) for paths in self._models + self._optimizers)
         self._files = MappedFiles(most=2 * replicas + 2)
         self.zero = int(self._first_model(0)["ds_config"]["zero_optimization"]["stage"])
         if self.zero and len(self._optimizers) != len(self._models):
-            raise DstrainError("optimizer states of some stages are missing", where=str(self.folder))
+            raise DstrainError(
+                "optimizer states of some stages are missing", where=str(self.folder), hint=WHOLE
+            )
 
     @property
     def has_masters(self) -> bool:
@@ -169,7 +174,9 @@ class SavedState:
             replicas != [replica for paths in stages for replica in range(len(paths))]
             or len({len(paths) for paths in stages}) > 1
         ):
-            raise DstrainError("files of some ranks are missing from this checkpoint", where=str(self.folder))
+            raise DstrainError(
+                "files of some ranks are missing from this checkpoint", where=str(self.folder), hint=WHOLE
+            )
         return stages
 
     def _first_model(self, stage: int) -> dict[str, Any]:

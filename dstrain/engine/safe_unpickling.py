@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from dstrain.errors import DstrainError, way_out
+from dstrain.runs.checkpoint.manifest import WHOLE
 
 
 def _member(kind: Any, name: str) -> ZeroStageEnum:
@@ -59,7 +60,7 @@ def load_safely(path: str | Path, map_location: Any = "cpu", *, mapped: bool = F
                 hint="no code was run; remove this checkpoint, and the run continues from the one before it",
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "`dstrain checkpoints RUN --verify` tells which checkpoints are whole"
+        hint = WHOLE
         if isinstance(error, OSError):
             reason, hint = error.strerror or reason, way_out(error)
         raise DstrainError(

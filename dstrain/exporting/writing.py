@@ -104,6 +104,7 @@ class ExportedTensors:
                 raise DstrainError(
                     f"the model has {name} of shape {list(want.shape)}, and in the checkpoint {have}",
                     where=str(state.folder.parent),
+                    hint="it was saved for another model: restore the model's own config.json, or a whole checkpoint",
                 )
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from dstrain.errors import DstrainError, way_out
+from dstrain.files import parse_json
 from dstrain.model_config_bounds import LARGEST_FILE, refuse_sizes
 
 
@@ -67,6 +68,12 @@ def canonical_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+_ONE_OBJECT = (
+    'a config.json is one JSON object, {"model_type": "llama", ...}: get it again from where the model is from'
+    " (`dstrain export` writes it for a run)"
+)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -91,13 +98,17 @@ def _read(path: Path) -> dict[str, Any]:
             hint=way_out(error) if isinstance(error, OSError) else "save it as UTF-8",
         ) from None
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except json.JSONDecodeError as error:
-        raise DstrainError(f"malformed JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-    except (ValueError, RecursionError) as error:
-        raise DstrainError(f"malformed JSON: {error}", where=str(path)) from None
+        raise DstrainError(
+            f"malformed JSON: {error.msg}", where=f"{path}:{error.lineno}", hint=_ONE_OBJECT
+        ) from None
+    except ValueError as error:
+        raise DstrainError(f"malformed JSON: {error}", where=str(path), hint=_ONE_OBJECT) from None
     if not isinstance(values, dict):
-        raise DstrainError(f"expected a JSON object, found {type(values).__name__}", where=str(path))
+        raise DstrainError(
+            f"expected a JSON object, found {type(values).__name__}", where=str(path), hint=_ONE_OBJECT
+        )
     refuse_sizes(values, where=str(path))
     return values
 

@@ -128,7 +128,7 @@ def test_every_reader(made: MadeRun, file: str) -> None:
     assert not list(_wrong(made, [file], ["a number of 6,000 digits"]))
 
 
-# Each kind once, in front of the command that goes farthest with it.
+# In front of the command that goes farthest with it.
 _COVERING = [
     ("export", "runs/old/checkpoints/step-000002/manifest.json", "a link"),
     ("export", "runs/old/checkpoints/step-000002/manifest.json", "a folder"),
@@ -138,11 +138,12 @@ _COVERING = [
     ("resume", "runs/old/metrics.jsonl", "a socket"),
     ("generate", "exported/generation_config.json", "a pipe"),
     ("generate", "exported/model.safetensors", "a folder"),
+    ("generate", "exported/config.json", "a number of 6,000 digits"),
 ]
 
 
 @pytest.mark.parametrize(("reader", "file", "kind"), _COVERING)
-def test_no_file(made: MadeRun, reader: str, file: str, kind: str) -> None:
+def test_a_damage_of_each_kind(made: MadeRun, reader: str, file: str, kind: str) -> None:
     assert wrong_with(made, file, kind, (READERS | {"generate": COMMANDS["generate"]})[reader]) is None
 
 

@@ -99,7 +99,8 @@ def _explained(error: Exception, name: str) -> DstrainError:
         )
     if isinstance(error, HFValidationError):
         return DstrainError(
-            f"{repository!r} is neither a local folder nor a valid name on the hub: {_describe(error)}"
+            f"{repository!r} is neither a local folder nor a valid name on the hub: {_describe(error)}",
+            hint="a name there is ORGANISATION/MODEL; a folder is to be there, and to hold a config.json",
         )
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
         part = "only a part of it is" if isinstance(error, IncompleteSnapshotError) else "it is not"

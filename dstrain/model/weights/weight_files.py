@@ -52,6 +52,7 @@ _TYPES = {
 _READ_ALWAYS = 64  # bytes; the sizes of the tensors are among them
 # torch's words for what a file names beside tensors.
 _NAMED = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)")
+_AGAIN = "download or copy the model again"
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -131,7 +132,7 @@ class StoredTensor:
 
     def _read_into(self, file: Any, flat: torch.Tensor) -> None:
         if flat.numel() and file.readinto(flat.view(torch.uint8).numpy().data) != flat.nbytes:
-            raise DstrainError("the file ends in the middle of a tensor", where=str(self.file))
+            raise DstrainError("the file ends in the middle of a tensor", where=str(self.file), hint=_AGAIN)
 
 
 class WeightFiles:
@@ -196,7 +197,7 @@ def _files_of(folder: Path) -> list[Path]:
             + (f" and {len(missing) - 1} more of the {len(names)} files" if len(missing) > 1 else "")
             + f", which {first.name} lists",
             where=str(first),
-            hint="download or copy the model again",
+            hint=_AGAIN,
         )
     return [folder / name for name in names]
 
@@ -204,15 +205,20 @@ def _files_of(folder: Path) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str]:
     size = path.stat().st_size
     if size > _LARGEST_HEADER:
-        raise DstrainError(f"an index of {size:,} bytes is none", where=str(path))
+        raise DstrainError(f"an index of {size:,} bytes is none", where=str(path), hint=_AGAIN)
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DstrainError(f"the index can't be read: {_describe(error)}", where=str(path)) from None
+        hint = way_out(error, _AGAIN) if isinstance(error, OSError) else _AGAIN
+        raise DstrainError(
+            f"the index can't be read: {_describe(error)}", where=str(path), hint=hint
+        ) from None
     named = isinstance(entries, dict) and all(isinstance(name, str) for name in entries.values())
     # A name with a folder in it could reach files outside.
     if not named or not entries or any(Path(name).name != name for name in entries.values()):
-        raise DstrainError("the index has no weight_map from tensors to file names", where=str(path))
+        raise DstrainError(
+            "the index has no weight_map from tensors to file names", where=str(path), hint=_AGAIN
+        )
     return dict(entries)
 
 
@@ -235,7 +241,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         raise DstrainError(
             f"the file is truncated: its header describes {end:,} bytes, but there are {size:,}",
             where=str(path),
-            hint="download or copy it again",
+            hint=_AGAIN,
         )
     yield from tensors.items()
 
@@ -289,7 +295,7 @@ def _pytorch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         offset = start + value.storage_offset() * value.dtype.itemsize
         tensor = StoredTensor(path, offset, value.dtype, tuple(value.shape))
         if offset + tensor.bytes > size:
-            raise DstrainError("the file is truncated", where=str(path), hint="download or copy it again")
+            raise DstrainError("the file is truncated", where=str(path), hint=_AGAIN)
         yield name, tensor
 
 
@@ -358,7 +364,7 @@ def _broken(path: Path, reason: str) -> DstrainError:
     return DstrainError(
         f"not a safetensors file, or its header is damaged: {reason}",
         where=str(path),
-        hint="download or copy it again",
+        hint=_AGAIN,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dstrain.errors import DstrainError, way_out
 from dstrain.planning.layout_names import LayoutChoice
-from dstrain.runs.checkpoint.manifest import MANIFEST, read_manifest
+from dstrain.runs.checkpoint.manifest import MANIFEST, WHOLE, read_manifest
 
 _NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")
 _LAYOUT = (*_NAMED, "cut")
@@ -108,11 +108,10 @@ def identity_of(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         reason = f"{error} is missing" if isinstance(error, KeyError) else reason
-        hint = "`dstrain checkpoints RUN --verify` tells which checkpoints are whole"
         raise DstrainError(
             f"this checkpoint's manifest can't be read: {reason}",
             where=str(checkpoint / MANIFEST),
-            hint=way_out(error, hint) if isinstance(error, OSError) else hint,
+            hint=way_out(error, WHOLE) if isinstance(error, OSError) else WHOLE,
         ) from error
     return identity
 

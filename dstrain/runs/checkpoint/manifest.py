@@ -21,6 +21,8 @@ MANIFEST = "manifest.json"
 DAMAGED = "DAMAGED"
 """A file in a checkpoint whose bytes were found to be wrong: why, in one line."""
 FORMAT = 2
+WHOLE = "`dstrain checkpoints RUN --verify` tells which checkpoints are whole"
+"""The way out where a checkpoint's files do not fit each other."""
 
 _LONGEST_NOTE = 100_000  # bytes
 _STEP = re.compile(r"step-[0-9]+")

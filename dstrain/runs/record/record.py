@@ -155,10 +155,12 @@ def first_launch(launches: Sequence[dict[str, Any]], folder: RunFolder) -> dict[
         raise DstrainError(
             "its first steps were trained by an older dstrain, which did not record its environment",
             where=str(folder.launches),
+            hint=f"train it anew: dstrain run --config {folder.config}",
         )
     if "config" not in found[-1]:
         raise DstrainError(
             "its rank 0 could not see the folder from which the run was started, and recorded only its own part",
             where=str(folder.launches),
+            hint=f"train it anew: dstrain run --config {folder.config}",
         )
     return found[-1]
