@@ -1,6 +1,6 @@
 """How many rows of each source of a mixture come in which part of a run, in whole numbers.
 
-Plans are made of this, and `dstrain.data.mixture` finds the rows of a step by it.
+Plans are made of this, and `dstrain.data.rows.mixture` finds the rows of a step by it.
 """
 
 from __future__ import annotations

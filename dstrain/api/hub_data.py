@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dstrain.api.events import Events, progress_to
 from dstrain.child_process import run_module
-from dstrain.data.hub_names import hub_name, read_listing
+from dstrain.data.listing.hub_names import hub_name, read_listing
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, data_parts
 from dstrain.planning.plan import Plan
@@ -52,7 +52,7 @@ def fetch_data(
     split: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Fetch the data set that ``source`` names, so that `dstrain.data.sources` finds its files; nothing for a path.
+    """Fetch the data set that ``source`` names, so that its files are found on this machine; nothing for a path.
 
     Args:
         cache: the folder of prepared data.
@@ -68,7 +68,9 @@ def fetch_data(
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(to_json({**asdict(name), "cache": str(cache)}), encoding="utf-8")
         try:
-            run_module("dstrain.data.hub_datasets", str(asked), str(answered), say=progress_to(events))
+            run_module(
+                "dstrain.data.listing.hub_datasets", str(asked), str(answered), say=progress_to(events)
+            )
         except DstrainError as error:
             raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
         for note in json.loads(answered.read_text(encoding="utf-8"))["notes"]:

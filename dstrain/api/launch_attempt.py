@@ -11,7 +11,7 @@ from dstrain.api.folder_lock import locked
 from dstrain.api.planning import Planned
 from dstrain.api.preflight import not_writable
 from dstrain.config.loader import ResolvedConfig
-from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES
+from dstrain.data.tokenizing.tokenizer_files import BYTES, TOKENIZER_FILES
 from dstrain.files import make_folder, write_atomically, write_json
 from dstrain.launch.command import USUAL_PORT, free_port, supervised_environment, write_launch_files
 from dstrain.launch.environment import default_environment

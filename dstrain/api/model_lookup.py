@@ -12,7 +12,7 @@ from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.config.files import cache_folder, is_hub_name, model_config_file, model_shapes
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.text_file import read_text
-from dstrain.data.tokenizer_files import VOCABULARY_FILES
+from dstrain.data.tokenizing.tokenizer_files import VOCABULARY_FILES
 from dstrain.errors import DstrainError
 from dstrain.model_config_bounds import refuse_sizes
 from dstrain.shared_caches import is_own, write_own

@@ -20,8 +20,8 @@ from dstrain.data.dataset_summary_cache import (
     tokenizer_state,
     tokens_of_summary,
 )
-from dstrain.data.own_documents import OwnSource, read_answer
-from dstrain.data.sources import Source, find_files
+from dstrain.data.listing.sources import Source, find_files
+from dstrain.data.reading.own_documents import OwnSource, read_answer
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, combine, data_parts
 from dstrain.planning.plan import PlannedData
@@ -31,7 +31,11 @@ from dstrain.strict_json import to_json
 
 # The user's code is run twice before its documents are trusted, and hashes of Python's differ between the two: what
 # comes in the order of a set shows.
-_HASH_SEEDS = {"dstrain.data.own_documents": "1", "dstrain.data.prepare": "2", "dstrain.data.show": "2"}
+_HASH_SEEDS = {
+    "dstrain.data.reading.own_documents": "1",
+    "dstrain.data.prepare": "2",
+    "dstrain.data.show": "2",
+}
 
 
 def prepare_data(
@@ -274,7 +278,7 @@ def _own_source(part: DataPart, resolved: ResolvedConfig, events: Events) -> Own
         "options": part.options,
         "folders": resolved.config.code_dirs or [],
     }
-    found = _asked("dstrain.data.own_documents", called, part, resolved, events)
+    found = _asked("dstrain.data.reading.own_documents", called, part, resolved, events)
     return OwnSource(**called, **found)
 
 

@@ -20,8 +20,8 @@ from dstrain.config.data_sources import with_paths
 from dstrain.config.loader import ResolvedConfig, override, read_config, replace_values
 from dstrain.config.origins import Origin
 from dstrain.data.chat.options import CHATML
-from dstrain.data.token_file_kinds import named_by_its_prefix
-from dstrain.data.tokenizer_files import BYTES
+from dstrain.data.token_files.kinds import named_by_its_prefix
+from dstrain.data.tokenizing.tokenizer_files import BYTES
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.planning.partition import partition_of

@@ -16,8 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.own_documents import TextCorpus
-from dstrain.data.tokenizer_files import BYTES, CHAT_TEMPLATE_FILES, TOKENIZER_FILES, tokenizer_folder
+from dstrain.data.reading.own_documents import TextCorpus
+from dstrain.data.tokenizing.tokenizer_files import (
+    BYTES,
+    CHAT_TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    tokenizer_folder,
+)
 from dstrain.shared_caches import is_own, write_own
 from dstrain.strict_json import to_json
 from dstrain.version import __version__

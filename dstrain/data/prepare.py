@@ -22,15 +22,15 @@ from dstrain.child_process import child_main
 from dstrain.data.chat.corpus import ConversationSource, Corpus, source_of
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
-from dstrain.data.own_documents import OwnSource, answer
-from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
-from dstrain.data.sources import Source, find_files
-from dstrain.data.split import fraction_for, split_stream
+from dstrain.data.listing.sources import Source, find_files
+from dstrain.data.reading.own_documents import OwnSource, answer
+from dstrain.data.rows.packing import PackedRows, Rows, SeparateRows, TokenStream
+from dstrain.data.rows.split import fraction_for, split_stream
+from dstrain.data.rows.whole_documents import WholeDocumentRows, fit
 from dstrain.data.token_cache import Tokens, load_or_build
-from dstrain.data.token_files import TokenFiles
-from dstrain.data.token_records import TokenRecords
-from dstrain.data.tokenizers import Tokenizer, load_tokenizer
-from dstrain.data.whole_documents import WholeDocumentRows, fit
+from dstrain.data.token_files.corpus import TokenFiles
+from dstrain.data.token_files.records import TokenRecords
+from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
@@ -155,15 +155,15 @@ def prepare(
     Tokens are cached for any `seq_len`, `validation` and `pack`.
 
     Args:
-        source: see `dstrain.data.sources`; or the documents that code gives, which is called where no tokens of them
-            are in the cache.
-        tokenizer: see `dstrain.data.tokenizers`.
+        source: see `dstrain.data.listing.sources`; or the documents that code gives, which is called where no tokens
+            of them are in the cache.
+        tokenizer: see `dstrain.data.tokenizing.tokenizers`.
         seq_len: tokens a row, at least 1.
         validation: the share of the documents to keep from training, at least 0 (none) and less than 1.
         cache_dir: made if it is not there.
-        max_document_bytes: None: as `dstrain.data.documents` has it.
+        max_document_bytes: None: as `dstrain.data.reading.documents` has it.
         pack: fill each row with as many documents as it takes, else with one and padding.
-        begin: what documents begin with: see `dstrain.data.tokenizers.load_tokenizer`.
+        begin: what documents begin with: see `dstrain.data.tokenizing.tokenizers.load_tokenizer`.
         records: the format of records, and what of conversations is trained.
         limit: how many documents to read of files; None: all.
         config, split, revision: which part of a data set that has several.

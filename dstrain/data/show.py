@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from dstrain.child_process import child_main
-from dstrain.data.mixture import MixedRows
-from dstrain.data.packing import IGNORED
 from dstrain.data.prepare import PackedData, prepare_as_asked
+from dstrain.data.rows.mixture import MixedRows
+from dstrain.data.rows.packing import IGNORED
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.files import write_json
 from dstrain.mixture_shares import MixturePhase

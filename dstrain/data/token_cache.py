@@ -25,17 +25,17 @@ import numpy as np
 
 from dstrain.data.chat.corpus import Corpus
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
-from dstrain.data.own_documents import OwnSource
-from dstrain.data.packing import TokenStream
-from dstrain.data.pretokenized import MappedFile, map_tokens, scan
-from dstrain.data.sources import Source, changed
-from dstrain.data.token_files import TokenFiles
-from dstrain.data.token_output import can_go_on, close_for_good
-from dstrain.data.token_record_writer import write_token_records
-from dstrain.data.token_records import TokenRecords
-from dstrain.data.token_writer import TRAINED, write_tokens
-from dstrain.data.tokenizers import Tokenizer
-from dstrain.data.worker_pool import WorkerEndedError, available_cores
+from dstrain.data.listing.sources import Source, changed
+from dstrain.data.reading.own_documents import OwnSource
+from dstrain.data.rows.packing import TokenStream
+from dstrain.data.token_files.corpus import TokenFiles
+from dstrain.data.token_files.mapped import MappedFile, map_tokens, scan
+from dstrain.data.token_files.record_writer import write_token_records
+from dstrain.data.token_files.records import TokenRecords
+from dstrain.data.tokenizing.text_writer import TRAINED, write_tokens
+from dstrain.data.tokenizing.token_output import can_go_on, close_for_good
+from dstrain.data.tokenizing.tokenizers import Tokenizer
+from dstrain.data.tokenizing.worker_pool import WorkerEndedError, available_cores
 from dstrain.errors import DstrainError
 from dstrain.files import flush
 from dstrain.shared_caches import is_own, locked, make_folder

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.data.mixture import MixedRows, MixtureOrder, Order, RowsInOrder
-from dstrain.data.order import SampleOrder
-from dstrain.data.packing import Rows
 from dstrain.data.prepare import PackedData
+from dstrain.data.rows.mixture import MixedRows, MixtureOrder, Order, RowsInOrder
+from dstrain.data.rows.order import SampleOrder
+from dstrain.data.rows.packing import Rows
 from dstrain.data.streaming.prepare import StreamedData
 from dstrain.data.streaming.rows import StreamRows
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.mixture_shares import MixturePhase
 
 

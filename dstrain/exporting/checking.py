@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dstrain.data.packing import Rows
 from dstrain.data.progress import Progress
-from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.data.rows.packing import Rows
+from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.exporting.writing import ExportedTensors
 from dstrain.model.architecture import load_config

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.child_process import child_main
-from dstrain.data.tokenizer_files import BYTES, speaks_of_other_files
-from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.data.tokenizing.tokenizer_files import BYTES, speaks_of_other_files
+from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.data.training_data import ValidationSet
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from dstrain.child_process import child_main
 from dstrain.data.chat.corpus import template_text
 from dstrain.data.chat.template import ChatTemplate
-from dstrain.data.tokenizer_files import refuse_large_files
-from dstrain.data.tokenizers import added_in_front, load_pretrained, load_tokenizer
+from dstrain.data.tokenizing.tokenizer_files import refuse_large_files
+from dstrain.data.tokenizing.tokenizers import added_in_front, load_pretrained, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config

@@ -11,8 +11,8 @@ from typing import Any
 from dstrain.config.data_sources import ValidationSource, steps_of_phases, weights_by_phase
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.hub_names import hub_name
-from dstrain.data.own_documents import OwnSource
+from dstrain.data.listing.hub_names import hub_name
+from dstrain.data.reading.own_documents import OwnSource
 from dstrain.mixture_shares import MixturePhase, parts_of, row_shares, rows_before
 from dstrain.planning.plan import PlannedData, PlannedSource
 from dstrain.plugins import is_code
@@ -49,7 +49,7 @@ class DataPart:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """What `dstrain.data.sources.find_files` finds it with, beside its path."""
+        """What `dstrain.data.listing.sources.find_files` finds it with, beside its path."""
         return {
             "data_format": self.records.data_format,
             "data_fields": self.records.data_fields,

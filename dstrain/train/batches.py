@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from dstrain.data.mixture import Order
-from dstrain.data.packing import Rows
+from dstrain.data.rows.mixture import Order
+from dstrain.data.rows.packing import Rows
 from dstrain.engine.interface import MicroBatch
 from dstrain.planning.batch import Batch
 

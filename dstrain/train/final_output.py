@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed
 
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.interface import Engine, MicroBatch
 from dstrain.files import make_folder, open_to_group
 

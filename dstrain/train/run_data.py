@@ -15,12 +15,12 @@ from typing import Any
 
 from dstrain.child_process import run_module
 from dstrain.config.files import cache_folder
-from dstrain.data.own_documents import OwnSource, read_answer
 from dstrain.data.prepare import PackedData, prepare_as_asked
+from dstrain.data.reading.own_documents import OwnSource, read_answer
 from dstrain.data.streaming.prepare import StreamedData, prepare_stream
 from dstrain.data.streaming.stream import StreamRequest
 from dstrain.data.token_cache import is_cached
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, data_parts

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import distributed
 
-from dstrain.data.mixture import Order
+from dstrain.data.rows.mixture import Order
+from dstrain.data.tokenizing.worker_pool import available_cores
 from dstrain.data.training_data import TrainingData
-from dstrain.data.worker_pool import available_cores
 from dstrain.errors import DstrainError
 from dstrain.json_collectives import all_gather_json, broadcast_json
 from dstrain.shared_caches import make_folder

@@ -18,7 +18,7 @@ from torch import distributed
 from dstrain.config.files import cache_folder
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.template import ChatTemplate
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.build import build_engine, start_communication
 from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.interface import DTYPES, Engine, StepResult

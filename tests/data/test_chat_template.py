@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from dstrain.data.chat.corpus import template_text
 from dstrain.data.chat.formats import read_record
 from dstrain.data.chat.template import ChatTemplate, Encoded, chatml
-from dstrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 
 

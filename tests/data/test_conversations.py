@@ -8,9 +8,9 @@ import pytest
 
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import tokenizer_state
-from dstrain.data.packing import IGNORED
 from dstrain.data.prepare import prepare
-from dstrain.data.tokenizers import ByteTokenizer
+from dstrain.data.rows.packing import IGNORED
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 from dstrain.errors import DstrainError
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.megatron_index import read_index
 from dstrain.data.prepare import PackedData, prepare
+from dstrain.data.token_files.megatron_index import read_index
 from dstrain.errors import DstrainError
 from tests.support.token_files import write_llm_c, write_megatron, write_nanogpt
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.order import SampleOrder, hash_words, permute, splitmix64
+from dstrain.data.rows.order import SampleOrder, hash_words, permute, splitmix64
 
 
 def test_splitmix64_is_the_published_one():

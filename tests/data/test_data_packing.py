@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.packing import IGNORED, PackedRows, SeparateRows, TokenStream
+from dstrain.data.rows.packing import IGNORED, PackedRows, SeparateRows, TokenStream
 
 END = 9
 documents_of = st.lists(st.lists(st.integers(0, 8), max_size=12), min_size=1, max_size=12)

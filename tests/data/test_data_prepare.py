@@ -11,8 +11,8 @@ import pytest
 
 from dstrain.config.loader import load_config
 from dstrain.data import token_cache
-from dstrain.data.packing import IGNORED
 from dstrain.data.prepare import prepare
+from dstrain.data.rows.packing import IGNORED
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import data_parts
 

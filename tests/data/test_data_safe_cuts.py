@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dstrain.data import encoders
-from dstrain.data.documents import DocumentPart
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.reading.documents import DocumentPart
+from dstrain.data.tokenizing import encoders
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 
 # What pre-tokenizers treat in ways of their own: runs of digits, spaces and signs, line ends, contractions, marks.
 WORDS = [

@@ -11,9 +11,10 @@ import socket
 import pyarrow
 import pytest
 
-from dstrain.data import json_array, sources
-from dstrain.data.documents import read_documents
-from dstrain.data.sources import find_files, source_summary
+from dstrain.data.listing import sources
+from dstrain.data.listing.sources import find_files, source_summary
+from dstrain.data.reading import json_array
+from dstrain.data.reading.documents import read_documents
 from dstrain.errors import DstrainError
 
 

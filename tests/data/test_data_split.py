@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.packing import IGNORED, PackedRows, TokenStream
-from dstrain.data.split import fraction_for, split_stream
+from dstrain.data.rows.packing import IGNORED, PackedRows, TokenStream
+from dstrain.data.rows.split import fraction_for, split_stream
 
 
 def stream_of(lengths):

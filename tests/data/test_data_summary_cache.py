@@ -13,8 +13,8 @@ from dstrain.data.dataset_summary_cache import (
     summary_file,
     tokenizer_state,
 )
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import main
-from dstrain.data.sources import find_files
 from dstrain.errors import DstrainError
 
 CHOICES = {"seq_len": 16, "validation": 0.25, "pack": True, "begin": "auto"}

@@ -11,12 +11,12 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from dstrain.data import tables
 from dstrain.data.chat.formats import read_record
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.documents import read_documents, read_records
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import prepare
-from dstrain.data.sources import find_files
+from dstrain.data.reading import tables
+from dstrain.data.reading.documents import read_documents, read_records
 from dstrain.errors import DstrainError
 from tests.support.table_files import saved
 
@@ -118,7 +118,7 @@ def test_the_rows_of_a_part_are_counted_through(tmp_path, monkeypatch):
     """Whatever is read at once."""
     places = []
     for rows in (2, 5, 1000):
-        monkeypatch.setattr("dstrain.data.tables._PART_ROWS", rows)
+        monkeypatch.setattr("dstrain.data.reading.tables._PART_ROWS", rows)
         for suffix in (".parquet", ".feather"):
             source = find_files(str(write(tmp_path / f"a{suffix}", TEXTS)))
             places.append([record.where.partition(": ")[2].split()[-3:] for record in read_records(source)])
@@ -222,7 +222,9 @@ def test_of_a_complete_cache_no_table_is_opened_but_the_first(tmp_path, monkeypa
     monkeypatch.setattr(
         tables, "_check_begin_and_end", lambda file: (opened.append(file.relative), check(file))
     )
-    monkeypatch.setattr(tables, "_parquet_parts", lambda file: (opened.append(file.relative), parts(file))[1])
+    monkeypatch.setattr(
+        tables, "_parquet_parts", lambda file, *only: (opened.append(file.relative), parts(file, *only))[1]
+    )
     first = prepared(tmp_path, folder)
     assert set(opened) == {f"{number}.parquet" for number in range(9)}, (
         "all are checked before their tokens are made"

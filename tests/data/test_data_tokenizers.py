@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.data.prepare import prepare
-from dstrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 
 utf8_text = st.text(st.characters(exclude_categories=["Cs"]))

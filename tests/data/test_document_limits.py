@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.data.documents import LARGEST_FILE, LARGEST_LINE, read_documents
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import prepare
-from dstrain.data.sources import find_files
+from dstrain.data.reading.documents import LARGEST_FILE, LARGEST_LINE, read_documents
 from dstrain.errors import DstrainError
 
 LINE = json.dumps({"text": "a" * 1000})
@@ -68,8 +68,8 @@ def test_three_gigabytes_in_a_small_file(name: str, tmp_path: Path) -> None:
             file.truncate(3 * 2**30)
     program = (
         "import re, sys\n"
-        "from dstrain.data.documents import read_documents\n"
-        "from dstrain.data.sources import find_files\n"
+        "from dstrain.data.reading.documents import read_documents\n"
+        "from dstrain.data.listing.sources import find_files\n"
         "from dstrain.errors import DstrainError\n"
         "try:\n    list(read_documents(find_files(sys.argv[1])))\n"
         "except DstrainError as error:\n    print(error)\n"

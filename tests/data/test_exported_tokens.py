@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 from dstrain.exporting.convert import _agreeing, _write_descriptions
 from tests.support.plans import plan
 

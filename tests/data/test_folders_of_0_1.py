@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dstrain.config.loader import read_config
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import PackedData, prepare, prepare_as_asked
-from dstrain.data.sources import find_files
 from dstrain.planning.data_parts import data_parts
 from dstrain.planning.plan import Plan
 from tests.support.plans import plan

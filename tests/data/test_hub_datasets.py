@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.documents import read_records
-from dstrain.data.hub_names import HubName, hub_name
+from dstrain.data.listing.hub_names import HubName, hub_name
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import prepare
-from dstrain.data.sources import find_files
+from dstrain.data.reading.documents import read_records
 from dstrain.errors import DstrainError
 from tests.support.data_hub import COMMIT, OLDER, DataHub
 
@@ -25,8 +25,8 @@ ASK = """
 import json, sys
 from pathlib import Path
 import datasets
-from dstrain.data.hub_datasets import fetch
-from dstrain.data.hub_names import HubName
+from dstrain.data.listing.hub_datasets import fetch
+from dstrain.data.listing.hub_names import HubName
 from dstrain.errors import DstrainError
 datasets.disable_progress_bars()
 answers = []

@@ -16,14 +16,14 @@ import numpy as np
 import psutil
 import pytest
 
-from dstrain.data import encoders, token_output
 from dstrain.data.chat import corpus as corpus_module
 from dstrain.data.chat.corpus import Corpus, source_of
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.own_documents import OwnSource, hash_documents
-from dstrain.data.sources import find_files
+from dstrain.data.listing.sources import find_files
+from dstrain.data.reading.own_documents import OwnSource, hash_documents
 from dstrain.data.token_cache import load_or_build
-from dstrain.data.tokenizers import ByteTokenizer
+from dstrain.data.tokenizing import encoders, token_output
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 from dstrain.errors import DstrainError
 from dstrain.shared_caches import clear_leftovers
 

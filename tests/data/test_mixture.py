@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data.mixture import MixedRows, MixtureOrder
-from dstrain.data.packing import PackedRows, TokenStream
+from dstrain.data.rows.mixture import MixedRows, MixtureOrder
+from dstrain.data.rows.packing import PackedRows, TokenStream
 from dstrain.mixture_shares import MixturePhase, parts_of, row_shares, rows_before, rows_of_sources
 
 SHARES = st.lists(st.floats(0.001, 100), min_size=1, max_size=6)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dstrain.data import own_documents
-from dstrain.data.own_documents import OwnSource, hash_documents, read_own_documents
 from dstrain.data.prepare import prepare
+from dstrain.data.reading import own_documents
+from dstrain.data.reading.own_documents import OwnSource, hash_documents, read_own_documents
 from dstrain.errors import DstrainError
 
 FOLDER = Path(__file__).parents[1] / "support" / "own_code"

@@ -15,12 +15,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dstrain.data import encoders, token_writer
 from dstrain.data.chat.corpus import Corpus, source_of
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.sources import find_files
+from dstrain.data.listing.sources import find_files
 from dstrain.data.token_cache import load_or_build, worth_starting
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.tokenizing import encoders
+from dstrain.data.tokenizing import text_writer as token_writer
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 from dstrain.errors import DstrainError
 from tests.support.worker_jobs import DyingWork
 

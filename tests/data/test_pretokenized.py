@@ -9,13 +9,14 @@ import shutil
 import numpy as np
 import pytest
 
-from dstrain.data import pretokenized, token_cache
+from dstrain.data import token_cache
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.packing import IGNORED
+from dstrain.data.listing.sources import find_files
 from dstrain.data.prepare import main, prepare
-from dstrain.data.pretokenized import MappedTokens
-from dstrain.data.sources import find_files
-from dstrain.data.tokenizers import ByteTokenizer
+from dstrain.data.rows.packing import IGNORED
+from dstrain.data.token_files import mapped as pretokenized
+from dstrain.data.token_files.mapped import MappedTokens
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 from dstrain.errors import DstrainError
 from tests.support.token_files import write_llm_c, write_megatron, write_nanogpt
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 from dstrain.errors import DstrainError
 
 WORDS = ["▁the", "▁a", "▁", "t", "h", "e", "a", "th", "he", "▁t", "▁th"]
@@ -105,7 +105,7 @@ def test_what_is_no_model_is_damaged_and_needs_no_package(
 
 
 def test_beside_a_tokenizer_json_it_is_not_asked(folder: Path) -> None:
-    from dstrain.data.tokenizers import ByteTokenizer
+    from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 
     ByteTokenizer().save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(b"")

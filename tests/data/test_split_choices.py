@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.config.loader import load_config
-from dstrain.data.sources import find_files
+from dstrain.data.listing.sources import find_files
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import data_parts
 from tests.support.table_files import parquet, saved

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data import encoders
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.packing import IGNORED, PackedRows, TokenStream
+from dstrain.data.rows.packing import IGNORED, PackedRows, TokenStream
 from dstrain.data.streaming.blocks import read_blocks, read_shard, shard_order
 from dstrain.data.streaming.making import make_rows
 from dstrain.data.streaming.segments import Segment, write_segment
 from dstrain.data.streaming.state import Place, StreamState
 from dstrain.data.streaming.stream import Stream, StreamRequest, check_fingerprint
+from dstrain.data.tokenizing import encoders
 from dstrain.errors import DstrainError
 
 END = 256

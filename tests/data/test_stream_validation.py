@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data import encoders
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.packing import IGNORED
+from dstrain.data.rows.packing import IGNORED
 from dstrain.data.streaming.making import make_rows
 from dstrain.data.streaming.state import StreamState
 from dstrain.data.streaming.stream import Held, Stream, StreamRequest
 from dstrain.data.streaming.validation import hold_back
+from dstrain.data.tokenizing import encoders
 from dstrain.errors import DstrainError
 from tests.data.test_stream_making import answered, documents_in
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.packing import IGNORED, PackedRows
 from dstrain.data.prepare import prepare
-from dstrain.data.tokenizers import ByteTokenizer
-from dstrain.data.whole_documents import WholeDocumentRows
+from dstrain.data.rows.packing import IGNORED, PackedRows
+from dstrain.data.rows.whole_documents import WholeDocumentRows
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 from dstrain.errors import DstrainError
 from tests.support.table_files import arrow_stream, parquet
 

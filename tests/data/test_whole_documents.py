@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.packing import IGNORED, TokenStream
-from dstrain.data.split import split_stream
-from dstrain.data.whole_documents import WholeDocumentRows, best_fit, fit, label_counts
+from dstrain.data.rows.packing import IGNORED, TokenStream
+from dstrain.data.rows.split import split_stream
+from dstrain.data.rows.whole_documents import WholeDocumentRows, best_fit, fit, label_counts
 
 FILL = 99
 documents_of = st.lists(
@@ -88,7 +88,7 @@ def test_conversations_fill_their_rows(seq_len):
 
 
 def test_windows_are_packed_alone(monkeypatch):
-    monkeypatch.setattr("dstrain.data.whole_documents._WINDOW", 3)
+    monkeypatch.setattr("dstrain.data.rows.whole_documents._WINDOW", 3)
     order, ends = best_fit(np.array([5, 5, 1, 4, 4, 2]), 10)
     assert sorted(order[: ends[0]].tolist() + order[ends[0] : ends[1]].tolist()) == [0, 1, 2]
 

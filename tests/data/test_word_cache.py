@@ -21,10 +21,10 @@ from tokenizers import (
     trainers,
 )
 
-from dstrain.data import word_cache as module
 from dstrain.data.chat.template import Encoded, _Rendered, _trained_by_places
-from dstrain.data.tokenizers import FolderTokenizer
-from dstrain.data.word_cache import WordCache, word_cache
+from dstrain.data.tokenizing import word_cache as module
+from dstrain.data.tokenizing.tokenizers import FolderTokenizer
+from dstrain.data.tokenizing.word_cache import WordCache, word_cache
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dstrain.data.worker_pool import WorkerPool, available_cores
+from dstrain.data.tokenizing.worker_pool import WorkerPool, available_cores
 from dstrain.errors import DstrainError
 from tests.support.worker_jobs import Work
 
@@ -103,7 +103,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.support.worker_jobs import Work
-from dstrain.data.worker_pool import WorkerPool
+from dstrain.data.tokenizing.worker_pool import WorkerPool
 with WorkerPool(Work(), 2) as pool:
     for job, result in pool.map(["a", "b", "c", "sleep 100", "sleep 100"]):
         print(result[2], flush=True)

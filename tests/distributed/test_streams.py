@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from torch import distributed
 
-from dstrain.data.mixture import RowsInOrder
-from dstrain.data.packing import Rows
+from dstrain.data.rows.mixture import RowsInOrder
+from dstrain.data.rows.packing import Rows
 from dstrain.data.streaming.prepare import StreamedData
 from dstrain.data.streaming.stream import Stream, StreamRequest
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
@@ -114,7 +114,7 @@ def test_states_of_other_sources(tmp_path: Path) -> None:
 
 
 def without_streams(rank: int, cache: str) -> Any:
-    from dstrain.data.packing import PackedRows, TokenStream
+    from dstrain.data.rows.packing import PackedRows, TokenStream
     from dstrain.train.streams import Streams
 
     tokens = np.arange(100, dtype=np.uint16)

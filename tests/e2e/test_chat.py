@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.order import SampleOrder
 from dstrain.data.prepare import prepare
+from dstrain.data.rows.order import SampleOrder
 from dstrain.model.architecture import load_config
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.e2e.test_families import EPS, LR, SEED, initial_model

@@ -30,7 +30,7 @@ def data_with(place: Path, *records: object, name: str = "data.jsonl") -> str:
 
 
 def tokenizer_with(place: Path, **changes: object) -> str:
-    from dstrain.data.tokenizers import ByteTokenizer
+    from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 
     ByteTokenizer().save_pretrained(place / "tokenizer")
     file = place / "tokenizer" / "tokenizer_config.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dstrain.data.tokenizers import ByteTokenizer
+from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.support.e2e import Said, start
 from tests.support.materials import LLAMA

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dstrain.config.schema import RunConfig
-from dstrain.data.order import SampleOrder
 from dstrain.data.prepare import prepare
+from dstrain.data.rows.order import SampleOrder
 from dstrain.model.architecture import load_config
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.planning.batch import make_batch

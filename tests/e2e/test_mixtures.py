@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dstrain.config.schema import RunConfig
-from dstrain.data.packing import IGNORED
+from dstrain.data.rows.packing import IGNORED
 from dstrain.data.training_data import TrainingData
 from dstrain.model.architecture import load_config
 from dstrain.planning.plan import Plan

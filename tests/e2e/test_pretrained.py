@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from dstrain.data.tokenizers import ByteTokenizer
+    from dstrain.data.tokenizing.tokenizers import ByteTokenizer
 
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ class Child(Program):
     def __new__(cls, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
         # It learns where the hub and its cache are when it is imported; what is forked is offline.
         if module == "dstrain.model.weights.hub" or (
-            module == "dstrain.data.hub_datasets" and environment.get("HF_HUB_OFFLINE") != "1"
+            module == "dstrain.data.listing.hub_datasets" and environment.get("HF_HUB_OFFLINE") != "1"
         ):
             return ChildProcess(module, arguments, environment)
         return super().__new__(cls)

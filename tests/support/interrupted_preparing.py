@@ -6,12 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-from dstrain.data import encoders, token_output
 from dstrain.data.chat import corpus
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.sources import find_files
+from dstrain.data.listing.sources import find_files
 from dstrain.data.token_cache import load_or_build
-from dstrain.data.tokenizers import load_tokenizer
+from dstrain.data.tokenizing import encoders, token_output
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 
 token_output._SAVE_SECONDS = 0.02
 encoders._BATCH = 2**13

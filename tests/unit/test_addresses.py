@@ -10,7 +10,7 @@ from dstrain.addresses import refuse_address
 from dstrain.api.exporting import export
 from dstrain.config.files import is_hub_name
 from dstrain.config.text_file import read_text
-from dstrain.data.tokenizer_files import tokenizer_folder
+from dstrain.data.tokenizing.tokenizer_files import tokenizer_folder
 from dstrain.errors import DstrainError
 
 DOWN, HUB = {}, {"hub": True}

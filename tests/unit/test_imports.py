@@ -60,7 +60,9 @@ def test_these_rooms_are_light(module: str, repository: Path) -> None:
 
 def test_what_the_api_knows_of_the_data_is_light(repository: Path) -> None:
     """The readers of tables are loaded where a table is read."""
-    assert not loaded_by("import dstrain.api.prepare_data, dstrain.data.documents", repository) & HEAVY
+    assert (
+        not loaded_by("import dstrain.api.prepare_data, dstrain.data.reading.documents", repository) & HEAVY
+    )
 
 
 def test_launch_and_supervise_know_no_pydantic_either(repository: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_config_of_a_folder_that_is_loaded(text: str, said: str, tmp_path: P
 
 
 def test_a_tokenizer_of_a_gigabyte(tmp_path: Path) -> None:
-    from dstrain.data.tokenizer_files import tokenizer_folder
+    from dstrain.data.tokenizing.tokenizer_files import tokenizer_folder
 
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(2**30)

@@ -143,6 +143,6 @@ def test_ranks_take_the_plans_documents_or_none(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_light_side_imports_none_of_what_reads() -> None:
-    code = "import sys, dstrain.data.own_documents; print(*{'numpy', 'torch', 'datasets'} & set(sys.modules))"
+    code = "import sys, dstrain.data.reading.own_documents; print(*{'numpy', 'torch', 'datasets'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == ""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dstrain.data.order import SampleOrder
-from dstrain.data.packing import PackedRows, TokenStream
+from dstrain.data.rows.order import SampleOrder
+from dstrain.data.rows.packing import PackedRows, TokenStream
 from dstrain.engine.interface import MicroBatch
 from dstrain.planning.batch import Batch
 from dstrain.train import prefetch as prefetch_module

@@ -21,15 +21,15 @@ from dstrain.data.chat.formats import (
 )
 from dstrain.data.chat.options import CHATML, RecordOptions
 from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
-from dstrain.data.documents import read_records
-from dstrain.data.file_kinds import RECORD_KINDS, TEXTS_OF_0_1
-from dstrain.data.own_documents import OwnSource
-from dstrain.data.records import JsonRecord
-from dstrain.data.sources import Source, SourceFile
-from dstrain.data.token_files import TokenFiles, token_files
-from dstrain.data.token_records import TokenRecords
-from dstrain.data.tokenizer_files import BYTES
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.listing.file_kinds import RECORD_KINDS, TEXTS_OF_0_1
+from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.reading.documents import read_records
+from dstrain.data.reading.own_documents import OwnSource
+from dstrain.data.reading.records import JsonRecord
+from dstrain.data.token_files.corpus import TokenFiles, token_files
+from dstrain.data.token_files.records import TokenRecords
+from dstrain.data.tokenizing.tokenizer_files import BYTES
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
 _BATCH = 2**19

@@ -2,7 +2,7 @@
 
 Formats: ``text`` (a document in one field), ``messages`` (OpenAI's chat format), ``sharegpt`` (``from`` and ``value``),
 ``alpaca`` (instruction, input, output), ``prompt-completion`` (strings, or messages) and ``tokens`` (documents that are
-tokenized already: `dstrain.data.token_records`).
+tokenized already: `dstrain.data.token_files.records`).
 """
 
 from __future__ import annotations

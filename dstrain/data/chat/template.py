@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dstrain.data.chat.formats import REASONING, Completion, Conversation
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 from dstrain.strict_json import to_json
 

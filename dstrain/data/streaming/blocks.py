@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, characters
-from dstrain.data.documents import documents_of, errors_of, records_of
-from dstrain.data.encoders import Piece, pieces_of
-from dstrain.data.order import hash_words, permute
-from dstrain.data.records import JsonRecord
-from dstrain.data.sources import Source, SourceFile
+from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.reading.documents import documents_of, errors_of, records_of
+from dstrain.data.reading.records import JsonRecord
+from dstrain.data.rows.order import hash_words, permute
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Shard, Stream
+from dstrain.data.tokenizing.encoders import Piece, pieces_of
 from dstrain.errors import DstrainError
 
 _OVERHEAD = 64

@@ -11,11 +11,11 @@ from typing import cast
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
-from dstrain.data.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of
-from dstrain.data.records import JsonRecord
+from dstrain.data.reading.records import JsonRecord
 from dstrain.data.streaming.blocks import Block
 from dstrain.data.streaming.stream import Stream
-from dstrain.data.worker_pool import WorkerPool
+from dstrain.data.tokenizing.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of
+from dstrain.data.tokenizing.worker_pool import WorkerPool
 from dstrain.errors import DstrainError
 
 _Batch = Sequence[Piece] | Sequence[JsonRecord]

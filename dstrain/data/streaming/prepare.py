@@ -18,14 +18,14 @@ import numpy as np
 
 from dstrain.child_process import child_main
 from dstrain.data.chat.corpus import ConversationSource
-from dstrain.data.packing import Rows
+from dstrain.data.rows.packing import Rows
 from dstrain.data.streaming.blocks import Block, read_shard
 from dstrain.data.streaming.encoding import BlockEncoder
 from dstrain.data.streaming.rows import StreamRows
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Stream, StreamRequest
 from dstrain.data.streaming.validation import hold_back, rows_of_blocks
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dstrain.child_process import ChildProcess
-from dstrain.data.packing import Batch
+from dstrain.data.rows.packing import Batch
 from dstrain.data.streaming.ring import AHEAD, RingFolder, RingReader
 from dstrain.data.streaming.segments import Segment
 from dstrain.data.streaming.state import StreamState
@@ -30,7 +30,7 @@ _SHORTEST, _LONGEST = 0.001, 0.05
 
 
 class StreamRows:
-    """Rows by their numbers 0, 1, 2, ...; implements `dstrain.data.packing.Rows`.
+    """Rows by their numbers 0, 1, 2, ...; implements `dstrain.data.rows.packing.Rows`.
 
     `label_tokens` is asked for all rows of a step before its rows are: those with smaller numbers than the smallest of
     that question are given up. One thread asks for rows; `state_before` and `close` may be called by another one.

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dstrain.data.packing import IGNORED, Batch
+from dstrain.data.rows.packing import IGNORED, Batch
 from dstrain.data.streaming.making import MadeRows
 from dstrain.data.streaming.state import StreamState
 from dstrain.strict_json import to_json

@@ -9,11 +9,11 @@ from typing import Any
 
 from dstrain.data.chat.corpus import ConversationSource, source_of
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.order import hash_words
-from dstrain.data.sources import Source, SourceFile, find_files
-from dstrain.data.token_files import TokenFiles
-from dstrain.data.token_records import TokenRecords
-from dstrain.data.tokenizers import Tokenizer, load_tokenizer
+from dstrain.data.listing.sources import Source, SourceFile, find_files
+from dstrain.data.rows.order import hash_words
+from dstrain.data.token_files.corpus import TokenFiles
+from dstrain.data.token_files.records import TokenRecords
+from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.strict_json import to_json
 
@@ -56,8 +56,8 @@ class StreamRequest:
     """A stream by the names of its things, as a process is asked for it.
 
     Attributes:
-        source: what `dstrain.data.sources.find_files` takes.
-        tokenizer, begin: what `dstrain.data.tokenizers.load_tokenizer` takes.
+        source: what `dstrain.data.listing.sources.find_files` takes.
+        tokenizer, begin: what `dstrain.data.tokenizing.tokenizers.load_tokenizer` takes.
         records: the format of records, and what of conversations is trained.
         config, split, revision: which part of a data set that has several.
         window: documents that are shuffled together.
@@ -181,7 +181,7 @@ def _shards(files: Sequence[SourceFile]) -> Iterator[Shard]:
         if file.kind != "parquet":
             yield Shard(file)
             continue
-        from dstrain.data.tables import row_groups  # which costs the time to load Arrow
+        from dstrain.data.reading.tables import row_groups  # which costs the time to load Arrow
 
         for group in range(row_groups(file)):
             yield Shard(file, group)

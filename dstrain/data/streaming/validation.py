@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource
-from dstrain.data.packing import PackedRows, Rows, SeparateRows, TokenStream
+from dstrain.data.rows.packing import PackedRows, Rows, SeparateRows, TokenStream
+from dstrain.data.rows.whole_documents import WholeDocumentRows, fit
 from dstrain.data.streaming.blocks import Block, read_shard
 from dstrain.data.streaming.encoding import BlockEncoder, EncodedBlock
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Held, Stream, is_chosen
-from dstrain.data.whole_documents import WholeDocumentRows, fit
 from dstrain.errors import DstrainError
 
 

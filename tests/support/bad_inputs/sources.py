@@ -111,7 +111,7 @@ DATA = {
     ),
     "data: a name on the hub": run(
         "--data", "roneneldan/TinyStories", place="--data", reason="HF_HUB_OFFLINE prevents access to the hub",
-        hint="unset HF_HUB_OFFLINE", looked=("dstrain.data.hub_datasets",), environment={"HF_HUB_OFFLINE": "1"},
+        hint="unset HF_HUB_OFFLINE", looked=("dstrain.data.listing.hub_datasets",), environment={"HF_HUB_OFFLINE": "1"},
     ),
     "data: no name": run("--data", " ", place="data", reason="no data source given", hint="stdlib"),
     "data: code in no module": run(
@@ -120,7 +120,7 @@ DATA = {
     "data: code that gives no text": run(
         "--data", "mine:texts", files={"mine.py": "def texts():\n    print('hello')\n    yield 3\n"}, place="--data",
         reason="dataset mine:texts: document 1 is an int, not a str", hint="yield the text",
-        looked=("dstrain.data.own_documents",),
+        looked=("dstrain.data.reading.own_documents",),
     ),
     "data: options of a file": run(
         "--set", "data_options.a=1", place="--set data_options.a", reason="are for a dataset of your own",

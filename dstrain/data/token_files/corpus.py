@@ -1,12 +1,12 @@
-"""Corpora of files that hold tokens already: what `dstrain.data.pretokenized` maps into memory."""
+"""Corpora of files that hold tokens already: what `dstrain.data.token_files.mapped` maps into memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.data.file_kinds import TOKEN_KINDS
-from dstrain.data.sources import Source, SourceFile
+from dstrain.data.listing.file_kinds import TOKEN_KINDS
+from dstrain.data.listing.sources import Source, SourceFile
 from dstrain.errors import DstrainError
 
 

@@ -14,9 +14,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from dstrain.data.chat.formats import has_fields
-from dstrain.data.encodings import refuse_other_kinds
-from dstrain.data.records import JsonRecord
-from dstrain.data.sources import SourceFile
+from dstrain.data.listing.sources import SourceFile
+from dstrain.data.reading.encodings import refuse_other_kinds
+from dstrain.data.reading.records import JsonRecord
 from dstrain.errors import DstrainError, way_out
 
 _PART_BYTES = 2**22

@@ -4,14 +4,14 @@
 - ``llm.c``: a header of 256 numbers of 32 bits, then the tokens;
 - ``nanogpt``: nothing but tokens, so it is read where that was said alone.
 
-`dstrain.data.pretokenized` reads them.
+`dstrain.data.token_files.mapped` reads them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dstrain.data.file_kinds import TOKEN_KINDS, Kind
+from dstrain.data.listing.file_kinds import TOKEN_KINDS, Kind
 from dstrain.errors import DstrainError
 
 MEGATRON_MAGIC = b"MMIDIDX\0\0"

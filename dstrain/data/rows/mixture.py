@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dstrain.data.order import dealt, hash_words, permute, shuffled_rows
-from dstrain.data.packing import Batch, Rows
+from dstrain.data.rows.order import dealt, hash_words, permute, shuffled_rows
+from dstrain.data.rows.packing import Batch, Rows
 from dstrain.mixture_shares import MixturePhase, rows_before, rows_of_sources
 
 _STEP_SALT = 0x6D697874757265  # "mixture": the shuffle of a step must not share its hash with anything else
@@ -46,7 +46,7 @@ class RowsInOrder:
         return np.arange((step - 1) * self.global_batch, step * self.global_batch, dtype=np.int64)
 
     def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """See `dstrain.data.order.SampleOrder.micro_batches`."""
+        """See `dstrain.data.rows.order.SampleOrder.micro_batches`."""
         return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
     def given_before(self, step: int) -> list[int]:
@@ -100,7 +100,7 @@ class MixtureOrder:
         return shuffled
 
     def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """See `dstrain.data.order.SampleOrder.micro_batches`."""
+        """See `dstrain.data.rows.order.SampleOrder.micro_batches`."""
         return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
     def given_before(self, step: int) -> list[int]:

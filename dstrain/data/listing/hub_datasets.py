@@ -1,6 +1,6 @@
 """Fetches data sets from the Hugging Face hub into its cache, as Arrow files.
 
-``python -m dstrain.data.hub_datasets REQUEST.json OUT.json``: the request has the attributes of `HubName`, and
+``python -m dstrain.data.listing.hub_datasets REQUEST.json OUT.json``: the request has the attributes of `HubName`, and
 ``cache``, the folder that the listing of the files goes to. No code of a data set is run.
 """
 
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from dstrain.child_process import child_main
-from dstrain.data.hub_names import Fetched, HubName, read_listing
+from dstrain.data.listing.hub_names import Fetched, HubName, read_listing
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.shared_caches import make_folder, write_own

@@ -1,8 +1,8 @@
 """Remembers the tokens of words: what a byte-level tokenizer does with a word does not depend on what stands around it.
 
 The tokenizers library looks each word of a text up anew, with the place of each of its characters in the text. Here a
-text is divided by its patterns in Python (`dstrain.data.word_patterns`), and only words that were not met yet are given
-to the library. What can't be shown to give the same tokens is left to the library as a whole.
+text is divided by its patterns in Python (`dstrain.data.tokenizing.word_patterns`), and only words that were not met
+yet are given to the library. What can't be shown to give the same tokens is left to the library as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dstrain.data.word_patterns import WordPatterns, word_patterns
+from dstrain.data.tokenizing.word_patterns import WordPatterns, word_patterns
 
 _MOST_WORDS = 2**17
 """Words that are remembered, about 25 MB. When as many others have come, all are forgotten: the text is another one."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dstrain.data.megatron_index import read_index
+from dstrain.data.listing.sources import SourceFile
 from dstrain.data.progress import Progress
-from dstrain.data.sources import SourceFile
-from dstrain.data.token_file_kinds import LLM_C_HEADER_BYTES, LLM_C_HEADERS, index_of
-from dstrain.data.token_files import TokenFiles
-from dstrain.data.token_writer import Written
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.token_files.corpus import TokenFiles
+from dstrain.data.token_files.kinds import LLM_C_HEADER_BYTES, LLM_C_HEADERS, index_of
+from dstrain.data.token_files.megatron_index import read_index
+from dstrain.data.tokenizing.text_writer import Written
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError, way_out
 
 _BLOCK = 2**22

@@ -12,10 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from dstrain.data.safe_cuts import SafeCuts
-from dstrain.data.sentencepiece_models import SENTENCEPIECE, check_conversion, vocabulary_alone
-from dstrain.data.tokenizer_files import BYTES, TOKENIZER_FILES, speaks_of_other_files, tokenizer_folder
-from dstrain.data.word_cache import WordCache, word_cache
+from dstrain.data.tokenizing.safe_cuts import SafeCuts
+from dstrain.data.tokenizing.sentencepiece_models import SENTENCEPIECE, check_conversion, vocabulary_alone
+from dstrain.data.tokenizing.tokenizer_files import (
+    BYTES,
+    TOKENIZER_FILES,
+    speaks_of_other_files,
+    tokenizer_folder,
+)
+from dstrain.data.tokenizing.word_cache import WordCache, word_cache
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 

@@ -13,13 +13,13 @@ from itertools import islice
 from typing import Any
 
 from dstrain.data.chat.formats import FIELDS, TEXT, check_format, name_of_kind, text_of
-from dstrain.data.compressed import open_lines
-from dstrain.data.delimited import read_delimited
-from dstrain.data.encodings import not_utf8, refuse_other_kinds
-from dstrain.data.file_kinds import RECORD_KINDS
-from dstrain.data.json_array import read_array
-from dstrain.data.records import JsonRecord, ReadPlace
-from dstrain.data.sources import Source, SourceFile
+from dstrain.data.listing.file_kinds import RECORD_KINDS
+from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.reading.compressed import open_lines
+from dstrain.data.reading.delimited import read_delimited
+from dstrain.data.reading.encodings import not_utf8, refuse_other_kinds
+from dstrain.data.reading.json_array import read_array
+from dstrain.data.reading.records import JsonRecord, ReadPlace
 from dstrain.errors import DstrainError, way_out
 
 _LINE = 'each line is one object: {"text": "..."}'
@@ -210,7 +210,7 @@ def records_of(
     if file.kind == "csv":
         found = read_delimited(file.path, limit, choices.data_format, choices.data_fields)
         return islice(found, skip, None)
-    from dstrain.data.tables import read_table  # which costs the time to load Arrow
+    from dstrain.data.reading.tables import read_table  # which costs the time to load Arrow
 
     text = {source.text_field} if source.text_field != "text" else set()
     rows = read_table(file, limit, frozenset({*FIELDS, *choices.data_fields.values(), *text}), group)
@@ -221,7 +221,7 @@ def _check_tables(source: Source) -> None:
     """Before anything is read of them, so that hours of work do not end at a file that shows now that it is broken."""
     tables = [file for file in source.files if file.kind in ("parquet", "arrow")]
     if tables:
-        from dstrain.data.tables import check_tables
+        from dstrain.data.reading.tables import check_tables
 
         check_tables(tables)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.token_file_kinds import MEGATRON_MAGIC
+from dstrain.data.token_files.kinds import MEGATRON_MAGIC
 from dstrain.errors import DstrainError
 
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

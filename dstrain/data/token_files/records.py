@@ -13,8 +13,8 @@ import numpy as np
 
 from dstrain.data.chat.formats import TOKENS, name_of_kind
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.packing import IGNORED
-from dstrain.data.sources import Source, SourceFile
+from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.rows.packing import IGNORED
 from dstrain.errors import DstrainError
 
 _EXAMPLE = 'each line is one object: {"input_ids": [17, 4, 256], "labels": [-100, 4, 256]}'

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dstrain.data.packing import IGNORED, Batch, TokenStream, check_stream, checked_rows
+from dstrain.data.rows.packing import IGNORED, Batch, TokenStream, check_stream, checked_rows
 
 _WINDOW = 2**16
 """Documents that are packed together: memory and time do not grow with the square of a corpus."""

@@ -1,4 +1,4 @@
-"""Writes the tokens of records that hold tokens into files, as `dstrain.data.token_writer` writes those of texts."""
+"""Writes the tokens of records that hold tokens, into the same files as `dstrain.data.tokenizing.text_writer`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from dstrain.data.chat.formats import TOKENS as FORMAT
 from dstrain.data.chat.formats import check_format, rename_fields
-from dstrain.data.documents import read_records
 from dstrain.data.progress import Progress
-from dstrain.data.records import JsonRecord
-from dstrain.data.token_records import TokenDocument, TokenRecords, read_tokens
-from dstrain.data.token_writer import LENGTHS, SKIPPED, TOKENS, TRAINED, Written
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.reading.documents import read_records
+from dstrain.data.reading.records import JsonRecord
+from dstrain.data.token_files.records import TokenDocument, TokenRecords, read_tokens
+from dstrain.data.tokenizing.text_writer import LENGTHS, SKIPPED, TOKENS, TRAINED, Written
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
 _BLOCK = 2**19
@@ -28,8 +28,8 @@ _LISTED = 10_000
 def write_token_records(corpus: TokenRecords, tokenizer: Tokenizer, folder: Path) -> Written:
     """Write the tokens of every record into files of ``folder``.
 
-    They are those of `dstrain.data.token_writer.write_tokens`. Where the records have no labels, ``trained.bin`` is
-    left out.
+    They are those of `dstrain.data.tokenizing.text_writer.write_tokens`. Where the records have no labels,
+    ``trained.bin`` is left out.
 
     Raises:
         DstrainError: a record is none of tokens, and bad ones are not skipped; or there is none.

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from dstrain.data.chat.formats import has_fields
-from dstrain.data.encodings import not_utf8, refuse_other_kinds
-from dstrain.data.records import JsonRecord
+from dstrain.data.reading.encodings import not_utf8, refuse_other_kinds
+from dstrain.data.reading.records import JsonRecord
 from dstrain.errors import DstrainError
 
 _LARGEST_HEADER = 2**16

@@ -255,6 +255,6 @@ def _pickled(number: int, answer: _Answer) -> bytes:
 
 if __name__ == "__main__":
     # Under its own name, so that what is pickled here has the classes that are read there.
-    from dstrain.data import worker_pool
+    from dstrain.data.tokenizing import worker_pool
 
     sys.exit(worker_pool.main(sys.argv[1:]))

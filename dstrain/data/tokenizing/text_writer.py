@@ -13,14 +13,21 @@ from typing import Any
 import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
-from dstrain.data.documents import DocumentPart, read_documents, read_records
-from dstrain.data.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of, pieces_of
-from dstrain.data.own_documents import OwnSource, TextCorpus, read_own_documents
 from dstrain.data.progress import Progress
-from dstrain.data.records import JsonRecord, ReadPlace
-from dstrain.data.token_output import LENGTHS, SKIPPED, TOKENS, TRAINED, TokenOutput
-from dstrain.data.tokenizers import Tokenizer
-from dstrain.data.worker_pool import WorkerPool
+from dstrain.data.reading.documents import DocumentPart, read_documents, read_records
+from dstrain.data.reading.own_documents import OwnSource, TextCorpus, read_own_documents
+from dstrain.data.reading.records import JsonRecord, ReadPlace
+from dstrain.data.tokenizing.encoders import (
+    EncodedBatch,
+    Piece,
+    RecordEncoder,
+    TextEncoder,
+    batches_of,
+    pieces_of,
+)
+from dstrain.data.tokenizing.token_output import LENGTHS, SKIPPED, TOKENS, TRAINED, TokenOutput
+from dstrain.data.tokenizing.tokenizers import Tokenizer
+from dstrain.data.tokenizing.worker_pool import WorkerPool
 from dstrain.errors import DstrainError
 
 __all__ = ["LENGTHS", "SKIPPED", "TOKENS", "TRAINED", "Written", "write_tokens"]
@@ -55,10 +62,10 @@ def write_tokens(
     document's tokens, its begin and end included. Of conversations ``trained.bin`` becomes a bit for each token, the
     first in the lowest bit of a byte: whether it is to be predicted. Documents without a single token are left out and
     counted. Memory does not grow with the corpus or its documents, as long as a text file has places where it can be
-    cut (see `dstrain.data.safe_cuts`).
+    cut (see `dstrain.data.tokenizing.safe_cuts`).
 
     Where an earlier call for the same corpus was interrupted in `folder`, this one goes on: see
-    `dstrain.data.token_output`. The folder must be of this corpus alone, and nobody else may write there.
+    `dstrain.data.tokenizing.token_output`. The folder must be of this corpus alone, and nobody else may write there.
 
     Args:
         workers: processes that tokenize; 0: this one. The files do not depend on it.

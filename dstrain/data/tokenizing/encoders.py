@@ -1,4 +1,4 @@
-"""What turns a batch of texts or records into tokens, in this process or in a worker (`dstrain.data.worker_pool`)."""
+"""What turns a batch of texts or records into tokens, here or in a worker (`dstrain.data.tokenizing.worker_pool`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from dstrain.data.chat.corpus import ConversationSource, encode_records
 from dstrain.data.chat.template import Encoded
-from dstrain.data.documents import DocumentPart
-from dstrain.data.records import JsonRecord
-from dstrain.data.safe_cuts import CONTEXT
-from dstrain.data.tokenizers import Tokenizer
+from dstrain.data.reading.documents import DocumentPart
+from dstrain.data.reading.records import JsonRecord
+from dstrain.data.tokenizing.safe_cuts import CONTEXT
+from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
 _PIECE = 2**16

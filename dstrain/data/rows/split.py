@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from dstrain.data.order import splitmix64
-from dstrain.data.packing import TokenStream
+from dstrain.data.rows.order import splitmix64
+from dstrain.data.rows.packing import TokenStream
 
 _SALT = 0x68656C645F6F7574  # "held_out": the split must not share its hash with anything else
 

@@ -1,4 +1,4 @@
-"""Names of data sets on the Hugging Face hub, and listings of what `dstrain.data.hub_datasets` has fetched."""
+"""Names of data sets on the Hugging Face hub, and listings of what `dstrain.data.listing.hub_datasets` has fetched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.data.file_kinds import DELIMITED_SUFFIXES, NAMED_JSON_LINES_SUFFIXES, TEXT_SUFFIXES, kind_of_name
+from dstrain.data.listing.file_kinds import (
+    DELIMITED_SUFFIXES,
+    NAMED_JSON_LINES_SUFFIXES,
+    TEXT_SUFFIXES,
+    kind_of_name,
+)
 from dstrain.shared_caches import is_own
 from dstrain.strict_json import to_json
 

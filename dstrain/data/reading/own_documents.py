@@ -1,8 +1,8 @@
 """Documents that code of the user's own gives: ``module:name``, called with options, returns an iterable of texts.
 
 Nothing tells beforehand what it will give, so its documents are read once for a hash of them, and again where no tokens
-of that hash are in the cache. On the command line: ``python -m dstrain.data.own_documents REQUEST.json OUT.json`` reads
-the arguments of `hash_documents` from a JSON object and writes what it returns, or the error.
+of that hash are in the cache. On the command line: ``python -m dstrain.data.reading.own_documents REQUEST.json
+OUT.json`` reads the arguments of `hash_documents` from a JSON object and writes what it returns, or the error.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.child_process import child_main
-from dstrain.data.documents import DocumentPart
+from dstrain.data.listing.sources import Source
 from dstrain.data.progress import Progress
-from dstrain.data.sources import Source
+from dstrain.data.reading.documents import DocumentPart
 from dstrain.errors import DstrainError
 from dstrain.plugins import load_plugin
 from dstrain.strict_json import to_json

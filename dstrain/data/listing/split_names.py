@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from dstrain.data.file_kinds import RECORD_KINDS, TOKEN_KINDS
+from dstrain.data.listing.file_kinds import RECORD_KINDS, TOKEN_KINDS
 from dstrain.errors import DstrainError
 
 _TRAIN = "train"

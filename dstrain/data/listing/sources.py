@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.addresses import refuse_address
-from dstrain.data.delimited import header_of
-from dstrain.data.file_kinds import (
+from dstrain.data.listing.file_kinds import (
     DELIMITED_SUFFIXES,
     TEXTS_OF_0_1,
     TOKEN_KINDS,
@@ -35,12 +34,13 @@ from dstrain.data.file_kinds import (
     kind_of_name,
     label_of,
 )
-from dstrain.data.hub_names import HubName, hub_name, read_listing
-from dstrain.data.left_out import Kinds, kind_and_size
-from dstrain.data.saved_datasets import DATASET_DICT, saved_files
-from dstrain.data.split_names import refuse_both_splits
-from dstrain.data.token_file_kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
-from dstrain.data.walking import status_of, unreadable, walk
+from dstrain.data.listing.hub_names import HubName, hub_name, read_listing
+from dstrain.data.listing.left_out import Kinds, kind_and_size
+from dstrain.data.listing.saved_datasets import DATASET_DICT, saved_files
+from dstrain.data.listing.split_names import refuse_both_splits
+from dstrain.data.listing.walking import status_of, unreadable, walk
+from dstrain.data.reading.delimited import header_of
+from dstrain.data.token_files.kinds import index_of, is_token_file, named_by_its_prefix, token_file_kind
 from dstrain.errors import DstrainError
 from dstrain.files import kind_of
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from dstrain.data.encodings import not_utf8
+from dstrain.data.reading.encodings import not_utf8
 from dstrain.errors import DstrainError
 
 _BLOCK = 2**16

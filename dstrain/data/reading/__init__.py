@@ -1,0 +1,1 @@
+"""Reads files: documents and records, each with its place."""

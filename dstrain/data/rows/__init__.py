@@ -1,0 +1,1 @@
+"""Rows of equal length from documents, and the order in which training takes them."""

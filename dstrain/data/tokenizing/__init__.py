@@ -1,0 +1,1 @@
+"""Tokenizers, and the workers that turn texts and records into tokens."""
