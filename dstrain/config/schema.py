@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
         description="count the token that ends an assistant's turn in the loss, so that the model learns to stop",
     )
     on_bad_record: Literal["error", "skip"] = Field(
-        "error", description="what to do with a conversation that can't be trained on: stop, or leave it out"
+        "error", description="what to do with a record that can't be trained on: stop, or leave it out"
     )
     too_long: Literal["error", "drop", "cut"] = Field(
         "error",

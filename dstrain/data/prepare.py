@@ -383,8 +383,10 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
     source = data.source if isinstance(data.source, Source | OwnSource) else data.source.source
-    if isinstance(source, Source):  # which field holds a text is found out, and no part of what was asked
-        source = replace(source, text_field="text")
+    if isinstance(
+        source, Source
+    ):  # which field holds a text is found out, and the rest stands with the records
+        source = replace(source, text_field="text", on_bad_record="error")
     cache = Path(request["cache_dir"]).expanduser()
     kept = summary_file(cache, source, state, **choices, records=known)
     keep_summary(kept, data.folder, data.summary())

@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,9 @@ def load_or_build(
     try:
         # Before the lock, so that a complete cache on a read-only disk serves.
         found = _open(folder, tokenizer)
+        if found is None and isinstance(source, Source) and source.on_bad_record == "skip":
+            # Where a bad record would have been an error, there was none to leave out.
+            found = _open(cache_dir / _key(replace(source, on_bad_record="error"), tokenizer), tokenizer)
         if found is not None:
             return found
         make_folder(cache_dir)

@@ -22,7 +22,7 @@ from dstrain.planning.model_shape import ModelShape, describe_randomness
 from dstrain.planning.plan import PlannedData
 from dstrain.plugins import is_code
 
-_OF_CONVERSATIONS = ("chat_template", "train_on", "train_stop_token", "on_bad_record", "too_long")
+_OF_CONVERSATIONS = ("chat_template", "train_on", "train_stop_token", "too_long")
 
 
 def warnings_about(

@@ -38,7 +38,7 @@ def short_lines(folder: Path) -> Corpus:
         lines = [json.dumps({"text": text_of(seed, seed % 9)}) for seed in range(part, 900, 3)]
         (folder / f"{part}.jsonl").write_text("\n".join(lines))
     (folder / "z.jsonl.gz").write_bytes(gzip.compress(b'{"text": "the last one"}\n'))
-    return find_files(str(folder))
+    return source_of(find_files(str(folder)), RecordOptions(on_bad_record="skip"), ByteTokenizer())
 
 
 def long_documents(folder: Path) -> Corpus:
@@ -59,6 +59,12 @@ def conversations(folder: Path) -> Corpus:
     return source_of(find_files(str(folder)), RecordOptions(on_bad_record="skip"), ByteTokenizer())
 
 
+def texts_with_bad_ones(folder: Path) -> Corpus:
+    lines = [json.dumps({"text": text_of(seed, 9) if seed % 50 else None}) for seed in range(900)]
+    (folder / "t.jsonl").write_text("\n".join(lines[1:]))
+    return source_of(find_files(str(folder)), RecordOptions(on_bad_record="skip"), ByteTokenizer())
+
+
 def own_documents(folder: Path) -> Corpus:
     (folder / "mine.py").write_text(
         "def texts():\n    return (f'document {n} ' + 'abc ' * n for n in range(300))\n"
@@ -67,7 +73,7 @@ def own_documents(folder: Path) -> Corpus:
     return OwnSource(**called, **hash_documents(**called))
 
 
-MAKERS = [short_lines, long_documents, conversations, own_documents]
+MAKERS = [short_lines, long_documents, conversations, texts_with_bad_ones, own_documents]
 
 
 @pytest.fixture(autouse=True)

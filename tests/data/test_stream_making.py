@@ -330,6 +330,17 @@ def test_a_bad_record_is_an_error_or_left_out_and_named(tmp_path, capfd):
     assert f"left out: {tmp_path}/a.jsonl:2: " in capfd.readouterr().err
 
 
+def test_a_record_without_its_text_is_too(tmp_path, capfd):
+    lines = [json.dumps({"text": text}) for text in ("a" * 30, None, "b" * 30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    refused = refusal_of(stream_of(tmp_path))
+    assert refused.where == f"{tmp_path}/a.jsonl:2" and "on_bad_record: skip" in refused.hint
+    stream = stream_of(tmp_path, sizes=(9, 10_000), records=RecordOptions(on_bad_record="skip"))
+    made = next(make_rows(stream, StreamState()))
+    assert set(made.rows.rows(made.order).input_ids.ravel().tolist()) <= {ord("a"), ord("b"), 256}
+    assert f"left out: {tmp_path}/a.jsonl:2: the field 'text' holds null" in capfd.readouterr().err
+
+
 def test_records_of_tokens_are_not_streamed(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 256]}')
     with pytest.raises(DstrainError, match="nothing to tokenize"):

@@ -158,7 +158,8 @@ def _documents(data: PlannedData) -> str:
         return f"{files}, streamed: tokens are counted while training"
     if data.trained_tokens is None:
         as_they_are = f" ({data.format}, taken as they are)" if data.format != "text" else ""
-        return f"{data.documents:,} documents{field}{as_they_are}, {data.tokens:,} tokens"
+        empty = f", {data.empty_documents:,} empty or left out" if data.empty_documents else ""
+        return f"{data.documents:,} documents{field}{as_they_are}, {data.tokens:,} tokens{empty}"
     what = {"prompt-completion": "prompts with completions", "tokens": "documents"}.get(
         data.format, "conversations"
     )

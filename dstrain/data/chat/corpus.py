@@ -104,7 +104,7 @@ def source_of(
             _format_of_first(source, options) if lines else (TEXT, text_field, first)
         )
     if format_name in (TEXT, TEXTS_OF_0_1):
-        return replace(source, text_field=text_field, first_text=first)
+        return replace(source, text_field=text_field, first_text=first, on_bad_record=options.on_bad_record)
     texts = [file for file in source.files if file.kind == "text"]
     if texts:
         found = f"; {lines[0].relative} holds {format_name}" if lines else ""
@@ -207,13 +207,6 @@ def characters(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(characters, value.values()))
     return sum(map(characters, value)) if isinstance(value, list) else 0
-
-
-def bad_record(record: JsonRecord, error: DstrainError) -> DstrainError:
-    """What is wrong with a record, with its place and the way to leave it out."""
-    error.hint = f"{error.hint}; " if error.hint else ""
-    error.hint += "on_bad_record: skip leaves such records out"
-    return record.placed(error)
 
 
 def encode_records(corpus: ConversationSource, batch: Sequence[JsonRecord]) -> list[Encoded | DstrainError]:

@@ -28,6 +28,7 @@ from typing import Any
 from dstrain.addresses import refuse_address
 from dstrain.data.listing.file_kinds import (
     DELIMITED_SUFFIXES,
+    RECORD_KINDS,
     TEXTS_OF_0_1,
     TOKEN_KINDS,
     Kind,
@@ -99,6 +100,7 @@ class Source:
         max_document_bytes: the limit that the user set for a document.
         text_field: of records, what holds the document.
         first_text: the place of the record that told that they are texts; empty where that was named.
+        on_bad_record: of records that hold texts: whether one without its text is an ``error``, or left out (``skip``).
         choices: what it was found with.
         limit: how many documents are read, from the first; None: all.
         commit: of a data set on the hub.
@@ -112,6 +114,7 @@ class Source:
     max_document_bytes: int | None = None
     text_field: str = "text"
     first_text: str = ""
+    on_bad_record: str = "error"
     choices: Choices = Choices()
     limit: int | None = None
     commit: str = ""
@@ -134,10 +137,12 @@ class Source:
         """
         named = [] if self.text_field == "text" else [self.text_field]
         limited = [] if self.limit is None else [{"limit": self.limit}]
+        skips = self.on_bad_record == "skip" and any(file.kind in RECORD_KINDS for file in self.files)
         return [
             self.root,
             *named,
             *limited,
+            *([{"on_bad_record": "skip"}] if skips else []),
             [(file.relative, file.kind, file.size, file.mtime_ns) for file in self.files],
         ]
 

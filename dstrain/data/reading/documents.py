@@ -19,7 +19,7 @@ from dstrain.data.reading.compressed import open_lines
 from dstrain.data.reading.delimited import read_delimited
 from dstrain.data.reading.encodings import not_utf8, refuse_other_kinds
 from dstrain.data.reading.json_array import read_array
-from dstrain.data.reading.records import JsonRecord, ReadPlace
+from dstrain.data.reading.records import JsonRecord, ReadPlace, bad_record
 from dstrain.errors import DstrainError, way_out
 
 _LINE = 'each line is one object: {"text": "..."}'
@@ -41,6 +41,7 @@ class DocumentPart:
         bytes_read: how many of the source's bytes were read to get this far.
         last: whether the document ends with it.
         file, number: which of the source's files, and which of its documents, it is.
+        left_out: the place of a record without a text, and why there is none; the text is then empty.
     """
 
     text: str
@@ -48,6 +49,7 @@ class DocumentPart:
     last: bool = True
     file: int = 0
     number: int = 0
+    left_out: str = ""
 
 
 def read_documents(source: Source, start: ReadPlace = _BEGINNING) -> Iterator[DocumentPart]:
@@ -69,7 +71,9 @@ def read_documents(source: Source, start: ReadPlace = _BEGINNING) -> Iterator[Do
         number = 0
         for part in documents_of(file, source) if index >= start.file and read != source.limit else ():
             if index > start.file or number >= start.number:
-                yield DocumentPart(part.text, before + part.bytes_read, part.last, index, number)
+                yield DocumentPart(
+                    part.text, before + part.bytes_read, part.last, index, number, part.left_out
+                )
                 read += part.last
             number += part.last
             if read == source.limit:
@@ -239,15 +243,19 @@ def _texts_of_records(
     file: SourceFile, source: Source, skip: int, group: int | None
 ) -> Iterator[DocumentPart]:
     for record in records_of(file, source, skip=skip, group=group):
-        if record.error is not None:
-            raise record.error
         try:
+            if record.error is not None:
+                raise record.error
             if source.text_field == "text":
                 check_format(record.fields, TEXT, source.first_text)
             text = text_of(record.fields, source.text_field)
         except DstrainError as error:
-            raise record.placed(error) from None
-        yield DocumentPart(text, record.bytes_read)
+            if source.on_bad_record == "error":
+                raise bad_record(record, error) from None
+            reason = f"{record.where}: {record.placed(error).message}"
+            yield DocumentPart("", record.bytes_read, left_out=reason)
+        else:
+            yield DocumentPart(text, record.bytes_read)
 
 
 def _json_records(file: SourceFile, limit: int, skip: int) -> Iterator[JsonRecord]:

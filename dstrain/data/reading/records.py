@@ -51,3 +51,10 @@ class JsonRecord:
             error.message = error.message.replace("this line", f"this {self.what}")
             error.hint = error.hint and error.hint.replace("each line", f"each {self.what}")
         return error
+
+
+def bad_record(record: JsonRecord, error: DstrainError) -> DstrainError:
+    """What is wrong with a record, with its place and the way to leave it out."""
+    error.hint = f"{error.hint}; " if error.hint else ""
+    error.hint += "on_bad_record: skip leaves such records out"
+    return record.placed(error)

@@ -10,8 +10,8 @@ from typing import cast
 
 import numpy as np
 
-from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
-from dstrain.data.reading.records import JsonRecord
+from dstrain.data.chat.corpus import ConversationSource, record_batches
+from dstrain.data.reading.records import JsonRecord, bad_record
 from dstrain.data.streaming.blocks import Block
 from dstrain.data.streaming.stream import Stream
 from dstrain.data.tokenizing.encoders import EncodedBatch, Piece, RecordEncoder, TextEncoder, batches_of
@@ -106,7 +106,9 @@ class BlockEncoder:
         length = empty = 0
         # Of a text that is divided the first part begins as documents do, if it has a token, and the last one ends so.
         begun = block.continues
+        reasons: list[str] = []
         for batch, encoded in done:
+            reasons += [piece.left_out for piece in cast(Sequence[Piece], batch) if piece.left_out]
             if all(piece.whole for piece in cast(Sequence[Piece], batch)):
                 kept = encoded.lengths[encoded.lengths > 0]
                 found.append(encoded.tokens)
@@ -129,7 +131,7 @@ class BlockEncoder:
                     length, begun = 0, False
         if length:
             lengths.append(length)
-        return EncodedBlock(block, np.concatenate(found), np.array(lengths, np.int64), None, empty)
+        return EncodedBlock(block, np.concatenate(found), np.array(lengths, np.int64), None, empty, reasons)
 
     def _conversations(self, block: Block, done: Sequence[tuple[_Batch, EncodedBatch]]) -> EncodedBlock:
         corpus = self._stream.corpus

@@ -31,7 +31,7 @@ class Piece:
         after: the character in front of it, where it is not the first one of its document, else "".
         last: whether the document ends with it.
         bytes_read: of the source.
-        file, number: as of a `DocumentPart`.
+        file, number, left_out: as of a `DocumentPart`.
     """
 
     after: str
@@ -40,6 +40,7 @@ class Piece:
     bytes_read: int
     file: int = 0
     number: int = 0
+    left_out: str = ""
 
     @property
     def whole(self) -> bool:
@@ -139,7 +140,7 @@ def pieces_of(parts: Iterable[DocumentPart], tokenizer: Tokenizer, characters: i
             yield Piece(after, text[start:cut], False, part.bytes_read, part.file, part.number)
             after, start = text[cut - 1], cut
         if part.last:
-            yield Piece(after, text[start:], True, part.bytes_read, part.file, part.number)
+            yield Piece(after, text[start:], True, part.bytes_read, part.file, part.number, part.left_out)
             text, after = "", ""
             start = searched = 0
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dstrain.data.chat.corpus import ConversationSource, bad_record, record_batches
+from dstrain.data.chat.corpus import ConversationSource, record_batches
 from dstrain.data.progress import Progress
 from dstrain.data.reading.documents import DocumentPart, read_documents, read_records
 from dstrain.data.reading.own_documents import OwnSource, TextCorpus, read_own_documents
-from dstrain.data.reading.records import JsonRecord, ReadPlace
+from dstrain.data.reading.records import JsonRecord, ReadPlace, bad_record
 from dstrain.data.tokenizing.encoders import (
     EncodedBatch,
     Piece,
@@ -85,10 +85,12 @@ def write_tokens(
             )
         if isinstance(corpus, ConversationSource):
             return _write_conversations(corpus, tokenizer, folder, workers, output)
-        return _write_texts(corpus, tokenizer, workers, output)
+        return _write_texts(corpus, tokenizer, folder, workers, output)
 
 
-def _write_texts(source: TextCorpus, tokenizer: Tokenizer, workers: int, output: TokenOutput) -> Written:
+def _write_texts(
+    source: TextCorpus, tokenizer: Tokenizer, folder: Path, workers: int, output: TokenOutput
+) -> Written:
     documents = _Documents(tokenizer, output.state)
     pieces = pieces_of(_read(source, documents.place), tokenizer, documents.characters)
     progress = Progress(f"tokenizing {source.name}", source.bytes, "bytes", documents.bytes_read)
@@ -99,6 +101,11 @@ def _write_texts(source: TextCorpus, tokenizer: Tokenizer, workers: int, output:
             if output.is_time_to_save():
                 output.save(documents.state())
     output.finish()
+    if not output.documents and documents.left_out:
+        raise DstrainError(
+            f"all {documents.empty:,} records were left out, or are empty; the first: {documents.places[0]}",
+            where=source.place,
+        )
     if not output.documents:
         raise DstrainError(
             f"no text in this source: {documents.empty:,} documents, all of them empty"
@@ -106,7 +113,14 @@ def _write_texts(source: TextCorpus, tokenizer: Tokenizer, workers: int, output:
             else "no text in this source: it holds no document",
             where=source.place,
         )
+    _list_skipped(folder, documents.places)
     return Written(output.tokens, output.documents, documents.empty, output.hash_together())
+
+
+def _list_skipped(folder: Path, places: Sequence[str]) -> None:
+    if places:
+        listed = "\n".join(places)
+        (folder / SKIPPED).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _read(source: TextCorpus, place: ReadPlace) -> Iterator[DocumentPart]:
@@ -127,24 +141,22 @@ class _Documents:
     Attributes:
         place: where to go on reading.
         characters: of the document there that are done.
-        empty: how many documents had no token.
+        empty: how many documents had no token, or were left out.
+        left_out, places: records without a text: how many, and which.
         bytes_read: of the source.
     """
 
     def __init__(self, tokenizer: Tokenizer, state: Any) -> None:
-        state = state or {
-            "place": asdict(ReadPlace()),
-            "characters": 0,
-            "length": 0,
-            "empty": 0,
-            "bytes_read": 0,
-        }
+        begin = {"place": asdict(ReadPlace()), "characters": 0, "length": 0, "empty": 0, "bytes_read": 0}
+        state = {**begin, "left_out": 0, "places": [], **(state or {})}
         self._tokenizer = tokenizer
         self._end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
         self._length = int(state["length"])  # tokens so far of the document that is cut
         self.place = ReadPlace(**state["place"])
         self.characters = int(state["characters"])
         self.empty = int(state["empty"])
+        self.left_out = int(state["left_out"])
+        self.places = list(state["places"])
         self.bytes_read = int(state["bytes_read"])
 
     def state(self) -> dict[str, Any]:
@@ -153,6 +165,8 @@ class _Documents:
             "characters": self.characters,
             "length": self._length,
             "empty": self.empty,
+            "left_out": self.left_out,
+            "places": self.places,
             "bytes_read": self.bytes_read,
         }
 
@@ -162,6 +176,9 @@ class _Documents:
         ended = sum(piece.last for piece in batch)
         self.place = ReadPlace(last.file, last.number + last.last, self.place.read + ended)
         self.bytes_read = last.bytes_read
+        reasons = [piece.left_out for piece in batch if piece.left_out]
+        self.left_out += len(reasons)
+        self.places += reasons[: _LISTED - len(self.places)]
         if all(piece.whole for piece in batch):
             kept = encoded.lengths[encoded.lengths > 0]
             self.empty += len(batch) - kept.size
@@ -214,9 +231,7 @@ def _write_conversations(
             else "no records in this source: all its lines are blank",
             where=corpus.place,
         )
-    if found.places:
-        listed = "\n".join(found.places)
-        (folder / SKIPPED).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
+    _list_skipped(folder, found.places)
     return Written(
         tokens=output.tokens,
         documents=output.documents,
