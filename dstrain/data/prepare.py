@@ -34,6 +34,8 @@ from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 
+_HASHED = 2**20
+"""Numbers that are hashed at once: there may be one for each of 10^8 documents."""
 _OPTIONAL = {
     *("own", "max_document_bytes", "records", "limit", "workers", "config", "split", "revision", "use"),
 }
@@ -287,7 +289,9 @@ def _conversations(
 
 def _fingerprint(tokens: Tokens, train: TokenStream, seq_len: int, pack: bool) -> str:
     digest = hashlib.sha256(f"{tokens.content} {seq_len}{'' if pack else ' separate'}".encode())
-    digest.update(train.starts.astype("<i8").tobytes() + train.lengths.astype("<i8").tobytes())
+    for numbers in (train.starts, train.lengths):
+        for at in range(0, numbers.size, _HASHED):
+            digest.update(numbers[at : at + _HASHED].astype("<i8").tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -254,7 +254,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
         ):
             return None
         tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype.newbyteorder("<"), mode="r")
-        lengths = np.load(folder / _LENGTHS, allow_pickle=False).astype(np.int64)
+        lengths = _numbers(folder / _LENGTHS)
         if (lengths.size, int(lengths.sum()), tokens.size) != (
             meta["documents"],
             meta["tokens"],
@@ -268,12 +268,20 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Tokens | None:
             trained = np.memmap(folder / TRAINED, dtype=np.uint8, mode="r")
             if trained.size != -(-tokens.size // 8):
                 return None
-        stream = TokenStream(tokens, np.cumsum(lengths) - lengths, lengths, trained)
+        starts = np.cumsum(lengths, dtype=np.int64)
+        starts -= lengths
+        stream = TokenStream(tokens, starts, lengths, trained)
         stops = tuple(int(token) for token in meta.get("stop_tokens", ()))
         rendered = bool(meta.get("rendered"))
         return Tokens(stream, int(meta["empty_documents"]), str(meta["content"]), folder, stops, rendered)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """A number of each document: int64 [documents], mapped, so that the ranks of a host share it."""
+    numbers: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).astype(np.int64, copy=False)
+    return numbers
 
 
 def _open_mapped(folder: Path, meta: Mapping[str, Any]) -> Tokens | None:
@@ -285,9 +293,7 @@ def _open_mapped(folder: Path, meta: Mapping[str, Any]) -> Tokens | None:
         return None
     if [_check(Path(file.path)) for file in files] != meta["checks_of_mapped"]:
         return None
-    lengths, starts = (
-        np.load(folder / name, allow_pickle=False).astype(np.int64) for name in (_LENGTHS, _STARTS)
-    )
+    lengths, starts = (_numbers(folder / name) for name in (_LENGTHS, _STARTS))
     if (lengths.size, starts.size, int(lengths.sum())) != (
         meta["documents"],
         meta["documents"],

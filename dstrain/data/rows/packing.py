@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_BLOCK = 2**20
+"""Documents that are looked at at once."""
 
 
 class Batch(NamedTuple):
@@ -87,20 +89,21 @@ class PackedRows:
         check_stream(stream, seq_len)
         self.seq_len = seq_len
         self._tokens = stream.tokens
-        self._ends = np.cumsum(stream.lengths, dtype=np.int64)  # in the stream, of each document
-        # What to add to a place in the stream to get the place in the token file.
-        self._to_file = np.asarray(stream.starts, dtype=np.int64) - (self._ends - stream.lengths)
-        self._begins = self._ends - stream.lengths
-        self._rows = stream.size // seq_len
-
-        # Only a document's last token has no label, so a row's labels are its length less the documents
-        # ending in it.
-        edges = np.arange(self._rows + 1, dtype=np.int64) * seq_len
-        ended = np.searchsorted(self._ends, edges, side="right")
-        self._label_tokens = seq_len - np.diff(ended).astype(np.int64)
+        # Of each of 10^8 documents there is one number, and what else is needed follows from it.
+        self._ends = np.cumsum(stream.lengths, dtype=np.int64)  # in the stream
+        self._rows = int(self._ends[-1]) // seq_len if self._ends.size else 0
+        # Where documents lie behind each other in the token file, places there are those in the stream and a constant.
+        first = _first_of_runs(stream)
+        self._runs = self._begins(first)  # where in the stream each run begins
+        self._to_file = np.asarray(stream.starts[first], dtype=np.int64) - self._runs
 
     def __len__(self) -> int:
         return self._rows
+
+    def _begins(self, documents: np.ndarray) -> np.ndarray:
+        """Where in the stream these documents begin: int64 of any shape."""
+        begins: np.ndarray = np.where(documents > 0, self._ends[documents - 1], 0)
+        return begins
 
     def rows(self, ids: np.ndarray) -> Batch:
         """The rows with these numbers: int [n] -> three int64 [n, seq_len]. IndexError if there is none."""
@@ -108,19 +111,24 @@ class PackedRows:
         first = ids[:, None] * self.seq_len
         place = first + np.arange(self.seq_len, dtype=np.int64)
         document = np.searchsorted(self._ends, place, side="right")
-        at = place + self._to_file[document]
+        at = place + self._to_file[np.searchsorted(self._runs, place, side="right") - 1]
         last = place + 1 == self._ends[document]
         # A document's last token may be the file's last one, so there the look ahead stays where it is.
         following = self._tokens[at + ~last].astype(np.int64)
         return Batch(
             input_ids=self._tokens[at].astype(np.int64),
-            position_ids=place - np.maximum(self._begins[document], first),
+            position_ids=place - np.maximum(self._begins(document), first),
             labels=np.where(last, IGNORED, following),
         )
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        counts: np.ndarray = self._label_tokens[checked_rows(ids, self._rows)]
+        first = checked_rows(ids, self._rows) * self.seq_len
+        # Only a document's last token has no label, so a row's labels are its length less the documents ending in it.
+        before, within = (
+            np.searchsorted(self._ends, edge, side="right") for edge in (first, first + self.seq_len)
+        )
+        counts: np.ndarray = (self.seq_len - (within - before)).astype(np.int64)
         return counts
 
     def filled(self, ids: np.ndarray) -> np.ndarray:
@@ -201,6 +209,16 @@ class SeparateRows:
     def _tokens(self, at: np.ndarray, there: np.ndarray, otherwise: int) -> np.ndarray:
         """The tokens at places of the file, or ``otherwise`` where they are not ``there``."""
         return np.where(there, self._stream.tokens[np.where(there, at, 0)].astype(np.int64), otherwise)
+
+
+def _first_of_runs(stream: TokenStream) -> np.ndarray:
+    """Which documents do not lie right behind the one before them in the token file: int64 [runs], the first is 0."""
+    found = [np.zeros(min(stream.lengths.size, 1), np.int64)]
+    for at in range(1, stream.lengths.size, _BLOCK):
+        last = min(at + _BLOCK, stream.lengths.size)
+        behind = stream.starts[at - 1 : last - 1] + stream.lengths[at - 1 : last - 1]
+        found.append(at + np.flatnonzero(stream.starts[at:last] != behind))
+    return np.concatenate(found)
 
 
 def check_stream(stream: TokenStream, seq_len: int) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from dstrain.data.rows.order import splitmix64
 from dstrain.data.rows.packing import TokenStream
 
+_BLOCK = 2**20
+"""Documents that are looked at at once."""
 _SALT = 0x68656C645F6F7574  # "held_out": the split must not share its hash with anything else
 
 
@@ -28,9 +30,9 @@ def split_stream(stream: TokenStream, validation: float) -> tuple[TokenStream, T
         return stream, None
     if documents == 1:
         return _cut_tail(stream, _share(validation, stream.size))
-    out = np.zeros(documents, dtype=bool)
-    out[_hash_order(documents)[: _share(validation, documents)]] = True
-    return _chosen(stream, ~out), _chosen(stream, out)
+    out = _smallest(documents, _share(validation, documents))
+    held = _chosen(stream, out)
+    return _chosen(stream, np.logical_not(out, out=out)), held
 
 
 def fraction_for(stream: TokenStream, tokens: int) -> float | None:
@@ -54,8 +56,30 @@ def _share(fraction: float, count: int) -> int:
 
 def _hash_order(documents: int) -> np.ndarray:
     """The document numbers in the order of their hashes: int64 [documents]."""
-    numbers = np.arange(documents, dtype=np.uint64) ^ np.uint64(_SALT)
-    return np.argsort(splitmix64(numbers), kind="stable")
+    return np.argsort(_hashes(0, documents), kind="stable")
+
+
+def _smallest(documents: int, count: int) -> np.ndarray:
+    """Which documents are the first `count` in the order of their hashes: bool [documents].
+
+    No two have the same hash. Nothing is sorted, and hashes are made twice rather than kept: there may be 10^8.
+    """
+    hashes = np.empty(documents, dtype=np.uint64)
+    blocks = [(first, min(first + _BLOCK, documents)) for first in range(0, documents, _BLOCK)]
+    for first, last in blocks:
+        hashes[first:last] = _hashes(first, last)
+    hashes.partition(count - 1)
+    largest = hashes[count - 1]
+    del hashes
+    out = np.empty(documents, dtype=bool)
+    for first, last in blocks:
+        out[first:last] = _hashes(first, last) <= largest
+    return out
+
+
+def _hashes(first: int, last: int) -> np.ndarray:
+    """Of the numbers of documents: uint64 [last - first]."""
+    return splitmix64(np.arange(first, last, dtype=np.uint64) ^ np.uint64(_SALT))
 
 
 def _chosen(stream: TokenStream, which: np.ndarray) -> TokenStream:
