@@ -8,9 +8,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from dstrain.data.chat.formats import FIELDS, TEXT, check_format, name_of_kind, text_of
 from dstrain.data.listing.file_kinds import RECORD_KINDS
@@ -32,8 +32,7 @@ _BLOCK = 2**20
 _BEGINNING = ReadPlace()
 
 
-@dataclass(frozen=True)
-class DocumentPart:
+class DocumentPart(NamedTuple):
     """A document, or a part of a long one.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,16 +16,15 @@ from dstrain.data.tokenizing.safe_cuts import CONTEXT
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
-_PIECE = 2**16
-"""Characters of a long document that are tokenized at once."""
+_PIECE = 2**18
+"""Characters of a long document from which on a place to cut it is looked for."""
 _OVERHEAD = 64
 """What a document of any length counts for, so that a batch of short ones ends too."""
 _BATCH = 2**19
 """Characters that are tokenized at once, of many documents or of one: a tokenizer takes 100 to 200 bytes for each."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A document or a piece of a long one.
 
     Attributes:

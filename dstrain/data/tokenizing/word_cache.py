@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -157,8 +157,19 @@ class WordCache:
         alike = self._patterns.ascii_alike(text)
         if alike is None:
             return None
-        ends = list(accumulate(map(len, self._patterns.words(alike)), initial=0))
-        return [text[first:last] for first, last in pairwise(ends)] if ends[-1] == len(text) else None
+        words = self._patterns.words(alike)
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        ends = np.cumsum(lengths)
+        if ends[-1] != len(text):
+            return None
+        others = np.flatnonzero(np.frombuffer(text.encode("utf-32-le"), np.uint32) > 127)
+        changed = np.unique(np.searchsorted(ends, others, side="right"))
+        starts = (ends - lengths)[changed]
+        for number, first, last in zip(
+            changed.tolist(), starts.tolist(), ends[changed].tolist(), strict=True
+        ):
+            words[number] = text[first:last]
+        return words
 
     def _tokens_of(self, word: str) -> list[tuple[int, str]]:
         """As the library's model gives them, each with its spelling in characters that stand for bytes."""

@@ -45,6 +45,7 @@ class WordPatterns:
     def __init__(self, stages: list[str]) -> None:
         self._tests: dict[str, Callable[[str], bool]] = {}  # of a single character, by its pattern
         self._same: dict[int, int | None] = {}
+        self._case_ignored = [stage.casefold() for stage in stages if "(?i" in stage]
         self._stages = [_stage(self._translated(stage)) for stage in stages]
         # A letter that stands for others must not be one that a pattern spells, which may ignore its case.
         spelled = {letter for stage in stages for letter in stage if letter.isalpha()}
@@ -71,9 +72,8 @@ class WordPatterns:
         for character in match.group():
             code = ord(character)
             if code not in self._same:
-                folded = character.casefold()
-                # Where case is ignored, some characters are written with letters of ASCII.
-                fits = len(folded) == 1 and not folded.isascii()
+                folded = character.casefold()  # some characters are letters of ASCII then
+                fits = not any(folded in pattern for pattern in self._case_ignored)
                 alike = self._alike.get(self._answers(character)) if fits else None
                 self._same[code] = ord(alike) if alike is not None else None
             same = self._same[code]
