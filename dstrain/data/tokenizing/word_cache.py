@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -44,6 +45,8 @@ class WordCache:
         self._dtype = dtype
         self._patterns = patterns
         self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._spellings = {code: self._bytes.pre_tokenize_str(chr(code))[0][0] for code in range(128)}
+        self._type = "H" if dtype.itemsize == 2 else "I"
         self._added = _AddedTokens(backend)
         self._ids = _Known(lambda word: self._as_bytes(self._tokens_of(word)))
         self._places = _Known(lambda word: self._places_of(word, first=False))
@@ -175,11 +178,14 @@ class WordCache:
         """As the library's model gives them, each with its spelling in characters that stand for bytes."""
         if (number := self._added.ids.get(word)) is not None:
             return [(number, word)]
-        [(spelled, _)] = self._bytes.pre_tokenize_str(word)
+        if word.isascii():
+            spelled = word.translate(self._spellings)
+        else:
+            [(spelled, _)] = self._bytes.pre_tokenize_str(word)
         return [(token.id, token.value) for token in self._model.tokenize(spelled)]
 
     def _as_bytes(self, tokens: list[tuple[int, str]]) -> bytes:
-        return np.array([number for number, _ in tokens], dtype=self._dtype).tobytes()
+        return array(self._type, [number for number, _ in tokens]).tobytes()
 
     def _places_of(self, word: str, *, first: bool) -> bytes:
         """Begin and end in the word of each of its tokens, int32 [n, 2]; empty where that is not known.
