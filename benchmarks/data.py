@@ -129,9 +129,9 @@ def write_corpus(path: Path, kind: str, megabytes: int) -> None:
 def tokenized_by_dstrain(file: str, tokenizer: str, folder: str, workers: int) -> dict[str, float]:
     from dstrain.data.chat.corpus import source_of
     from dstrain.data.chat.options import RecordOptions
-    from dstrain.data.sources import find_files
+    from dstrain.data.listing.sources import find_files
     from dstrain.data.token_cache import load_or_build
-    from dstrain.data.tokenizers import load_tokenizer
+    from dstrain.data.tokenizing.tokenizers import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     start, processor = time.perf_counter(), processor_seconds()

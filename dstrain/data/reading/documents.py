@@ -67,16 +67,16 @@ def read_documents(source: Source, start: ReadPlace = _BEGINNING) -> Iterator[Do
     _check_tables(source)
     before, read = 0, start.read
     for index, file in enumerate(source.files):
-        number = 0
-        for part in documents_of(file, source) if index >= start.file and read != source.limit else ():
-            if index > start.file or number >= start.number:
+        number = start.number if index == start.file else 0
+        if index >= start.file and read != source.limit:
+            for part in documents_of(file, source, skip=number):
                 yield DocumentPart(
                     part.text, before + part.bytes_read, part.last, index, number, part.left_out
                 )
+                number += part.last
                 read += part.last
-            number += part.last
-            if read == source.limit:
-                return
+                if read == source.limit:
+                    return
         before += file.size
     if not read:
         _refuse_empty_tables(source)
@@ -180,10 +180,9 @@ def read_records(
     before, read = 0, start.read
     for index, file in enumerate(source.files):
         if file.kind in RECORD_KINDS and index >= start.file and read != source.limit:
+            skip = start.number if index == start.file else 0
             with errors_of(file):
-                for number, record in enumerate(records_of(file, source)):
-                    if index == start.file and number < start.number:
-                        continue
+                for number, record in enumerate(records_of(file, source, skip=skip), start=skip):
                     if record.error is not None and not keep_errors:
                         raise record.error
                     yield replace(record, bytes_read=before + record.bytes_read, file=index, number=number)
