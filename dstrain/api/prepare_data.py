@@ -272,6 +272,13 @@ def _own_source(part: DataPart, resolved: ResolvedConfig, events: Events) -> Own
     """The documents of the user's code, read once for their hash; None where the source is files."""
     if not part.is_code:
         return None
+    for choice in ("config", "split", "revision"):
+        if (value := getattr(part, choice)) is not None:
+            raise DstrainError(
+                f"{choice} ({value}) is for data sets on the hub, and {part.path} is code of your own",
+                where=str(resolved.origin("data" if part.trained else "validation")),
+                hint=f"make it an option of your function: options: {{{choice}: {value}}}",
+            )
     check_plugin_here(Plugin("data", "dataset", part.path), resolved)
     called: dict[str, Any] = {
         "name": part.path,

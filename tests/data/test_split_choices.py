@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.api.events import SILENT
+from dstrain.api.prepare_data import prepare_data
 from dstrain.config.loader import load_config
 from dstrain.data.listing.sources import find_files
 from dstrain.errors import DstrainError
@@ -78,6 +80,16 @@ def test_a_validation_file_has_nothing_of_the_source_on_the_hub(tmp_path: Path) 
         [trained, held] = data_parts(config)
         assert (trained.config, trained.split, trained.revision) == ("english", "train", "v1")
         assert (held.config, held.split) == (shared, None) and (held.revision is None) == (shared is None)
+
+
+@pytest.mark.parametrize("choice", ["config", "split", "revision"])
+def test_code_of_your_own_has_none_of_them(choice: str) -> None:
+    data = [{"path": "my_module:texts", choice: "x"}]
+    resolved = load_config(recipe=None, config_file=None, settings=(), flags={"data": data})
+    words = rf"{choice} \(x\) is for data sets on the hub, and my_module:texts is code"
+    with pytest.raises(DstrainError, match=words) as refused:
+        prepare_data(resolved, "bytes", SILENT)
+    assert refused.value.hint == f"make it an option of your function: options: {{{choice}: x}}"
 
 
 BOTH: dict[str, tuple[Files, str]] = {
