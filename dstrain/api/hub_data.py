@@ -13,6 +13,7 @@ from pathlib import Path
 from dstrain.api.events import Events, progress_to
 from dstrain.child_process import run_module
 from dstrain.data.listing.hub_names import hub_name, read_listing
+from dstrain.data.streaming.hub_listing import read_files
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, data_parts
 from dstrain.planning.plan import Plan
@@ -42,35 +43,27 @@ def _key(part: DataPart) -> tuple[str | None, ...]:
     return part.path, part.config, part.split, part.revision
 
 
-def fetch_data(
-    source: str,
-    cache: Path,
-    events: Events,
-    *,
-    where: str,
-    config: str | None = None,
-    split: str | None = None,
-    revision: str | None = None,
-) -> None:
-    """Fetch the data set that ``source`` names, so that its files are found on this machine; nothing for a path.
+def fetch_data(part: DataPart, cache: Path, events: Events, *, where: str) -> None:
+    """Fetch the data set that a source names, so that its files are found on this machine; of one that is streamed, list
+    them. Nothing for a path.
 
     Args:
         cache: the folder of prepared data.
         where: what names the source, for the message.
 
     Raises:
-        DstrainError: it can't be fetched.
+        DstrainError: it can't be fetched, or listed.
     """
-    name = hub_name(source, config=config, split=split, revision=revision)
-    if name is None or (name.is_pinned and read_listing(name.listing(cache)) is not None):
+    name = hub_name(part.path, config=part.config, split=part.split, revision=part.revision)
+    read = read_files(name, cache) if part.streamed and name else name and read_listing(name.listing(cache))
+    if name is None or (name.is_pinned and read is not None):
         return
+    module = "dstrain.data.streaming.hub_shards" if part.streamed else "dstrain.data.listing.hub_datasets"
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(to_json({**asdict(name), "cache": str(cache)}), encoding="utf-8")
         try:
-            run_module(
-                "dstrain.data.listing.hub_datasets", str(asked), str(answered), say=progress_to(events)
-            )
+            run_module(module, str(asked), str(answered), say=progress_to(events))
         except DstrainError as error:
             raise DstrainError(f"{where}: {error}", exit_code=error.exit_code) from None
         for note in json.loads(answered.read_text(encoding="utf-8"))["notes"]:

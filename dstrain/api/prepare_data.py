@@ -20,8 +20,10 @@ from dstrain.data.dataset_summary_cache import (
     tokenizer_state,
     tokens_of_summary,
 )
-from dstrain.data.listing.sources import Source, find_files
+from dstrain.data.listing.hub_names import hub_name
+from dstrain.data.listing.sources import Choices, Source, find_files
 from dstrain.data.reading.own_documents import OwnSource, read_answer
+from dstrain.data.streaming.hub_listing import read_files
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, combine, data_parts
 from dstrain.planning.plan import PlannedData
@@ -169,7 +171,10 @@ def _refuse_overlap(found: Sequence[tuple[DataPart, Source | OwnSource]], resolv
 
 
 def _places(part: DataPart, source: Source | OwnSource) -> Iterator[str]:
-    """What tells its files, or its code with its options, from others."""
+    """What tells its files, the split that they are of, or its code with its options, from others."""
+    if isinstance(source, Source) and source.commit:
+        name = hub_name(part.path, config=part.config, split=part.split)
+        yield str(name and replace(name, revision=source.commit))
     if isinstance(source, OwnSource):
         yield f"{part.path} {to_json(part.options)}"
     for file in source.files:
@@ -189,7 +194,9 @@ def _prepared(
     own = source if isinstance(source, OwnSource) else None
     if part.streamed and isinstance(source, Source):
         asked = {
-            "stream": part.stream_request(resolved.config, tokenizer=tokenizer),
+            "stream": replace(part, revision=source.commit or part.revision).stream_request(
+                resolved.config, tokenizer=tokenizer, cache_dir=cache
+            ),
             "validation": part.validation,
             "samples": resolved.config.eval_samples,
         }
@@ -211,9 +218,10 @@ def _prepared(
 def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events) -> Source:
     """The files of a source, fetched from the hub where they lie there."""
     where = str(resolved.origin("data" if part.trained else "validation"))
-    fetch_data(
-        part.path, cache, events, where=where, config=part.config, split=part.split, revision=part.revision
-    )
+    fetch_data(part, cache, events, where=where)
+    name = hub_name(part.path, config=part.config, split=part.split, revision=part.revision)
+    if part.streamed and name is not None and (listing := read_files(name, cache)) is not None:
+        return listing.source(part.path, Choices(**part.selection))
     return replace(find_files(part.path, cache=cache, **part.selection), limit=part.limit)
 
 

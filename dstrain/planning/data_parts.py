@@ -100,6 +100,7 @@ class DataPart:
         config: RunConfig,
         *,
         tokenizer: str,
+        cache_dir: Path,
         template: str = "",
         held_until: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class DataPart:
             "records": asdict(replace(self.records, template_text=template)),
             **self._part_of_set,
             "held": held,
+            "cache": str(cache_dir),
         }
 
 

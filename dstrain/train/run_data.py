@@ -79,7 +79,11 @@ def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData 
 
 def _prepare_stream(plan: Plan, part: DataPart, known: PlannedData) -> StreamedData:
     asked = part.stream_request(
-        plan.run_config, tokenizer=known.tokenizer, template=known.chat_template, held_until=known.held_until
+        plan.run_config,
+        tokenizer=known.tokenizer,
+        cache_dir=cache_folder() / "data",
+        template=known.chat_template,
+        held_until=known.held_until,
     )
     return prepare_stream(
         StreamRequest.from_json(asked),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -47,10 +48,21 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "de.jsonl": lines({"text": "eins"}),
     },
     "tiny/chat": {"train.jsonl": lines(*[CHAT] * 20)},
+    "tiny/shards": {
+        f"data/train-{shard}.jsonl.gz": gzip.compress(
+            lines(*[{"text": f"{shard}.{number} " + "of a text " * (number % 7)} for number in range(40)]),
+            mtime=0,
+        )
+        for shard in range(7)
+    },
     "tiny/script": {"README.md": b"", "script.py": b"import datasets\n"},
     "tiny/nothing": {"README.md": b"# nothing\n", "notes.xyz": b"?"},
     "tiny/broken": {"train.parquet": b"PAR1" + bytes(40) + b"PAR1"},
 }
+
+
+_FREE = Event()
+_FREE.set()
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -92,6 +104,12 @@ class _Hub(BaseHTTPRequestHandler):
         name = "/".join(inside)
         if name not in files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        if self.server.failing.get(name, 0) > 0:
+            self.server.failing[name] -= 1
+            return self.answer(500, b"")
+        if self.command == "GET" and what == "resolve":
+            self.server.served.append(name)
+            self.server.stalled.get(name, _FREE).wait()
         etag = hashlib.sha1(files[name]).hexdigest()
         return self.answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 
@@ -131,13 +149,20 @@ def entries(files: dict[str, bytes], folder: str) -> list[dict[str, Any]]:
 
 
 class DataHub(ThreadingHTTPServer):
-    """Used as a context; ``asked`` are the paths of requests, ``commit`` what main is, ``status`` what it answers."""
+    """Used as a context; ``asked`` are the paths of requests, ``commit`` what main is, ``status`` what it answers.
+
+    Of files, ``served`` are those that were sent, ``failing`` says how often one is answered with 500 before, and
+    ``stalled`` what one waits for.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Hub)
         self.asked: list[str] = []
         self.commit = COMMIT
         self.status = 200
+        self.served: list[str] = []
+        self.failing: dict[str, int] = {}
+        self.stalled: dict[str, Event] = {}
 
     @property
     def endpoint(self) -> str:

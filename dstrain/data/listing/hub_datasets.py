@@ -41,22 +41,15 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
     Raises:
         DstrainError: no such data set, revision, config or split, no right to it, or no network and not in the cache.
     """
-    if "[" in name.split or "+" in name.split:
-        raise DstrainError(
-            f"{name.split!r} is not the name of a split",
-            hint="name one split; limit takes its first documents, several sources take several splits",
-        )
+    check_split(name)
     known = read_listing(name.listing(cache))
     if known is not None and name.is_pinned:
         return known
     try:
-        commit = _commit(name)
-    except _UnreachableError as unreachable:
+        commit = find_commit(name)
+    except UnreachableError as unreachable:
         if known is None:
-            raise DstrainError(
-                f"{name.repository!r} is not a file or folder here, and {unreachable}",
-                hint=f"{_check_path(name)}, or {unreachable.way_out}; a folder with its files works without a network",
-            ) from unreachable
+            raise not_found(name, unreachable) from unreachable
         note(f"{name}: what was fetched before serves, since {unreachable}")
         found = known
     else:
@@ -77,7 +70,16 @@ def _keep(found: Fetched, name: HubName, cache: Path) -> None:
             write_own(one.listing(cache), to_json(content, indent=1) + "\n")
 
 
-class _UnreachableError(Exception):
+def check_split(name: HubName) -> None:
+    """Raises DstrainError where what is named is a part of a split, or several."""
+    if "[" in name.split or "+" in name.split:
+        raise DstrainError(
+            f"{name.split!r} is not the name of a split",
+            hint="name one split; limit takes its first documents, several sources take several splits",
+        )
+
+
+class UnreachableError(Exception):
     """The hub, why, and what may help."""
 
     def __init__(self, reason: str, way_out: str) -> None:
@@ -85,8 +87,21 @@ class _UnreachableError(Exception):
         self.way_out = way_out
 
 
-def _commit(name: HubName) -> str:
-    """What the revision is now."""
+def not_found(name: HubName, unreachable: UnreachableError) -> DstrainError:
+    """What is no path here, and is not known of the hub."""
+    return DstrainError(
+        f"{name.repository!r} is not a file or folder here, and {unreachable}",
+        hint=f"{_check_path(name)}, or {unreachable.way_out}; a folder with its files works without a network",
+    )
+
+
+def find_commit(name: HubName) -> str:
+    """What the revision is now.
+
+    Raises:
+        DstrainError: there is no such data set or revision, or no right to it.
+        UnreachableError: the hub says nothing.
+    """
     page = f"{constants.ENDPOINT}/datasets/{name.repository}"
     try:
         return str(HfApi().dataset_info(name.repository, revision=name.revision, timeout=_SECONDS).sha)
@@ -112,12 +127,10 @@ def _commit(name: HubName) -> str:
             hint=_check_path(name),
         ) from error
     except OfflineModeIsEnabled as error:
-        raise _UnreachableError(
-            "HF_HUB_OFFLINE prevents access to the hub", "unset HF_HUB_OFFLINE"
-        ) from error
+        raise UnreachableError("HF_HUB_OFFLINE prevents access to the hub", "unset HF_HUB_OFFLINE") from error
     except Exception as error:  # besides the hub's own, whatever the network raises
         what = "does not answer as it should" if isinstance(error, HfHubHTTPError) else "can't be reached"
-        raise _UnreachableError(
+        raise UnreachableError(
             f"the hub {what}: {_first_line(error)}", f"the network ({constants.ENDPOINT})"
         ) from error
 
@@ -135,14 +148,15 @@ def _load(name: HubName, commit: str) -> Fetched:
             name.repository, name.config, split=name.split, revision=commit, trust_remote_code=False
         )
     except Exception as error:  # of the library, of Arrow, and of the network
-        raise _explained(error, name) from error
+        raise explained(error, name) from error
     files = tuple(str(file["filename"]) for file in found.cache_files)
     if not files:
         raise DstrainError(f"{name} holds no rows: there is nothing to train on", hint="name another split")
     return Fetched(commit, files)
 
 
-def _explained(error: Exception, name: HubName) -> DstrainError:
+def explained(error: Exception, name: HubName) -> DstrainError:
+    """What an error of the data sets' library means."""
     text = str(error)
     by_hand = f"hf download {name.repository} --repo-type dataset --local-dir FOLDER, and name what is in it"
     if "Config name is missing" in text:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +17,8 @@ from dstrain.data.chat.corpus import ConversationSource, characters
 from dstrain.data.listing.sources import Source, SourceFile
 from dstrain.data.reading.documents import documents_of, errors_of, records_of
 from dstrain.data.reading.records import JsonRecord
-from dstrain.data.rows.order import hash_words, permute
+from dstrain.data.streaming.shard_files import ShardFiles
+from dstrain.data.streaming.shard_order import order_of_shards
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Shard, Stream
 from dstrain.data.tokenizing.encoders import Piece, pieces_of
@@ -24,8 +26,6 @@ from dstrain.errors import DstrainError
 
 _OVERHEAD = 64
 """Characters that a document counts for besides its own."""
-SHARDS, DOCUMENTS, ROWS = range(3)
-"""What is shuffled by the seed, each with a key of its own."""
 
 Document = tuple[Piece, ...] | JsonRecord
 """A text, or a part of a long one, in pieces; or a record with a conversation."""
@@ -51,35 +51,34 @@ class Block:
 
 def shard_order(stream: Stream, epoch: int) -> np.ndarray:
     """The shards' numbers in the order of an epoch: int64 [shards]."""
-    count = len(stream.shards)
-    key = hash_words(stream.request.seed, epoch, SHARDS)
-    return permute(np.arange(count, dtype=np.uint64), count, key)
+    return order_of_shards(stream.request.seed, epoch, len(stream.shards))
 
 
 def read_blocks(stream: Stream, place: Place) -> Iterator[Block]:
     """The blocks from a place on, without an end.
 
     Raises:
-        DstrainError: a file can't be read, holds what is no text or no record, or has changed since it was listed; or
-            there is no document to train on.
+        DstrainError: a file can't be read or fetched, holds what is no text or no record, or has changed since it was
+            listed; or there is no document to train on.
     """
-    while True:
-        found = False
-        for block in _read_epoch(stream, place):
-            found = True
-            yield block
-        if not found and place == Place(place.epoch):
-            raise DstrainError(
-                "no document is left to train on"
-                if stream.request.held
-                else "no document in this source: all its lines are blank",
-                where=stream.corpus.place,
-                hint="add more text, or set validation to 0" if stream.request.held else "add some text",
-            )
-        place = Place(place.epoch + 1)
+    with stream.files_in_order(place) as files:
+        while True:
+            found = False
+            for block in _read_epoch(stream, place, files):
+                found = True
+                yield block
+            if not found and place == Place(place.epoch):
+                raise DstrainError(
+                    "no document is left to train on"
+                    if stream.request.held
+                    else "no document in this source: all its lines are blank",
+                    where=stream.corpus.place,
+                    hint="add more text, or set validation to 0" if stream.request.held else "add some text",
+                )
+            place = Place(place.epoch + 1)
 
 
-def _read_epoch(stream: Stream, place: Place) -> Iterator[Block]:
+def _read_epoch(stream: Stream, place: Place, files: ShardFiles) -> Iterator[Block]:
     request = stream.request
     block = Block(place, place)
     size = 0
@@ -96,7 +95,7 @@ def _read_epoch(stream: Stream, place: Place) -> Iterator[Block]:
         if position < place.shard:
             continue
         first = (place.record, place.part) if position == place.shard else (0, 0)
-        for one in read_shard(stream, int(shard), first[0]):
+        for one in read_shard(stream, int(shard), first[0], files):
             if (one.record, one.part) < first or is_held(stream, int(shard), one.record):
                 continue
             here = Place(place.epoch, position, one.record, one.part)
@@ -142,19 +141,48 @@ def is_held(stream: Stream, shard: int, record: int) -> bool:
     return held is not None and held.holds(stream.shards[shard].name, shard, record)
 
 
-def read_shard(stream: Stream, shard: int, record: int = 0) -> Iterator[ReadDocument]:
+def read_shard(
+    stream: Stream, shard: int, record: int = 0, files: ShardFiles | None = None
+) -> Iterator[ReadDocument]:
     """The documents of a shard from a record on. The file is looked at before and behind it.
+
+    Args:
+        files: gives its file; None: the stream's own, in any order.
 
     Raises:
         DstrainError: see `read_blocks`.
     """
-    place = stream.shards[shard]
-    _check_unchanged(place.file)
-    if isinstance(stream.corpus, ConversationSource):
-        yield from _records(stream.corpus.source, place, record)
-    else:
-        yield from _texts(stream, stream.corpus, place, record)
-    _check_unchanged(place.file)
+    known = stream.shards[shard]
+    with (files or stream.files).taken(known.file) as file, _places_of(known.file, file):
+        place = replace(known, file=file)
+        _check_unchanged(file)
+        if isinstance(stream.corpus, ConversationSource):
+            for one in _records(stream.corpus.source, place, record):
+                if file is not known.file:
+                    one = _placed(one, file.path, known.file.path)
+                yield one
+        else:
+            yield from _texts(stream, stream.corpus, place, record)
+        _check_unchanged(file)
+
+
+@contextmanager
+def _places_of(known: SourceFile, here: SourceFile) -> Iterator[None]:
+    """Errors name a file as it is known, and not where it lies for a while."""
+    try:
+        yield
+    except DstrainError as error:
+        error.message = error.message.replace(here.path, known.path)
+        error.where = error.where and error.where.replace(here.path, known.path)
+        raise
+
+
+def _placed(document: ReadDocument, here: str, known: str) -> ReadDocument:
+    assert isinstance(document.document, JsonRecord)
+    record = replace(document.document, where=document.document.where.replace(here, known))
+    if record.error is not None and record.error.where is not None:
+        record.error.where = record.error.where.replace(here, known)
+    return replace(document, document=record)
 
 
 def _records(source: Source, shard: Shard, first: int) -> Iterator[ReadDocument]:

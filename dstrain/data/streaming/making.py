@@ -14,8 +14,9 @@ from dstrain.data.chat.corpus import ConversationSource
 from dstrain.data.rows.order import hash_words, permute
 from dstrain.data.rows.packing import PackedRows, Rows, SeparateRows, TokenStream
 from dstrain.data.rows.whole_documents import WholeDocumentRows, fit
-from dstrain.data.streaming.blocks import DOCUMENTS, ROWS, Block, read_blocks
+from dstrain.data.streaming.blocks import Block, read_blocks
 from dstrain.data.streaming.encoding import BlockEncoder, EncodedBlock
+from dstrain.data.streaming.shard_order import DOCUMENTS, ROWS
 from dstrain.data.streaming.state import Place, StreamState
 from dstrain.data.streaming.stream import Stream
 from dstrain.errors import DstrainError

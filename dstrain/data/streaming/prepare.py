@@ -7,7 +7,6 @@ as of `StreamRequest.to_json`, and ``validation`` and ``samples`` as of `summari
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from dstrain.data.rows.packing import Rows
 from dstrain.data.streaming.blocks import Block, read_shard
 from dstrain.data.streaming.encoding import BlockEncoder
 from dstrain.data.streaming.rows import StreamRows
+from dstrain.data.streaming.shard_files import go_offline
 from dstrain.data.streaming.state import Place
 from dstrain.data.streaming.stream import Stream, StreamRequest
 from dstrain.data.streaming.validation import hold_back, rows_of_blocks
@@ -219,7 +219,7 @@ class _Reads:
 @child_main
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    go_offline()
     asked: Mapping[str, Any] = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     request = StreamRequest.from_json(asked["stream"])
     write_json(Path(argv[1]), summarise(request, asked["validation"], asked["samples"]))

@@ -7,7 +7,6 @@ the process that has started it at the latest.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 from dstrain.child_process import child_main
 from dstrain.data.streaming.making import make_rows
 from dstrain.data.streaming.ring import RingFolder, RingWriter
+from dstrain.data.streaming.shard_files import go_offline
 from dstrain.data.streaming.state import StreamState
 from dstrain.data.streaming.stream import Stream, StreamRequest, check_fingerprint
 from dstrain.errors import DstrainError, os_error_shown, place_of
@@ -27,10 +27,10 @@ def main(arguments: Sequence[str]) -> int:
     """Write segments; returns by an exception alone."""
     folder = RingFolder(Path(arguments[0]))
     asked = json.loads(folder.request.read_text(encoding="utf-8"))
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    go_offline()
     writer = RingWriter(folder, asked["readers"], asked["ahead"])
     try:
-        _write(writer, asked)
+        _write(writer, asked, folder.files)
     except Exception as error:
         shown = _shown(error)
         folder.fail(shown)
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _write(writer: RingWriter, asked: Mapping[str, Any]) -> None:
-    stream = Stream.open(StreamRequest.from_json(asked["stream"]))
+def _write(writer: RingWriter, asked: Mapping[str, Any], passing: Path) -> None:
+    stream = Stream.open(StreamRequest.from_json(asked["stream"]), passing)
     check_fingerprint(stream, asked["fingerprint"])
     begin = StreamState.from_json(asked["state"])
     again = replace(begin, row=begin.first, check="")

@@ -57,6 +57,11 @@ class RingFolder:
         return self.path / "control"
 
     @property
+    def files(self) -> Path:
+        """The folder of files from the hub while they are read."""
+        return self.path / "files"
+
+    @property
     def error(self) -> Path:
         return self.path / "error.json"
 
@@ -100,8 +105,9 @@ class RingFolder:
         if not self.error.exists():
             shutil.rmtree(self.path, ignore_errors=True)
         else:
+            shutil.rmtree(self.files, ignore_errors=True)
             for path in self.path.iterdir():
-                if path != self.error:
+                if path != self.error and not path.is_dir():
                     path.unlink(missing_ok=True)
         self.lock.unlink(missing_ok=True)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dstrain.data.chat.corpus import ConversationSource, source_of
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.listing.sources import Source, SourceFile, find_files
+from dstrain.data.listing.hub_names import hub_name
+from dstrain.data.listing.sources import Choices, Source, SourceFile, listed
 from dstrain.data.rows.order import hash_words
+from dstrain.data.streaming.shard_files import HubFiles, LocalFiles, ShardFiles
+from dstrain.data.streaming.state import Place
 from dstrain.data.token_files.corpus import TokenFiles
 from dstrain.data.token_files.records import TokenRecords
 from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
@@ -22,7 +27,7 @@ WINDOW = 8192
 """Documents that are shuffled together."""
 CHARACTERS = 2**23
 """A block of documents ends with this many, so that its memory is bounded whatever its documents are."""
-_NAMES = {"source", "tokenizer", "records", "config", "split", "revision"}
+_NAMES = {"source", "tokenizer", "records", "config", "split", "revision", "cache"}
 """What shows in the files that they lead to."""
 _SALT = 0x76616C69646174  # "validat": what is held back must not share its hash with anything else
 
@@ -60,6 +65,7 @@ class StreamRequest:
         tokenizer, begin: what `dstrain.data.tokenizing.tokenizers.load_tokenizer` takes.
         records: the format of records, and what of conversations is trained.
         config, split, revision: which part of a data set that has several.
+        cache: the folder of prepared data, for what is known of data sets on the hub; None: no source is one.
         window: documents that are shuffled together.
         characters: what ends a block before.
     """
@@ -76,6 +82,7 @@ class StreamRequest:
     split: str | None = None
     revision: str | None = None
     held: Held | None = None
+    cache: str | None = None
     window: int = WINDOW
     characters: int = CHARACTERS
 
@@ -116,40 +123,55 @@ class Stream:
     """A stream whose files are listed and whose tokenizer is loaded.
 
     Attributes:
-        shards: sorted by the names of their files; a parquet file is divided into its row groups.
+        shards: sorted by the names of their files; a parquet file that is here is divided into its row groups.
+        files: gives the files of shards in any order.
+        hub: where the source is a data set there.
     """
 
     request: StreamRequest
     corpus: Source | ConversationSource
     tokenizer: Tokenizer
     shards: tuple[Shard, ...]
+    files: ShardFiles = field(default_factory=LocalFiles)
+    hub: HubFiles | None = None
 
     @classmethod
-    def open(cls, request: StreamRequest) -> Stream:
+    def open(cls, request: StreamRequest, passing: Path | None = None) -> Stream:
         """List the files, and load the tokenizer and the chat template.
+
+        Args:
+            passing: a folder for files from the hub while they are read in order; None: they are kept in the cache.
 
         Raises:
             DstrainError: any of these can't be read, or is not as it should be.
         """
         tokenizer = load_tokenizer(request.tokenizer, request.begin)
         records = request.records
-        found = find_files(
-            request.source,
-            data_format=records.data_format,
-            data_fields=records.data_fields,
-            config=request.config,
-            split=request.split,
-            revision=request.revision,
+        choices = Choices(
+            records.data_format, records.data_fields, request.config, request.split, request.revision
         )
+        files: ShardFiles = LocalFiles()
+        hub = _hub_files(request, passing)
+        if hub is None:
+            found = listed(request.source, choices)
+        else:
+            found, files = hub.listing.source(request.source, choices), hub.kept()
         found = replace(found, max_document_bytes=request.max_document_bytes)
-        corpus = source_of(found, records, tokenizer)
+        corpus = _corpus_of(found, files, records, tokenizer) if hub else source_of(found, records, tokenizer)
         if isinstance(corpus, TokenRecords | TokenFiles):
             raise DstrainError(
                 "tokens are not streamed: there is nothing to tokenize",
                 where=corpus.place,
                 hint="set data_stream to false; or name texts or conversations",
             )
-        return cls(request, corpus, tokenizer, tuple(_shards(corpus.files)))
+        shards = map(Shard, corpus.files) if hub else _shards(corpus.files)
+        return cls(request, corpus, tokenizer, tuple(shards), files, hub)
+
+    def files_in_order(self, place: Place) -> AbstractContextManager[ShardFiles]:
+        """A context with what gives the files in the order of the stream, from a place on."""
+        if self.hub is None:
+            return nullcontext(self.files)
+        return self.hub.in_order(self.request.seed, place.epoch, place.shard, len(self.shards))
 
     @property
     def fingerprint(self) -> str:
@@ -164,6 +186,8 @@ class Stream:
             options += [request.records.on_bad_record, request.records.too_long]
         elif corpus.text_field != "text":
             options.append(corpus.text_field)
+        if self.hub is not None:
+            options.append([file.id for file in self.hub.listing.files])
         content = to_json(
             [
                 FORMAT,
@@ -174,6 +198,34 @@ class Stream:
             ]
         )
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _hub_files(request: StreamRequest, passing: Path | None) -> HubFiles | None:
+    name = hub_name(request.source, config=request.config, split=request.split, revision=request.revision)
+    if name is None or request.cache is None:
+        return None
+    return HubFiles.open(name, Path(request.cache), passing)
+
+
+_Found = Source | ConversationSource | TokenRecords | TokenFiles
+
+
+def _corpus_of(found: Source, files: ShardFiles, records: RecordOptions, tokenizer: Tokenizer) -> _Found:
+    """`source_of` files that are fetched: only those that are needed to tell the format, mostly the first one."""
+    if records.data_format != "auto":
+        return source_of(found, records, tokenizer)
+    here: list[SourceFile] = []
+    for file in found.files:
+        with files.taken(file) as one:
+            here.append(one)
+        corpus = source_of(replace(found, files=tuple(here)), records, tokenizer)
+        told = corpus.first_text if isinstance(corpus, Source) else getattr(corpus, "first", "")
+        if told:
+            told = told.replace(one.path, file.path)
+            break
+    if isinstance(corpus, ConversationSource):
+        return replace(corpus, source=found, first=told)
+    return replace(corpus, files=found.files, first_text=told) if isinstance(corpus, Source) else corpus
 
 
 def _shards(files: Sequence[SourceFile]) -> Iterator[Shard]:
