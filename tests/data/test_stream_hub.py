@@ -20,6 +20,7 @@ from dstrain.data.streaming.stream import Stream, StreamRequest
 from dstrain.errors import DstrainError
 from tests.data.test_stream_making import contents
 from tests.support.data_hub import COMMIT, REPOSITORIES, DataHub, lines
+from tests.support.streaming.killed import KilledTraining
 
 SHARDS = sorted(REPOSITORIES["tiny/shards"])
 
@@ -94,6 +95,18 @@ def test_going_on_fetches_what_comes_from_there_on(hub, tmp_path):
     following = [name for name in order[3:] if name != SHARDS[0]]
     assert hub.served == following[: len(hub.served)] and len(hub.served) <= AHEAD + 1
     assert not (tmp_path / "passing").exists(), "and nothing is left of it"
+
+
+def test_killed_at_any_moment_and_gone_on_with_other_replicas(hub, tmp_path):
+    training = KilledTraining(tmp_path / "run", request_of(tmp_path), seed="hub")
+    for number in range(4):
+        training.kill_one((4, 2)[number % 2])
+    training.finish(2, training.saved + 20)
+    fetched = len(hub.served)
+    training.check()
+    assert "producer" in training.victims and training.saved > 20
+    assert fetched > len(SHARDS)
+    assert not list((tmp_path / "run" / "streams").rglob("*.jsonl.gz"))
 
 
 def test_a_server_that_fails_some_times(hub, tmp_path, capfd):

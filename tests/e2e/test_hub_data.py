@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.runs.run_folder import RunFolder, read_metrics
 from tests.support.data_hub import COMMIT, OLDER, REPOSITORIES, DataHub, parquet
 from tests.support.e2e import Said, one_message
 
@@ -93,6 +94,38 @@ def test_a_run_goes_on_with_the_commit_that_it_has_begun_with(
     assert json.loads((place / "runs/x/plan.json").read_text())["data"]["commit"] == COMMIT
     said = command(place, repository, "reproduce", "x")
     assert said.code == 0 and "bit-equal: all 2 steps" in said.out, said
+
+
+@pytest.mark.heavy
+def test_a_stream_of_a_data_set_goes_on_as_it_would_from_files_that_are_here(
+    hub: DataHub, place: Path, repository: Path
+) -> None:
+    stream = ["--set", "data_stream=true", "--set", "sample_tokens=0", "--set", "validation=0.02"]
+    stream += ["--set", "lr_schedule=constant", "--set", "warmup_steps=0", "--set", "lr=1.0e-3"]
+    run = ["run", *GOOD[:4], "--global-batch", "4", *stream, "--save-every", "2", "--set", "eval_samples=2"]
+    for name, content in REPOSITORIES["tiny/shards"].items():
+        (place / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "copy" / name).write_bytes(content)
+    said = command(place, repository, *run, "--data", "copy", "--steps", "60", "--name", "whole")
+    assert said.code == 0, said
+    data = ["--data", "tiny/shards"]
+    said = command(place, repository, *run, *data, "--steps", "40", "--name", "x")
+    assert said.code == 0, said
+    assert "7 files (text, 1.34 kB), streamed: tokens are counted while training" in said.out, said.out
+    assert hub.served.count(sorted(REPOSITORIES["tiny/shards"])[0]) == 1
+    hub.commit = "f" * 40
+    said = command(place, repository, "resume", "x", "--steps", "60", "--data-parallel", "2")
+    assert said.code == 0, said
+    losses = [
+        [
+            record["loss"]
+            for record in read_metrics(RunFolder(place / "runs" / name).metrics)
+            if record["step"]
+        ]
+        for name in ("x", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not list(Path(os.environ["DSTRAIN_CACHE"]).glob("streams/*"))
 
 
 def test_what_the_hub_does_not_give_is_one_message(hub: DataHub, place: Path, repository: Path) -> None:
