@@ -44,8 +44,8 @@ def _key(part: DataPart) -> tuple[str | None, ...]:
 
 
 def fetch_data(part: DataPart, cache: Path, events: Events, *, where: str) -> None:
-    """Fetch the data set that a source names, so that its files are found on this machine; of one that is streamed, list
-    them. Nothing for a path.
+    """Fetch the data set that a source names, so that its files are found on this machine; of one that is streamed,
+    list them. Nothing for a path.
 
     Args:
         cache: the folder of prepared data.

@@ -102,7 +102,19 @@ def test_a_stream_of_a_data_set_goes_on_as_it_would_from_files_that_are_here(
 ) -> None:
     stream = ["--set", "data_stream=true", "--set", "sample_tokens=0", "--set", "validation=0.02"]
     stream += ["--set", "lr_schedule=constant", "--set", "warmup_steps=0", "--set", "lr=1.0e-3"]
-    run = ["run", *GOOD[:4], "--global-batch", "4", *stream, "--save-every", "2", "--set", "eval_samples=2"]
+    run = [
+        "run",
+        *GOOD[:4],
+        "--global-batch",
+        "4",
+        "--micro-batch",
+        "2",
+        *stream,
+        "--save-every",
+        "2",
+        "--set",
+        "eval_samples=2",
+    ]
     for name, content in REPOSITORIES["tiny/shards"].items():
         (place / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "copy" / name).write_bytes(content)

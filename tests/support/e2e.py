@@ -45,9 +45,8 @@ class Child(Program):
 
     def __new__(cls, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
         # It learns where the hub and its cache are when it is imported; what is forked is offline.
-        if module == "dstrain.model.weights.hub" or (
-            module == "dstrain.data.listing.hub_datasets" and environment.get("HF_HUB_OFFLINE") != "1"
-        ):
+        of_data = module in ("dstrain.data.listing.hub_datasets", "dstrain.data.streaming.hub_shards")
+        if module == "dstrain.model.weights.hub" or (of_data and environment.get("HF_HUB_OFFLINE") != "1"):
             return ChildProcess(module, arguments, environment)
         return super().__new__(cls)
 
