@@ -41,6 +41,11 @@ MAX_SUPERVISOR_MESSAGE_BYTES = 64 * 1024 * 1024  # `Welcome` with the plan
 
 _PROBE_SECONDS = 4
 
+WAITING_FOR_DATA = "waiting for data"
+"""What a rank is busy with while a step waits for its samples."""
+WAITS_FOR = "Waits for "
+"""How the line below a rank's stacks begins that says what it waits for, where it knows."""
+
 
 class ProtocolError(ValueError):
     """What was received is not a message of this protocol, or not one that its sender may send."""
@@ -171,7 +176,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Stacks:
-    """The answer to `DumpStacks`: `faulthandler.dump_traceback` of all threads."""
+    """The answer to `DumpStacks`: `faulthandler.dump_traceback` of all threads, and maybe a line with `WAITS_FOR`."""
 
     text: _StackText
     type: Literal["stacks"] = field(default="stacks", kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from dstrain.files import write_atomically
-from dstrain.runs.protocol import DumpStacks
+from dstrain.runs.protocol import WAITING_FOR_DATA, WAITS_FOR, DumpStacks
 from dstrain.runs.run_folder import RunFolder
 from dstrain.supervise.control_server import ControlServer, RankConnection
 from dstrain.supervise.rank_watch import Sign
@@ -26,6 +26,7 @@ _TOLD = 4  # of ranks that wait; the files hold all
 
 _THREAD = re.compile(r"^(?:Thread|Current thread) .*$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>.*)$', re.MULTILINE)
+_WAITS_FOR = re.compile(rf"^{WAITS_FOR}(?P<what>.+)$", re.MULTILINE)
 
 
 class Progress:
@@ -46,13 +47,17 @@ class Progress:
     def seconds_without_step(self, ranks: Mapping[int, RankConnection], now: float) -> float | None:
         """How long no rank has ended a step, once that is too long; else None.
 
-        Nothing hangs before the first step (a model is loaded) and once a rank has reached the end.
+        Nothing hangs before the first step (a model is loaded), unless it waits for its data, and once a rank has
+        reached the end.
         """
         if any(rank.status.state != "running" for rank in ranks.values()):
             return None
         newest = max(ranks.values(), key=lambda rank: (rank.step, rank.step_at), default=None)
-        if newest is None or newest.step == 0:
+        if newest is None:
             return None
+        if newest.step == 0:
+            since = [rank.step_at for rank in ranks.values() if rank.busy == WAITING_FOR_DATA]
+            return now - min(since) if since and now - min(since) > self.bound else None
         if newest.step > self._step:
             if self._step:
                 self._slowest = max(self._slowest, newest.step_at - self._step_at)
@@ -131,12 +136,17 @@ class HangWatch:
             why = "stopped (SIGSTOP)" if known else "stopped (SIGSTOP), stuck in native code, or cut off"
             what += f"; {who} {'does' if len(silent) == 1 else 'do'} not answer: {why}"
         stand = [
-            f"rank {number} waits in {where_it_stands(rank.stacks)}"
+            f"rank {number} waits{_for_what(rank.stacks)} in {where_it_stands(rank.stacks)}"
             for number, rank in sorted(ranks.items())
             if rank.stacks is not None
         ]
         reason = "; ".join([what, *stand[:_TOLD]])
         return Sign(first, ranks[first].status.host, reason, time.time(), killed=False, quiet=True)
+
+
+def _for_what(stacks: str) -> str:
+    said = _WAITS_FOR.search(stacks)
+    return f" for {said['what']}" if said else ""
 
 
 def where_it_stands(stacks: str) -> str:

@@ -13,12 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from dstrain.errors import DstrainError
 from dstrain.runs.protocol import (
     ADDRESS,
+    WAITING_FOR_DATA,
+    WAITS_FOR,
     Busy,
     ControlAddress,
     DumpStacks,
@@ -71,6 +73,9 @@ class ControlClient:
         self.asked_to_stop = False
         self.plan: str | None = None
         """The supervisor's plan.json, where it is another than the one that was seen."""
+        self.waits_for: Callable[[], str] = str
+        """Says what a step waits for that waits for data; asked in another thread when nothing goes on."""
+        self._activity: str | None = None
         self.launch = ""
         """Names this launch; empty without a supervisor."""
         self._connection: ControlConnection | None = None
@@ -106,10 +111,12 @@ class ControlClient:
     @contextlib.contextmanager
     def busy(self, activity: str) -> Iterator[None]:
         """Between steps: a validation loss or a checkpoint may take far longer than a step, and is no hang."""
+        self._activity = activity
         self._send(Busy(activity))
         try:
             yield
         finally:
+            self._activity = None
             self._send(Busy(None))
 
     def run_ending(self) -> None:
@@ -159,7 +166,8 @@ class ControlClient:
             case Stop():
                 self.asked_to_stop = True
             case DumpStacks():
-                self._send(Stacks(_stacks()))
+                waits_for = self.waits_for() if self._activity == WAITING_FOR_DATA else ""
+                self._send(Stacks(_stacks() + (f"\n{WAITS_FOR}{waits_for}\n" if waits_for else "")))
             case LocalRank():
                 self._local_ranks.add(message)
             case _:

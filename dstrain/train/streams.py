@@ -99,6 +99,11 @@ class Streams:
             found[number] = rows.state_before(given[number])
         return found
 
+    def waits_for(self) -> str:
+        """What the rows that are waited for are made of just now, in words; empty where none are waited for."""
+        places = [rows.waits_for() for rows in self._streams.values()]
+        return ", ".join(f"data, which reads {place}" for place in places if place)
+
     def __enter__(self) -> Streams:
         return self
 

@@ -35,6 +35,7 @@ from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
 from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
+from dstrain.runs.protocol import WAITING_FOR_DATA
 from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
 from dstrain.train.batches import TrainBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
@@ -145,12 +146,13 @@ def _train(
             first,
             config.steps,
             device=device,
-            late=lambda: control.busy("waiting for data"),
+            late=lambda: control.busy(WAITING_FOR_DATA),
         ) as prefetch,
         streams,
     ):
         if first <= config.steps:
             streams.open(checkpoints.streams)
+            control.waits_for = streams.waits_for
         for step in range(first, config.steps + 1):
             checkpoints.raise_if_failed()
             began = time.perf_counter()

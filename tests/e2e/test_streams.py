@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.runs.run_folder import RunFolder, read_metrics
+from dstrain.shared_caches import clear_leftovers
 from tests.e2e.test_chat import write_conversations
 from tests.support.e2e import Said, one_message, start
 
@@ -130,6 +132,34 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(
     found, expected = ([loss for loss, _ in losses_of(streamed, name)] for name in ("killed", "whole"))
     assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
     assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("steps", [8, 0])
+def test_a_disk_that_does_not_answer_is_the_end_of_the_run_with_the_file(streamed: Path, steps: int) -> None:
+    """As a process that waits for a disk, one that is stopped does nothing, and is not gone."""
+    options = ("--config", "stream.yaml", "--steps", "40000", "--set", "eval_every=0")
+    command = start(streamed, os.environ, "run", *options, "--name", "stuck", "--set", "hang_after=6s")
+    metrics = RunFolder(streamed / "runs" / "stuck").metrics
+    until = time.monotonic() + 100
+    while not (metrics.exists() and len(read_metrics(metrics)) >= steps) if steps else len(producers()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    texts = next(pid for pid in producers() if b"-0.ring" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(texts, signal.SIGSTOP)
+    said = command.said(100)
+    assert said.code == 1
+    assert "(hang_after: 6 s); rank 0 waits for data, which reads " in said.err, said.err
+    assert re.search(r"reads \S*texts/[0-4]\.jsonl in " if steps else r"reads \S*texts", said.err), said.err
+    assert "Traceback" not in said.err + said.out
+    until = time.monotonic() + 20
+    while left := producers():
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+    clear_leftovers(Path(os.environ["DSTRAIN_CACHE"]))  # as the next plan does: the ranks were killed
+    left = list(Path(os.environ["DSTRAIN_CACHE"]).glob("streams/*"))
+    assert {path.suffix for path in left} == {".lock"}
+    for path in left:
+        path.unlink()
 
 
 def test_a_record_that_can_not_be_read_is_the_end_of_the_run_with_its_place(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.runs.protocol import ADDRESS, RankStatus, Stop, Welcome
+from dstrain.runs.protocol import ADDRESS, WAITING_FOR_DATA, WAITS_FOR, RankStatus, Stop, Welcome
 from dstrain.runs.run_folder import RunFolder
 from dstrain.runs.this_machine import own_addresses
 from dstrain.supervise.control_server import ControlServer, RankConnection
@@ -252,6 +252,32 @@ def test_the_bound_of_a_hang_follows_from_the_slowest_step() -> None:
         assert Progress(None).bound == BUSY_SECONDS, "the second step has none to be compared with"
 
 
+def test_the_first_step_hangs_when_it_waits_for_data() -> None:
+    with ControlServer(1) as control:
+        rank, progress = _rank(control), Progress(None)
+        rank.busy, rank.step_at = WAITING_FOR_DATA, 100.0
+        assert progress.seconds_without_step(control.ranks, 100.0 + BUSY_SECONDS) is None
+        assert progress.seconds_without_step(control.ranks, 101.0 + BUSY_SECONDS) == BUSY_SECONDS + 1
+        assert Progress(30).seconds_without_step(control.ranks, 131.0) == 31.0
+        assert Progress(float("inf")).seconds_without_step(control.ranks, 1e9) is None
+        rank.busy = "hook mine"
+        assert progress.seconds_without_step(control.ranks, 1e9) is None
+
+
+def test_what_a_rank_waits_for_is_said(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.logs.mkdir()
+    with ControlServer(1) as control:
+        rank, hang = _rank(control), HangWatch(control, Progress(5), folder)
+        rank.step, rank.step_at, rank.busy = 3, time.monotonic() - 10, WAITING_FOR_DATA
+        assert hang.look() is None
+        rank.stacks = STACKS + f"\n{WAITS_FOR}data, which reads /d/a b.jsonl\n"
+        sign = hang.look()
+        assert sign is not None and sign.reason.endswith(
+            "rank 0 waits for data, which reads /d/a b.jsonl in all_reduce (distributed.py:12) < train (trainer.py:90)"
+        )
+
+
 def test_two_slow_steps_are_no_hang() -> None:
     with ControlServer(1) as control:
         rank, progress = _rank(control), Progress(None)
@@ -285,15 +311,17 @@ def test_a_rank_that_is_stopped_is_no_hang_while_we_were_away(
         assert hang.look() is None and hang.look() is None
 
 
-def test_where_it_stands() -> None:
-    stacks = """Current thread 0x1 (most recent call first):
+STACKS = """Current thread 0x1 (most recent call first):
   File "/x/control_client.py", line 5 in _stacks
 
 Thread 0x2 (most recent call first):
   File "/lib/torch/distributed.py", line 12 in all_reduce
   File "/x/dstrain/train/trainer.py", line 90 in train
 """
-    assert where_it_stands(stacks) == "all_reduce (distributed.py:12) < train (trainer.py:90)"
+
+
+def test_where_it_stands() -> None:
+    assert where_it_stands(STACKS) == "all_reduce (distributed.py:12) < train (trainer.py:90)"
     assert where_it_stands("") == "no Python code"
 
 

@@ -95,6 +95,7 @@ def _read_epoch(stream: Stream, place: Place, files: ShardFiles) -> Iterator[Blo
         if position < place.shard:
             continue
         first = (place.record, place.part) if position == place.shard else (0, 0)
+        stream.note(stream.shards[int(shard)].file.path)
         for one in read_shard(stream, int(shard), first[0], files):
             if (one.record, one.part) < first or is_held(stream, int(shard), one.record):
                 continue

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     go_offline()
     writer = RingWriter(folder, asked["readers"], asked["ahead"])
     try:
-        _write(writer, asked, folder.files)
+        _write(writer, asked, folder)
     except Exception as error:
         shown = _shown(error)
         folder.fail(shown)
@@ -38,8 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _write(writer: RingWriter, asked: Mapping[str, Any], passing: Path) -> None:
-    stream = Stream.open(StreamRequest.from_json(asked["stream"]), passing)
+def _write(writer: RingWriter, asked: Mapping[str, Any], folder: RingFolder) -> None:
+    stream = Stream.open(
+        StreamRequest.from_json(asked["stream"]), passing=folder.files, note=folder.note_reading
+    )
     check_fingerprint(stream, asked["fingerprint"])
     begin = StreamState.from_json(asked["state"])
     again = replace(begin, row=begin.first, check="")

@@ -65,6 +65,19 @@ class RingFolder:
     def error(self) -> Path:
         return self.path / "error.json"
 
+    def note_reading(self, place: str) -> None:
+        """Let the readers know which file is read now."""
+        aside = self.path / "reading.new"
+        aside.write_text(place, encoding="utf-8", errors="surrogateescape")
+        aside.replace(self.path / "reading")
+
+    def reading(self) -> str:
+        """The file that is read now; empty where none is known."""
+        try:
+            return (self.path / "reading").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
     def segment(self, number: int) -> Path:
         return self.path / f"segment-{number}"
 

@@ -57,6 +57,7 @@ class StreamRows:
         self._reader: RingReader | None = None
         self._process: ChildProcess | None = None
         self._filled = self._seen = 0
+        self._waits = False
 
     def open(
         self,
@@ -183,6 +184,12 @@ class StreamRows:
                 raise IndexError(f"row {row} lies before those whose place is known")
             return self._states[at - 1].check
 
+    def waits_for(self) -> str:
+        """The file that is read, or fetched, for a row that is waited for; empty where none is waited for."""
+        if not self._waits or self._ring is None:
+            return ""
+        return self._ring.reading() or self.request.source
+
     def close(self) -> None:
         """End the process and remove the ring, in the rank that has started it. Who waits for a row gets an error."""
         self._closed.set()
@@ -225,13 +232,17 @@ class StreamRows:
     def _wait_for_next(self) -> Segment:
         assert self._reader is not None, "the stream was not opened"
         pause = _SHORTEST
-        while not self._closed.is_set():
-            process = self._process
-            segment = self._reader.segment(self._next, process is not None and process.has_ended())
-            if segment is not None:
-                return segment
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+        self._waits = True
+        try:
+            while not self._closed.is_set():
+                process = self._process
+                segment = self._reader.segment(self._next, process is not None and process.has_ended())
+                if segment is not None:
+                    return segment
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST)
+        finally:
+            self._waits = False
         raise RuntimeError("the stream is closed")
 
     def _take_in(self, segment: Segment) -> None:

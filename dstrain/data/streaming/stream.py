@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -126,6 +126,7 @@ class Stream:
         shards: sorted by the names of their files; a parquet file that is here is divided into its row groups.
         files: gives the files of shards in any order.
         hub: where the source is a data set there.
+        note: told of each file that is read in order, before that.
     """
 
     request: StreamRequest
@@ -134,13 +135,20 @@ class Stream:
     shards: tuple[Shard, ...]
     files: ShardFiles = field(default_factory=LocalFiles)
     hub: HubFiles | None = None
+    note: Callable[[str], object] = field(default=lambda place: None)
 
     @classmethod
-    def open(cls, request: StreamRequest, passing: Path | None = None) -> Stream:
+    def open(
+        cls,
+        request: StreamRequest,
+        passing: Path | None = None,
+        note: Callable[[str], object] = lambda place: None,
+    ) -> Stream:
         """List the files, and load the tokenizer and the chat template.
 
         Args:
             passing: a folder for files from the hub while they are read in order; None: they are kept in the cache.
+            note: see `Stream`.
 
         Raises:
             DstrainError: any of these can't be read, or is not as it should be.
@@ -165,7 +173,7 @@ class Stream:
                 hint="set data_stream to false; or name texts or conversations",
             )
         shards = map(Shard, corpus.files) if hub else _shards(corpus.files)
-        return cls(request, corpus, tokenizer, tuple(shards), files, hub)
+        return cls(request, corpus, tokenizer, tuple(shards), files, hub, note)
 
     def files_in_order(self, place: Place) -> AbstractContextManager[ShardFiles]:
         """A context with what gives the files in the order of the stream, from a place on."""
