@@ -97,6 +97,7 @@ def test_going_on_fetches_what_comes_from_there_on(hub, tmp_path):
     assert not (tmp_path / "passing").exists(), "and nothing is left of it"
 
 
+@pytest.mark.heavy
 def test_killed_at_any_moment_and_gone_on_with_other_replicas(hub, tmp_path):
     training = KilledTraining(tmp_path / "run", request_of(tmp_path), seed="hub")
     for number in range(4):

@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(
     assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("steps", [8, 0])
+@pytest.mark.parametrize("steps", [8, pytest.param(0, marks=pytest.mark.heavy)])
 def test_a_disk_that_does_not_answer_is_the_end_of_the_run_with_the_file(streamed: Path, steps: int) -> None:
     """As a process that waits for a disk, one that is stopped does nothing, and is not gone."""
     options = ("--config", "stream.yaml", "--steps", "40000", "--set", "eval_every=0")
