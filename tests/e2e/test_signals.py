@@ -38,7 +38,7 @@ PHASES = {
         COMMANDS["plan"], Site("dstrain.model.measuring.measure", "open to read", "model/config.json")
     ),
     "tokenizing": Phase(
-        COMMANDS["plan"], Site("dstrain.data.prepare", "open to write", "cache/data/*.*.part/tokens.bin")
+        COMMANDS["plan"], Site("dstrain.data.prepare", "open to write", "cache/data/*.unfinished/tokens.bin")
     ),
     "doctor": Phase(("doctor",), Site("dstrain.cli.main", "stat", "runs")),
     "starting": Phase(RUN, Site(RANK, "open to read", "model/config.json"), trains=True),
