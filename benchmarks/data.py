@@ -1,7 +1,7 @@
 """How fast data are tokenized, beside `datasets.map`, and with how much memory: tables on stdout.
 
     python -m benchmarks.data                              # 40 MB of each kind, three rounds, two processes
-    python -m benchmarks.data --megabytes 200 --workers 8
+    python -m benchmarks.data --megabytes 200 --workers 8 --kinds chats
     python -m benchmarks.data --memory 10 100 1000         # MB: the peak of all processes together
 
 The texts are pieces of Python's standard library in random order; the tokenizer is a byte-level BPE of 32,768 tokens
@@ -220,10 +220,10 @@ def memory_of(pid: int) -> float:
 # --- tables
 
 
-def speed(folder: Path, tokenizer: Path, megabytes: int, rounds: int, workers: int) -> None:
+def speed(folder: Path, tokenizer: Path, kinds: list[str], megabytes: int, rounds: int, workers: int) -> None:
     print("| what | dstrain | `datasets.map` | times | with reading | times | of the processor | times |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for kind in KINDS:
+    for kind in kinds:
         file = folder / f"{kind}.jsonl"
         write_corpus(file, kind, megabytes)
         size = file.stat().st_size / 1e6
@@ -247,10 +247,10 @@ def speed(folder: Path, tokenizer: Path, megabytes: int, rounds: int, workers: i
         file.unlink()
 
 
-def memory(folder: Path, tokenizer: Path, sizes: list[int], workers: int) -> None:
+def memory(folder: Path, tokenizer: Path, kinds: list[str], sizes: list[int], workers: int) -> None:
     print(f"| what | {' | '.join(f'{size:,} MB' for size in sizes)} |")
     print(f"| --- |{' ---: |' * len(sizes)}")
-    for kind in KINDS:
+    for kind in kinds:
         peaks = []
         for size in sizes:
             file = folder / f"{kind}.jsonl"
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that tokenize (2)")
     parser.add_argument("--memory", type=int, nargs="+", metavar="MB", help="measure memory, for these sizes")
     parser.add_argument("--folder", type=Path, help="where the files lie; by default a temporary folder")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="all of them")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
@@ -277,9 +278,9 @@ def main() -> None:
     try:
         write_tokenizer(folder / "tokenizer")
         if asked.memory:
-            memory(folder, folder / "tokenizer", asked.memory, asked.workers)
+            memory(folder, folder / "tokenizer", asked.kinds, asked.memory, asked.workers)
         else:
-            speed(folder, folder / "tokenizer", asked.megabytes, asked.rounds, asked.workers)
+            speed(folder, folder / "tokenizer", asked.kinds, asked.megabytes, asked.rounds, asked.workers)
         print(f"\n{asked.workers} processes; {machine()}; load {os.getloadavg()[0]:.1f} at the end.")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

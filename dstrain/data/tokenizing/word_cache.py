@@ -87,34 +87,47 @@ class WordCache:
         """
         if self._trims is None or not self._spells_all or (parts := self._added.divide(text)) is None:
             return None
-        words = self._words_of(parts)
-        if words is None:
-            return None
-        found = list(map(self._ids.__getitem__, words))
-        self._ids.make_room()
-        ids = np.frombuffer(b"".join(found), dtype=self._dtype)
-        ends = np.fromiter(accumulate(map(len, words), initial=0), np.int64, len(words) + 1)
-        counts = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize
-        before = np.concatenate([[0], np.cumsum(counts)])  # of each word, the tokens in front of it
-        last = spans[-1][0]
-        begin = max(
-            start for start in accumulate((len(part) for part, _ in parts), initial=0) if start <= last
-        )
-        edges = np.array([begin, *(edge for span in spans for edge in span)])
-        places = np.searchsorted(ends, edges)
-        if (ends[places] != edges).any():
-            return None
+        edges = [edge for span in spans for edge in span]
         # With its spaces cut off, a token ends before the part does: see `Tokenizer.encode_with_places`.
-        if self._trims and any(text[edge - 1] == " " for edge in edges[1:] if edge):
+        if self._trims and any(text[edge - 1] == " " for edge in edges if edge):
             return None
-        first, *numbers = before[places].tolist()
-        tail = self.ids(text[begin:last])
-        if tail is None or not np.array_equal(tail, ids[first : first + tail.size]):
-            return None
-        trained = np.zeros(ids.size, bool)
-        for begins, finishes in zip(numbers[::2], numbers[1::2], strict=True):
-            trained[begins:finishes] = True
-        return ids, trained
+        size, last = self._dtype.itemsize, spans[-1][0]
+        found: list[bytes] = []
+        numbers: list[int] = []  # of the tokens in front of each edge
+        at = count = 0
+        for part, is_token in parts:
+            words = [part] if is_token else self._known_words(part)
+            if words is None:
+                return None
+            tokens = b"".join(map(self._ids.__getitem__, words))
+            while len(numbers) < len(edges) and edges[len(numbers)] < at + len(part):
+                inside = self._tokens_before(words, edges[len(numbers)] - at)
+                if inside is None:
+                    return None
+                numbers.append(count + inside)
+            if at < last < at + len(part):
+                alone = self._words_between(part[: last - at])
+                if alone is None or not tokens.startswith(b"".join(map(self._ids.__getitem__, alone))):
+                    return None
+            found.append(tokens)
+            at += len(part)
+            count += len(tokens) // size
+        self._ids.make_room()
+        numbers += [count] * (len(edges) - len(numbers))
+        trained = np.zeros(count, bool)
+        for first, end in zip(numbers[::2], numbers[1::2], strict=True):
+            trained[first:end] = True
+        return np.frombuffer(b"".join(found), dtype=self._dtype), trained
+
+    def _tokens_before(self, words: Sequence[str], place: int) -> int | None:
+        """How many tokens the words in front of a place have; None where it lies inside of a word."""
+        at = count = 0
+        for word in words:
+            if at >= place:
+                break
+            at += len(word)
+            count += len(self._ids[word])
+        return count // self._dtype.itemsize if at == place else None
 
     def _joined(self, words: list[str]) -> np.ndarray:
         ids = np.frombuffer(b"".join(map(self._ids.__getitem__, words)), dtype=self._dtype)
@@ -131,14 +144,18 @@ class WordCache:
             if is_token:
                 found.append(part)
                 continue
-            words = self._recent.get(part)
+            words = self._known_words(part) if len(parts) > 1 else self._words_between(part)
             if words is None:
-                if (words := self._words_between(part)) is None:
-                    return None
-                if len(parts) > 1:  # of a conversation, whose beginning is asked for again
-                    self._remember(part, words)
+                return None
             found += words
         return found
+
+    def _known_words(self, part: str) -> list[str] | None:
+        """Of a part of a conversation, whose beginning is asked for again."""
+        words = self._recent.get(part)
+        if words is None and (words := self._words_between(part)) is not None:
+            self._remember(part, words)
+        return words
 
     def _remember(self, part: str, words: list[str]) -> None:
         """The words of a part that is not known, where it is short; all others are forgotten where there are many."""
