@@ -31,7 +31,7 @@ def data_samples(
         ``samples``: for each its ``number``, ``source``, ``documents``, ``labels``, ``padding`` and ``pieces``, each
         with its ``document``, ``trained``, ``tokens``, ``text`` and the ``position`` of its first token.
         ``statistics``: documents, tokens and rows, percentiles of the ``lengths`` of documents and their ``histogram``
-        as [from, to, documents], and the ``labels`` of all rows.
+        as [from, to, documents], and the ``labels`` of all rows. Of a stream there are estimates alone.
 
     Raises:
         DstrainError: the data can't be used.

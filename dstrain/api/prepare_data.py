@@ -199,6 +199,7 @@ def _prepared(
             ),
             "validation": part.validation,
             "samples": resolved.config.eval_samples,
+            "limit": part.limit,
         }
         found = PlannedData.from_record(
             _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
@@ -228,17 +229,17 @@ def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events
 def look_at_data(
     resolved: ResolvedConfig, tokenizer: str, samples: Sequence[int], events: Events, *, each_token: bool
 ) -> dict[str, Any]:
-    """Training samples in pieces, and statistics of the data: see `dstrain.data.show`.
+    """Training samples in pieces, and statistics of the data unless they are streamed: see `dstrain.data.show`.
 
     Raises:
         DstrainError: the data can't be used.
     """
     config, cache = resolved.config, cache_folder() / "data"
-    if config.data_stream:
+    if config.data_stream and not samples:
         raise DstrainError(
-            "the samples of a stream are made while it is trained on",
+            "a stream has no statistics: what it holds is not known before it is read",
             where=str(resolved.origin("data_stream")),
-            hint="--set data_stream=false shows the samples of the same data, in another order; it reads all of them",
+            hint="--set data_stream=false reads all of the data; dstrain data show shows the first samples of a stream",
         )
     found = _prepare_parts(resolved, tokenizer, events)
     parts = [part for part, _, _ in found]
@@ -249,10 +250,15 @@ def look_at_data(
             {
                 "name": part.name,
                 "trained": part.trained,
-                "request": part.request(config, tokenizer=tokenizer, cache_dir=cache, own=code),
+                **(
+                    _stream(part, each.data, resolved, tokenizer)
+                    if each.data.streamed
+                    else {"request": part.request(config, tokenizer=tokenizer, cache_dir=cache, own=code)}
+                ),
             }
-            for part, code in zip(parts, own, strict=True)
+            for part, code, (_, _, each) in zip(parts, own, found, strict=True)
         ],
+        "folder": str(cache_folder() / "streams"),
         "phases": [[phase.last_step, phase.parts] for phase in planned.phases],
         "samples": list(samples),
         "each_token": each_token,
@@ -263,6 +269,18 @@ def look_at_data(
     answer = _asked("dstrain.data.show", request, code, resolved, events)
     answer["statistics"] |= asdict(planned)
     return answer
+
+
+def _stream(part: DataPart, data: PlannedData, resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
+    """A stream, for `dstrain.data.show`."""
+    asked = replace(part, revision=data.commit or part.revision).stream_request(
+        resolved.config,
+        tokenizer=tokenizer,
+        cache_dir=cache_folder() / "data",
+        held_until=data.held_until,
+        limit_until=data.limit_until,
+    )
+    return {"stream": asked, "fingerprint": data.fingerprint}
 
 
 def check_plugin_here(plugin: Plugin, resolved: ResolvedConfig) -> None:

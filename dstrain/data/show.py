@@ -1,14 +1,18 @@
 """Samples as the model gets them, in pieces: what is trained, where documents begin, and what is padding.
 
 On the command line: ``python -m dstrain.data.show REQUEST.json ANSWER.json``. The request has ``parts``, each with the
-arguments of `dstrain.data.prepare` as ``request``, and ``samples``: the numbers of the samples to show.
+arguments of `dstrain.data.prepare` as ``request``, and ``samples``: the numbers of the samples to show. A part that is
+streamed has its `dstrain.data.streaming.stream.StreamRequest` as ``stream``, with the plan's ``fingerprint``; then
+there are no statistics, and ``folder`` is where its rows lie meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +24,10 @@ from dstrain.child_process import child_main
 from dstrain.data.prepare import PackedData, prepare_as_asked
 from dstrain.data.rows.mixture import MixedRows
 from dstrain.data.rows.packing import IGNORED
+from dstrain.data.streaming.prepare import StreamedData
+from dstrain.data.streaming.rows import StreamRows
+from dstrain.data.streaming.stream import StreamRequest
+from dstrain.data.tokenizing.tokenizers import load_tokenizer
 from dstrain.data.training_data import TrainingData, TrainingSource, training_data
 from dstrain.files import write_json
 from dstrain.mixture_shares import MixturePhase
@@ -169,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
     trained: list[TrainingSource] = []
     validation: list[TrainingSource] = []
     for part in request["parts"]:
-        found = TrainingSource(part["name"], prepare_as_asked(part["request"]))
+        found = TrainingSource(part["name"], _prepared(part))
         (trained if part["trained"] else validation).append(found)
     phases = [
         MixturePhase(last, tuple((n, share) for n, share in parts)) for last, parts in request["phases"]
@@ -177,9 +185,20 @@ def main(argv: Sequence[str]) -> int:
     data = training_data(trained, validation, phases)
     rows = rows_of_samples(data, request["samples"], request["global_batch"], request["seed"])
     each = bool(request.get("each_token"))
-    samples = [asdict(sample(data, number, row, each_token=each)) for number, row in rows.items()]
-    write_json(Path(argv[1]), {"samples": samples, "statistics": statistics(data)})
+    with ExitStack() as opened:
+        for number, stream in data.streams.items():
+            opened.enter_context(stream).open(Path(request["folder"]), f"{secrets.token_hex(8)}-{number}")
+        samples = [asdict(sample(data, number, row, each_token=each)) for number, row in rows.items()]
+    write_json(Path(argv[1]), {"samples": samples, "statistics": {} if data.streams else statistics(data)})
     return 0
+
+
+def _prepared(part: Mapping[str, Any]) -> PackedData | StreamedData:
+    if "stream" not in part:
+        return prepare_as_asked(part["request"])
+    asked = StreamRequest.from_json(part["stream"])
+    rows = StreamRows(asked, part["fingerprint"])
+    return StreamedData(rows, None, load_tokenizer(asked.tokenizer, asked.begin))
 
 
 if __name__ == "__main__":

@@ -118,12 +118,6 @@ def _refuse_stream(resolved: ResolvedConfig) -> None:
                 where=where,
                 hint="set data_stream to false, or let your code write files",
             )
-        if source.limit is not None:
-            raise DstrainError(
-                f"{source.called} has a limit, which a stream can't keep: it reads its files in another order",
-                where=where,
-                hint="remove the limit, or set data_stream to false",
-            )
 
 
 DATA_CHECKS = (

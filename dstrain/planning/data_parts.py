@@ -103,12 +103,14 @@ class DataPart:
         cache_dir: Path,
         template: str = "",
         held_until: tuple[int, int] | None = None,
+        limit_until: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """A `dstrain.data.streaming.stream.StreamRequest`, as JSON values.
 
         Args:
             template: as of `request`.
             held_until: up to which file and record documents are held back for validation; None: none.
+            limit_until: up to which documents are read; None: all, or it is not known yet.
         """
         held = None
         if held_until is not None:
@@ -124,6 +126,7 @@ class DataPart:
             "records": asdict(replace(self.records, template_text=template)),
             **self._part_of_set,
             "held": held,
+            "end": limit_until,
             "cache": str(cache_dir),
         }
 
@@ -217,6 +220,7 @@ def combine(config: RunConfig, parts: Sequence[DataPart], planned: Sequence[Plan
         sources=sources,
         phases=phases,
         held_until=None,
+        limit_until=None,
     )
 
 

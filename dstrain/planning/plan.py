@@ -130,6 +130,7 @@ class PlannedData:
         phases: their shares of the rows in the course of the run.
         streamed: whether it is read while it is trained on: documents, tokens and samples to train on are estimates.
         held_until: of a stream, numbers of the file and record up to which documents are held back for validation.
+        limit_until: of a stream with a limit, numbers of the file and record that is not read any more.
     """
 
     source: str = ""
@@ -166,6 +167,7 @@ class PlannedData:
     phases: tuple[MixturePhase, ...] = ()
     streamed: bool = False
     held_until: tuple[int, int] | None = None
+    limit_until: tuple[int, int] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PlannedData:
@@ -179,12 +181,13 @@ class PlannedData:
             MixturePhase(phase["last_step"], tuple((part[0], part[1]) for part in phase["parts"]))
             for phase in known.get("phases", ())
         ]
-        held = known.get("held_until")
+        held, limit = known.get("held_until"), known.get("limit_until")
         made = {
             "stop_tokens": tuple(known.get("stop_tokens", ())),
             "sources": tuple(sources),
             "phases": tuple(phases),
             "held_until": (held[0], held[1]) if held else None,
+            "limit_until": (limit[0], limit[1]) if limit else None,
         }
         return cls(**{**known, **made})
 

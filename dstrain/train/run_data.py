@@ -84,6 +84,7 @@ def _prepare_stream(plan: Plan, part: DataPart, known: PlannedData) -> StreamedD
         cache_dir=cache_folder() / "data",
         template=known.chat_template,
         held_until=known.held_until,
+        limit_until=known.limit_until,
     )
     return prepare_stream(
         StreamRequest.from_json(asked),

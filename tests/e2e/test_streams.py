@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.data.streaming.making import make_rows
+from dstrain.data.streaming.state import StreamState
+from dstrain.data.streaming.stream import Held, Stream, StreamRequest
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.shared_caches import clear_leftovers
 from tests.e2e.test_chat import write_conversations
@@ -187,10 +190,6 @@ def test_a_changed_file_is_another_run(streamed: Path, dstrain: Callable[..., Sa
 WRONG = {
     "steps": (("--data", "texts"), ["needs the number of steps", "--steps N"]),
     "code": (("--data", "my_module:documents", "--steps", "2"), ["can't be streamed", "write files"]),
-    "limit": (
-        ("--steps", "2", "--set", "data=[{path: texts, limit: 3}]"),
-        ["texts has a limit", "remove the limit"],
-    ),
     "tokens": (("--data", "tokens.jsonl", "--steps", "2"), ["nothing to tokenize", "data_stream to false"]),
     "too little": (
         ("--data", "texts", "--steps", "2", "--seq-len", "100000", "--set", "validation=0"),
@@ -213,6 +212,43 @@ def test_what_can_not_be_streamed(streamed: Path, dstrain_here: Callable[..., Sa
     one_message(said, words)
 
 
-def test_the_samples_of_a_stream_are_not_shown(streamed: Path, dstrain_here: Callable[..., Said]) -> None:
-    said = dstrain_here("data", "show", "--config", "stream.yaml")
-    one_message(said, ["made while it is trained on", "data_stream=false"])
+def test_the_first_samples_of_a_stream_are_shown(streamed: Path, dstrain: Callable[..., Said]) -> None:
+    only = ("--config", "stream.yaml", "--data", "texts", "--set", "validation=0.1")
+    said = dstrain("data", "show", *only, "-n", "5", "--json")
+    assert said.code == 0, said.err
+    samples = json.loads(said.out)
+    planned = dstrain("plan", *only, "--json")
+    held = json.loads(planned.out)["data"]["held_until"]
+    request = StreamRequest("texts", "bytes", 128, 5, held=Held(0.1, *held))
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(streamed)
+        made = next(make_rows(Stream.open(request), StreamState()))
+    rows = made.rows.rows(made.order[:5]).input_ids
+    for number, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+        assert sample["number"] == number
+        text = "".join(piece["text"] for piece in sample["pieces"] if not piece["beyond"])
+        assert text == "".join("<|endoftext|>" if token == 256 else chr(token) for token in row)
+    said = dstrain("data", "show", "--config", "stream.yaml", "-n", "8")
+    assert said.code == 0, said.err
+    assert "sample 7 " in said.out and "chat: " in said.out and "texts: " in said.out
+    assert re.search(r"about \d+ training samples an epoch", said.out)
+    assert_nothing_is_left()
+
+
+def test_a_limit_of_a_stream(streamed: Path, dstrain: Callable[..., Said]) -> None:
+    source = "data=[{path: texts, limit: 40}]"
+    said = dstrain("run", "--config", "stream.yaml", "--name", "few", "--set", source, "--steps", "6")
+    assert said.code == 0, said.out + said.err
+    plan = json.loads((streamed / "runs/few/plan.json").read_text())["data"]
+    assert (plan["documents"], plan["limit_until"]) == (40, [1, 10])
+    resumed = dstrain("resume", "few", "--steps", "8", "--data-parallel", "2")
+    assert resumed.code == 0, resumed.out + resumed.err
+    whole = dstrain("run", "--config", "stream.yaml", "--name", "whole", "--set", source, "--steps", "8")
+    assert whole.code == 0, whole.out + whole.err
+    found, expected = ([loss for loss, _ in losses_of(streamed, name)] for name in ("few", "whole"))
+    assert found[1:] == pytest.approx(expected[1:], rel=1e-5)
+
+
+def test_there_are_no_statistics_of_a_stream(streamed: Path, dstrain_here: Callable[..., Said]) -> None:
+    said = dstrain_here("data", "stats", "--config", "stream.yaml")
+    one_message(said, ["a stream has no statistics", "data_stream=false"])

@@ -44,9 +44,11 @@ def show_samples(
                 line.append("  (behind the sample; its last token predicts it)", style="dim")
             console.print(line, soft_wrap=True)
         console.print()
+    about, epoch = ("about ", " an epoch") if statistics["streamed"] else ("", "")
     console.print(
         Text(
-            f"{statistics['train_rows']:,} training samples; beside each piece: its tokens, the position of the first",
+            f"{about}{statistics['train_rows']:,} training samples{epoch}; beside each piece: its tokens, the position of"
+            " the first",
             style="dim",
         )
     )

@@ -37,8 +37,9 @@ def samples_page(samples: Sequence[Mapping[str, Any]], statistics: Mapping[str, 
 def _parts(samples: Sequence[Mapping[str, Any]], statistics: Mapping[str, Any]) -> Iterator[str]:
     yield _HEAD
     source = escape(shown(str(statistics["source"])))
+    about = "about " if statistics["streamed"] else ""
     yield (
-        f"<p>{source}: {statistics['train_rows']:,} samples of {statistics['seq_len']:,} tokens.</p>\n"
+        f"<p>{source}: {about}{statistics['train_rows']:,} samples of {statistics['seq_len']:,} tokens.</p>\n"
         '<p class="key"><span class="t">counts in the loss</span> <span class="c">context only</span></p>\n'
     )
     for sample in samples:

@@ -139,12 +139,12 @@ def _with_own_names(schema: pa.Schema, path: str) -> pa.Schema:
     return schema
 
 
-def row_groups(file: SourceFile) -> int:
-    """How many row groups a parquet file has. Raises DstrainError where it can't be read."""
+def rows_of_groups(file: SourceFile) -> list[int]:
+    """How many rows each row group of a parquet file has. Raises DstrainError where it can't be read."""
     with _errors_of(file.path):
         _check_begin_and_end(file)
         with pq.ParquetFile(file.path) as table:
-            return int(table.num_row_groups)
+            return [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
 
 
 def _parquet_parts(file: SourceFile, only: int | None = None) -> Iterator[_Part]:

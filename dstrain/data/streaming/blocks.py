@@ -153,17 +153,18 @@ def read_shard(
     Raises:
         DstrainError: see `read_blocks`.
     """
-    known = stream.shards[shard]
+    known, end = stream.shards[shard], stream.records_of(shard)
     with (files or stream.files).taken(known.file) as file, _places_of(known.file, file):
         place = replace(known, file=file)
         _check_unchanged(file)
         if isinstance(stream.corpus, ConversationSource):
-            for one in _records(stream.corpus.source, place, record):
-                if file is not known.file:
-                    one = _placed(one, file.path, known.file.path)
-                yield one
+            found = _records(stream.corpus.source, place, record)
         else:
-            yield from _texts(stream, stream.corpus, place, record)
+            found = _texts(stream, stream.corpus, place, record)
+        for one in found:
+            if one.record == end:
+                break
+            yield one if file is known.file else _placed(one, file.path, known.file.path)
         _check_unchanged(file)
 
 
@@ -179,7 +180,11 @@ def _places_of(known: SourceFile, here: SourceFile) -> Iterator[None]:
 
 
 def _placed(document: ReadDocument, here: str, known: str) -> ReadDocument:
-    assert isinstance(document.document, JsonRecord)
+    if not isinstance(document.document, JsonRecord):
+        pieces = document.document
+        if any(piece.left_out for piece in pieces):
+            pieces = tuple(piece._replace(left_out=piece.left_out.replace(here, known)) for piece in pieces)
+        return replace(document, document=pieces)
     record = replace(document.document, where=document.document.where.replace(here, known))
     if record.error is not None and record.error.where is not None:
         record.error.where = record.error.where.replace(here, known)

@@ -1,7 +1,8 @@
 """What a plan says of a stream, and what the ranks make of it before they train.
 
 On the command line: ``python -m dstrain.data.streaming.prepare REQUEST.json ANSWER.json``. The request has ``stream``,
-as of `StreamRequest.to_json`, and ``validation`` and ``samples`` as of `summarise`; the answer is the summary.
+as of `StreamRequest.to_json`, and ``validation``, ``samples`` and ``limit`` as of `summarise`; the answer is what that
+returns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dstrain.data.chat.corpus import ConversationSource
 from dstrain.data.rows.packing import Rows
 from dstrain.data.streaming.blocks import Block, read_shard
 from dstrain.data.streaming.encoding import BlockEncoder
+from dstrain.data.streaming.limits import end_of_first
 from dstrain.data.streaming.rows import StreamRows
 from dstrain.data.streaming.shard_files import go_offline
 from dstrain.data.streaming.state import Place
@@ -80,34 +82,43 @@ def prepare_stream(
     return StreamedData(StreamRows(request, fingerprint), rows, stream.tokenizer)
 
 
-def summarise(request: StreamRequest, validation: float, samples: int) -> dict[str, Any]:
+def summarise(
+    request: StreamRequest, validation: float, samples: int, limit: int | None = None
+) -> dict[str, Any]:
     """What is said of a stream, as JSON values: those of `dstrain.data.prepare.PackedData.summary`, of which numbers of
-    documents, tokens and rows are estimates from the first documents, and ``held_until``, the shard and record of
-    `Held`.
+    documents, tokens and rows are estimates from the first documents; and ``held_until`` and ``limit_until``, each a
+    shard and a record: those of `Held`, and the ``end`` of `StreamRequest`.
 
     Args:
         validation: the share of documents that is held back; 0: none.
         samples: how many rows they shall fill.
+        limit: how many documents are read, from the first of the sorted list of shards; None: all.
 
     Raises:
         DstrainError: the files can't be read, their first documents can't be trained on, or fill no row.
     """
     stream = Stream.open(request)
+    size = stream.corpus.bytes
+    if limit is not None:
+        end, size = end_of_first(stream, limit)
+        stream = stream.until(end)
     held_rows, held_documents = 0, 0
     stops: set[int] = set()
     if validation:
         back = hold_back(stream, validation, samples)
         held_rows, held_documents = len(back.rows), back.documents
         stops |= set(back.stop_tokens)
-        stream = replace(stream, request=replace(request, held=back.held))
-    look = _look(stream)
+        stream = replace(stream, request=replace(stream.request, held=back.held))
+    look = _look(stream, size)
     stops |= look.stop_tokens
     tokenizer, held = stream.tokenizer, stream.request.held
     summary = {
         "source": stream.corpus.name,
         "files": len(stream.corpus.files),
         "bytes": stream.corpus.bytes,
-        "documents": look.of_all(look.documents),
+        "documents": look.of_all(look.documents)
+        if limit is None
+        else min(limit, look.of_all(look.documents)),
         "validation_documents": held_documents,
         "empty_documents": 0,
         "tokens": look.of_all(look.tokens),
@@ -124,6 +135,7 @@ def summarise(request: StreamRequest, validation: float, samples: int) -> dict[s
         "ends_with": tokenizer.ends_with,
         "streamed": True,
         "held_until": [held.shard, held.record] if held else None,
+        "limit_until": stream.request.end,
     }
     if isinstance(stream.corpus, ConversationSource):
         summary |= {
@@ -163,7 +175,7 @@ class _Look:
         return round(number / self.share)
 
 
-def _look(stream: Stream) -> _Look:
+def _look(stream: Stream, size: int) -> _Look:
     reads = _Reads()
     with BlockEncoder(stream) as encoder:
         blocks = list(encoder.encode(reads.of(stream)))
@@ -181,7 +193,7 @@ def _look(stream: Stream) -> _Look:
         tokens,
         labels,
         rows.padding if len(rows) else 0.0,
-        1.0 if reads.all else reads.bytes / stream.corpus.bytes,
+        1.0 if reads.all else min(1.0, reads.bytes / size),
         {token for encoded in blocks for token in encoded.stop_tokens},
         any(encoded.rendered for encoded in blocks),
     )
@@ -222,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
     go_offline()
     asked: Mapping[str, Any] = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     request = StreamRequest.from_json(asked["stream"])
-    write_json(Path(argv[1]), summarise(request, asked["validation"], asked["samples"]))
+    write_json(Path(argv[1]), summarise(request, asked["validation"], asked["samples"], asked["limit"]))
     return 0
 
 

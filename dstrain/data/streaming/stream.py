@@ -27,7 +27,7 @@ WINDOW = 8192
 """Documents that are shuffled together."""
 CHARACTERS = 2**23
 """A block of documents ends with this many, so that its memory is bounded whatever its documents are."""
-_NAMES = {"source", "tokenizer", "records", "config", "split", "revision", "cache"}
+_NAMES = {"source", "tokenizer", "records", "config", "split", "revision", "cache", "end"}
 """What shows in the files that they lead to."""
 _SALT = 0x76616C69646174  # "validat": what is held back must not share its hash with anything else
 
@@ -65,6 +65,7 @@ class StreamRequest:
         tokenizer, begin: what `dstrain.data.tokenizing.tokenizers.load_tokenizer` takes.
         records: the format of records, and what of conversations is trained.
         config, split, revision: which part of a data set that has several.
+        end: of a source with a limit, the shard and record in the sorted list that is not read any more.
         cache: the folder of prepared data, for what is known of data sets on the hub; None: no source is one.
         window: documents that are shuffled together.
         characters: what ends a block before.
@@ -82,6 +83,7 @@ class StreamRequest:
     split: str | None = None
     revision: str | None = None
     held: Held | None = None
+    end: tuple[int, int] | None = None
     cache: str | None = None
     window: int = WINDOW
     characters: int = CHARACTERS
@@ -102,15 +104,22 @@ class StreamRequest:
     def from_json(cls, value: Mapping[str, Any]) -> StreamRequest:
         """The reverse of `to_json`; what is missing has its default."""
         held = Held(**value["held"]) if value.get("held") else None
-        return cls(**{**value, "records": RecordOptions(**value.get("records", {})), "held": held})
+        end = tuple(value["end"]) if value.get("end") else None
+        records = RecordOptions(**value.get("records", {}))
+        return cls(**{**value, "records": records, "held": held, "end": end})
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, or a row group of one, from 0 on."""
+    """A file, or a row group of one, from 0 on.
+
+    Attributes:
+        rows: of the row group.
+    """
 
     file: SourceFile
     group: int | None = None
+    rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -173,7 +182,18 @@ class Stream:
                 hint="set data_stream to false; or name texts or conversations",
             )
         shards = map(Shard, corpus.files) if hub else _shards(corpus.files)
-        return cls(request, corpus, tokenizer, tuple(shards), files, hub, note)
+        stream = cls(request, corpus, tokenizer, tuple(shards), files, hub, note)
+        return stream if request.end is None else stream.until(request.end)
+
+    def until(self, end: tuple[int, int]) -> Stream:
+        """The stream of what comes before a shard and record of the sorted list."""
+        shards = self.shards[: end[0] + (end[1] > 0)]
+        return replace(self, request=replace(self.request, end=end), shards=shards)
+
+    def records_of(self, shard: int) -> int | None:
+        """How many records of a shard are read; None: all that it has."""
+        end = self.request.end
+        return end[1] if end is not None and shard == end[0] else None
 
     def files_in_order(self, place: Place) -> AbstractContextManager[ShardFiles]:
         """A context with what gives the files in the order of the stream, from a place on."""
@@ -194,6 +214,8 @@ class Stream:
             options += [request.records.on_bad_record, request.records.too_long]
         elif corpus.text_field != "text":
             options.append(corpus.text_field)
+        if request.end is not None:
+            options.append({"end": list(request.end)})
         if self.hub is not None:
             options.append([file.id for file in self.hub.listing.files])
         content = to_json(
@@ -241,10 +263,10 @@ def _shards(files: Sequence[SourceFile]) -> Iterator[Shard]:
         if file.kind != "parquet":
             yield Shard(file)
             continue
-        from dstrain.data.reading.tables import row_groups  # which costs the time to load Arrow
+        from dstrain.data.reading.tables import rows_of_groups  # which costs the time to load Arrow
 
-        for group in range(row_groups(file)):
-            yield Shard(file, group)
+        for group, rows in enumerate(rows_of_groups(file)):
+            yield Shard(file, group, rows)
 
 
 def check_fingerprint(stream: Stream, expected: str) -> None:
