@@ -72,6 +72,15 @@ def assert_nothing_is_left() -> None:
         time.sleep(0.05)
 
 
+def remove_errors() -> None:
+    """What a stream has failed with stays for the ranks of the host to read, and nothing else."""
+    left = list(Path(os.environ["DSTRAIN_CACHE"]).glob("streams/*/*"))
+    assert {path.name for path in left} <= {"error.json"}
+    for path in left:
+        path.unlink()
+        path.parent.rmdir()
+
+
 def producers() -> list[int]:
     """Processes of this test that make rows."""
     found = []
@@ -121,12 +130,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(
     assert said.code == 1
     assert "has been killed" in said.err + said.out
     assert "Traceback" not in said.err + said.out
-    # What it has failed with stays for the ranks of the host to read.
-    left = list(Path(os.environ["DSTRAIN_CACHE"]).glob("streams/*/*"))
-    assert {path.name for path in left} <= {"error.json"}
-    for path in left:
-        path.unlink()
-        path.parent.rmdir()
+    remove_errors()
     done = read_metrics(metrics)[-1]["step"]
     again = dstrain("resume", "killed", "--steps", str(done + 5), "--data-parallel", "4")
     assert again.code == 0, again.out + again.err
@@ -175,6 +179,7 @@ def test_a_record_that_can_not_be_read_is_the_end_of_the_run_with_its_place(
     assert said.code == 1, said.out + said.err
     assert "texts/5.jsonl:301" in said.err and "not JSON" in said.err
     assert "Traceback" not in said.err + said.out
+    remove_errors()
 
 
 def test_a_changed_file_is_another_run(streamed: Path, dstrain: Callable[..., Said]) -> None:

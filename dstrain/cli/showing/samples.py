@@ -47,8 +47,8 @@ def show_samples(
     about, epoch = ("about ", " an epoch") if statistics["streamed"] else ("", "")
     console.print(
         Text(
-            f"{about}{statistics['train_rows']:,} training samples{epoch}; beside each piece: its tokens, the position of"
-            " the first",
+            f"{about}{statistics['train_rows']:,} training samples{epoch}; beside each piece: its tokens, the position"
+            " of the first",
             style="dim",
         )
     )
