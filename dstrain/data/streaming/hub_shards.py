@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -68,9 +69,17 @@ def list_files(name: HubName, cache: Path, note: Callable[[str], object]) -> Hub
     return found
 
 
+# Before version 4 the library could run a data set's own code, and asks on the terminal where it is not told.
+_NO_CODE: dict[str, Any] = (
+    {"trust_remote_code": False}
+    if "trust_remote_code" in inspect.signature(datasets.load_dataset_builder).parameters
+    else {}
+)
+
+
 def _listed(name: HubName, commit: str) -> HubListing:
     try:
-        builder = datasets.load_dataset_builder(name.repository, name.config, revision=commit)
+        builder = datasets.load_dataset_builder(name.repository, name.config, revision=commit, **_NO_CODE)
         paths = _paths(name, commit, builder)
         return HubListing(name.repository, commit, tuple(_files(name, commit, paths)))
     except DstrainError:
