@@ -100,4 +100,6 @@ def test_whoever_ends_it_leaves_no_process_behind(
     finally:
         if command.poll() is None:
             os.kill(command.pid, signal.SIGKILL)
-    assert not [path for path in own_cache.iterdir() if (path / "meta.json").exists()]
+    # On a busy machine it may have ended before the signal came.
+    whole = [path for path in own_cache.iterdir() if (path / "meta.json").exists()]
+    assert command.poll() == 0 or not whole
