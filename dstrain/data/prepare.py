@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dstrain.child_process import child_main
-from dstrain.data.chat.corpus import ConversationSource, Corpus, source_of
+from dstrain.data.chat.corpus import ConversationSource, Corpus, listed_source, source_of
 from dstrain.data.chat.options import RecordOptions
 from dstrain.data.dataset_summary_cache import keep_summary, summary_file, tokenizer_state
 from dstrain.data.listing.sources import Source, find_files
@@ -304,9 +304,8 @@ def _check_rows(
     files: Corpus,
     use: str,
 ) -> None:
-    limit = (
-        None if isinstance(files, OwnSource) else (files if isinstance(files, Source) else files.source).limit
-    )
+    listed = listed_source(files)
+    limit = listed.limit if isinstance(listed, Source) else None
     if train.size < seq_len and use == "validation":
         raise DstrainError(
             f"this validation set has {train.size:,} tokens, but one row needs {seq_len:,}",
@@ -386,15 +385,15 @@ def _prepare_and_keep(request: dict[str, Any]) -> dict[str, Any]:
     known = RecordOptions(**request["records"]).state if "records" in request else ()
     data = prepare_as_asked(request)
     choices = {key: request[key] for key in ("seq_len", "validation", "pack", "begin")}
-    source = data.source if isinstance(data.source, Source | OwnSource) else data.source.source
-    if isinstance(
-        source, Source
-    ):  # which field holds a text is found out, and the rest stands with the records
+    source = listed_source(data.source)
+    if isinstance(source, Source):
+        # Which field holds a text is found out, and the rest stands with the records.
         source = replace(source, text_field="text", on_bad_record="error")
     cache = Path(request["cache_dir"]).expanduser()
     kept = summary_file(cache, source, state, **choices, records=known)
-    keep_summary(kept, data.folder, data.summary())
-    return data.summary()
+    summary = data.summary()
+    keep_summary(kept, data.folder, summary)
+    return summary
 
 
 def _request(path: Path) -> dict[str, Any]:

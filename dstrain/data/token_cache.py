@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from dstrain.data.chat.corpus import Corpus
+from dstrain.data.chat.corpus import Corpus, listed_source
 from dstrain.data.dataset_summary_cache import TOKEN_FILES
 from dstrain.data.listing.sources import Source, changed
-from dstrain.data.reading.own_documents import OwnSource
 from dstrain.data.rows.packing import TokenStream
 from dstrain.data.token_files.corpus import TokenFiles
 from dstrain.data.token_files.mapped import MappedFile, map_tokens, scan
@@ -176,7 +175,7 @@ def _build(source: Corpus, tokenizer: Tokenizer, folder: Path, aside: Path, work
         written = write_tokens(source, tokenizer, aside, workers)
     if (aside / TRAINED).exists():
         names.append(TRAINED)
-    files = source if isinstance(source, Source | OwnSource) else source.source
+    files = listed_source(source)
     if isinstance(files, Source) and changed(files):
         raise DstrainError(
             "the source's files changed while they were being read",

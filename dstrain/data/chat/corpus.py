@@ -22,7 +22,7 @@ from dstrain.data.chat.formats import (
 from dstrain.data.chat.options import CHATML, RecordOptions
 from dstrain.data.chat.template import BYTES_TEMPLATE, ChatTemplate, Encoded, chatml
 from dstrain.data.listing.file_kinds import RECORD_KINDS, TEXTS_OF_0_1
-from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.listing.sources import FormattedSource, Source
 from dstrain.data.reading.documents import read_records
 from dstrain.data.reading.own_documents import OwnSource
 from dstrain.data.reading.records import JsonRecord
@@ -39,7 +39,7 @@ _OVERHEAD = 64
 
 
 @dataclass(frozen=True)
-class ConversationSource:
+class ConversationSource(FormattedSource):
     """The files of a corpus whose records are conversations, or prompts and completions.
 
     Attributes:
@@ -47,27 +47,10 @@ class ConversationSource:
         first: the place of the record that told the format; empty where it was named.
     """
 
-    source: Source
     format: str
     options: RecordOptions
     template: ChatTemplate
     first: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        return self.source.files
-
-    @property
-    def bytes(self) -> int:
-        return self.source.bytes
-
-    @property
-    def place(self) -> str:
-        return self.source.place
 
     @property
     def state(self) -> list[Any]:
@@ -78,6 +61,11 @@ class ConversationSource:
 
 
 Corpus = Source | OwnSource | ConversationSource | TokenRecords | TokenFiles
+
+
+def listed_source(corpus: Corpus) -> Source | OwnSource:
+    """The files of a corpus, or its code, whatever its format."""
+    return corpus.source if isinstance(corpus, FormattedSource) else corpus
 
 
 def source_of(

@@ -147,6 +147,30 @@ class Source:
         ]
 
 
+@dataclass(frozen=True)
+class FormattedSource:
+    """A source whose files are read in another way than as texts."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """As of a `Source`, and so the others."""
+        return self.source.name
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return self.source.files
+
+    @property
+    def bytes(self) -> int:
+        return self.source.bytes
+
+    @property
+    def place(self) -> str:
+        return self.source.place
+
+
 def find_files(
     source: str,
     *,

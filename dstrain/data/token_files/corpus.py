@@ -6,36 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstrain.data.listing.file_kinds import TOKEN_KINDS
-from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.listing.sources import FormattedSource, Source
 from dstrain.errors import DstrainError
 
 
 @dataclass(frozen=True)
-class TokenFiles:
+class TokenFiles(FormattedSource):
     """A corpus of token files.
 
     Attributes:
         format: the kind of all of them.
     """
 
-    source: Source
     format: str
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        return self.source.files
-
-    @property
-    def bytes(self) -> int:
-        return self.source.bytes
-
-    @property
-    def place(self) -> str:
-        return self.source.place
 
     @property
     def state(self) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dstrain.data.chat.formats import TOKENS, name_of_kind
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.listing.sources import Source, SourceFile
+from dstrain.data.listing.sources import FormattedSource
 from dstrain.data.rows.packing import IGNORED
 from dstrain.errors import DstrainError
 
@@ -21,33 +21,16 @@ _EXAMPLE = 'each line is one object: {"input_ids": [17, 4, 256], "labels": [-100
 
 
 @dataclass(frozen=True)
-class TokenRecords:
+class TokenRecords(FormattedSource):
     """The files of a corpus whose records hold tokens.
 
     Attributes:
         first: the place of the record that told the format; empty where it was named.
     """
 
-    source: Source
     options: RecordOptions
     first: str = ""
     format: str = TOKENS
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        return self.source.files
-
-    @property
-    def bytes(self) -> int:
-        return self.source.bytes
-
-    @property
-    def place(self) -> str:
-        return self.source.place
 
     @property
     def state(self) -> list[Any]:
