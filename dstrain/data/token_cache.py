@@ -31,8 +31,8 @@ from dstrain.data.token_files.corpus import TokenFiles
 from dstrain.data.token_files.mapped import MappedFile, map_tokens, scan
 from dstrain.data.token_files.record_writer import write_token_records
 from dstrain.data.token_files.records import TokenRecords
-from dstrain.data.tokenizing.text_writer import TRAINED, write_tokens
-from dstrain.data.tokenizing.token_output import can_go_on, close_for_good
+from dstrain.data.tokenizing.text_writer import write_tokens
+from dstrain.data.tokenizing.token_output import TRAINED, can_go_on, close_for_good
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.data.tokenizing.worker_pool import WorkerEndedError, available_cores
 from dstrain.errors import DstrainError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,84 +13,65 @@ from dstrain.data.chat.formats import TOKENS as FORMAT
 from dstrain.data.chat.formats import check_format, rename_fields
 from dstrain.data.progress import Progress
 from dstrain.data.reading.documents import read_records
-from dstrain.data.reading.records import JsonRecord
+from dstrain.data.reading.records import JsonRecord, bad_record
 from dstrain.data.token_files.records import TokenDocument, TokenRecords, read_tokens
-from dstrain.data.tokenizing.text_writer import LENGTHS, SKIPPED, TOKENS, TRAINED, Written
+from dstrain.data.tokenizing.text_writer import Written
+from dstrain.data.tokenizing.token_output import MOST_LISTED, TokenOutput, list_skipped
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.errors import DstrainError
 
 _BLOCK = 2**19
 """Tokens that are written at once."""
-_LISTED = 10_000
-"""Records that were left out whose place is kept."""
 
 
 def write_token_records(corpus: TokenRecords, tokenizer: Tokenizer, folder: Path) -> Written:
     """Write the tokens of every record into files of ``folder``.
 
-    They are those of `dstrain.data.tokenizing.text_writer.write_tokens`. Where the records have no labels,
-    ``trained.bin`` is left out.
+    They are those of `dstrain.data.tokenizing.text_writer.write_tokens`, with ``trained.bin`` where the records have
+    labels.
 
     Raises:
         DstrainError: a record is none of tokens, and bad ones are not skipped; or there is none.
         OSError: the files can't be written.
     """
-    dtype = tokenizer.dtype.newbyteorder("<")
-    lengths = array("q")
     left_out = _LeftOut()
     ended = True
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(2)]
     progress = Progress(f"reading {corpus.name}", corpus.bytes, "bytes")
-    rest = np.zeros(0, bool)
-    labelled: tuple[bool, str] | None = None
-    with open(folder / TOKENS, "wb") as tokens, open(folder / TRAINED, "wb") as trained:
-        for batch, bytes_read in _batches(corpus, tokenizer.vocab_size, left_out):
+    batches = _batches(corpus, tokenizer.vocab_size, left_out)
+    first = next(batches, None)
+    if first is None:
+        raise left_out.nothing(corpus.place)
+    first_record, first_document = first[0][0]
+    labelled = first_document.trained is not None
+    with TokenOutput(folder, tokenizer.dtype.newbyteorder("<"), bits=labelled) as output:
+        for batch, bytes_read in chain([first], batches):
             for record, document in batch:
-                has = document.trained is not None
-                labelled = labelled or (has, record.where)
-                if has != labelled[0]:
-                    words = ("labels", "none") if has else ("no labels", "some")
+                if (document.trained is not None) != labelled:
+                    words = ("no labels", "some") if labelled else ("labels", "none")
                     raise record.placed(
                         DstrainError(
-                            f"this record has {words[0]}, and the one at {labelled[1]} has {words[1]}",
+                            f"this record has {words[0]}, and the one at {first_record.where} has {words[1]}",
                             hint="write labels into all records, or into none",
                         )
                     )
                 ended = ended and document.ids[-1] == tokenizer.end_of_document
-                lengths.append(document.ids.size)
-            block = np.concatenate([document.ids for _, document in batch]).astype(dtype).tobytes()
-            digests[0].update(block)
-            tokens.write(block)
-            if labelled is not None and labelled[0]:
-                bits = np.concatenate(
-                    [rest, *(document.trained for _, document in batch if document.trained is not None)]
-                )
-                whole = bits.size // 8 * 8
-                packed, rest = np.packbits(bits[:whole], bitorder="little").tobytes(), bits[whole:]
-                digests[1].update(packed)
-                trained.write(packed)
+            documents = [document for _, document in batch]
+            bits = [document.trained for document in documents if document.trained is not None]
+            output.write(
+                np.concatenate([document.ids for document in documents]),
+                np.array([document.ids.size for document in documents]),
+                np.concatenate(bits) if labelled else None,
+            )
             progress.update(bytes_read)
-        last = np.packbits(rest, bitorder="little").tobytes()
-        digests[1].update(last)
-        trained.write(last)
-    if labelled is None:
-        raise left_out.nothing(corpus.place)
-    left_out.write(folder / SKIPPED)
-    counts = np.array(lengths, dtype="<i8")
-    np.save(folder / LENGTHS, counts, allow_pickle=False)
-    if not labelled[0]:  # the content is then that of the same documents from texts
-        (folder / TRAINED).unlink()
-        digests[0].update(counts.tobytes())
-        content = digests[0].hexdigest()
-    else:
-        of_counts = hashlib.blake2b(counts.tobytes(), digest_size=16)
-        together = b"".join(digest.digest() for digest in (*digests, of_counts))
-        content = hashlib.blake2b(together, digest_size=16).hexdigest()
+        hashes = output.finish()
+    list_skipped(folder, left_out.places)
+    # Without labels the content is that of the same documents from texts.
+    together = hashlib.blake2b(b"".join(hashes), digest_size=16).hexdigest()
     return Written(
-        tokens=int(counts.sum()),
-        documents=len(lengths),
+        tokens=output.tokens,
+        documents=output.documents,
         empty_documents=left_out.count,
-        content=content,
+        content=together if labelled else output.hash_together(),
         stop_tokens=(tokenizer.end_of_document,) if ended else (),
     )
 
@@ -101,13 +82,13 @@ class _LeftOut:
     def __init__(self) -> None:
         self.count = 0
         self._reason = ""
-        self._places: list[str] = []
+        self.places: list[str] = []
 
     def add(self, record: JsonRecord, reason: str) -> None:
         self.count += 1
         self._reason = self._reason or reason
-        if len(self._places) < _LISTED:
-            self._places.append(f"{record.where}: {reason}")
+        if len(self.places) < MOST_LISTED:
+            self.places.append(f"{record.where}: {reason}")
 
     def nothing(self, place: str) -> DstrainError:
         reason = (
@@ -116,11 +97,6 @@ class _LeftOut:
             else "it holds no record"
         )
         return DstrainError(f"no tokens in this source: {reason}", hint="name another one", where=place)
-
-    def write(self, path: Path) -> None:
-        if self._places:
-            listed = "\n".join(self._places)
-            path.write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
 
 
 _Batch = Sequence[tuple[JsonRecord, TokenDocument]]
@@ -139,8 +115,7 @@ def _batches(corpus: TokenRecords, vocab_size: int, left_out: _LeftOut) -> Itera
             document = read_tokens(fields, vocab_size)
         except DstrainError as error:
             if corpus.options.on_bad_record == "error":
-                error.hint = f"{error.hint}; on_bad_record: skip leaves such records out"
-                raise record.placed(error) from None
+                raise bad_record(record, error) from None
             left_out.add(record, error.message)
             continue
         if not document.ids.size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,10 @@ from dstrain.data.tokenizing.encoders import (
     batches_of,
     pieces_of,
 )
-from dstrain.data.tokenizing.token_output import LENGTHS, SKIPPED, TOKENS, TRAINED, TokenOutput
+from dstrain.data.tokenizing.token_output import MOST_LISTED, TokenOutput, list_skipped
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.data.tokenizing.worker_pool import WorkerPool
 from dstrain.errors import DstrainError
-
-__all__ = ["LENGTHS", "SKIPPED", "TOKENS", "TRAINED", "Written", "write_tokens"]
-_LISTED = 10_000
-"""Records that were left out whose place is kept."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +109,8 @@ def _write_texts(
             else "no text in this source: it holds no document",
             where=source.place,
         )
-    _list_skipped(folder, documents.places)
+    list_skipped(folder, documents.places)
     return Written(output.tokens, output.documents, documents.empty, output.hash_together())
-
-
-def _list_skipped(folder: Path, places: Sequence[str]) -> None:
-    if places:
-        listed = "\n".join(places)
-        (folder / SKIPPED).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _read(source: TextCorpus, place: ReadPlace) -> Iterator[DocumentPart]:
@@ -178,7 +168,7 @@ class _Documents:
         self.bytes_read = last.bytes_read
         reasons = [piece.left_out for piece in batch if piece.left_out]
         self.left_out += len(reasons)
-        self.places += reasons[: _LISTED - len(self.places)]
+        self.places += reasons[: MOST_LISTED - len(self.places)]
         if all(piece.whole for piece in batch):
             kept = encoded.lengths[encoded.lengths > 0]
             self.empty += len(batch) - kept.size
@@ -213,7 +203,7 @@ def _write_conversations(
     corpus: ConversationSource, tokenizer: Tokenizer, folder: Path, workers: int, output: TokenOutput
 ) -> Written:
     found = _Conversations(corpus, output.state)
-    batches = record_batches(_keeping_errors(corpus, found.place))
+    batches = record_batches(read_records(corpus.source, keep_errors=True, start=found.place))
     progress = Progress(f"tokenizing {corpus.name}", corpus.bytes, "bytes", found.bytes_read)
     with WorkerPool(RecordEncoder(corpus, tokenizer), workers) as pool:
         for batch, encoded in pool.map(batches):
@@ -231,7 +221,7 @@ def _write_conversations(
             else "no records in this source: all its lines are blank",
             where=corpus.place,
         )
-    _list_skipped(folder, found.places)
+    list_skipped(folder, found.places)
     return Written(
         tokens=output.tokens,
         documents=output.documents,
@@ -240,10 +230,6 @@ def _write_conversations(
         stop_tokens=tuple(sorted(found.stops)),
         rendered=found.rendered > 0,
     )
-
-
-def _keeping_errors(corpus: ConversationSource, place: ReadPlace) -> Iterable[JsonRecord]:
-    return read_records(corpus.source, keep_errors=True, start=place)
 
 
 class _Conversations:
@@ -288,7 +274,7 @@ class _Conversations:
             if self._corpus.options.on_bad_record == "error":
                 raise bad_record(batch[number], error)
             self.first_skipped = self.first_skipped or error.message
-            if len(self.places) < _LISTED:
+            if len(self.places) < MOST_LISTED:
                 self.places.append(f"{batch[number].where}: {error.message}")
         last = batch[-1]
         self.place = ReadPlace(last.file, last.number + 1, self.place.read + len(batch))

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,8 @@ from dstrain.strict_json import to_json
 from dstrain.version import __version__
 
 TOKENS, LENGTHS, TRAINED, SKIPPED = "tokens.bin", "lengths.npy", "trained.bin", "skipped.txt"
+MOST_LISTED = 10_000
+"""Records that were left out whose place is kept."""
 _RAW_LENGTHS, _STATE = "lengths.part", "unfinished.json"
 _SAVE_SECONDS = 5.0
 _BLOCK = 2**20
@@ -157,6 +159,13 @@ class TokenOutput:
             self.__exit__()
             self._files = {}
             return None
+
+
+def list_skipped(folder: Path, places: Sequence[str]) -> None:
+    """Write down which records were left out, where there are any."""
+    if places:
+        listed = "\n".join(places)
+        (folder / SKIPPED).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def can_go_on(folder: Path) -> bool:
