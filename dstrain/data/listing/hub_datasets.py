@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import datasets
 from huggingface_hub import HfApi, constants
@@ -41,8 +42,50 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
     Raises:
         DstrainError: no such data set, revision, config or split, no right to it, or no network and not in the cache.
     """
+    return at_newest_commit(
+        name,
+        note,
+        "fetched",
+        read=lambda one: read_listing(one.listing(cache)),
+        make=lambda commit: _load(name, commit),
+        keep=lambda found, one: _keep(found, one, cache),
+    )
+
+
+class AtCommit(Protocol):
+    """What is known of a data set at a commit."""
+
+    @property
+    def commit(self) -> str: ...
+
+
+_Listing = TypeVar("_Listing", bound=AtCommit)
+
+
+def at_newest_commit(
+    name: HubName,
+    note: Callable[[str], object],
+    done: str,
+    *,
+    read: Callable[[HubName], _Listing | None],
+    make: Callable[[str], _Listing],
+    keep: Callable[[_Listing, HubName], None],
+) -> _Listing:
+    """The listing of a data set as it is on the hub now, kept for what was asked for and for the commit.
+
+    Whoever has planned with that commit goes on with it.
+
+    Args:
+        done: what was done to make a listing, in a word.
+        read: a listing that is kept.
+        make: one of a commit.
+        keep: leaves one for others.
+
+    Raises:
+        DstrainError: a part of a split is named; or the hub can't be reached, and no listing is kept.
+    """
     check_split(name)
-    known = read_listing(name.listing(cache))
+    known = read(name)
     if known is not None and name.is_pinned:
         return known
     try:
@@ -50,24 +93,21 @@ def fetch(name: HubName, cache: Path, note: Callable[[str], object]) -> Fetched:
     except UnreachableError as unreachable:
         if known is None:
             raise not_found(name, unreachable) from unreachable
-        note(f"{name}: what was fetched before serves, since {unreachable}")
+        note(f"{name}: what was {done} before serves, since {unreachable}")
         found = known
     else:
-        pinned = read_listing(replace(name, revision=commit).listing(cache))
-        found = next((one for one in (known, pinned) if one and one.commit == commit), None) or _load(
-            name, commit
-        )
-    _keep(found, name, cache)
+        pinned = read(replace(name, revision=commit))
+        found = next((one for one in (known, pinned) if one and one.commit == commit), None) or make(commit)
+    for one in {name, replace(name, revision=found.commit)}:
+        if read(one) != found:
+            keep(found, one)
     return found
 
 
 def _keep(found: Fetched, name: HubName, cache: Path) -> None:
-    """Leave the listing, of what was asked for and of the commit: whoever has planned with that goes on with it."""
     make_folder(cache)
     content = {"name": str(name), "commit": found.commit, "files": list(found.files)}
-    for one in {name, replace(name, revision=found.commit)}:
-        if read_listing(one.listing(cache)) != found:
-            write_own(one.listing(cache), to_json(content, indent=1) + "\n")
+    write_own(name.listing(cache), to_json(content, indent=1) + "\n")
 
 
 def check_split(name: HubName) -> None:

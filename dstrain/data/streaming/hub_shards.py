@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from dstrain.child_process import child_main
 from dstrain.data.listing.file_kinds import DELIMITED_SUFFIXES, Kind, kind_of_name
-from dstrain.data.listing.hub_datasets import (
-    UnreachableError,
-    check_split,
-    explained,
-    find_commit,
-    not_found,
-)
+from dstrain.data.listing.hub_datasets import at_newest_commit, explained
 from dstrain.data.listing.hub_names import HubName
 from dstrain.data.streaming.hub_listing import HubFile, HubListing, read_files, write_files
 from dstrain.errors import DstrainError
@@ -50,23 +44,14 @@ def list_files(name: HubName, cache: Path, note: Callable[[str], object]) -> Hub
         DstrainError: no such data set, revision, config or split, no right to it, or no network and not listed before;
             or its files are read in a way in which they can't be streamed.
     """
-    check_split(name)
-    found = read_files(name, cache)
-    if found is not None and name.is_pinned:
-        return found
-    try:
-        commit = find_commit(name)
-    except UnreachableError as unreachable:
-        if found is None:
-            raise not_found(name, unreachable) from unreachable
-        note(f"{name}: what was listed before serves, since {unreachable}")
-    else:
-        if found is None or found.commit != commit:
-            found = read_files(replace(name, revision=commit), cache) or _listed(name, commit)
-    for one in {name, replace(name, revision=found.commit)}:
-        if read_files(one, cache) != found:
-            write_files(found, one, cache)
-    return found
+    return at_newest_commit(
+        name,
+        note,
+        "listed",
+        read=lambda one: read_files(one, cache),
+        make=lambda commit: _listed(name, commit),
+        keep=lambda found, one: write_files(found, one, cache),
+    )
 
 
 # Before version 4 the library could run a data set's own code, and asks on the terminal where it is not told.
