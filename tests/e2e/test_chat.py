@@ -26,16 +26,15 @@ from dstrain.data.prepare import prepare
 from dstrain.data.rows.order import SampleOrder
 from dstrain.model.architecture import load_config
 from dstrain.runs.run_folder import RunFolder, read_metrics
-from tests.e2e.test_families import EPS, LR, SEED, initial_model
+from tests.e2e.test_families import EPS, LR, SEED, adamw, initial_model
 from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(400)
 
 STEPS, SEQ_LEN, GLOBAL_BATCH = 4, 128, 8
-CHAT = f"""\
+TRAINING = f"""\
 model: model
 tokenizer: bytes
-data: chat.jsonl
 too_long: drop
 validation: 0
 seq_len: {SEQ_LEN}
@@ -48,6 +47,9 @@ warmup_steps: 0
 eps: {EPS}
 sample_tokens: 0
 """
+CHAT = f"""\
+data: chat.jsonl
+{TRAINING}"""
 LAYOUTS = [
     ("--zero", "1", "--pipeline", "2", "--micro-batch", "2"),
     ("--zero", "2", "--data-parallel", "2", "--micro-batch", "1"),
@@ -160,11 +162,7 @@ def plain_loop(
     ).train
     hf = initial_model(load_config(place / "model"))
     choices = RunConfig()
-    groups = [
-        {"params": [p for p in hf.parameters() if p.ndim >= 2], "weight_decay": choices.weight_decay},
-        {"params": [p for p in hf.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=tuple(choices.betas), eps=EPS)
+    optimizer = adamw(hf, choices)
     order = SampleOrder(len(rows), GLOBAL_BATCH, SEED)
     losses, norms = [], []
     for step in range(1, STEPS + 1):

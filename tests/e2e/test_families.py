@@ -163,6 +163,15 @@ def keys_on_disk(folder: Path) -> tuple[set[str], list[Path]]:
     return names, files
 
 
+def adamw(hf: PreTrainedModel, choices: RunConfig) -> torch.optim.AdamW:
+    """The optimizer of a plain loop: no weight decay on norms and biases."""
+    groups = [
+        {"params": [p for p in hf.parameters() if p.ndim >= 2], "weight_decay": choices.weight_decay},
+        {"params": [p for p in hf.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=tuple(choices.betas), eps=EPS)
+
+
 def initial_model(config: PretrainedConfig) -> PreTrainedModel:
     """Hugging Face's own model with dstrain's initial weights."""
     hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
@@ -191,11 +200,7 @@ def plain_loop(hf: PreTrainedModel, text: Path, cache: Path) -> tuple[list[float
     )
     batches = TrainBatches(rows, batch, order=SampleOrder(len(rows), GLOBAL_BATCH, SEED), replica=0)
     choices = RunConfig()
-    groups = [
-        {"params": [p for p in hf.parameters() if p.ndim >= 2], "weight_decay": choices.weight_decay},
-        {"params": [p for p in hf.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=tuple(choices.betas), eps=EPS)
+    optimizer = adamw(hf, choices)
     takes_positions = hf.config.model_type != "bloom"
     routed = getattr(hf.config, "output_router_logits", False)
     losses, norms = [], []

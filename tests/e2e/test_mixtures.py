@@ -24,16 +24,13 @@ from dstrain.model.architecture import load_config
 from dstrain.planning.plan import Plan
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.run_data import prepare_run_data
-from tests.e2e.test_chat import write_conversations
-from tests.e2e.test_families import EPS, LR, SEED, initial_model
+from tests.e2e.test_chat import GLOBAL_BATCH, SEQ_LEN, STEPS, TRAINING, write_conversations
+from tests.e2e.test_families import SEED, adamw, initial_model
 from tests.support.e2e import Said
 
 pytestmark = pytest.mark.timeout(400)
 
-STEPS, SEQ_LEN, GLOBAL_BATCH = 4, 128, 8
 MIXTURE = f"""\
-model: model
-tokenizer: bytes
 data:
   - text.jsonl
   - {{path: numbers.txt, limit: 1, validation: 0.25}}
@@ -41,20 +38,9 @@ data:
 data_phases:
   - {{until: 0.5, weights: {{text: 2, numbers: 1, chat: 1}}}}
   - {{weights: {{chat: 3, text: 1}}}}
-too_long: drop
-validation: 0
 eval_every: 2
 eval_samples: 6
-seq_len: {SEQ_LEN}
-steps: {STEPS}
-global_batch: {GLOBAL_BATCH}
-seed: {SEED}
-lr: {LR}
-lr_schedule: constant
-warmup_steps: 0
-eps: {EPS}
-sample_tokens: 0
-"""
+{TRAINING}"""
 LAYOUTS = [
     ("--zero", "0", "--micro-batch", "8"),
     ("--zero", "1", "--pipeline", "2", "--data-parallel", "2", "--micro-batch", "1"),
@@ -120,11 +106,7 @@ def plain_loop(place: Path, data: TrainingData) -> tuple[list[float], dict[int, 
     """The loss of each step, and the validation losses before the first, in the middle and in the end."""
     hf = initial_model(load_config(place / "model"))
     choices = RunConfig()
-    groups = [
-        {"params": [p for p in hf.parameters() if p.ndim >= 2], "weight_decay": choices.weight_decay},
-        {"params": [p for p in hf.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=tuple(choices.betas), eps=EPS)
+    optimizer = adamw(hf, choices)
     order = data.order(GLOBAL_BATCH, SEED)
     losses, validation = [], {0: validation_losses(hf, data)}
     for step in range(1, STEPS + 1):
