@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dstrain.data.rows.mixture import Order
+from dstrain.data.rows.order import dealt
 from dstrain.data.rows.packing import Rows
 from dstrain.engine.interface import MicroBatch
 from dstrain.planning.batch import Batch
@@ -24,10 +25,11 @@ class TrainBatches:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of ``step`` (from 1)."""
-        label_tokens = int(self.rows.label_tokens(self.order.sample_ids(step)).sum())
+        samples = self.order.sample_ids(step)
+        label_tokens = int(self.rows.label_tokens(samples).sum())
         weight = self.batch.accumulation * self.batch.data_parallel / max(1, label_tokens)
-        parts = self.order.micro_batches(
-            step,
+        parts = dealt(
+            samples,
             replica=self.replica,
             replicas=self.batch.data_parallel,
             micro_batch=self.batch.micro_batch,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.rows.order import SampleOrder, hash_words, permute, splitmix64
+from dstrain.data.rows.order import SampleOrder, dealt, hash_words, permute, splitmix64
 
 
 def test_splitmix64_is_the_published_one():
@@ -54,12 +54,12 @@ def test_a_step_is_found_without_the_steps_before(rows, step, seed):
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
 def test_replicas_share_a_step_without_overlap_in_any_layout(replicas, micro_batch, accumulation, step):
     order = SampleOrder(97, replicas * micro_batch * accumulation, seed=3)
-    dealt = [
-        order.micro_batches(step, replica=replica, replicas=replicas, micro_batch=micro_batch)
+    shares = [
+        dealt(order.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
         for replica in range(replicas)
     ]
-    assert all(len(batches) == accumulation for batches in dealt)
-    together = np.concatenate([dealt[r][m] for m in range(accumulation) for r in range(replicas)])
+    assert all(len(batches) == accumulation for batches in shares)
+    together = np.concatenate([shares[r][m] for m in range(accumulation) for r in range(replicas)])
     assert np.array_equal(together, order.sample_ids(step))
 
 
@@ -107,6 +107,6 @@ def test_senseless_requests():
     with pytest.raises(ValueError, match="counted from 1"):
         order.sample_ids(0)
     with pytest.raises(ValueError, match="can't be dealt"):
-        order.micro_batches(1, replica=0, replicas=3, micro_batch=1)
+        dealt(order.sample_ids(1), replica=0, replicas=3, micro_batch=1)
     with pytest.raises(ValueError, match=r"not in 0\.\.1"):
-        order.micro_batches(1, replica=2, replicas=2, micro_batch=1)
+        dealt(order.sample_ids(1), replica=2, replicas=2, micro_batch=1)

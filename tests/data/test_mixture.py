@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.data.rows.mixture import MixedRows, MixtureOrder
+from dstrain.data.rows.order import dealt
 from dstrain.data.rows.packing import PackedRows, TokenStream
 from dstrain.mixture_shares import MixturePhase, parts_of, row_shares, rows_before, rows_of_sources
 
@@ -99,7 +100,7 @@ def test_micro_batches_are_the_same_whatever_the_replicas() -> None:
     order = MixtureOrder({"a": 9, "b": 30}, [MixturePhase(9, parts_of([1, 2]))], 24, seed=2)
     for replicas, micro_batch in ((1, 24), (2, 3), (4, 2), (3, 8)):
         parts = [
-            order.micro_batches(4, replica=r, replicas=replicas, micro_batch=micro_batch)
+            dealt(order.sample_ids(4), replica=r, replicas=replicas, micro_batch=micro_batch)
             for r in range(replicas)
         ]
         together = [parts[r][m] for m in range(len(parts[0])) for r in range(replicas)]

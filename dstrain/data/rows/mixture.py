@@ -8,12 +8,12 @@ shuffle each epoch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from dstrain.data.rows.order import dealt, hash_words, permute, shuffled_rows
+from dstrain.data.rows.order import hash_words, permute, shuffled_rows
 from dstrain.data.rows.packing import Batch, Rows
 from dstrain.mixture_shares import MixturePhase, rows_before, rows_of_sources
 
@@ -25,9 +25,6 @@ class Order(Protocol):
 
     def sample_ids(self, step: int) -> np.ndarray:
         """The rows of the step's global batch: int64 [global_batch], steps counted from 1."""
-
-    def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """What one replica gets of the step: one int64 [micro_batch] for each of its accumulation steps."""
 
     def given_before(self, step: int) -> list[int]:
         """How many rows each source has given before the step, epoch after epoch."""
@@ -44,10 +41,6 @@ class RowsInOrder:
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         return np.arange((step - 1) * self.global_batch, step * self.global_batch, dtype=np.int64)
-
-    def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """See `dstrain.data.rows.order.SampleOrder.micro_batches`."""
-        return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
     def given_before(self, step: int) -> list[int]:
         """How many rows were given before the step."""
@@ -98,10 +91,6 @@ class MixtureOrder:
         key = hash_words(self.seed, step, _STEP_SALT)
         shuffled: np.ndarray = ids[permute(of_step, self.global_batch, key)]
         return shuffled
-
-    def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """See `dstrain.data.rows.order.SampleOrder.micro_batches`."""
-        return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
 
     def given_before(self, step: int) -> list[int]:
         """How many rows each source has given before the step, epoch after epoch."""
@@ -154,17 +143,11 @@ class MixedRows:
 
     def label_tokens(self, ids: np.ndarray) -> np.ndarray:
         """How many labels of each of these rows count in the loss: int [n] -> int64 [n]."""
-        counts = np.empty(len(ids), np.int64)
-        for part, here, inner in self._of_each(ids):
-            counts[here] = part.label_tokens(inner)
-        return counts
+        return self._counts(ids, lambda part, inner: part.label_tokens(inner))
 
     def filled(self, ids: np.ndarray) -> np.ndarray:
         """How many tokens of each of these rows are not padding: int [n] -> int64 [n]."""
-        counts = np.empty(len(ids), np.int64)
-        for part, here, inner in self._of_each(ids):
-            counts[here] = part.filled(inner)
-        return counts
+        return self._counts(ids, lambda part, inner: part.filled(inner))
 
     @property
     def padding(self) -> float:
@@ -175,6 +158,12 @@ class MixedRows:
     def source_of(self, row: int) -> int:
         """The number of the source that has this row."""
         return int(np.searchsorted(self._first_ids, row, side="right")) - 1
+
+    def _counts(self, ids: np.ndarray, of: Callable[[Rows, np.ndarray], np.ndarray]) -> np.ndarray:
+        counts = np.empty(len(ids), np.int64)
+        for part, here, inner in self._of_each(ids):
+            counts[here] = of(part, inner)
+        return counts
 
     def _of_each(self, ids: np.ndarray) -> list[tuple[Rows, np.ndarray, np.ndarray]]:
         """Each source that has some of these rows, where in ``ids`` they stand, and their numbers in it."""

@@ -41,14 +41,6 @@ class SampleOrder:
         places = np.arange(first, first + self.global_batch, dtype=np.int64)
         return shuffled_rows(places, self.rows, self.seed)
 
-    def micro_batches(self, step: int, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-        """What one replica gets of the step: one int64 [micro_batch] for each of its accumulation steps.
-
-        Micro-batch m of replica r is the block ``m * replicas + r`` of the global batch, so that what has
-        been read after m micro-batches does not depend on how many replicas read it.
-        """
-        return dealt(self.sample_ids(step), replica=replica, replicas=replicas, micro_batch=micro_batch)
-
     def given_before(self, step: int) -> list[int]:
         """How many rows were given before the step, epoch after epoch."""
         return [(step - 1) * self.global_batch]
@@ -71,7 +63,11 @@ def shuffled_rows(places: np.ndarray, rows: int, seed: int, *key: int) -> np.nda
 
 
 def dealt(ids: np.ndarray, *, replica: int, replicas: int, micro_batch: int) -> list[np.ndarray]:
-    """One replica's part of a global batch: see `SampleOrder.micro_batches`."""
+    """What one replica gets of a global batch: one int64 [micro_batch] for each of its accumulation steps.
+
+    Micro-batch m of replica r is the block ``m * replicas + r`` of the global batch, so that what has been read after m
+    micro-batches does not depend on how many replicas read it.
+    """
     accumulation, rest = divmod(ids.size, replicas * micro_batch)
     if rest:
         raise ValueError(

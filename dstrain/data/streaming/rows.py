@@ -7,7 +7,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,12 +129,9 @@ class StreamRows:
 
         Raises: as `rows`.
         """
-        ids = np.asarray(ids, dtype=np.int64)
-        counts = np.empty(ids.size, np.int64)
-        for segment, which in self._found(ids):
-            counts[which] = segment.label_tokens[ids[which] - segment.first]
-        if ids.size:
-            self._give_up(int(ids.min()))
+        counts = self._counts(ids, lambda segment: segment.label_tokens)
+        if counts.size:
+            self._give_up(int(np.min(ids)))
         return counts
 
     def filled(self, ids: np.ndarray) -> np.ndarray:
@@ -142,11 +139,7 @@ class StreamRows:
 
         Raises: as `rows`.
         """
-        ids = np.asarray(ids, dtype=np.int64)
-        counts = np.empty(ids.size, np.int64)
-        for segment, which in self._found(ids):
-            counts[which] = segment.filled[ids[which] - segment.first]
-        return counts
+        return self._counts(ids, lambda segment: segment.filled)
 
     @property
     def padding(self) -> float:
@@ -209,6 +202,14 @@ class StreamRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _counts(self, ids: np.ndarray, of: Callable[[Segment], np.ndarray]) -> np.ndarray:
+        """What a segment says of each of its rows, for these rows: int [n] -> int64 [n]."""
+        ids = np.asarray(ids, dtype=np.int64)
+        counts = np.empty(ids.size, np.int64)
+        for segment, which in self._found(ids):
+            counts[which] = of(segment)[ids[which] - segment.first]
+        return counts
 
     def _found(self, ids: np.ndarray) -> list[tuple[Segment, np.ndarray]]:
         """The segments in which these rows lie, with a mask of ``ids`` for each."""
