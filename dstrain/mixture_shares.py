@@ -5,7 +5,7 @@ Plans are made of this, and `dstrain.data.rows.mixture` finds the rows of a step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ class MixturePhase:
 
     last_step: int
     parts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> MixturePhase:
+        """From JSON."""
+        return cls(record["last_step"], tuple((number, share) for number, share in record["parts"]))
 
 
 def row_shares(weights: Sequence[float | None], sizes: Sequence[float], rows: Sequence[int]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dstrain.api.events import Events, Step
 from dstrain.runs.checkpoint.manifest import complete_checkpoints
-from dstrain.runs.run_folder import NOTE, RunFolder, metrics_record
+from dstrain.runs.run_folder import NOTE, RunFolder, losses_by_set, metrics_record
 
 
 class RunFollower:
@@ -38,12 +38,7 @@ class RunFollower:
                     )
                 )
             if "validation_loss" in record:
-                sets = {
-                    key.partition("/")[2]: value
-                    for key, value in record.items()
-                    if key.startswith("validation_loss/")
-                }
-                self._events.validated(record["step"], record["validation_loss"], sets)
+                self._events.validated(record["step"], record["validation_loss"], losses_by_set(record))
         for path in self._checkpoints.new():
             self._events.saved(int(path.name.removeprefix("step-")), path)
 

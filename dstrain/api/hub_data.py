@@ -7,12 +7,12 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from dstrain.api.events import Events, progress_to
 from dstrain.child_process import run_module
-from dstrain.data.listing.hub_names import hub_name, read_listing
+from dstrain.data.listing.hub_names import read_listing
 from dstrain.data.streaming.hub_listing import read_files
 from dstrain.errors import DstrainError
 from dstrain.planning.data_parts import DataPart, data_parts
@@ -28,15 +28,14 @@ def planned_commits(folder: RunFolder) -> Commits:
     """Those of a run's data sets, so that it goes on with what it has begun with; none where it has no plan."""
     with suppress(DstrainError):
         plan = Plan.read(folder.plan)
-        planned = [source.data for source in plan.data.sources] or [plan.data]
-        parts = data_parts(plan.run_config)
-        return {_key(part): data.commit for part, data in zip(parts, planned, strict=False) if data.commit}
+        parts = zip(data_parts(plan.run_config), plan.data.parts, strict=False)
+        return {_key(part): data.commit for part, data in parts if data.commit}
     return {}
 
 
 def at_commits(parts: Sequence[DataPart], commits: Commits) -> list[DataPart]:
     """The same sources, at the commits of those that have one."""
-    return [replace(part, revision=commits.get(_key(part), part.revision)) for part in parts]
+    return [part.at(commits.get(_key(part), "")) for part in parts]
 
 
 def _key(part: DataPart) -> tuple[str | None, ...]:
@@ -54,7 +53,7 @@ def fetch_data(part: DataPart, cache: Path, events: Events, *, where: str) -> No
     Raises:
         DstrainError: it can't be fetched, or listed.
     """
-    name = hub_name(part.path, config=part.config, split=part.split, revision=part.revision)
+    name = part.hub_name
     read = read_files(name, cache) if part.streamed and name else name and read_listing(name.listing(cache))
     if name is None or (name.is_pinned and read is not None):
         return

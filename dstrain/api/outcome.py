@@ -10,7 +10,13 @@ from dstrain.errors import RESUMABLE, DstrainError
 from dstrain.files import read_json
 from dstrain.renamed_keys import METRICS, with_new_names
 from dstrain.runs.checkpoint.manifest import newest_complete
-from dstrain.runs.run_folder import RunFolder, is_validation_loss, last_step, last_validation_losses
+from dstrain.runs.run_folder import (
+    RunFolder,
+    is_validation_loss,
+    last_step,
+    last_validation_losses,
+    losses_by_set,
+)
 from dstrain.supervise.failure_cause import Cause, Outcome
 
 FAILED = 1
@@ -107,7 +113,7 @@ def result_of(outcome: Outcome, folder: RunFolder, *, saves: bool) -> RunResult:
         validation_loss=losses["validation_loss"],
         prompt=result["prompt"] if result["continuation"] else None,
         continuation=result["continuation"] or None,
-        validation_losses={key.partition("/")[2]: loss for key, loss in losses.items() if "/" in key},
+        validation_losses=losses_by_set(losses),
     )
 
 

@@ -20,7 +20,6 @@ from dstrain.data.dataset_summary_cache import (
     tokenizer_state,
     tokens_of_summary,
 )
-from dstrain.data.listing.hub_names import hub_name
 from dstrain.data.listing.sources import Choices, Source, find_files
 from dstrain.data.reading.own_documents import OwnSource, read_answer
 from dstrain.data.streaming.hub_listing import read_files
@@ -54,8 +53,9 @@ def prepare_data(
     Raises:
         DstrainError: the data can't be used.
     """
-    found = _prepare_parts(resolved, tokenizer, events, commits=commits)
-    return combine(resolved.config, [part for part, _, _ in found], [each.data for _, _, each in found])
+    sources = _sources(resolved, events, commits)
+    data = [_prepared(part, source, resolved, tokenizer, events) for part, source in sources]
+    return combine(resolved.config, [part for part, _ in sources], data)
 
 
 @dataclass(frozen=True)
@@ -88,43 +88,36 @@ def prepare_sources(
     Raises:
         DstrainError: the data can't be used.
     """
-    return [each for _, _, each in _prepare_parts(resolved, tokenizer, events, workers=workers)]
-
-
-def _prepare_parts(
-    resolved: ResolvedConfig,
-    tokenizer: str,
-    events: Events,
-    *,
-    workers: int | None = None,
-    commits: Commits | None = None,
-) -> list[tuple[DataPart, Source | OwnSource, PreparedSource]]:
-    cache = cache_folder() / "data"
-    clear_leftovers(cache_folder())
-    if note := cache_note():
-        events.note(note)
-    sources: list[tuple[DataPart, Source | OwnSource]] = []
-    for part in at_commits(data_parts(resolved.config), commits or {}):
-        with _named(part, resolved):
-            sources.append(
-                (part, _own_source(part, resolved, events) or _files(part, cache, resolved, events))
-            )
-    _refuse_overlap(sources, resolved)
-    found = []
-    for part, source in sources:
+    found, cache = [], cache_folder() / "data"
+    for part, source in _sources(resolved, events):
         before = _entries(cache)
         start = time.monotonic()
-        with _named(part, resolved):
-            data = _prepared(part, source, resolved, tokenizer, events, workers=workers)
+        data = _prepared(part, source, resolved, tokenizer, events, workers=workers)
         seconds = time.monotonic() - start
         if data.streamed:
-            found.append((part, source, PreparedSource(part.name, data, "", seconds, was_there=False)))
+            found.append(PreparedSource(part.name, data, "", seconds, was_there=False))
             continue
         folder, there = cache, True  # in a cache that can't be written no summary names its folder
         with suppress(OSError):
             folder = tokens_of_summary(_summary_file(part, source, resolved, tokenizer))
             there = before.get(folder.name) == folder.stat().st_ino
-        found.append((part, source, PreparedSource(part.name, data, str(folder), seconds, there)))
+        found.append(PreparedSource(part.name, data, str(folder), seconds, there))
+    return found
+
+
+def _sources(
+    resolved: ResolvedConfig, events: Events, commits: Commits | None = None
+) -> list[tuple[DataPart, Source | OwnSource]]:
+    """All that is read, with its files or its code; nothing of it is tokenized yet."""
+    cache = cache_folder() / "data"
+    clear_leftovers(cache_folder())
+    if note := cache_note():
+        events.note(note)
+    found: list[tuple[DataPart, Source | OwnSource]] = []
+    for part in at_commits(data_parts(resolved.config), commits or {}):
+        with _named(part, resolved):
+            found.append((part, _own_source(part, resolved, events) or _files(part, cache, resolved, events)))
+    _refuse_overlap(found, resolved)
     return found
 
 
@@ -173,8 +166,7 @@ def _refuse_overlap(found: Sequence[tuple[DataPart, Source | OwnSource]], resolv
 def _places(part: DataPart, source: Source | OwnSource) -> Iterator[str]:
     """What tells its files, the split that they are of, or its code with its options, from others."""
     if isinstance(source, Source) and source.commit:
-        name = hub_name(part.path, config=part.config, split=part.split)
-        yield str(name and replace(name, revision=source.commit))
+        yield str(part.at(source.commit).hub_name)
     if isinstance(source, OwnSource):
         yield f"{part.path} {to_json(part.options)}"
     for file in source.files:
@@ -190,37 +182,52 @@ def _prepared(
     *,
     workers: int | None = None,
 ) -> PlannedData:
-    cache = cache_folder() / "data"
-    own = source if isinstance(source, OwnSource) else None
-    if part.streamed and isinstance(source, Source):
-        asked = {
-            "stream": replace(part, revision=source.commit or part.revision).stream_request(
-                resolved.config, tokenizer=tokenizer, cache_dir=cache
-            ),
-            "validation": part.validation,
-            "samples": resolved.config.eval_samples,
-            "limit": part.limit,
-        }
-        found = PlannedData.from_record(
-            _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
-        )
-        return replace(found, kinds=source.kinds, left_out=source.left_out, commit=source.commit)
+    """What a source holds, with its tokens in the cache."""
+    with _named(part, resolved):
+        if isinstance(source, OwnSource):
+            return _tokenized(part, source, resolved, tokenizer, events, workers)
+        if part.streamed:
+            asked = {
+                "stream": part.at(source.commit).stream_request(
+                    resolved.config, tokenizer=tokenizer, cache_dir=cache_folder() / "data"
+                ),
+                "validation": part.validation,
+                "samples": resolved.config.eval_samples,
+                "limit": part.limit,
+            }
+            known = _asked("dstrain.data.streaming.prepare", asked, part, resolved, events)
+            data = PlannedData.from_record(known)
+        else:
+            data = _tokenized(part, source, resolved, tokenizer, events, workers)
+    return replace(data, kinds=source.kinds, left_out=source.left_out, commit=source.commit)
+
+
+def _tokenized(
+    part: DataPart,
+    source: Source | OwnSource,
+    resolved: ResolvedConfig,
+    tokenizer: str,
+    events: Events,
+    workers: int | None,
+) -> PlannedData:
     known = read_summary(_summary_file(part, source, resolved, tokenizer))
     if known is None:
-        request = part.request(resolved.config, tokenizer=tokenizer, cache_dir=cache, own=own)
+        cache = cache_folder() / "data"
+        request = part.request(resolved.config, tokenizer=tokenizer, cache_dir=cache, own=_code(source))
         request |= {} if workers is None else {"workers": workers}
         known = _asked("dstrain.data.prepare", request, part, resolved, events)
-    data = PlannedData.from_record(known)
-    if isinstance(source, OwnSource):
-        return data
-    return replace(data, kinds=source.kinds, left_out=source.left_out, commit=source.commit)
+    return PlannedData.from_record(known)
+
+
+def _code(source: Source | OwnSource) -> OwnSource | None:
+    return source if isinstance(source, OwnSource) else None
 
 
 def _files(part: DataPart, cache: Path, resolved: ResolvedConfig, events: Events) -> Source:
     """The files of a source, fetched from the hub where they lie there."""
     where = str(resolved.origin("data" if part.trained else "validation"))
     fetch_data(part, cache, events, where=where)
-    name = hub_name(part.path, config=part.config, split=part.split, revision=part.revision)
+    name = part.hub_name
     if part.streamed and name is not None and (listing := read_files(name, cache)) is not None:
         return listing.source(part.path, Choices(**part.selection))
     return replace(find_files(part.path, cache=cache, **part.selection), limit=part.limit)
@@ -241,25 +248,29 @@ def look_at_data(
             where=str(resolved.origin("data_stream")),
             hint="--set data_stream=false reads all of the data; dstrain data show shows the first samples of a stream",
         )
-    found = _prepare_parts(resolved, tokenizer, events)
-    parts = [part for part, _, _ in found]
-    own = [source if isinstance(source, OwnSource) else None for _, source, _ in found]
-    planned = combine(config, parts, [each.data for _, _, each in found])
+    sources = _sources(resolved, events)
+    parts = [part for part, _ in sources]
+    data = [_prepared(part, source, resolved, tokenizer, events) for part, source in sources]
+    planned = combine(config, parts, data)
     request = {
         "parts": [
             {
                 "name": part.name,
                 "trained": part.trained,
                 **(
-                    _stream(part, each.data, resolved, tokenizer)
-                    if each.data.streamed
-                    else {"request": part.request(config, tokenizer=tokenizer, cache_dir=cache, own=code)}
+                    _stream(part, held, resolved, tokenizer)
+                    if held.streamed
+                    else {
+                        "request": part.request(
+                            config, tokenizer=tokenizer, cache_dir=cache, own=_code(source)
+                        )
+                    }
                 ),
             }
-            for part, code, (_, _, each) in zip(parts, own, found, strict=True)
+            for (part, source), held in zip(sources, data, strict=True)
         ],
         "folder": str(cache_folder() / "streams"),
-        "phases": [[phase.last_step, phase.parts] for phase in planned.phases],
+        "phases": [asdict(phase) for phase in planned.phases],
         "samples": list(samples),
         "each_token": each_token,
         "global_batch": config.global_batch,
@@ -273,7 +284,7 @@ def look_at_data(
 
 def _stream(part: DataPart, data: PlannedData, resolved: ResolvedConfig, tokenizer: str) -> dict[str, Any]:
     """A stream, for `dstrain.data.show`."""
-    asked = replace(part, revision=data.commit or part.revision).stream_request(
+    asked = part.at(data.commit).stream_request(
         resolved.config,
         tokenizer=tokenizer,
         cache_dir=cache_folder() / "data",

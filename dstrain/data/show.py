@@ -179,9 +179,7 @@ def main(argv: Sequence[str]) -> int:
     for part in request["parts"]:
         found = TrainingSource(part["name"], _prepared(part))
         (trained if part["trained"] else validation).append(found)
-    phases = [
-        MixturePhase(last, tuple((n, share) for n, share in parts)) for last, parts in request["phases"]
-    ]
+    phases = [MixturePhase.from_record(phase) for phase in request["phases"]]
     data = training_data(trained, validation, phases)
     rows = rows_of_samples(data, request["samples"], request["global_batch"], request["seed"])
     each = bool(request.get("each_token"))

@@ -11,7 +11,7 @@ from typing import Any
 from dstrain.config.data_sources import ValidationSource, steps_of_phases, weights_by_phase
 from dstrain.config.schema import RunConfig
 from dstrain.data.chat.options import RecordOptions
-from dstrain.data.listing.hub_names import hub_name
+from dstrain.data.listing.hub_names import HubName, hub_name
 from dstrain.data.reading.own_documents import OwnSource
 from dstrain.mixture_shares import MixturePhase, parts_of, row_shares, rows_before
 from dstrain.planning.plan import PlannedData, PlannedSource
@@ -55,6 +55,15 @@ class DataPart:
             "data_fields": self.records.data_fields,
             **self._part_of_set,
         }
+
+    @property
+    def hub_name(self) -> HubName | None:
+        """What it asks of the hub; None for what is here."""
+        return hub_name(self.path, **self._part_of_set)
+
+    def at(self, commit: str) -> DataPart:
+        """The same at a commit of the hub; as it is where there is none."""
+        return replace(self, revision=commit) if commit else self
 
     @property
     def _part_of_set(self) -> dict[str, Any]:

@@ -177,10 +177,7 @@ class PlannedData:
             PlannedSource(**{**source, "data": cls.from_record(source["data"])})
             for source in known.get("sources", ())
         ]
-        phases = [
-            MixturePhase(phase["last_step"], tuple((part[0], part[1]) for part in phase["parts"]))
-            for phase in known.get("phases", ())
-        ]
+        phases = [MixturePhase.from_record(phase) for phase in known.get("phases", ())]
         held, limit = known.get("held_until"), known.get("limit_until")
         made = {
             "stop_tokens": tuple(known.get("stop_tokens", ())),
@@ -190,6 +187,11 @@ class PlannedData:
             "limit_until": (limit[0], limit[1]) if limit else None,
         }
         return cls(**{**known, **made})
+
+    @property
+    def parts(self) -> tuple[PlannedData, ...]:
+        """What each source holds: of several, in their order; else of the only one."""
+        return tuple(source.data for source in self.sources) or (self,)
 
     @property
     def training_sources(self) -> tuple[PlannedSource, ...]:

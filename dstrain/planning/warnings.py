@@ -70,8 +70,7 @@ def warnings_about(
                 " anything"
             )
         )
-    read = [source.data for source in data.sources] or [data]
-    texts = all(each.trained_tokens is None for each in read)
+    texts = all(each.trained_tokens is None for each in data.parts)
     changed = _changed(config, _OF_CONVERSATIONS) if texts else []
     if changed:
         found.append(

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +313,11 @@ def _metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
 def is_validation_loss(key: str) -> bool:
     """Whether a key of a metrics.jsonl is a validation loss: that of all sets, or of one."""
     return key.partition("/")[0] == "validation_loss"
+
+
+def losses_by_set(record: Mapping[str, Any]) -> dict[str, float]:
+    """The validation losses of a metrics.jsonl's line, by the names of several sets; empty for a single one."""
+    return {key.partition("/")[2]: record[key] for key in record if is_validation_loss(key) and "/" in key}
 
 
 def last_validation_losses(metrics: Path) -> dict[str, float]:

@@ -9,7 +9,6 @@ import hashlib
 import socket
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,9 @@ def prepare_run_data(plan: Plan) -> TrainingData:
     Raises:
         DstrainError: they can't be read here, or are not those of the plan.
     """
-    config = plan.run_config
-    parts = data_parts(config)
-    planned = [source.data for source in plan.data.sources] or [plan.data]
     trained: list[TrainingSource] = []
     validation: list[TrainingSource] = []
-    for part, known in zip(parts, planned, strict=True):
+    for part, known in zip(data_parts(plan.run_config), plan.data.parts, strict=True):
         found = TrainingSource(part.name, _prepare_part(plan, part, known))
         (trained if part.trained else validation).append(found)
     return training_data(trained, validation, plan.data.phases)
@@ -49,8 +45,7 @@ def prepare_run_data(plan: Plan) -> TrainingData:
 
 def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData | StreamedData:
     """One source, which must hold what the plan knows of it."""
-    if known.commit:
-        part = replace(part, revision=known.commit)
+    part = part.at(known.commit)
     try:
         if part.streamed:
             return _prepare_stream(plan, part, known)
@@ -66,11 +61,10 @@ def _prepare_part(plan: Plan, part: DataPart, known: PlannedData) -> PackedData 
             where=error.where,
             hint=f"every host needs {' and '.join(needed)}: copy what is missing, or name a folder that all share",
         ) from error
-    found = data.summary()["fingerprint"]
-    if found != known.fingerprint:
+    if data.fingerprint != known.fingerprint:
         raise DstrainError(
             "the data is not what the plan was made for"
-            f" ({found} on {socket.gethostname()}, {known.fingerprint} in the plan)",
+            f" ({data.fingerprint} on {socket.gethostname()}, {known.fingerprint} in the plan)",
             where=part.path,
             hint="start a new run for changed data" + _or_copy(plan),
         )
