@@ -125,7 +125,7 @@ def launch_spec(planned: Planned, folder: RunFolder) -> LaunchSpec:
             len(hosts) == 1 if by_hand else runs_here(hosts),
             hosts=() if by_hand else [host.name for host in hosts],
             deterministic=config.deterministic,
-            carried=variables_of(config),
+            carried=(*variables_of(config), *config.pass_env),
         ),
         launcher=planned.placement.launcher,
         device_ids=planned.devices.ids,

@@ -23,6 +23,7 @@ from dstrain.config.hook_choices import (
     json_schema_of_trackers,
     name_of,
 )
+from dstrain.config.passed_variables import check_patterns
 from dstrain.config.value_types import (
     DataFormat,
     Fraction,
@@ -285,6 +286,11 @@ class RunConfig(BaseModel):
         None,
         description="TCP port on rank 0's host for rendezvous; default: a free port, or 29500 with launcher: none",
     )
+    pass_env: list[str] = Field(
+        [],
+        description="names of environment variables to hand on to ranks on other hosts, where ssh drops them, beside"
+        " those of NCCL and the like; * matches anything: [MY_*]. Names that look like secrets are refused",
+    )
     restarts: NonNegativeInt = Field(
         0,
         description="maximum restarts after a failure, each from the newest checkpoint; a new checkpoint"
@@ -395,6 +401,12 @@ class RunConfig(BaseModel):
     @classmethod
     def _names_hooks(cls, value: Any) -> Any:
         return check_hooks(value)
+
+    @field_validator("pass_env")
+    @classmethod
+    def _are_names(cls, value: list[str]) -> list[str]:
+        check_patterns(value)
+        return value
 
     @field_validator("time_limit", "hang_after")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shlex
 
 from dstrain.errors import DstrainError
@@ -11,10 +12,12 @@ from dstrain.launch.environment import check_environment, environment_text, forg
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
 from dstrain.runs.protocol import ADDRESS
-from dstrain.runs.run_folder import NODE_RANK, RunFolder, make_open_to
+from dstrain.runs.run_folder import NODE_RANK, QUOTED, RunFolder, make_open_to
 from dstrain.runs.this_machine import listening_socket
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
+# deepspeed.launcher.multinode_runner, add_export.
+_IN_QUOTES = re.compile(r"[^\w@%+=:,./-]")
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.
 _PORTS = range(20000, 32768)
 USUAL_PORT = 29500
@@ -86,10 +89,14 @@ def supervised_environment(request: LaunchSpec, control: str) -> dict[str, str]:
 
 
 def _travelling(request: LaunchSpec) -> dict[str, str]:
-    """What is carried to other hosts. Open MPI's ranks learn their number from it, and the meeting place from us."""
+    """What is carried to other hosts. Open MPI's ranks learn their number from it, and the meeting place from us; no
+    shell takes the quotes away that DeepSpeed puts around some values."""
     if request.launcher != "openmpi":
         return request.environment
-    return request.environment | _rendezvous(request)
+    quoted = {
+        QUOTED: ",".join(sorted(n for n, value in request.environment.items() if _IN_QUOTES.search(value)))
+    }
+    return request.environment | _rendezvous(request) | (quoted if quoted[QUOTED] else {})
 
 
 def _rendezvous(request: LaunchSpec) -> dict[str, str]:

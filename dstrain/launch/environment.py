@@ -9,9 +9,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dstrain.config.files import cache_folder
+from dstrain.config.passed_variables import passed
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
 from dstrain.runs.run_folder import DIRECTORY
@@ -21,15 +23,22 @@ from dstrain.shared_caches import is_own, own_place
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # DeepSpeed puts a value between double quotes into a remote shell's line, and pdsh replaces %h, %u and %n.
 _UNSAFE_REMOTELY = '"$`\\%!'
-# The user's own, where set: ssh keeps nothing. All that begins as the latter sets how the network is used.
-_CARRIED = ("DSTRAIN_CACHE", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "GLOO_SOCKET_IFNAME")
-_CARRIED_BEGINNINGS = ("NCCL_", "UCX_")
+# The user's own, where set: ssh keeps nothing. Patterns as of file names; `pass_env` adds to them. They set how the
+# network is used (NCCL, UCX, libfabric, Elastic Fabric Adapters), how long is waited and how memory is allocated, where
+# libraries are found, and with what DeepSpeed compiles its operators.
+_CARRIED = (
+    *("DSTRAIN_CACHE", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "GLOO_SOCKET_IFNAME"),
+    *("NCCL_*", "UCX_*", "FI_*", "OFI_NCCL_*", "RDMAV_FORK_SAFE"),
+    *("DEEPSPEED_TIMEOUT", "TORCH_NCCL_*", "PYTORCH_*ALLOC_CONF"),
+    *("LD_LIBRARY_PATH", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"),
+)
 # What another launcher has left in the user's shell: a rank would take it for its own number or meeting place.
 _OTHER_LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
 )
 _OTHER_LAUNCHERS_BEGINNINGS = ("TORCHELASTIC_",)
+_LIBRARIES = "LD_LIBRARY_PATH"
 # What DeepSpeed hands to other hosts by itself, in the command line of pdsh, where everybody can read it
 # (MLFLOW_TRACKING_TOKEN), and with signs that a remote shell obeys.
 _CARRIED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -41,6 +50,8 @@ _DETERMINISTIC = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
+# How torch allocates: the variable's name, and the older one, which torch reads where the new one is not set.
+_ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 SAFE_PATH = sys.version_info >= (3, 11)
 """Whether Python knows PYTHONSAFEPATH. Without it ``python -m``, which every launcher uses, looks for modules in the
 current folder first, and a random.py there is imported in place of Python's: the ranks are started in / then."""
@@ -67,7 +78,8 @@ def default_environment(
         single_host: True when all ranks run on this machine.
         hosts: the names of all, where there are others.
         deterministic: what is read before a rank could choose it, for the same bits each time.
-        carried: names of more variables of the user's that the ranks need. They are written to files: no secrets.
+        carried: patterns of the names of more variables of the user's that the ranks need. They are written to files:
+            what is named like a secret is left out.
     """
     # Named on GPUs as well, so that launch.sh does the same in a shell with another DS_ACCELERATOR.
     environment = {"DS_ACCELERATOR": accelerator, "PATH": _path(environ, python)}
@@ -75,13 +87,16 @@ def default_environment(
         environment["PYTHONSAFEPATH"] = environ.get("PYTHONSAFEPATH") or "1"
     else:
         environment[DIRECTORY] = os.getcwd()
-    if accelerator == "cpu":
-        # PyTorch takes all cores for each process: 4 ranks on 8 cores would fight with 32 threads.
-        threads = max(1, _cores() // max(1, processes_per_host))
-        environment["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(threads)
-    else:
+    # PyTorch takes all cores for each process: 4 ranks on 8 cores would fight with 32 threads. torchrun would set 1: on
+    # GPUs too the CPU computes, in the optimizer of offloaded states.
+    threads = max(1, _cores() // max(1, processes_per_host))
+    environment["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(threads)
+    if accelerator == "cuda":
         # So that GPU 2 is the same one here, in nvidia-smi and in the plan: CUDA's default order is by speed.
         environment["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
+        # Blocks that grow: memory that is free, but in pieces too small for the next tensor, is none that is lacking.
+        if not environ.get(_ALLOCATOR) and not environ.get(_OLD_ALLOCATOR):
+            environment[_ALLOCATOR] = "expandable_segments:True"
     if deterministic and accelerator == "cuda":
         environment |= _DETERMINISTIC
         # There are two workspaces that do so.
@@ -99,11 +114,7 @@ def default_environment(
         )
         if hosts:
             environment[HOSTS] = ",".join(hosts)
-    environment |= {
-        name: value
-        for name, value in environ.items()
-        if value and (name in _CARRIED or name in carried or name.startswith(_CARRIED_BEGINNINGS))
-    }
+    environment |= _carried(environ, carried)
     environment |= _code_caches(environ)
     paths = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not _is_installed(environ):
@@ -111,6 +122,19 @@ def default_environment(
     if paths and (not single_host or not SAFE_PATH or _PACKAGE_ROOT in paths):
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
+
+
+def _carried(environ: Mapping[str, str], more: Sequence[str]) -> dict[str, str]:
+    """The user's own variables that the ranks get: those of `_CARRIED`, and of ``more`` patterns."""
+    ours = {
+        name: value
+        for name, value in environ.items()
+        if value and any(fnmatchcase(name, pattern) for pattern in _CARRIED)
+    }
+    found = passed(environ, more) | ours
+    # One that is relative, or empty, would be another folder where a rank starts.
+    folders = [os.path.abspath(each) for each in found.pop(_LIBRARIES, "").split(os.pathsep) if each]
+    return found | ({_LIBRARIES: os.pathsep.join(dict.fromkeys(folders))} if folders else {})
 
 
 def start_folder(directory: Path) -> str:

@@ -72,6 +72,8 @@ NODE_RANK = "DSTRAIN_NODE_RANK"
 """The environment variable that tells a rank of the launcher ``none`` the number of its node."""
 DIRECTORY = "DSTRAIN_DIRECTORY"
 """The environment variable with the folder that a rank goes to first, where it was not started there."""
+QUOTED = "DSTRAIN_QUOTED"
+"""The environment variable with the names of those that reach a rank in quotes that its launcher has added."""
 
 
 def make_open_to(path: Path, access: Access) -> None:

@@ -11,7 +11,7 @@ import psutil
 
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS, STORE_PORT
-from dstrain.runs.run_folder import DIRECTORY, RunFolder
+from dstrain.runs.run_folder import DIRECTORY, QUOTED, RunFolder
 from dstrain.runs.this_machine import (
     OUTSIDE,
     OUTSIDE_6,
@@ -75,12 +75,15 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_quotes(environ: Mapping[str, str]) -> dict[str, str]:
-    """dstrain's own variables as they were before DeepSpeed put them in quotes for a remote shell, which Open MPI does
-    not have: an IPv6 address in brackets, a path with a space."""
+    """What the launch hands on as it was before DeepSpeed put it in quotes for a remote shell, which Open MPI does not
+    have: an IPv6 address in brackets, a path with a space."""
     if "OMPI_COMM_WORLD_RANK" not in environ:
         return {}
+    handed_on = environ.get(QUOTED, "").split(",")
     quoted = {
-        name: _QUOTED.fullmatch(value) for name, value in environ.items() if name.startswith("DSTRAIN_")
+        name: _QUOTED.fullmatch(value)
+        for name, value in environ.items()
+        if name.startswith("DSTRAIN_") or name in handed_on
     }
     return {name: match[1] for name, match in quoted.items() if match}
 

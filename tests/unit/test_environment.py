@@ -6,19 +6,25 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from dstrain.config.passed_variables import check_patterns, passed
 from dstrain.errors import DstrainError
+from dstrain.launch import environment as environment_module
+from dstrain.launch.command import write_launch_files
 from dstrain.launch.environment import (
     check_environment,
     default_environment,
     environment_text,
     forgetting,
 )
+from dstrain.launch.launch_spec import LaunchSpec
+from dstrain.planning.layout import Host
 from dstrain.runs.this_machine import is_loopback
 from dstrain.train import rank_environment
 from dstrain.train.rank_environment import card_towards, loopback_variables, network_variables, without_quotes
@@ -279,3 +285,162 @@ def test_what_deepspeed_puts_in_quotes_for_open_mpi(value: str, monkeypatch: pyt
     assert without_quotes(arrived) == {}, "a shell has taken them away"
     arrived["OMPI_COMM_WORLD_RANK"] = "0"
     assert arrived | without_quotes(arrived) == {**arrived, "DSTRAIN_X": value}
+
+
+def test_what_is_handed_on_reaches_the_ranks_of_open_mpi_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the user's shell through the run folder's file, DeepSpeed's parser of it and its argv of mpirun."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.multinode_runner import OpenMPIRunner
+
+    monkeypatch.setattr(OpenMPIRunner, "validate_args", lambda self: None)
+    own = {
+        "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1",
+        "FI_PROVIDER": "efa;ofi_rxm",
+        "LD_LIBRARY_PATH": "/a b:/c",
+        "MY_X": "it's",
+    }
+    environment = default_environment("cuda", 2, False, environ={"PATH": "/bin", **own}, carried=["MY_*"])
+    file = travelling(environment, "openmpi", tmp_path)["environment"]
+    runner = OpenMPIRunner(Namespace(user_args=[], user_script=""), "", {})
+    for line in file.splitlines(keepends=True):  # as runner.main does
+        runner.add_export(*line.split("=", maxsplit=1))
+    arrived = {**runner.exports, "OMPI_COMM_WORLD_RANK": "0", "MINE": '"a b"'}
+    found = arrived | without_quotes(arrived)
+    assert {name: found[name] for name in environment} == environment
+    assert own.items() <= environment.items() and found["MINE"] == '"a b"'
+
+
+def travelling(environment: dict[str, str], launcher: str, folder: Path) -> dict[str, str]:
+    """The launch files of two hosts, by their names."""
+    spec = LaunchSpec(
+        run_folder=folder / "run",
+        hosts=(Host("192.0.2.1", 2), Host("192.0.2.2", 2)),  # RFC 5737: never this machine
+        processes_per_host=2,
+        accelerator="cuda",
+        master_addr="192.0.2.1",
+        master_port=29501,
+        environment=environment,
+        launcher=launcher,
+        directory=folder,
+    )
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("mpirun", "ompi_info", "pdsh"):
+        (programs / name).write_text("")
+        (programs / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        patch.setenv("SLURM_JOB_ID", "7")
+        write_launch_files(spec)
+    return {path.name: path.read_text() for path in (folder / "run").iterdir() if path.is_file()}
+
+
+# What ssh drops and a run on GPUs needs; the last two by `pass_env`.
+OF_THE_USER = {
+    "DEEPSPEED_TIMEOUT": "90",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:False",
+    "FI_PROVIDER": "efa",
+    "FI_EFA_USE_DEVICE_RDMA": "1",
+    "LD_LIBRARY_PATH": "/opt/amazon/efa/lib:/opt/nccl/lib",
+    "CUDA_HOME": "/usr/local/cuda",
+    "NCCL_IB_HCA": "mlx5",
+    "OMP_NUM_THREADS": "3",
+    "MY_SETTING": "1",
+    "ANOTHER": "2",
+}
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun", "slurm", "none"])
+def test_every_launcher_hands_the_same_on(launcher: str, tmp_path: Path) -> None:
+    environ = {"PATH": os.defpath, **OF_THE_USER, **SECRETS, "UNRELATED": "x"}
+    environment = default_environment("cuda", 2, False, environ=environ, carried=["MY_*", "ANOTHER"])
+    assert OF_THE_USER.items() <= environment.items()
+    assert not {"UNRELATED", *SECRETS} & set(environment)
+    files = travelling(environment, launcher, tmp_path)
+    for name, value in environment.items():
+        exported = f"export {name}={shlex.quote(value)}"
+        assert exported in files["launch.sh"].splitlines()
+        if launcher in ("pdsh", "openmpi"):
+            assert f"{name}={value}" in files["environment"].splitlines()
+        elif launcher == "torchrun":
+            remote = shlex.split(files["launch.sh"].splitlines()[-1])[-1]
+            assert f"{exported}; " in remote
+
+
+def test_patterns_take_neither_secrets_nor_what_launchers_set() -> None:
+    left_out = {**SECRETS, "LOCAL_RANK": "3", "SLURM_PROCID": "1", "DSTRAIN_HOSTS": "x", "MASTER_ADDR": "y"}
+    left_out |= {"CUDA_VISIBLE_DEVICES": "1", "DS_ACCELERATOR": "cpu", "OMPI_COMM_WORLD_RANK": "2"}
+    taken = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "NCCL_IB_PKEY": "7",
+        "KEYS": "",
+        "MONKEY": "1",
+        "PATIENCE": "2",
+    }
+    assert passed(left_out | taken, ["*"]) == {name: value for name, value in taken.items() if value}
+    found = default_environment("cuda", 2, False, environ={"PATH": "/bin", **left_out}, carried=["*"])
+    assert not set(SECRETS) & set(found) and found["DS_ACCELERATOR"] == "cuda" and "LOCAL_RANK" not in found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        *((name, "looks like a secret") for name in SECRETS),
+        *(
+            (name, "looks like a secret")
+            for name in ("GITHUBTOKEN", "MY_KEY_*", "db_password", "*_API_KEY", "MY_AUTH")
+        ),
+        *(
+            (name, "set on each host or rank")
+            for name in ("RANK", "LOCAL_WORLD_SIZE", "SLURM_*", "DS_ACCELERATOR")
+        ),
+        *((name, "not the name of") for name in ("", "A=1", "2A", "A B", "$X", "a-b", "[A]")),
+    ],
+)
+def test_names_that_are_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_patterns(["FINE", pattern])
+    check_patterns(["FINE", "MY_*", "?X", "TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY"])
+
+
+@pytest.mark.parametrize("single_host", [True, False])
+def test_library_folders_mean_the_same_in_another_folder(
+    single_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is the current folder, whatever lies there."""
+    monkeypatch.chdir(tmp_path)
+    environ = {"PATH": "/bin", "LD_LIBRARY_PATH": ":/opt/lib:mine::/opt/lib"}
+    found = default_environment("cpu", 1, single_host, environ=environ)
+    assert found["LD_LIBRARY_PATH"] == f"/opt/lib:{tmp_path}/mine"
+    assert "LD_LIBRARY_PATH" not in default_environment("cpu", 1, single_host, environ={"PATH": "/bin"})
+    assert "LD_LIBRARY_PATH" not in default_environment(
+        "cpu", 1, False, environ=environ | {"LD_LIBRARY_PATH": ":"}
+    )
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_grows_in_segments(name: str) -> None:
+    bare = {"PATH": "/bin"}
+    assert (
+        default_environment("cuda", 2, True, environ=bare)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    )
+    assert "PYTORCH_ALLOC_CONF" not in default_environment("cpu", 2, True, environ=bare)
+    own = default_environment("cuda", 2, True, environ=bare | {name: "backend:cudaMallocAsync"})
+    assert {key: own[key] for key in own if key.endswith("ALLOC_CONF")} == {name: "backend:cudaMallocAsync"}
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_the_ranks_of_a_host_share_its_cores(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on GPUs, where torchrun would say 1, and srun nothing: each rank would take all."""
+    monkeypatch.setattr(environment_module, "_cores", lambda: 96)
+    for single_host in (True, False):
+        for ranks, threads in ((8, "12"), (1, "96"), (128, "1")):
+            found = default_environment(accelerator, ranks, single_host, environ={"PATH": "/bin"})
+            assert found["OMP_NUM_THREADS"] == threads
+    own = {"PATH": "/bin", "OMP_NUM_THREADS": "5"}
+    assert default_environment(accelerator, 8, False, environ=own)["OMP_NUM_THREADS"] == "5"

@@ -15,7 +15,7 @@ _SAME_NUMBERS = frozenset(
         "name", "runs_dir", "hostfile", "launcher", "nodes", "processes", "master_addr", "master_port", "restarts",
         "elastic", "hang_after", "check_every", "save_every", "save_weights", "keep", "keep_every", "background_save",
         "prompt", "sample_tokens", "time_limit", "nvme_path", "eval_every", "trackers", "profile", "code_dirs",
-        "access",
+        "access", "pass_env",
         # Compared as what they came to: fingerprints, the layout, the batch, DeepSpeed's JSON.
         "model", "data", "data_options", "tokenizer", "data_parallel", "micro_batch", "partition", "ds_config",
         "deepspeed", "max_document_bytes",

@@ -81,6 +81,7 @@ _WRONG_TYPES = [
     ("hooks", "3", "must be a list: [my_module:MyHook]", "your own hook classes"),
     ("profile", "3", "a dictionary", "torch.profiler traces"),
     ("code_dirs", "3", "a list", "folders to import"),
+    ("pass_env", "MY_*", "a list", "names of environment variables"),
     ("data_options", "3", "a dictionary", "keyword arguments of a dataset"),
     ("loss_options", "3", "a dictionary", "keyword arguments of a loss"),
     ("optimizer_options", "3", "a dictionary", "keyword arguments of an optimizer"),
@@ -139,6 +140,9 @@ _WRONG_VALUES = [
     ("data", "[{path: a, fields: {text: 3}}]", "must be a string", "hub data set"),
     ("data", "[{path: a, validation: 1.5}]", "must be less than 1", "hub data set"),
     ("data", "[{path: a, validation: [b]}]", "validation = ['b']", "hub data set"),
+    ("pass_env", "[A=b]", "'A=b' is not the name of", "names of environment variables"),
+    ("pass_env", "[HF_TOKEN]", "'HF_TOKEN' looks like a secret", "names of environment variables"),
+    ("pass_env", "[LOCAL_RANK]", "'LOCAL_RANK' is set on each host", "names of environment variables"),
     ("data_phases", "[{until: 0.5, weights: {a: 1}}]", "the last must not", "weights of the sources"),
     ("data_phases", "[{weights: {a: 1}}, {weights: {a: 1}}]", "every phase but the last", "weights of the"),
     (
