@@ -94,9 +94,28 @@ def find_placement(
             hint="get hosts anew with `dstrain submit` or salloc; --launcher local stays on this machine, as for a"
             " shell or a container that has kept a job's variables",
         )
+    if devices.kind == "cuda":
+        _refuse_shared_gpus(allocation, environ)
     if config.launcher == "slurm":
         return Placement(allocation.hosts, "slurm")
     return Placement(allocation.hosts, "slurm", _why_slurm(allocation))
+
+
+def _refuse_shared_gpus(allocation: Allocation, environ: Mapping[str, str]) -> None:
+    """Raises DstrainError where some of the job's tasks would share a GPU."""
+    on_node, on_gpu = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_NTASKS_PER_GPU", "1")
+    tasks = max(host.slots for host in allocation.hosts)
+    if on_gpu.isdigit() and int(on_gpu) > 1:
+        problem = f"the job places {on_gpu} tasks on each GPU (--ntasks-per-gpu)"
+    elif on_node.isdigit() and 0 < int(on_node) < tasks:
+        problem = f"the job has {tasks} tasks per node, but {on_node} GPUs"
+    else:
+        return
+    raise DstrainError(
+        f"{problem}, and each rank needs a GPU of its own",
+        where=f"Slurm job {allocation.job}",
+        hint="ask for as many tasks as GPUs: --gpus-per-node=N with --ntasks-per-node=N, or --gpus-per-task=1",
+    )
 
 
 def no_allocation(where: str) -> DstrainError:

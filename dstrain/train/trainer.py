@@ -40,7 +40,7 @@ from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
 from dstrain.train.batches import TrainBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
-from dstrain.train.device import be_deterministic, largest_memory
+from dstrain.train.device import be_deterministic, largest_memory, take_device
 from dstrain.train.final_output import continuation, save_weights
 from dstrain.train.graceful_shutdown import GracefulShutdown
 from dstrain.train.hooks import Hooks, start_info
@@ -90,7 +90,7 @@ def _train(
     data = prepare_run_data(plan)
     if config.deterministic:
         be_deterministic()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    take_device()
     loss = token_loss(config)
     optimizer = client_optimizer(config)
     lr_of = LearningRate.of(config)

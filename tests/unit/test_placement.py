@@ -18,6 +18,7 @@ from dstrain.launch.placement import Placement, find_placement
 from dstrain.planning.layout import Host
 
 CPU = Devices("cpu", 0, (), None)
+GPUS = Devices("cuda", 4, ("NVIDIA L4",) * 4, None, (0, 1, 2, 3))
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"}
 
 
@@ -63,6 +64,33 @@ def config(**flags: Any) -> ResolvedConfig:
 def test_slots_of_an_allocation(variables: dict[str, str], slots: list[int]) -> None:
     found = slurm_allocation(JOB | variables, lambda _: ["n1", "n2", "n3"])
     assert found == Allocation("7", tuple(Host(f"n{n}", count) for n, count in enumerate(slots, 1)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "8(x3)", "SLURM_GPUS_ON_NODE": "4"}, "8 tasks per node, but 4 GPUs"),
+        ({"SLURM_TASKS_PER_NODE": "8(x3)", "SLURM_NTASKS_PER_GPU": "2"}, "2 tasks on each GPU"),
+        ({"SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_TASK": "1"}, None),
+        ({"SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_GPU": "1"}, None),
+        ({"SLURM_TASKS_PER_NODE": "2(x3)", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_TASKS_PER_NODE": "2(x3)"}, None),
+    ],
+)
+def test_tasks_that_would_share_a_gpu(
+    variables: dict[str, str], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = [f"n{number}" for number in (1, 2, 3)]
+    found = slurm_allocation(JOB | variables, lambda _: hosts)
+    monkeypatch.setattr(placement_module, "slurm_allocation", lambda environ: found)
+    for flags in ({}, {"launcher": "slurm"}):
+        assert find_placement(config(**flags), CPU, JOB | variables).launcher == "slurm"
+        if message is None:
+            assert find_placement(config(**flags), GPUS, JOB | variables).launcher == "slurm"
+            continue
+        with pytest.raises(DstrainError, match=message) as caught:
+            find_placement(config(**flags), GPUS, JOB | variables)
+        assert "--gpus-per-task=1" in (caught.value.hint or "") and caught.value.where == "Slurm job 7"
 
 
 @pytest.mark.parametrize(
