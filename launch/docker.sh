@@ -68,8 +68,14 @@ case "$("$DOCKER" --version)" in
         ;;
     *) gpus=(--gpus all) ;;
 esac
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    options+=("${gpus[@]}")
+if [ "${DS_ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
+    smi=0
+    nvidia-smi >/dev/null 2>&1 || smi=$?
+    case $smi in
+        0) options+=("${gpus[@]}") ;;
+        6 | 9) ;; # no GPU, no driver
+        *) fail "nvidia-smi fails with exit code $smi; DS_ACCELERATOR=cpu trains on the CPU" ;;
+    esac
 fi
 # InfiniBand: NCCL locks memory for it.
 [ ! -d /dev/infiniband ] || options+=(--device /dev/infiniband --ulimit memlock=-1)

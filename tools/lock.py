@@ -59,9 +59,6 @@ HEADS = {
 # A package that a file holds for Pythons below one.
 _OLD_PYTHONS = r"^([\w.-]+)==\S+ ; python_full_version < '([\d.]+)' \\$"
 
-# Beside torch on GPUs: DeepSpeed asks for it where it is built with a torch for CUDA, which uv does not see.
-BESIDE_CUDA = "nvidia-ml-py"
-
 
 def compile_requirements(*sources: str, options: list[str]) -> str:
     """A resolution for every Python and every platform. Raises SystemExit as ``run_uv`` does."""
@@ -97,12 +94,11 @@ def resolve(torch: str, options: list[str]) -> dict[str, str]:
             path.write_text(content)
             return str(path)
 
-        on_gpus = file("on-gpus.in", f"torch\n{BESIDE_CUDA}\n")
         fixed = ["--constraints", file("fixed.txt", torch)]
         # Versions that stand in the output file already are kept by uv where they fit.
         all_pins = file("constraints.txt", CONSTRAINTS.read_text())
         everything = ["pyproject.toml", "--all-extras"]
-        compile_requirements(*everything, on_gpus, options=[*fixed, "--output-file", all_pins, *options])
+        compile_requirements(*everything, options=[*fixed, "--output-file", all_pins, *options])
 
         hashed = ["--constraints", all_pins, "--generate-hashes"]
         without_torch = [*hashed, "--excludes", file("excludes.txt", "torch")]
@@ -123,7 +119,7 @@ def resolve(torch: str, options: list[str]) -> dict[str, str]:
         return {
             "constraints.txt": Path(all_pins).read_text(),
             "build.txt": compile_requirements(file("build.in", "hatchling\ncyclonedx-bom\n"), options=hashed),
-            "torch.txt": compile_requirements(on_gpus, options=hashed),
+            "torch.txt": compile_requirements(file("torch.in", "torch\n"), options=hashed),
             "runtime.txt": runtime,
             "extras.txt": extras,
         }
@@ -137,11 +133,7 @@ def resolve_own_torch(options: list[str]) -> str:
         # An index of torch's builds has other packages too, in versions of its own.
         hashed += ["--index-strategy", "unsafe-best-match", *options]
         wanted.write_text("torch\n")
-        locked = run_uv(str(wanted), *hashed)
-        if re.search("^nvidia-", locked, re.MULTILINE):
-            wanted.write_text(f"torch\n{BESIDE_CUDA}\n")
-            locked = run_uv(str(wanted), *hashed)
-        return locked
+        return run_uv(str(wanted), *hashed)
 
 
 def main() -> None:

@@ -35,8 +35,9 @@ def command(hostfile: str | None, runs_dir: str, quick: bool, as_json: bool) -> 
     point-to-point send over the network. The exit code is 1 if something would stop a run.
     """
     from dstrain.api.diagnosing import doctor
+    from dstrain.cli.showing.progress import PROGRESS
 
-    result = doctor(hostfile, runs_dir=runs_dir, quick=quick)
+    result = doctor(hostfile, runs_dir=runs_dir, quick=quick, events=PROGRESS)
     if as_json:
         checks = [asdict(check) for check in result.checks]
         click.echo(to_json({"ok": result.ok, "checks": checks}, indent=1))

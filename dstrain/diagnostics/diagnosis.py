@@ -17,6 +17,8 @@ _DISK = 5 * 10**9
 # NCCL passes through it what ranks of one host say to each other. A container has 64 MB where nobody asks for more.
 _SHARED_MEMORY = 10**9
 _CLOCK_SECONDS = 1.0
+# The first driver of each major version of CUDA (CUDA Toolkit, Release Notes, "CUDA Driver").
+_DRIVER_OF_CUDA = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,33 @@ def _versions(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> l
             checks.append(Check(host, name, FAILED, f"{found}, and {wanted} here", fix))
     driver, ours = facts["driver"], here["driver"]
     if driver == ours or ours is None:  # a machine without GPUs may start a run on others
-        checks.append(Check(host, "driver", OK, driver or "no NVIDIA driver"))
+        checks.append(Check(host, "driver", OK, driver or "no NVIDIA driver in use"))
     else:
         checks.append(Check(host, "driver", WARNING, f"{driver or 'none'}, and {ours} here", fix))
-    return checks
+    return [*checks, *_cuda(host, facts)]
+
+
+def _cuda(host: str, facts: Mapping[str, Any]) -> list[Check]:
+    """Whether the driver has the CUDA that torch is built for. It also has each older one, and any minor version of its
+    own major one (CUDA Compatibility, "Minor Version Compatibility")."""
+    devices, built_for, has = facts["devices"], facts.get("torch_cuda"), facts.get("driver_cuda")
+    if devices is None or devices["kind"] != "cuda" or built_for is None:
+        return []
+    if not built_for:
+        message = "this torch is built for CPUs, and can't use the GPUs here"
+        fix = f"install PyTorch for CUDA on {host} (pytorch.org/get-started); or DS_ACCELERATOR=cpu trains on the CPU"
+        return [Check(host, "cuda", FAILED, message, fix)]
+    if has is None:
+        return []
+    wanted, newest = int(built_for.split(".")[0]), int(has.split(".")[0])
+    if newest >= wanted:
+        return [Check(host, "cuda", OK, f"torch is built for CUDA {built_for}, the driver has {has}")]
+    driver = _DRIVER_OF_CUDA.get(wanted)
+    fix = f"install a driver for CUDA {wanted}{f' ({driver} or newer)' if driver else ''}, or PyTorch for CUDA {newest}"
+    message = (
+        f"torch is built for CUDA {built_for}, but the driver ({facts['driver']}) has CUDA {has} at most"
+    )
+    return [Check(host, "cuda", FAILED, message, f"{fix}, on {host}")]
 
 
 def _devices(host: str, slots: int, facts: Mapping[str, Any], gpus: bool) -> Check:

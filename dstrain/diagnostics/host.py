@@ -26,7 +26,7 @@ from dstrain.strict_json import to_json
 
 MARK = "dstrain-doctor "
 _CONNECT_SECONDS = 3.0
-_MOST_SECONDS = 600
+_MOST_SECONDS = 1200
 """Of its life: a connection that was cut, and not closed, does not end its input for hours."""
 
 

@@ -29,14 +29,15 @@ from dstrain.diagnostics.host_facts import facts as facts_here
 from dstrain.diagnostics.network import HERE
 from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError
+from dstrain.launch.gpus import DRIVER_SECONDS, ON_CPU
 from dstrain.launch.hosts import is_this_host, numbered_hosts
 from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import Trouble
 from dstrain.planning.layout import Host
 from dstrain.runs.this_machine import port_taken
 
-# Python and the modules may lie on a slow shared disk; ssh itself gives up sooner.
-_FACTS_SECONDS = 30.0
+# Python and the modules may lie on a slow shared disk; ssh itself gives up sooner. A driver may take its time, too.
+_FACTS_SECONDS = 30.0 + DRIVER_SECONDS
 _TIME_SECONDS = 5.0
 _TIMES = 5
 
@@ -50,6 +51,8 @@ def examine_hosts(
     thorough: bool = True,
     here_without_ssh: Callable[[str], bool] = lambda host: False,
     master_port: int | None = None,
+    cpu_for_want_of_gpus: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Check]:
     """Look at several machines, or at one that is not this one.
 
@@ -61,6 +64,9 @@ def examine_hosts(
         thorough: try all pairs, and an exchange through torch.distributed; without it this takes a second or two.
         here_without_ssh: whether a host is this machine, and its ranks start without ssh.
         master_port: where the ranks are to meet on the first host, if that is known.
+        cpu_for_want_of_gpus: the run is planned for CPUs since this machine has nothing else, and nobody asked for it:
+            a host with GPUs is no fit then.
+        say: gets a line now and then while an exchange lasts.
 
     Returns:
         What was found, host after host; what concerns this machine first.
@@ -97,7 +103,10 @@ def examine_hosts(
         gpus = any(one["devices"] and one["devices"]["kind"] == "cuda" for one in facts.values())
         for name, found in facts.items():
             checks.append(Check(name, "ssh", OK, "answers"))
-            checks += judge_facts(name, slots[name], found, here, gpus=gpus)
+            if cpu_for_want_of_gpus and found["devices"] and found["devices"]["kind"] == "cuda":
+                checks.append(_unused_gpus(name, found["devices"]["count"]))
+                continue
+            checks += judge_facts(name, slots[name], found, here, gpus=gpus and not cpu_for_want_of_gpus)
             checks += judge_folders(name, directory, str(folder), found)
         checks += judge_names({name: found["machine"] for name, found in facts.items()})
         checks += _clocks(there)
@@ -106,15 +115,21 @@ def examine_hosts(
         ports = network.check_ports(there, all_pairs=thorough)
         checks += ports
         if thorough and len(there) > 1 and all(check.status == OK for check in ports):
-            checks += network.exchange(there, "cuda" if gpus else "cpu")
+            checks += network.exchange(there, "cuda" if gpus else "cpu", say=say)
     places = {name: place for place, name in enumerate(slots)}
     return sorted(checks, key=lambda check: places.get(check.host, -1))
 
 
 def examine_this_machine(
-    *, environment: Mapping[str, str], runs: Path, slots: int = 0, thorough: bool = True
+    *,
+    environment: Mapping[str, str],
+    runs: Path,
+    slots: int = 0,
+    thorough: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Check]:
-    """Look at this machine alone; ``thorough``: with an exchange between its GPUs, or two processes of it."""
+    """Look at this machine alone; ``thorough``: with an exchange between its GPUs, or two processes of it. ``say``
+    gets a line now and then while that lasts."""
     name, directory = socket.gethostname(), os.getcwd()
     with ExitStack() as stack:
         folder, token, checks = stack.enter_context(_token_in(runs))
@@ -131,8 +146,13 @@ def examine_this_machine(
             talk = Conversation(name, environment=environment, directory=directory, over_ssh=False)
             talks.append(stack.enter_context(talk))
         if ranks > 1:
-            checks += network.exchange(talks, devices["kind"], on_one_machine=True)
+            checks += network.exchange(talks, devices["kind"], on_one_machine=True, say=say)
     return checks
+
+
+def _unused_gpus(host: str, count: int) -> Check:
+    message = f"it has {count} GPUs, but the plan is for CPUs: it was made on this machine, which has no GPU"
+    return Check(host, "devices", FAILED, message, f"start the run on a machine with such GPUs; {ON_CPU}")
 
 
 def _source(facts: Mapping[str, Any]) -> str:
@@ -238,15 +258,20 @@ def refuse_unfit_hosts(request: LaunchSpec, hostfile: str | None, master_port: i
     lines = {host.name: (host, line) for host, line in numbered_hosts(hostfile).items()} if hostfile else {}
     # With all slots that the hostfile gives it, though the run may use fewer: they are said to be there.
     hosts = [lines[host.name][0] if host.name in lines else host for host in request.ssh_hosts]
+    cpu_for_want_of_gpus = request.accelerator == "cpu" and not os.environ.get("DS_ACCELERATOR")
+    environment = dict(request.environment)
+    if cpu_for_want_of_gpus:
+        environment.pop("DS_ACCELERATOR", None)  # each host says what it has
     checks = examine_hosts(
         hosts,
-        environment=request.environment,
+        environment=environment,
         runs=Path(request.run_folder).parent,
         python=request.python,
         thorough=False,
         # mpirun starts what belongs to its own machine by itself; pdsh logs in here as well.
         here_without_ssh=is_this_host if request.launcher == "openmpi" else lambda host: False,
         master_port=master_port,
+        cpu_for_want_of_gpus=cpu_for_want_of_gpus,
     )
     failed = [check for check in checks if check.status == FAILED]
     if not failed:

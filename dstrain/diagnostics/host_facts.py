@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dstrain.errors import DstrainError
-from dstrain.launch.devices import local_devices
+from dstrain.launch.devices import cpu_devices, devices_of, wants_cpu
+from dstrain.launch.gpus import ask_driver
 from dstrain.runs.record.environment import own_version
 
 PACKAGES = ("torch", "deepspeed", "transformers")
-_DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-_DRIVER_SECONDS = 10
+_CUDA = re.compile(r"^cuda\b[^=]*=\s*(?:['\"](?P<version>[0-9.]+)['\"]|None)", re.MULTILINE)
 
 
 def facts(directory: str, runs: str, token: str) -> dict[str, Any]:
@@ -31,14 +32,18 @@ def facts(directory: str, runs: str, token: str) -> dict[str, Any]:
         token: the name of a file that the asking machine has written into it.
 
     Returns:
-        Plain values; sizes in bytes, None where something is not known.
+        Plain values; sizes in bytes, None where something is not known. ``driver`` is NVIDIA's, and ``driver_cuda`` the
+        newest CUDA that it has; where the CPU is asked for, they are not looked for. ``torch_cuda`` is the CUDA that
+        torch is built for; "" is a torch for CPUs.
     """
     found: dict[str, Any] = {
         "hostname": socket.gethostname(),
         "machine": _machine(),
         "python": platform.python_version(),
         "versions": {"dstrain": own_version(), **{name: _version(name) for name in PACKAGES}},
-        "driver": _driver(),
+        "driver": None,
+        "driver_cuda": None,
+        "torch_cuda": torch_cuda(),
         "own_addresses": _addresses(socket.gethostname()),
         "cores": os.cpu_count() or 1,
         "memory": psutil.virtual_memory().available,
@@ -48,10 +53,32 @@ def facts(directory: str, runs: str, token: str) -> dict[str, Any]:
         "sees_runs": os.path.exists(os.path.join(runs, token)),
     }
     try:
-        devices = local_devices()
+        if wants_cpu():
+            devices = cpu_devices()
+        else:
+            driver = ask_driver()
+            if driver is not None:
+                cuda = ".".join(map(str, driver.cuda)) if driver.cuda else None
+                found |= {"driver": driver.version, "driver_cuda": cuda}
+            devices = devices_of(driver, os.environ)
     except DstrainError as error:
         return found | {"devices": None, "devices_error": str(error)}
     return found | {"devices": {"kind": devices.kind, "count": devices.count, "names": devices.names}}
+
+
+def torch_cuda() -> str | None:
+    """The CUDA that the installed torch is built for, such as 13.0; "": it is built for CPUs or for other devices.
+
+    It stands in a file of torch's, which is read: torch takes seconds to import.
+    """
+    try:
+        spec = importlib.util.find_spec("torch")
+        places = spec.submodule_search_locations if spec is not None else None
+        text = Path(next(iter(places or ())), "version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError, StopIteration):
+        return None
+    match = _CUDA.search(text)
+    return None if match is None else match["version"] or ""
 
 
 def _machine() -> str:
@@ -68,22 +95,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    try:
-        done = subprocess.run(
-            _DRIVER,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_DRIVER_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.split()), None)
 
 
 def _addresses(name: str) -> list[str]:

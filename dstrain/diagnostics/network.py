@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dstrain.diagnostics.diagnosis import FAILED, OK, WARNING, Check
@@ -12,7 +12,7 @@ from dstrain.runs.this_machine import listening_socket, own_addresses
 
 HERE = "this machine"
 _PORT_SECONDS = 30.0
-_EXCHANGE_SECONDS = 90.0
+EXCHANGE_SECONDS = {"cpu": 90.0, "cuda": 600.0}
 """Starting torch may take long from a shared disk; each part of the exchange has a shorter limit of its own."""
 # A pair that is so much slower than the fastest deserves a look.
 _SLOW = 5
@@ -64,13 +64,22 @@ def _way(host: str, unreached: dict[str, Any]) -> str:
 
 
 def exchange(
-    conversations: Sequence[Conversation], device: str, *, on_one_machine: bool = False
+    conversations: Sequence[Conversation],
+    device: str,
+    *,
+    on_one_machine: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Check]:
-    """A real all-reduce of all hosts, and a real send between each pair, through gloo or (``cuda``) NCCL."""
+    """A real all-reduce of all hosts, and a real send between each pair, through gloo or (``cuda``) NCCL.
+
+    Args:
+        say: gets a line every 15 s, in this thread.
+    """
     first = conversations[0].host
     [meeting] = ask_all(conversations[:1], "free_port", seconds=_PORT_SECONDS)
     if isinstance(meeting, Trouble):
         return [Check(first, "all-reduce", FAILED, meeting.message, meeting.fix)]
+    limit, backend = EXCHANGE_SECONDS[device], "NCCL" if device == "cuda" else "gloo"
     arguments = []
     for rank in range(len(conversations)):
         environment = {
@@ -80,12 +89,17 @@ def exchange(
             "MASTER_ADDR": "127.0.0.1" if on_one_machine else first,
             "MASTER_PORT": str(meeting["port"]),
         }
-        arguments.append({"environment": environment, "device": device, "limit": _EXCHANGE_SECONDS})
-    answers = ask_each(conversations, "exchange", arguments, seconds=_EXCHANGE_SECONDS + 10)
+        arguments.append({"environment": environment, "device": device, "limit": limit})
+    what = f"all-reduce and send between {len(conversations)} ranks"
+    answers = ask_each(
+        *(conversations, "exchange", arguments),
+        seconds=limit + 10,
+        waiting=lambda passed: say(f"{what} ({backend}): {passed:.0f} s of at most {limit:.0f} s"),
+    )
     names = [conversation.host for conversation in conversations]
     if on_one_machine:
         names = [f"{device}:{rank}" if device == "cuda" else f"rank {rank}" for rank in range(len(names))]
-    checks = judge_exchange(names, answers, "NCCL" if device == "cuda" else "gloo")
+    checks = judge_exchange(names, answers, backend)
     if not on_one_machine:
         return checks
     return [

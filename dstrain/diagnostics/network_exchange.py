@@ -24,8 +24,9 @@ from dstrain.engine.loopback_store import init_method
 from dstrain.strict_json import to_json
 from dstrain.train.rank_environment import network_variables
 
-WAIT_SECONDS = 20
-"""So long each part may take."""
+WAIT_SECONDS = {"cpu": 20, "cuda": 180}
+"""So long each part may take. On GPUs the first one holds NCCL's start: it looks for the links of every host, connects
+all to all, and waits for the last host to have loaded CUDA's libraries."""
 _BYTES = 16 * 2**20
 _TIMES = 3
 
@@ -37,7 +38,9 @@ def main(device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, init_method=init_method(), timeout=timedelta(seconds=WAIT_SECONDS))
+    dist.init_process_group(
+        backend, init_method=init_method(), timeout=timedelta(seconds=WAIT_SECONDS[device])
+    )
     rank, world = dist.get_rank(), dist.get_world_size()
     _say(doing="all-reduce")
     tensor = torch.empty(_BYTES // 4, device=device)

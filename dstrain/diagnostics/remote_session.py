@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from dstrain.child_process import module_command
@@ -22,6 +23,7 @@ from dstrain.strict_json import to_json
 
 _MODULE = "dstrain.diagnostics.host"
 _END_SECONDS = 3.0
+_WAITING_SECONDS = 15.0
 
 
 class NoAnswerError(Exception):
@@ -150,8 +152,9 @@ def ask_each(
     arguments: Sequence[Mapping[str, Any]],
     *,
     seconds: float,
+    waiting: Callable[[float], None] = lambda passed: None,
 ) -> list[dict[str, Any] | Trouble]:
-    """The same, each with arguments of its own."""
+    """The same, each with arguments of its own. ``waiting`` is called every 15 s with the seconds that have passed."""
 
     def ask(conversation: Conversation, own: Mapping[str, Any]) -> dict[str, Any] | Trouble:
         try:
@@ -161,7 +164,11 @@ def ask_each(
 
     with ThreadPoolExecutor(max_workers=max(1, len(conversations))) as pool:
         try:
-            return list(pool.map(ask, conversations, arguments))
+            asked = [pool.submit(ask, *one) for one in zip(conversations, arguments, strict=True)]
+            started = time.monotonic()
+            while wait(asked, timeout=_WAITING_SECONDS).not_done:
+                waiting(time.monotonic() - started)
+            return [each.result() for each in asked]
         except BaseException:  # Ctrl-C: the pool waits for its threads, and they for answers
             for conversation in conversations:
                 conversation.kill()

@@ -6,12 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import which
 
 from dstrain.errors import DstrainError
+from dstrain.launch.gpus import ON_CPU, Driver, Gpu, amd_gpus, ask_driver
 
-_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
-_QUERY_SECONDS = 10
 # A container's own limit, where there is one (cgroup v2, then v1).
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -43,28 +41,33 @@ class Processor:
     flops_a_cycle: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Gpu:
-    index: int
-    uuid: str
-    name: str
-    memory_bytes: int | None
-
-
 def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
-    """The visible GPUs, or the CPU where there are none or ``DS_ACCELERATOR=cpu`` asks for it.
+    """The visible GPUs, or the CPU where there are none or ``DS_ACCELERATOR=cpu`` asks for it: then nothing is asked.
 
     Raises:
-        DstrainError: DS_ACCELERATOR names neither cuda nor cpu, or asks for cuda where no GPU is seen, or
-            CUDA_VISIBLE_DEVICES names something that DeepSpeed's launcher can't address.
+        DstrainError: GPUs are here that can't be used: see `dstrain.launch.gpus.ask_driver`; CUDA_VISIBLE_DEVICES names
+            none of them, or something that DeepSpeed's launcher can't address; DS_ACCELERATOR names neither cuda nor
+            cpu, or asks for cuda where there is no GPU.
     """
+    if wants_cpu(environ):
+        return cpu_devices()
+    return devices_of(ask_driver(environ), environ)
+
+
+def wants_cpu(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user asks for the CPU. Raises DstrainError where DS_ACCELERATOR names something else than it may."""
     wanted = environ.get("DS_ACCELERATOR", "")
     if wanted not in ("", "cpu", "cuda"):
         raise DstrainError(
             f"dstrain runs on cuda and cpu, not on {wanted!r}.", hint="unset it", where="DS_ACCELERATOR"
         )
-    gpus = [] if wanted == "cpu" else _visible(_query(environ), environ.get("CUDA_VISIBLE_DEVICES"))
-    if gpus:
+    return wanted == "cpu"
+
+
+def devices_of(driver: Driver | None, environ: Mapping[str, str]) -> Devices:
+    """The driver's GPUs that are visible; without a driver, the CPU. Raises DstrainError as `local_devices` does."""
+    if driver is not None:
+        gpus = _visible(driver.gpus, environ.get("CUDA_VISIBLE_DEVICES"))
         sizes = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None]
         return Devices(
             kind="cuda",
@@ -73,12 +76,25 @@ def local_devices(environ: Mapping[str, str] = os.environ) -> Devices:
             memory_bytes=min(sizes) if len(sizes) == len(gpus) else None,
             ids=tuple(gpu.index for gpu in gpus),
         )
-    if wanted == "cuda":
+    if environ.get("DS_ACCELERATOR") == "cuda":
         raise DstrainError(
             "DS_ACCELERATOR=cuda asks for GPUs, but none is visible.",
-            hint="check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu",
+            hint="check `nvidia-smi`, or set DS_ACCELERATOR=cpu",
             where="DS_ACCELERATOR",
         )
+    other = amd_gpus()
+    if other:
+        raise DstrainError(
+            f"this machine has {len(other)} GPUs of AMD's ({', '.join(dict.fromkeys(other))}), on which dstrain does"
+            " not run",
+            hint=ON_CPU,
+            where="GPUs",
+        )
+    return cpu_devices()
+
+
+def cpu_devices() -> Devices:
+    """The CPU, whatever else there is."""
     precisions = ("fp32", "bf16", "fp16") if _has_half_precision() else ("fp32", "bf16")
     return Devices(
         kind="cpu", count=0, names=(_processor(),), memory_bytes=_main_memory(), precisions=precisions
@@ -130,41 +146,15 @@ def _has_half_precision() -> bool:
     )
 
 
-def _query(environ: Mapping[str, str]) -> list[_Gpu]:
-    """Ask the driver's own tool. Without it, or when it fails, there are no GPUs to be used."""
-    if which(_QUERY[0], path=environ.get("PATH")) is None:
-        return []
-    import subprocess
+def _visible(gpus: Sequence[Gpu], chosen: str | None) -> Sequence[Gpu]:
+    """Apply CUDA_VISIBLE_DEVICES as the CUDA driver does: in its order, cut at the first invalid entry.
 
-    try:
-        answer = subprocess.run(
-            _QUERY,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_QUERY_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return []
-    gpus = []
-    for line in answer.stdout.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        # With no device nvidia-smi writes a sentence ("No devices were found") and may still exit 0.
-        if len(cells) < 4 or not cells[0].isdigit():
-            continue
-        # Machines that share memory between CPU and GPU answer "[N/A]".
-        memory = int(cells[-1]) * 2**20 if cells[-1].isdigit() else None
-        gpus.append(_Gpu(int(cells[0]), cells[1], ", ".join(cells[2:-1]), memory))
-    return gpus
-
-
-def _visible(gpus: list[_Gpu], chosen: str | None) -> list[_Gpu]:
-    """Apply CUDA_VISIBLE_DEVICES as the CUDA driver does: in its order, cut at the first invalid entry."""
+    Raises:
+        DstrainError: nothing is left, or a part of a GPU is named.
+    """
     if chosen is None:
         return gpus
-    visible: list[_Gpu] = []
+    visible: list[Gpu] = []
     for entry in (part.strip() for part in chosen.split(",")):
         if entry.startswith("MIG-"):
             raise DstrainError(
@@ -179,6 +169,13 @@ def _visible(gpus: list[_Gpu], chosen: str | None) -> list[_Gpu]:
         if len(matches) != 1 or matches[0] in visible:
             break
         visible.append(matches[0])
+    if not visible:
+        last = f" to {gpus[-1].index}" if len(gpus) > 1 else ""
+        raise DstrainError(
+            f"{chosen!r} names none of this machine's GPUs, which are {gpus[0].index}{last}",
+            hint=f"unset it, or name GPUs by number; {ON_CPU}",
+            where="CUDA_VISIBLE_DEVICES",
+        )
     return visible
 
 

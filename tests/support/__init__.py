@@ -14,6 +14,7 @@
   trainings may be apart; `covering` chooses layouts so that every three choices meet; `elsewhere` goes on in another
   layout; `memory_run` and `memory_count` count tensors, `counting` the bytes sent, `timed` the seconds of a step;
   `simulation` runs DeepSpeed's schedules without a model.
+- `nvml`: NVIDIA's driver where there is none: a module in place of nvidia-ml-py's, a library for the real one.
 - `cluster`: three hosts on one machine, as network namespaces with sshd between them, and a Slurm on them; how they
   fail (`host`, `hosts`), commands on them (`commands`), what is missing to try it (`needs`).
 - `image`: a Docker engine, the machine's own or one that lasts as long as the tests, and a base to build on.

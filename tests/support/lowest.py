@@ -23,7 +23,7 @@ from tests.support.pins import versions
 _RUNNERS = ("hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist")
 # Lowest versions were never built for newer compilers. DeepSpeed has no wheels, and is pinned nearly to the digit.
 _WHEELS = ("--only-binary", ":all:", "--no-binary", "deepspeed")
-_PART_OF_TORCH = re.compile("torch$|triton$|nvidia-|cuda-")
+_PART_OF_TORCH = re.compile("torch$|triton$|nvidia-(?!ml-py)|cuda-")
 
 
 def uv(*arguments: str | Path, cwd: Path) -> str:

@@ -126,6 +126,13 @@ def test_gpus_where_there_are_any(typed: Call, tmp_path: Path) -> None:
     assert "--userns=keep-id" in words or os.getuid() == 0
 
 
+def test_a_driver_that_fails_is_no_machine_without_gpus(typed: Call, tmp_path: Path) -> None:
+    program(tmp_path / "programs", "nvidia-smi", "exit 18")
+    said = "docker.sh: nvidia-smi fails with exit code 18; DS_ACCELERATOR=cpu trains on the CPU"
+    assert typed("run", code=2) == [said]
+    assert "--gpus" not in typed("run", DS_ACCELERATOR="cpu")
+
+
 def test_nodes_have_the_keys_that_were_made_once(typed: Call, tmp_path: Path) -> None:
     typed("keys", PORT="2345")
     keys = tmp_path / "work" / "ssh"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -19,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from dstrain.cli.doctor import command as doctor
-from dstrain.diagnostics import host, host_checks
+from dstrain.diagnostics import host, host_checks, network, network_exchange
 from dstrain.diagnostics.diagnosis import (
     FAILED,
     OK,
@@ -30,7 +32,7 @@ from dstrain.diagnostics.diagnosis import (
     judge_folders,
     judge_names,
 )
-from dstrain.diagnostics.host_facts import facts
+from dstrain.diagnostics.host_facts import facts, torch_cuda
 from dstrain.diagnostics.network import judge_exchange
 from dstrain.diagnostics.remote_session import Conversation, NoAnswerError, ask_all
 from dstrain.errors import DstrainError
@@ -38,6 +40,7 @@ from dstrain.launch.launch_spec import LaunchSpec
 from dstrain.launch.ssh_reachability import Trouble, ssh_command, trouble
 from dstrain.planning.layout import Host
 from dstrain.runs.this_machine import port_taken
+from tests.support.nvml import A100, H100, NvmlModule, build_library
 
 VERSIONS = {"dstrain": "0.1.0 (ab)", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 FACTS: dict[str, Any] = {
@@ -219,6 +222,62 @@ def test_an_exchange_that_failed(case: str) -> None:
     assert failed.fix
 
 
+class SlowHost:
+    """A conversation whose host takes its time to answer."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.host, self._seconds, self.asked = name, seconds, dict[str, Any]()
+
+    def ask(self, question: str, *, seconds: float, **arguments: Any) -> dict[str, Any]:
+        if question == "free_port":
+            return {"port": 20001}
+        self.asked = {"seconds": seconds, **arguments}
+        time.sleep(self._seconds)
+        return rank(REDUCING, REDUCED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_exchange_has_time_for_its_start_and_says_that_it_lasts(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstrain.diagnostics.remote_session._WAITING_SECONDS", 0.1)
+    said: list[tuple[str, threading.Thread]] = []
+    hosts = [SlowHost("n1", 0.0), SlowHost("n2", 0.5)]
+    checks = network.exchange(hosts, device, say=lambda line: said.append((line, threading.current_thread())))  # type: ignore[arg-type]
+    assert [check.status for check in checks] == [OK, OK]
+    limit = {"cpu": 90, "cuda": 600}[device]
+    name = {"cpu": "gloo", "cuda": "NCCL"}[device]
+    assert len(said) >= 2 and {thread for _, thread in said} == {threading.main_thread()}
+    told = rf"all-reduce and send between 2 ranks \({name}\): \d+ s of at most {limit} s"
+    assert all(re.fullmatch(told, line) for line, _ in said)
+    for each in hosts:
+        assert each.asked["limit"] == limit and each.asked["seconds"] > limit
+    # A part that hangs ends by its own limit, and a host that nobody asks any more after all of them.
+    assert 2 * network_exchange.WAIT_SECONDS[device] < limit < host._MOST_SECONDS
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 20), ("cuda", 180)])
+def test_a_part_of_an_exchange_has_time_for_the_start_of_nccl(
+    device: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: dict[str, Any] = {}
+
+    def begin(backend: str, **more: Any) -> None:
+        began.update(more, backend=backend)
+        raise RuntimeError("as far as this test goes")
+
+    monkeypatch.setattr(network_exchange.dist, "init_process_group", begin)
+    monkeypatch.setattr(network_exchange.torch.cuda, "set_device", lambda number: None)
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    with pytest.raises(RuntimeError, match="as far as"):
+        network_exchange.main(device)
+    assert began["timeout"].total_seconds() == seconds
+    assert began["backend"] == {"cpu": "gloo", "cuda": "nccl"}[device]
+
+
 # What ssh ends with, and says (OpenSSH 9.2)
 TROUBLES = {
     "no key": (
@@ -354,37 +413,126 @@ def test_ctrl_c_does_not_wait_for_answers(fake_ssh: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-FAKE_SMI = """#!/bin/sh
-case "$1" in
-*driver*) echo 570.86; echo 570.86 ;;
-*) echo "0, GPU-aa, H100, 81559"; echo "1, GPU-bb, H100, 81559" ;;
-esac
-"""
-
-
-# CUDA_VISIBLE_DEVICES, the devices that are found
-VISIBLE = {
-    "nothing said": (None, {"kind": "cuda", "count": 2, "names": ("H100", "H100")}),
-    "one": ("1", {"kind": "cuda", "count": 1, "names": ("H100",)}),
-    "a slice": ("MIG-1", None),
+# CUDA_VISIBLE_DEVICES, the devices that are found, what is said in their place
+VISIBLE: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
+    "nothing said": (None, {"kind": "cuda", "count": 2, "names": (H100[1], A100[1])}, ""),
+    "one": ("1", {"kind": "cuda", "count": 1, "names": (A100[1],)}, ""),
+    "a slice": ("MIG-1", None, "can't address a MIG slice"),
+    "none of them": ("7", None, "'7' names none of this machine's GPUs, which are 0 to 1"),
 }
 
 
-@pytest.mark.parametrize("case", VISIBLE)
-def test_the_devices_of_a_host(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, wanted = VISIBLE[case]
-    (tmp_path / "nvidia-smi").write_text(FAKE_SMI)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> NvmlModule:
+    nvml = NvmlModule()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return nvml
+
+
+@pytest.mark.parametrize("case", VISIBLE)
+def test_the_devices_of_a_host(
+    case: str, tmp_path: Path, two_gpus: NvmlModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, wanted, said = VISIBLE[case]
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    found = facts(str(tmp_path), str(tmp_path), "nvidia-smi")
-    assert found["driver"] == "570.86"
+    (tmp_path / "token").touch()
+    found = facts(str(tmp_path), str(tmp_path), "token")
+    assert (found["driver"], found["driver_cuda"]) == ("570.86.15", "12.8")
     assert found["devices"] == wanted
-    assert ("MIG" in found.get("devices_error", "")) == (wanted is None)
+    assert said in found.get("devices_error", "") and ("devices_error" in found) == (wanted is None)
     assert found["directory"] is found["sees_runs"] is True
+
+
+def test_a_host_whose_driver_fails_is_no_host_without_gpus(
+    tmp_path: Path, two_gpus: NvmlModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_gpus.init = NvmlModule.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+    found = facts(str(tmp_path), str(tmp_path), "token")
+    assert found["devices"] is found["driver"] is None
+    [check] = [one for one in judge_facts("n1", 2, found, found, gpus=False) if one.check == "devices"]
+    assert check.status == FAILED and "NVIDIA's driver can't be asked for the GPUs" in check.message
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = facts(str(tmp_path), str(tmp_path), "token")
+    assert found["devices"]["kind"] == "cpu" and found["driver"] is None
+
+
+# --- the driver, and the CUDA of torch
+
+
+@pytest.mark.parametrize(
+    ("built_for", "has", "status", "said", "fix"),
+    [
+        ("13.0", "13.1", OK, "built for CUDA 13.0, the driver has 13.1", ""),
+        (
+            "12.8",
+            "12.4",
+            OK,
+            "built for CUDA 12.8, the driver has 12.4",
+            "",
+        ),  # any minor version of the major one
+        ("12.8", "13.0", OK, "built for CUDA 12.8, the driver has 13.0", ""),
+        (
+            "13.0",
+            "12.8",
+            FAILED,
+            "but the driver (570.1) has CUDA 12.8 at most",
+            "(580.65.06 or newer), or PyTorch for",
+        ),
+        (
+            "14.1",
+            "13.0",
+            FAILED,
+            "built for CUDA 14.1",
+            "a driver for CUDA 14, or PyTorch for CUDA 13, on n1",
+        ),
+        ("", "13.0", FAILED, "built for CPUs", "PyTorch for CUDA on n1"),
+        (None, "13.0", None, "", ""),
+        ("13.0", None, None, "", ""),
+    ],
+)
+def test_the_driver_and_the_cuda_of_torch(
+    built_for: str | None, has: str | None, status: str | None, said: str, fix: str
+) -> None:
+    changed = {**FACTS, "torch_cuda": built_for, "driver_cuda": has}
+    found = [one for one in judge_facts("n1", 4, changed, changed, gpus=True) if one.check == "cuda"]
+    assert [one.status for one in found] == ([] if status is None else [status])
+    assert all(said in one.message and fix in one.fix and bool(one.fix) == bool(fix) for one in found)
+    on_cpu = {**changed, **CPU}
+    assert not [one for one in judge_facts("n1", 4, on_cpu, on_cpu, gpus=False) if one.check == "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", "13.0"),
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n", ""),
+        ('cuda = "12.8"\n', "12.8"),
+        ("__version__ = '3'\n", None),
+        (None, None),
+    ],
+)
+def test_the_cuda_that_torch_is_built_for(
+    text: str | None, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch is not to be imported')\n")
+    if text is not None:
+        (tmp_path / "torch" / "version.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert torch_cuda() == found
+
+
+def test_the_cuda_of_the_torch_that_is_here() -> None:
+    code = (
+        "import torch, dstrain.diagnostics.host_facts as f; print([f.torch_cuda(), torch.version.cuda or ''])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, theirs = ast.literal_eval(done.stdout)
+    assert ours == theirs
 
 
 def request(**changed: Any) -> LaunchSpec:
@@ -410,6 +558,37 @@ def test_pdsh_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pyte
 def test_a_run_on_this_machine_looks_at_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_checks, "examine_hosts", None)  # a call would fail
     host_checks.refuse_unfit_hosts(request(hosts=(), launcher="local"), None)
+
+
+@pytest.mark.parametrize("asked_for", [None, "cpu"])
+def test_hosts_with_gpus_and_a_plan_for_cpus(
+    asked_for: str | None,
+    fake_ssh: Path,
+    two_gpus: NvmlModule,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plan was made where there are none: nobody has asked for the CPU."""
+    (fake_ssh / "pdsh").write_text("")
+    (fake_ssh / "pdsh").chmod(0o755)
+    monkeypatch.setattr("dstrain.diagnostics.network.own_addresses", lambda: ["127.0.0.1"])
+    library = build_library(tmp_path / "driver")
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": ENVIRONMENT["PYTHONPATH"],
+        "LD_LIBRARY_PATH": str(library),
+    }
+    if asked_for is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", asked_for)
+    spec = request(run_folder=tmp_path / "runs" / "a", environment=environment)
+    if asked_for is None:
+        with pytest.raises(DstrainError) as caught:
+            host_checks.refuse_unfit_hosts(spec, None)
+        assert "192.0.2.1: devices: it has 2 GPUs, but the plan is for CPUs" in caught.value.message
+        return
+    with pytest.raises(DstrainError) as caught:
+        host_checks.refuse_unfit_hosts(spec, None)
+    assert "GPUs" not in caught.value.message and "same machine" in caught.value.message
 
 
 def test_a_refusal_names_the_line_of_the_hostfile_and_its_slots(
@@ -445,7 +624,7 @@ def test_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     said = CliRunner().invoke(doctor, ["--json"])
-    found = json.loads(said.output)
+    found = json.loads(said.stdout)
     assert said.exit_code == 0 and found["ok"] is True, said.output
     checks = {check["check"]: check["status"] for check in found["checks"]}
     assert checks["all-reduce"] == checks["send"] == OK
@@ -458,11 +637,11 @@ def test_this_machine_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     said = CliRunner().invoke(doctor, ["--quick", "--json"])
-    found = json.loads(said.output)
+    found = json.loads(said.stdout)
     assert said.exit_code == 0 and "devices" in {check["check"] for check in found["checks"]}
     assert {"all-reduce", "send"}.isdisjoint(check["check"] for check in found["checks"])
     said = CliRunner().invoke(doctor, ["--quick", "--json", "--runs-dir", "/proc/self"])
-    [failed] = [check for check in json.loads(said.output)["checks"] if check["status"] == FAILED]
+    [failed] = [check for check in json.loads(said.stdout)["checks"] if check["status"] == FAILED]
     assert said.exit_code == 1 and failed["check"] == "run folder"
 
 
