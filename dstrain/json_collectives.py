@@ -1,7 +1,7 @@
 """Collectives of plain values: JSON in byte tensors.
 
 torch's ``broadcast_object_list`` and ``all_gather_object`` send pickles, and a rank runs what the pickle of another
-names. JSON holds data alone.
+names. JSON holds data alone. All ranks together speak through `dstrain.control_group`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import distributed
+
+from dstrain.control_group import control_group
 
 MOST_BYTES = 2**26
 """Of one rank's value. What is sent is names, sizes and reasons; a longer announcement is none of ours."""
@@ -25,13 +27,13 @@ def broadcast_json(value: Any, src: int = 0) -> Any:
     Raises:
         RuntimeError: it takes more than `MOST_BYTES`, or what arrives is no JSON; on every rank.
     """
-    device = _device(None)
+    device, group = torch.device("cpu"), control_group()
     mine = _encoded(value, device) if distributed.get_rank() == src else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
-    distributed.broadcast(length, src=src)
+    distributed.broadcast(length, src=src, group=group)
     count = _checked(int(length.item()), src)
     content = mine if distributed.get_rank() == src else torch.empty(count, dtype=torch.uint8, device=device)
-    distributed.broadcast(content, src=src)
+    distributed.broadcast(content, src=src, group=group)
     return _decoded(content, src)
 
 
@@ -45,7 +47,8 @@ def all_gather_json(value: Any, group: Any = None) -> list[Any]:
     Raises:
         RuntimeError: one takes more than `MOST_BYTES`, or what arrives is no JSON.
     """
-    device = _device(group)
+    device = torch.device("cpu") if group is None else _device(group)
+    group = control_group() if group is None else group
     mine = _encoded(value, device)
     ranks = distributed.get_world_size(group)
     announced = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]

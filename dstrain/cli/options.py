@@ -21,6 +21,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Mappings and lists of mappings have no form on a command line but --set.
 _WITHOUT_FLAG = (
     "deepspeed",
+    "communication_timeout",
     "data_options",
     "data_fields",
     "data_phases",

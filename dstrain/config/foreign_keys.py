@@ -342,7 +342,7 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "ddp_find_unused_parameters": (_note(_DDP), False),
             "ddp_bucket_cap_mb": (_note(_DDP), 25),
             "ddp_backend": (_note("remove it: nccl on GPUs, gloo on CPUs"), "nccl"),
-            "ddp_timeout": (_note("hang_after: a time without a step, such as 30m"), 1800),
+            "ddp_timeout": (_note("communication_timeout: a time, such as 30m"), 1800),
             "local_rank": (_note("remove it: the launcher sets it"), -1),
             "do_train": (_note("remove it: `dstrain run` trains"), True),
             "do_eval": (_note("eval_every: a number of steps"), True),
@@ -553,7 +553,7 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "validation.steps": (_note("eval_samples: this x the batch"), 10),
             "job.dump_folder": (_same("runs_dir"), "outputs"),
             "job.description": (_same("name"), "my-run"),
-            "comm.init_timeout_seconds": (_note("hang_after: a time without a step, such as 30m"), 300),
+            "comm.init_timeout_seconds": (_note("communication_timeout: a time, such as 30m"), 300),
         },
     ),
     **_entries(

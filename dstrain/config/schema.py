@@ -291,6 +291,11 @@ class RunConfig(BaseModel):
         description="names of environment variables to hand on to ranks on other hosts, where ssh drops them, beside"
         " those of NCCL and the like; * matches anything: [MY_*]. Names that look like secrets are refused",
     )
+    communication_timeout: str | None = Field(
+        None,
+        description="time that a rank waits for the others in a collective of the training (90s, 20m); default: the"
+        " minutes of DEEPSPEED_TIMEOUT, or 10m. What happens between steps (checkpoints, hooks) has no such limit",
+    )
     restarts: NonNegativeInt = Field(
         0,
         description="maximum restarts after a failure, each from the newest checkpoint; a new checkpoint"
@@ -408,7 +413,7 @@ class RunConfig(BaseModel):
         check_patterns(value)
         return value
 
-    @field_validator("time_limit", "hang_after")
+    @field_validator("time_limit", "hang_after", "communication_timeout")
     @classmethod
     def _is_duration(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not (value == NEVER and info.field_name == "hang_after"):
@@ -464,6 +469,10 @@ class RunConfig(BaseModel):
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
         raise ValueError("must be a number of steps (0 or more), a duration such as 20m or 1h30m, or never")
+
+    @property
+    def communication_timeout_seconds(self) -> int | None:
+        return None if self.communication_timeout is None else seconds(self.communication_timeout)
 
     @property
     def hang_after_seconds(self) -> float | None:

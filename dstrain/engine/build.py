@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.comm import comm
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
-from torch import nn
+from torch import distributed, nn
 
+from dstrain.control_group import barrier, control_group
 from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.client_optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.deepspeed_patches import PatchedEngine
@@ -87,6 +91,7 @@ def build_engine(
         whole = head = model
         if activation_checkpointing:
             model.recompute_blocks()
+    barrier()  # the training's groups wait for no rank that reads its weights from a slow disk
     head.set_loss(loss, loss_chunk)
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
@@ -129,12 +134,22 @@ def _make(
     return engine
 
 
-def start_communication() -> None:
-    """Initialise ``torch.distributed`` through DeepSpeed, with the rank and address that the launcher gave.
+def start_communication(timeout: float | None = None) -> None:
+    """Initialise ``torch.distributed`` through DeepSpeed, with the rank and address that the launcher gave, and the
+    group beside it (`dstrain.control_group`).
+
+    The groups that DeepSpeed makes later get the same timeout; torch would give them 10 minutes with NCCL.
+
+    Args:
+        timeout: seconds that a rank waits for others in the training's collectives; None: DeepSpeed's, the minutes of
+            DEEPSPEED_TIMEOUT or 10.
 
     On CPUs DeepSpeed first compiles an all-reduce through shared memory, for about a minute, and keeps
     64 MB in /dev/shm for each rank, which stay there when it is killed. Only inference calls it
     (``deepspeed.comm.inference_all_reduce``): training takes torch's collectives. So it is left out.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False, init_method=init_method())
+    patience = default_pg_timeout if timeout is None else timedelta(seconds=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=patience, init_method=init_method())
+    comm.cdb.new_group = lambda ranks: distributed.new_group(ranks, timeout=patience)
+    control_group()

@@ -2,13 +2,14 @@
 
 The gradient norm is that of the whole model, with each weight counted once. What DeepSpeed 0.19.8 does instead: ZeRO-0
 with stages clips by the first stage's norm alone and reports none; ZeRO-1 and 2 do one collective a parameter group,
-which hangs when stages differ in their number of groups.
+which hangs when stages differ in their number of groups. And disks are waited for outside of the training's groups.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from dstrain.control_group import barrier
 
 
 class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -49,8 +53,38 @@ class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
             self._global_grad_norm = norm_over(counted, stages)
         super()._take_model_step(lr_kwargs)
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with _barriers_that_wait_for_disks():
+            return super().save_checkpoint(*args, **kwargs)
+
+    def _checkpoint_tag_validation(self, tag: str) -> None:
+        """Nothing: all ranks save under one tag. Upstream compares it in two collectives, byte by byte."""
+
+    def _optimizer_has_ckpt_event_epilogue(self) -> bool:
+        """Asked when a rank has written or read its last file of a checkpoint. What follows are collectives of the
+        training, which would end the run where another rank's disk takes longer."""
+        barrier()
+        return bool(super()._optimizer_has_ckpt_event_epilogue())
+
     def clip_fp32_gradients(self) -> None:
         clip_whole(self.module.parameters(), self._global_grad_norm, self.gradient_clipping())
+
+
+@contextmanager
+def _barriers_that_wait_for_disks() -> Iterator[None]:
+    """Within it, DeepSpeed's barriers of all ranks are `dstrain.control_group`'s. Upstream waits in the default group,
+    which on GPUs ends a run whose slowest disk writes for longer than its timeout."""
+    backend = comm.cdb
+    original = backend.barrier
+
+    def wait(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return barrier() if group is None else original(group, *args, **kwargs)
+
+    backend.barrier = wait
+    try:
+        yield
+    finally:
+        del backend.barrier
 
 
 def _quoted_libraries(jit_load: Any) -> Any:

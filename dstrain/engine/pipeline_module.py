@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dstrain.control_group import barrier
 from dstrain.engine.zero3 import zero3_init
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.layers import BlockLayer, HeadLayer
@@ -91,6 +92,7 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
     def _build(self) -> None:
         self._model.after_build = zero3_init(self._deepspeed, self.mpu())
         super()._build()
+        barrier()  # the training's groups wait for no rank that reads its weights from a slow disk
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._cut

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from dstrain.control_group import barrier
 from dstrain.engine.checkpoint_files import SavedTensor
 from dstrain.engine.checkpoint_state import MASTER, SavedParameter, SavedState
 from dstrain.engine.client_optimizer import hugging_face_name
@@ -191,6 +192,7 @@ def _fill_partitions(optimizer: DeepSpeedZeroOptimizer, matched: Matched, say: S
                 shares.append(_Share(matched[parameter], there.start, there.numel, here.start))
         members = [matched[parameter] for parameter in parameters]
         _fill(optimizer.optimizer, flat, members, progress.of(shares))
+    barrier()  # the gathering waits for no rank that still reads
     optimizer.update_lp_params()
 
 
@@ -210,6 +212,7 @@ def _fill_shards(optimizer: DeepSpeedZeroOptimizer_Stage3, matched: Matched, say
     for parameter, held in matched.items():
         if not parameter.requires_grad:
             _shard(parameter, held, 0).into(_partition(parameter), held.weight)
+    barrier()  # the gathering waits for no rank that still reads
     optimizer.checkpoint_event_epilogue()
 
 

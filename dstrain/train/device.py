@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import distributed
 
+from dstrain.control_group import all_reduce_max
 from dstrain.errors import DstrainError
 
 
@@ -81,6 +81,5 @@ def largest_memory(device: torch.device) -> int:
         used = torch.cuda.max_memory_allocated(device)
     else:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.tensor([used], dtype=torch.int64, device=device)
-    distributed.all_reduce(peak, op=distributed.ReduceOp.MAX)
-    return int(peak)
+    [peak] = all_reduce_max([used])
+    return peak

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import distributed
 
+from dstrain.control_group import barrier
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.interface import Engine, MicroBatch
 from dstrain.files import make_folder, open_to_group
+from dstrain.json_collectives import broadcast_json
 
 
 def save_weights(engine: Engine, folder: Path, stage: int, replica: int) -> None:
@@ -26,7 +27,7 @@ def save_weights(engine: Engine, folder: Path, stage: int, replica: int) -> None
         save_file(tensors, aside)
         open_to_group(aside)
         os.replace(aside, path)
-    distributed.barrier()
+    barrier()
 
 
 TEMPERATURE = 0.7
@@ -40,7 +41,6 @@ def continuation(
     tokens: int,
     seq_len: int,
     micro_batch: int,
-    device: torch.device,
     seed: int,
     stop_tokens: Collection[int] = (),
 ) -> str:
@@ -55,11 +55,11 @@ def continuation(
         window = ids[-seq_len:]
         logits = engine.next_token_logits(_as_micro_batch(window, micro_batch, seq_len), 0, len(window) - 1)
         logits = logits[: tokenizer.vocab_size] / TEMPERATURE
-        token = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
-        distributed.broadcast(token, src=0)
-        if int(token) == tokenizer.end_of_document or int(token) in stop_tokens:
+        drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
+        token = int(broadcast_json(int(drawn)))
+        if token == tokenizer.end_of_document or token in stop_tokens:
             break
-        ids.append(int(token))
+        ids.append(token)
     return tokenizer.decode(ids)
 
 

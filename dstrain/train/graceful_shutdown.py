@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-import torch
 from torch import distributed
 
+from dstrain.control_group import all_reduce_max
 from dstrain.stop_signals import WARNINGS, heeded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNINGS)
@@ -38,10 +38,9 @@ class GracefulShutdown:
         for each in self._heeded:
             signal.signal(each, signal.SIG_DFL)
 
-    def agreed(self, device: torch.device) -> bool:
+    def agreed(self) -> bool:
         """Whether any rank has a reason to leave. Collective: all ranks leave after the same step."""
-        wanted = torch.tensor([int(self._wanted())], dtype=torch.int32, device=device)
-        distributed.all_reduce(wanted, op=distributed.ReduceOp.MAX)
+        [wanted] = all_reduce_max([int(self._wanted())])
         return bool(wanted)
 
     def _wanted(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import distributed
 
+from dstrain.control_group import barrier
 from dstrain.data.rows.mixture import Order
 from dstrain.data.tokenizing.worker_pool import available_cores
 from dstrain.data.training_data import TrainingData
@@ -74,7 +75,7 @@ class Streams:
                 state=None if states is None else states[number],
                 workers=workers,
             )
-        distributed.barrier()  # the first reader's stream is open before the others ask it for rows
+        barrier()  # the first reader's stream is open before the others ask it for rows
 
     def states(self, step: int) -> States | None:
         """How to go on behind the step. Collective; None without streams.

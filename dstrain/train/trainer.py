@@ -17,6 +17,7 @@ from torch import distributed
 
 from dstrain.config.files import cache_folder
 from dstrain.config.schema import RunConfig
+from dstrain.control_group import barrier
 from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.build import build_engine, start_communication
@@ -94,7 +95,7 @@ def _train(
     loss = token_loss(config)
     optimizer = client_optimizer(config)
     lr_of = LearningRate.of(config)
-    start_communication()
+    start_communication(config.communication_timeout_seconds)
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
     device = torch.device(get_accelerator().current_device_name())
@@ -137,7 +138,7 @@ def _train(
         if metrics:
             metrics.write({"step": 0, **losses, "tokens": 0})
         hooks.validated(0, losses, tokens=0)
-    schedule = SaveSchedule(config, device)
+    schedule = SaveSchedule(config)
     with (
         hooks.told_of_saves(checkpoints.take_completed),
         checkpoints,  # at its end the last one is complete, and an error lets it be
@@ -188,7 +189,7 @@ def _train(
             hooks.saved(checkpoints.take_completed())
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_replicas()
-            leave = leaving.agreed(device) and step < config.steps
+            leave = leaving.agreed() and step < config.steps
             if schedule.due(step) or (leave and config.saves):
                 with control.busy("checkpoint"):
                     if metrics:
@@ -203,7 +204,7 @@ def _train(
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
-    _finish(folder, plan, engine, data.tokenizer, device, losses)
+    _finish(folder, plan, engine, data.tokenizer, losses)
     return config.steps, True
 
 
@@ -328,7 +329,6 @@ def _finish(
     plan: Plan,
     engine: Engine,
     tokenizer: Tokenizer,
-    device: torch.device,
     validation_losses: Mapping[str, float],
 ) -> None:
     """Let the model speak, and leave result.json."""
@@ -342,7 +342,6 @@ def _finish(
             tokens=config.sample_tokens,
             seq_len=config.seq_len,
             micro_batch=plan.batch.micro_batch,
-            device=device,
             seed=config.seed,
             stop_tokens=plan.data.stop_tokens,
         )
@@ -357,7 +356,7 @@ def _finish(
                 "continuation": text,
             },
         )
-    distributed.barrier()
+    barrier()
 
 
 def _prompt_ids(plan: Plan, tokenizer: Tokenizer) -> list[int]:

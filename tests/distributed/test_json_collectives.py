@@ -37,19 +37,22 @@ def hostile(rank: int, sent: bytes, announced: int) -> str:
     import torch
     from torch import distributed
 
+    from dstrain.control_group import control_group
     from dstrain.json_collectives import all_gather_json
 
+    group = control_group()
     if rank == 0:
         try:
             return str(all_gather_json("mine"))
         except RuntimeError as error:
             return str(error)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
-    distributed.all_gather(lengths, torch.tensor([announced]))
+    distributed.all_gather(lengths, torch.tensor([announced]), group=group)
     if 0 < announced < 1000:
         longest = max(int(length) for length in lengths)
         content = torch.frombuffer(bytearray(sent.ljust(longest)), dtype=torch.uint8)
-        distributed.all_gather([torch.empty(longest, dtype=torch.uint8) for _ in range(2)], content)
+        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(2)]
+        distributed.all_gather(received, content, group=group)
     return ""
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dstrain.runs.checkpoint.manifest import complete_checkpoints, damage_of, named_checkpoints
 from tests.distributed.test_injuries import micro_batches
@@ -81,7 +80,7 @@ def due_steps(rank: int) -> list[int]:
 
     now = itertools.count(0, 10 if rank else 1)
     config = RunConfig(steps=20, save_every="5s", keep_every=7)
-    schedule = SaveSchedule(config, torch.device("cpu"), clock=lambda: float(next(now)))
+    schedule = SaveSchedule(config, clock=lambda: float(next(now)))
     found = []
     for step in range(1, 21):
         if schedule.due(step):

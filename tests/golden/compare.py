@@ -42,6 +42,7 @@ NEW: set[str] = {
         "data.train_stop_token",
     ),
     *("data.documents_hash", "config.loss", "origins.loss"),
+    "communication_timeout",
     *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
 }
 """Keys that 0.1 did not have; named as in `RENAMED`."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner
 
 from dstrain.cli.options import choices, given
@@ -54,8 +53,8 @@ def test_what_save_every_is_not(value: Any) -> None:
         load_config(flags={"save_every": value})
 
 
-def saved_steps(config: RunConfig, clock: Any = None, device: str = "cpu") -> list[int]:
-    schedule = SaveSchedule(config, torch.device(device), **({"clock": clock} if clock else {}))
+def saved_steps(config: RunConfig, clock: Any = None) -> list[int]:
+    schedule = SaveSchedule(config, **({"clock": clock} if clock else {}))
     return [step for step in range(1, config.steps + 1) if schedule.due(step)]
 
 

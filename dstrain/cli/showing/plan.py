@@ -258,12 +258,15 @@ def choices(plan: Plan) -> FoldingTable:
     separate = () if plan.config["pack"] else ("pack",)
     own = [key for key in ("loss", "lr_schedule") if is_code(plan.config.get(key, ""))]
     beside = [key for key in _BESIDE if plan.config.get(key)]
-    for key in (*_SHOWN, *separate, *own, *beside):
-        value = plan.config[key]
+    timeout = ("communication_timeout",) if plan.layout.world_size > 1 else ()
+    for key in (*_SHOWN, *separate, *own, *beside, *timeout):
+        value = plan.config.get(key)
         if key == "data_parallel" and value is None:
             table.add_row(key, str(plan.layout.data_parallel), "as many as the devices allow")
         elif key == "micro_batch" and value is None:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
+        elif key == "communication_timeout" and value is None:
+            table.add_row(key, "10m", "default, or DEEPSPEED_TIMEOUT (minutes)")
         elif key == "tokenizer" and value == "auto":
             table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
         elif key == "data" and isinstance(value, list):

@@ -13,7 +13,8 @@ from dstrain.runs.record.source import UNKNOWN
 _SAME_NUMBERS = frozenset(
     (
         "name", "runs_dir", "hostfile", "launcher", "nodes", "processes", "master_addr", "master_port", "restarts",
-        "elastic", "hang_after", "check_every", "save_every", "save_weights", "keep", "keep_every", "background_save",
+        "elastic", "hang_after", "communication_timeout",
+        "check_every", "save_every", "save_weights", "keep", "keep_every", "background_save",
         "prompt", "sample_tokens", "time_limit", "nvme_path", "eval_every", "trackers", "profile", "code_dirs",
         "access", "pass_env",
         # Compared as what they came to: fingerprints, the layout, the batch, DeepSpeed's JSON.

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import distributed
 
 from dstrain.config.schema import RunConfig
+from dstrain.control_group import barrier
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
@@ -103,7 +103,7 @@ class Checkpoints:
             if self._rank == 0:
                 begin(self.folder, step, keep=self.keep, keep_every=self.keep_every, damaged=self._damaged)
                 (aside / WORDS).mkdir()
-            distributed.barrier()
+            barrier()
             state = {"step": step, "run": self.run}
             if streams is not None:
                 state["streams"] = list(streams)
@@ -159,7 +159,7 @@ class Checkpoints:
         if reason is not None:
             if self._rank == 0:
                 writer.abandon()
-            distributed.barrier()
+            barrier()
             raise self._error(step, writer.failure or Failure(reason))
 
     def __enter__(self) -> Checkpoints:
@@ -195,7 +195,7 @@ class Checkpoints:
 
     def _share_of_written(self, aside: Path) -> list[str]:
         """Which of the files that are there already this rank flushes and reads back."""
-        distributed.barrier()
+        barrier()
         listed = broadcast_json(file_sizes(aside) if self._rank == 0 else None)
         return share_out(listed, distributed.get_world_size())[self._rank]
 
@@ -254,16 +254,13 @@ class SaveSchedule:
     be saved. With a length of time the clock restarts at each save. With ``never`` no step is due.
     """
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """``device``: where the ranks' word to each other lies. ``clock``: seconds; rank 0's decides."""
+    def __init__(self, config: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock``: seconds; rank 0's decides."""
         self._saves = config.saves
         self._last = config.steps
         self._keep_every = config.keep_every
         self._steps = config.save_every if isinstance(config.save_every, int) else 0
         self._seconds = config.save_every_seconds
-        self._device = device
         self._clock = clock
         self._saved_at = clock()
 
@@ -280,6 +277,4 @@ class SaveSchedule:
 
     def _time_is_up(self) -> bool:
         assert self._seconds is not None
-        flag = torch.tensor([float(self._clock() - self._saved_at >= self._seconds)], device=self._device)
-        distributed.broadcast(flag, src=0)
-        return bool(flag.item())
+        return bool(broadcast_json(self._clock() - self._saved_at >= self._seconds))

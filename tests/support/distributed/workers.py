@@ -12,6 +12,7 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,17 @@ class WorkerError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
-def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+def run(
+    world_size: int,
+    job: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240.0,
+    patience: float | None = None,
+) -> list[Any]:
     """Run ``job(rank, *args)`` in a world of gloo processes; its results in the order of ranks.
+
+    Args:
+        patience: seconds that a rank waits in a collective of the default group; None: as long as torch does.
 
     Raises:
         WorkerError: a rank raised, died, or said nothing for ``timeout`` seconds.
@@ -48,7 +58,7 @@ def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = 2
         for rank in range(world_size):
             here, there = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
-                target=_main, args=(there, rank, world_size, store, job, args), daemon=True
+                target=_main, args=(there, rank, world_size, store, patience, job, args), daemon=True
             )
             process.start()
             there.close()
@@ -81,7 +91,13 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
 
 
 def _main(
-    connection: Connection, rank: int, world_size: int, store: str, job: Callable[..., Any], args: tuple
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    store: str,
+    patience: float | None,
+    job: Callable[..., Any],
+    args: tuple,
 ) -> None:
     try:
         import torch
@@ -90,7 +106,11 @@ def _main(
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=None if patience is None else timedelta(seconds=patience),
         )
         _send(connection, (True, job(rank, *args)))
     except BaseException:
