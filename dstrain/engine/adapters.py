@@ -21,6 +21,7 @@ from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore
+from dstrain.model.document_lengths import note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 
 
@@ -98,15 +99,19 @@ class PipelineAdapter(_DeepSpeedAdapter):
         self._set_lr(lr)
         # Before DeepSpeed, which would copy them to other memory of the host first, and wait for each.
         here = [m.to(self.engine.device) for m in micro_batches]
+        self.engine.documents = [m.documents for m in here]
         return self._result(self.engine.train_batch(iter([m.as_pipeline_item() for m in here])))
 
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
-        items = iter([m.as_pipeline_item() for m in micro_batches])
+        here = [m.to(self.engine.device) for m in micro_batches]
+        items = iter([m.as_pipeline_item() for m in here])
+        self.engine.documents = [m.documents for m in here]
         return float(self.engine.eval_batch(items, num_micro_batches=len(micro_batches)))
 
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         engine = self.engine
         head = engine.module.head
+        engine.documents = []
         with head.asked(position=(row, position)) if head is not None else nullcontext():
             _, logits = engine.eval_batch(
                 iter([micro_batch.as_pipeline_item()] * engine.fewest_micro_batches),
@@ -142,6 +147,7 @@ class OneStageAdapter(_DeepSpeedAdapter):
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
         here = micro_batch.to(self.engine.device)
+        note_lengths(here.position_ids, here.documents)
         with self.head.asked(target=(here.labels, here.weight)):
             loss: torch.Tensor = self.engine((here.input_ids, here.position_ids))
             return loss
@@ -169,6 +175,7 @@ class OneStageAdapter(_DeepSpeedAdapter):
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         self.engine.eval()
         here = micro_batch.to(self.engine.device)
+        note_lengths(here.position_ids, here.documents)
         with self.head.asked(position=(row, position)):
             logits: torch.Tensor = self.engine((here.input_ids, here.position_ids))
             return logits.float().cpu()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.model.document_lengths import DocumentLengths
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class MicroBatch:
         weight: what the sum of the token losses is multiplied with, float32 [1]. Engines average
             over micro-batches and replicas, so with accumulation x replicas / (label tokens of the
             global batch) the result is the mean over all of these.
+        documents: where they lie, so that nobody needs to ask the device; None where that is not known.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     weight: torch.Tensor
+    documents: DocumentLengths | None = None
 
     def as_pipeline_item(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """DeepSpeed's form: the first stage's inputs, the last stage's labels."""
@@ -43,7 +46,9 @@ class MicroBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        return MicroBatch(*(change(getattr(self, one.name)) for one in fields(self)))
+        documents = self.documents and self.documents.each(change)
+        tensors = (self.input_ids, self.position_ids, self.labels, self.weight)
+        return MicroBatch(*(change(tensor) for tensor in tensors), documents)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from deepspeed.runtime.pipe import engine as pipe_engine
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.pipeline_module import recompute
 from dstrain.engine.zero3 import check_orders_among, count_each_weight_once, partition_of_gradient
+from dstrain.model.document_lengths import DocumentLengths
 
 
 @contextmanager
@@ -42,6 +44,8 @@ class _StagedMends(PatchedEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._receive_buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self.documents: Sequence[DocumentLengths | None] = []
+        self._forward_passes: Counter[int] = Counter()
         with _zero_stages_admitted():
             super().__init__(*args, **kwargs)
         if self.zero_optimization_partition_weights():
@@ -59,16 +63,25 @@ class _StagedMends(PatchedEngine):
 
     def train_batch(self, data_iter: Any = None) -> torch.Tensor:
         self._backward_passes = 0
+        self._forward_passes.clear()
         loss: torch.Tensor = super().train_batch(data_iter)
         return loss
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream adds an evaluation's outputs to the total of the last training batch.
         self.total_loss = None
+        self._forward_passes.clear()
         return super().eval_batch(*args, **kwargs)
 
     def _exec_forward_pass(self, buffer_id: int, **kwargs: Any) -> None:
-        """The head computes the loss inside its forward, where ZeRO-3 has gathered its weights."""
+        """The head computes the loss inside its forward, where ZeRO-3 has gathered its weights.
+
+        The documents of a micro-batch are known on every stage, and in the order in which it runs forward passes.
+        """
+        chunk = kwargs.get("phase", 0)
+        number = self._forward_passes[chunk]
+        self._forward_passes[chunk] += 1
+        self.module.documents = self.documents[number] if number < len(self.documents) else None
         if not (self._compute_loss and self._starts_at_loss(**kwargs)):
             super()._exec_forward_pass(buffer_id, **kwargs)
             return

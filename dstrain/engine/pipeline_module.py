@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.control_group import barrier
 from dstrain.engine.zero3 import zero3_init
+from dstrain.model.document_lengths import DocumentLengths, note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.layers import BlockLayer, HeadLayer
 from dstrain.model.pipeline_model import PipelineModel
@@ -64,6 +65,9 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
     the gradient norm); nothing is printed.
     """
 
+    documents: DocumentLengths | None = None
+    """Of the micro-batch that is computed next, where they are known."""
+
     def __init__(
         self,
         model: PipelineModel,
@@ -88,6 +92,10 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
     def head(self) -> HeadLayer | None:
         """The model's head, where this rank holds it."""
         return next((layer for layer in self.children() if isinstance(layer, HeadLayer)), None)
+
+    def forward(self, forward_input: Any) -> Any:
+        note_lengths(forward_input[1], self.documents)
+        return super().forward(forward_input)
 
     def _build(self) -> None:
         self._model.after_build = zero3_init(self._deepspeed, self.mpu())

@@ -8,6 +8,9 @@ therefore given our position ids.
 Lengths: flash attention takes no mask. Hugging Face's flash path finds the documents by position ids in a batch of one
 row only; with more rows it must be told where each document begins, which families hand down as keyword arguments.
 
+Both need to know where documents begin. What is known of that on the host (`dstrain.model.document_lengths`) is taken
+from there; else it is found on the device, for which the host waits.
+
 Rotary tables: see `dstrain.model.rotary_tables`.
 """
 
@@ -16,14 +19,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
-from dstrain.model.rotary_tables import document_begins, rotary_tables_by_document
+from dstrain.model.document_lengths import DocumentLengths, document_begins, document_lengths, known_lengths
+from dstrain.model.rotary_tables import rotary_tables_by_document
 
 Mask = Callable[..., Any]
 
@@ -69,14 +72,22 @@ class Documents:
         Args:
             position_ids: int64 [B, S], which restart at 0 with each document.
         """
+        lengths = known_lengths(position_ids)
         for where, name, original in self._masks:
             setattr(sys.modules[where], name, with_positions(original, position_ids))
         try:
             flash = self._takes_lengths and str(self._config._attn_implementation).startswith(FLASH)
-            yield document_lengths(position_ids) if flash else {}
+            with nullcontext() if lengths is None else _found(document_numbers(lengths, position_ids)):
+                yield flash_arguments(lengths or document_lengths(position_ids)) if flash else {}
         finally:
             for where, name, original in self._masks:
                 setattr(sys.modules[where], name, original)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Run a forward inside this context where no block sees the mask: then nobody looks for documents."""
+        with _found(None):
+            yield
 
 
 @contextmanager
@@ -115,18 +126,31 @@ def with_positions(create: Mask, position_ids: Tensor) -> Mask:
     return create_apart
 
 
-def document_lengths(position_ids: Tensor) -> dict[str, Any]:
-    """Where the documents of a batch lie, as Hugging Face's flash attention wants to know it.
+def document_numbers(lengths: DocumentLengths, position_ids: Tensor) -> Tensor | None:
+    """The document of each token, counted from 0 in its row: int64 [B, S]; None where no row holds several.
 
-    Args:
-        position_ids: int64 [B, S]. Where documents begin says `document_begins`.
-
-    Returns:
-        ``cu_seq_lens_q`` and ``cu_seq_lens_k``: int32 [documents + 1], where each begins among the B * S tokens
-        laid end to end, and the end of the last; ``max_length_q`` and ``max_length_k``: tokens of the longest.
+    As transformers' ``find_packed_sequence_indices`` finds it, which asks the device whether there are several.
     """
-    begins = document_begins(position_ids)
-    places = begins.flatten().nonzero().flatten()
-    edges = torch.cat([places, places.new_tensor([begins.numel()])]).to(torch.int32)
-    longest = int(edges.diff().max())
+    return document_begins(position_ids).cumsum(-1) - 1 if lengths.packed else None
+
+
+@contextmanager
+def _found(numbers: Tensor | None) -> Iterator[None]:
+    """Within it transformers' mask functions are told the documents of their tokens, instead of finding them."""
+    original = masking_utils.find_packed_sequence_indices
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        same = numbers is None or numbers.shape == position_ids.shape
+        return numbers if same else original(position_ids)
+
+    masking_utils.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def flash_arguments(lengths: DocumentLengths) -> dict[str, Any]:
+    """Where the documents of a batch lie, by the names of Hugging Face's flash attention."""
+    edges, longest = lengths.edges, lengths.longest
     return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}

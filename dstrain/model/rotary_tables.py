@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from dstrain.model.document_lengths import document_begins
 
 
 def rotary_tables_by_document(model: nn.Module) -> None:
@@ -20,16 +21,6 @@ def rotary_tables_by_document(model: nn.Module) -> None:
     for module in model.modules():
         if _of_largest_position(module):
             module.register_forward_hook(_by_document, with_kwargs=True)
-
-
-def document_begins(position_ids: Tensor) -> Tensor:
-    """Where documents begin: bool [B, S], of int64 [B, S].
-
-    One begins with each row, and wherever a position is not the one before plus 1, as Hugging Face's masks have it.
-    """
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
-    return begins
 
 
 def _of_largest_position(module: nn.Module) -> bool:

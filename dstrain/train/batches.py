@@ -11,6 +11,7 @@ from dstrain.data.rows.mixture import Order
 from dstrain.data.rows.order import dealt
 from dstrain.data.rows.packing import Rows
 from dstrain.engine.interface import MicroBatch
+from dstrain.model.document_lengths import document_lengths
 from dstrain.planning.batch import Batch
 
 
@@ -62,9 +63,11 @@ def make_micro_batch(rows: Rows, ids: np.ndarray, weight: float) -> MicroBatch:
     """The samples ``ids`` as tensors; a negative id is a row without labels."""
     batch = rows.rows(np.maximum(ids, 0))
     labels = np.where((ids < 0)[:, None], -100, batch.labels)
+    position_ids = torch.from_numpy(np.ascontiguousarray(batch.position_ids))
     return MicroBatch(
         input_ids=torch.from_numpy(np.ascontiguousarray(batch.input_ids)),
-        position_ids=torch.from_numpy(np.ascontiguousarray(batch.position_ids)),
+        position_ids=position_ids,
         labels=torch.from_numpy(np.ascontiguousarray(labels)),
         weight=torch.tensor([weight], dtype=torch.float32),
+        documents=document_lengths(position_ids),
     )

@@ -18,7 +18,8 @@ from dstrain.errors import DstrainError
 from dstrain.model.capability import independence, trial_model
 from dstrain.model.capability.independence import judge_packing, packing_leaks
 from dstrain.model.capability.small_model import small_family
-from dstrain.model.document_masks import Documents, document_lengths
+from dstrain.model.document_lengths import document_lengths
+from dstrain.model.document_masks import Documents, flash_arguments
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from tests.support.model_families import tiny
@@ -192,7 +193,7 @@ class TestFlash:
 
     def test_lengths(self):
         positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [2, 3, 0, 0]])
-        found = document_lengths(positions)
+        found = flash_arguments(document_lengths(positions))
         assert found["cu_seq_lens_q"].tolist() == [0, 2, 4, 8, 10, 11, 12]
         assert found["cu_seq_lens_q"].dtype == torch.int32
         assert found["cu_seq_lens_k"] is found["cu_seq_lens_q"]

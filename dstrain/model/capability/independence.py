@@ -16,7 +16,7 @@ from dstrain.errors import DstrainError
 from dstrain.model.capability.randomness import calm, is_random
 from dstrain.model.capability.small_model import small_config
 from dstrain.model.capability.trial_model import small_trial, trial_model
-from dstrain.model.document_masks import document_lengths
+from dstrain.model.document_lengths import document_lengths
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 
@@ -270,7 +270,7 @@ def attention_by_document(
             places = position_ids
         else:
             places = torch.arange(length, device=query.device).expand(rows, length)
-        cu_seq_lens_q = document_lengths(places)["cu_seq_lens_q"]
+        cu_seq_lens_q = document_lengths(places).edges
 
     def laid_end_to_end(states: Tensor) -> Tensor:
         """[1, heads, B * S, D]"""

@@ -224,7 +224,8 @@ class PartialForward:
             inputs["position_ids"] = position_ids
         try:
             if phase not in (ARGUMENTS, PROBE):
-                return self.model(**inputs)  # no block sees a mask that is made here
+                with self.documents.unseen():
+                    return self.model(**inputs)
             with self.documents.apart(position_ids) as lengths:
                 return self.model(**inputs, **lengths)
         finally:
