@@ -46,9 +46,13 @@ class MicroBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        documents = self.documents and self.documents.each(change)
-        tensors = (self.input_ids, self.position_ids, self.labels, self.weight)
-        return MicroBatch(*(change(tensor) for tensor in tensors), documents)
+        return MicroBatch(
+            change(self.input_ids),
+            change(self.position_ids),
+            change(self.labels),
+            change(self.weight),
+            self.documents and self.documents.each(change),
+        )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
         self.parts = self._cut
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
+    def _synchronize_tied_weights(self) -> None:
+        barrier()  # as for the weights: the checkpoint has just been read
+        super()._synchronize_tied_weights()
+
     def _index_tied_modules(self) -> dict[str, dict[str, Any]]:
         """The copies of each tied weight that lie on different stages, with their process group."""
         comms: dict[str, dict[str, Any]] = {}

@@ -71,4 +71,5 @@ def known_lengths(position_ids: Tensor) -> DocumentLengths | None:
 
 def _key(tensor: Tensor) -> _Key:
     """Autograd and ZeRO-3's hooks hand on another Python object of the same memory."""
-    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return storage, int(tensor.storage_offset()), tensor.shape, tensor.stride()
