@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from dstrain.config.loader import ResolvedConfig
@@ -82,10 +84,22 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
         device_names=devices.names,
         precisions=devices.precisions,
         memory_bytes=devices.memory_bytes,
-        flash_packages=tuple(package for package in FLASH_PACKAGES.values() if find_spec(package)),
+        flash_packages=tuple(package for package in FLASH_PACKAGES.values() if is_installed(package)),
         device=device,
     )
     return devices, placement, machines
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported here; or, of ``name>=1.2``, whether it has that version."""
+    name, _, wanted = package.partition(">=")
+    if not wanted:
+        return find_spec(name) is not None
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return False
+    return [int(part) for part in re.findall(r"\d+", found)[:2]] >= [int(part) for part in wanted.split(".")]
 
 
 def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Placement, Machines]:

@@ -127,8 +127,9 @@ class RunConfig(BaseModel):
     )
     attention: str = Field(
         "auto",
-        description="attention implementation: sdpa, eager, flex_attention, flash_attention_2, flash_attention_3;"
-        " auto: sdpa if the model family supports it",
+        description="attention implementation: sdpa, eager, varlen (torch's flash attention for packed rows, on GPUs),"
+        " flex_attention, flash_attention_2, flash_attention_3; auto: on GPUs in 16 bits varlen, else sdpa, as far as"
+        " the model family supports it",
     )
     seq_len: PositiveInt = Field(256, description="sequence length of a sample, in tokens")
     begin_token: Literal["auto", "always", "never"] = Field(

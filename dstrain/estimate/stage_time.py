@@ -46,10 +46,10 @@ def layer_times(
 def attended_share(config: RunConfig) -> float:
     """Fraction of the square of positions that attention computes for a causal model.
 
-    Flash attention leaves out what lies behind a position, and so does sdpa without a mask. Packed documents need a
-    mask with sdpa, and its kernels then compute all of it. A sliding window is counted as if it had no end.
+    Flash and varlen attention leave out what lies behind a position, and so does sdpa without a mask. Packed documents
+    need a mask with sdpa, and its kernels then compute all of it. A sliding window is counted as if it had no end.
     """
-    causal_kernel = config.attention.startswith("flash") or (
+    causal_kernel = config.attention.startswith(("flash", "varlen")) or (
         config.attention in ("auto", "sdpa") and not config.pack
     )
     return 0.5 if causal_kernel else 1.0

@@ -5,8 +5,9 @@ hands on no mask of its own. Some families (falcon, opt, gpt_oss) call them with
 see those before it, silently. While a family's forward runs, the mask functions that its modules have imported are
 therefore given our position ids.
 
-Lengths: flash attention takes no mask. Hugging Face's flash path finds the documents by position ids in a batch of one
-row only; with more rows it must be told where each document begins, which families hand down as keyword arguments.
+Lengths: flash and varlen attention take no mask. Hugging Face's flash path finds the documents by position ids in a
+batch of one row only; with more rows it must be told where each document begins, which families hand down as keyword
+arguments.
 
 Both need to know where documents begin. What is known of that on the host (`dstrain.model.document_lengths`) is taken
 from there; else it is found on the device, for which the host waits.
@@ -27,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from dstrain.model.document_lengths import DocumentLengths, document_begins, document_lengths, known_lengths
 from dstrain.model.rotary_tables import rotary_tables_by_document
+from dstrain.model.varlen_attention import VARLEN
 
 Mask = Callable[..., Any]
 
@@ -41,6 +43,8 @@ FLASH = "flash_attention"
 """How the names of the attention implementations begin that take lengths instead of masks."""
 
 FLEX = "flex_attention"
+
+_TAKE_LENGTHS = FLASH, VARLEN
 
 
 class Documents:
@@ -76,7 +80,7 @@ class Documents:
         for where, name, original in self._masks:
             setattr(sys.modules[where], name, with_positions(original, position_ids))
         try:
-            flash = self._takes_lengths and str(self._config._attn_implementation).startswith(FLASH)
+            flash = self._takes_lengths and str(self._config._attn_implementation).startswith(_TAKE_LENGTHS)
             with nullcontext() if lengths is None else _found(document_numbers(lengths, position_ids)):
                 yield flash_arguments(lengths or document_lengths(position_ids)) if flash else {}
         finally:
@@ -92,13 +96,14 @@ class Documents:
 
 @contextmanager
 def without_kernels(config: PretrainedConfig) -> Iterator[None]:
-    """Let a model with flash or flex attention do without it for a while: their kernels do not run on meta.
+    """Let a model with flash, varlen or flex attention do without it for a while: on meta their kernels do not run, or
+    know no documents.
 
     Args:
         config: the very one that the model's modules look at.
     """
     implementation = config._attn_implementation
-    if str(implementation).startswith((FLASH, FLEX)):
+    if str(implementation).startswith((*_TAKE_LENGTHS, FLEX)):
         config._attn_implementation = "eager"  # which every family has
     try:
         yield

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
+from dstrain.planning.model_shape import ModelShape
 
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+VARLEN = "varlen"
+"""torch's own flash attention for rows of several documents: `dstrain.model.varlen_attention`."""
+
+VARLEN_TORCH = (2, 13)
+"""The version of torch from which on it has what is needed: groups of queries, and windows."""
+
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    VARLEN: "torch>={}.{}".format(*VARLEN_TORCH),
+}
 """The Python package that holds the kernels of each kind of flash attention."""
 
 ATTENTIONS = ("auto", "sdpa", "eager", "flex_attention", *FLASH_PACKAGES)
@@ -25,6 +37,36 @@ def refuse_attention(resolved: ResolvedConfig) -> None:
             where=str(resolved.origin("attention")),
             hint=f"did you mean {near[0]}?" if near else f"one of: {', '.join(ATTENTIONS)}",
         )
+
+
+def with_chosen_attention(
+    resolved: ResolvedConfig,
+    shape: ModelShape,
+    accelerator: str,
+    precisions: Sequence[str],
+    packages: Sequence[str],
+) -> ResolvedConfig:
+    """The config with the implementation that is computed with, for what is decided and estimated by it.
+
+    In place of ``auto`` it has the best for these devices and this family.
+
+    Without a GPU that is sdpa where the family has it, else eager. So it is with dropout, which varlen attention does
+    not have.
+
+    Args:
+        precisions: what the devices can compute in. Those that have bf16 are those that the kernel is for.
+        packages: the installed ones of ``FLASH_PACKAGES``.
+    """
+    config = resolved.config
+    if config.attention != "auto":
+        return resolved
+    kernel = accelerator == "cuda" and "bf16" in precisions and config.precision != "fp32"
+    fits = VARLEN not in shape.attention_refusals and not shape.dropout
+    if kernel and fits and FLASH_PACKAGES[VARLEN] in packages:
+        chosen = VARLEN
+    else:
+        chosen = "eager" if "sdpa" in shape.attention_refusals else "sdpa"
+    return replace(resolved, config=config.model_copy(update={"attention": chosen}))
 
 
 def check_attention(resolved: ResolvedConfig, accelerator: str, packages: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
 from dstrain.estimate.memory import USABLE, StageMemory, estimate, memory_verdict, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.estimate.time import StepTime, step_time
-from dstrain.planning.attention import check_attention
+from dstrain.planning.attention import check_attention, with_chosen_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.checks import refuse
@@ -73,9 +73,11 @@ def make_plan(
     refuse(resolved)
     resolved = follow_data(fit_recipe(resolved, shape, machines.slots), data)
     config = resolved.config
-    decided = _decide(resolved, machines, shape, data)
+    chosen = with_chosen_attention(resolved, shape, *machines.kernels)
+    _check(resolved, machines, shape, data)
+    decided = _decide(chosen, machines, shape)
     deepspeed = deepspeed_config(resolved, decided.batch, machines.accelerator, max(decided.stage_parameters))
-    estimates = _estimate(config, machines, shape, decided, deepspeed)
+    estimates = _estimate(chosen.config, machines, shape, decided, deepspeed)
     device = machines.device.name if machines.device else ", ".join(dict.fromkeys(machines.device_names))
     return Plan(
         config=config.model_dump(),
@@ -83,6 +85,7 @@ def make_plan(
         layout=decided.layout,
         batch=decided.batch,
         accelerator=machines.accelerator,
+        attention=chosen.config.attention,
         deepspeed=deepspeed.values,
         deepspeed_origins={".".join(path): origin for path, origin in deepspeed.origins.items()},
         model=PlannedModel(
@@ -118,7 +121,7 @@ def make_plan(
         warnings=(
             *resolved.notes,
             *warnings_about_pretrained(resolved),
-            *_warnings(config, machines, shape, data, decided, estimates),
+            *_warnings(chosen.config, machines, shape, data, decided, estimates),
         ),
     )
 
@@ -143,10 +146,9 @@ class _Decided:
     loss_chunk: int
 
 
-def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape, data: PlannedData) -> _Decided:
+def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape) -> _Decided:
     """The layout, the batch and the cut. Raises DstrainError as `make_plan` does."""
     config = resolved.config
-    _check(resolved, machines, shape, data)
     replicas = choose_data_parallel(
         config.pipeline, config.data_parallel, machines.slots, where=str(resolved.origin("pipeline"))
     )

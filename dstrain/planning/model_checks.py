@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
+from dstrain.planning.attention import VARLEN
 from dstrain.planning.batch import Batch
 from dstrain.planning.layout import Layout, count_chunks
 from dstrain.planning.model_shape import ModelShape
@@ -94,6 +95,8 @@ def _refuse_attention(shape: ModelShape, resolved: ResolvedConfig) -> None:
     """Refuse an attention implementation that the family does not have. Raises DstrainError."""
     attention = resolved.config.attention
     reason = shape.attention_refusals.get(attention)
+    if attention == VARLEN and shape.dropout:
+        reason = f"it has no dropout, and the model's config.json has {shape.dropout:g}"
     if reason is None:
         return
     works = [name for name in ("sdpa", "eager") if name not in shape.attention_refusals]

@@ -17,6 +17,7 @@ from dstrain.estimate.traffic import Traffic
 from dstrain.files import read_json
 from dstrain.mixture_shares import MixturePhase
 from dstrain.optimizers import option_keys
+from dstrain.planning.attention import VARLEN
 from dstrain.planning.batch import Batch
 from dstrain.planning.hook_specs import HookSpec
 from dstrain.planning.layout import Host, Layout
@@ -50,6 +51,11 @@ class Machines:
     memory_bytes: int | None = None
     flash_packages: tuple[str, ...] = ()
     device: Device | None = None
+
+    @property
+    def kernels(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """What decides which attention there is: accelerator, precisions, packages."""
+        return self.accelerator, self.precisions, self.flash_packages
 
     @property
     def slots(self) -> int | None:
@@ -234,6 +240,7 @@ class Plan:
         origins: origin of each run-config key, for the display.
         layout, batch: ranks and samples.
         accelerator: ``cuda`` or ``cpu``.
+        attention: the implementation that is computed with; empty in plans of older versions: as the config says.
         deepspeed: the DeepSpeed JSON; ``deepspeed_origins`` has the origin of each leaf, dotted.
         stage_parameters: parameters that each stage holds.
         stage_time: estimated time of each stage over the mean of all.
@@ -267,6 +274,7 @@ class Plan:
     stage_memory: tuple[StageMemory, ...]
     imbalance: float
     imbalance_of_auto: float
+    attention: str = ""
     memory_bytes: int | None = None
     memory_verdict: str = ""
     device: str = ""
@@ -283,6 +291,11 @@ class Plan:
     @property
     def run_config(self) -> RunConfig:
         return RunConfig.model_validate(self.config)
+
+    @property
+    def attention_of_model(self) -> str:
+        """What the model is built with. Where `auto` comes to nothing new, transformers chooses as it always has."""
+        return self.attention if self.attention == VARLEN else self.run_config.attention
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-serialisable data, with the rank table spelled out for a reader."""

@@ -256,7 +256,7 @@ def _build(
     config = plan.run_config
     options: dict[str, Any] = {
         "seed": config.seed,
-        "attention": config.attention,
+        "attention": plan.attention_of_model,
         "dtype": DTYPES[config.precision],
         "weights": PretrainedWeights(plan.model.weights_folder) if config.init == "pretrained" else None,
     }

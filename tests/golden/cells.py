@@ -25,7 +25,9 @@ class Cell:
 
     @property
     def plan(self) -> list[str]:
-        return ["plan", "--json", *DATA, *self.choices.split(), *self.devices.split()]
+        # On GPUs `auto` takes another kernel than in 0.1, whose estimates are those of sdpa.
+        attention = () if "attention" in self.choices else ("--set", "attention=sdpa")
+        return ["plan", "--json", *DATA, *self.choices.split(), *self.devices.split(), *attention]
 
     @property
     def config_show(self) -> list[str]:

@@ -42,7 +42,7 @@ NEW: set[str] = {
         "data.train_stop_token",
     ),
     *("data.documents_hash", "config.loss", "origins.loss"),
-    "communication_timeout",
+    *("communication_timeout", "attention"),
     *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
 }
 """Keys that 0.1 did not have; named as in `RENAMED`."""
@@ -54,9 +54,12 @@ REWORDED: dict[str, str] = {"--set held_out": "--set validation"}
 """Old words -> new words inside of text values, such as the key in an origin ``lr (--lr)``."""
 
 CORRECTED: dict[str, tuple[str, re.Pattern[str]]] = {
+    "config.attention": ("auto", re.compile("sdpa")),
+    "origins.attention": ("default", re.compile("--set attention")),
     "origins.deepspeed": ("default", re.compile(r"choices\.yaml:\d+")),
 }
-"""Where 0.1 said something false: what it said, and what is true. A mapping comes from where its first key stands."""
+"""Where 0.1 said something false, or is asked otherwise: what it said, and what is true. A mapping comes from where its
+first key stands."""
 
 PROSE = ("memory_verdict", "time.assumptions", "time.traffic.reason", "warnings")
 """Sentences for people: they may be worded anew, and the numbers in them must stay."""

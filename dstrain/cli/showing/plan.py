@@ -237,7 +237,7 @@ def _disk(plan: Plan) -> str:
 _SHOWN = (
     "model", "init", "tokenizer", "data", "zero", "pipeline", "partition", "data_parallel", "schedule", "precision",
     "offload", "micro_batch", "global_batch", "seq_len", "steps", "optimizer", "lr",
-    "gradient_clipping", "activation_checkpointing", "seed",
+    "gradient_clipping", "activation_checkpointing", "attention", "seed",
 )  # fmt: skip
 _BESIDE = (
     "data_options",
@@ -267,6 +267,8 @@ def choices(plan: Plan) -> FoldingTable:
             table.add_row(key, str(plan.batch.micro_batch), "derived from the global batch")
         elif key == "communication_timeout" and value is None:
             table.add_row(key, "10m", "default, or DEEPSPEED_TIMEOUT (minutes)")
+        elif key == "attention" and value == "auto":
+            table.add_row(key, plan.attention or "auto", f"auto ({plan.origins[key]})")
         elif key == "tokenizer" and value == "auto":
             table.add_row(key, str(plan.data.tokenizer), f"auto ({plan.origins[key]})")
         elif key == "data" and isinstance(value, list):

@@ -62,11 +62,11 @@ def judge_packing(config: PretrainedConfig) -> Packing:
     """
     try:
         small, model = _model_to_try(config)
-        leak, looks_ahead, row_leak = _leak(model), _looks_ahead(model), _row_leak(small, model)
+        documents, looks_ahead, row_leak = leak(model), _looks_ahead(model), _row_leak(small, model)
     except DstrainError as error:
-        leak = f"packed rows of a {config.model_type} model could not be tried: {error.message}"
-        return Packing(leak, leak, None, None)
-    return Packing(leak, _flash_leak(model), looks_ahead, row_leak)
+        untried = f"packed rows of a {config.model_type} model could not be tried: {error.message}"
+        return Packing(untried, untried, None, None)
+    return Packing(documents, _flash_leak(model), looks_ahead, row_leak)
 
 
 def _model_to_try(config: PretrainedConfig) -> tuple[PretrainedConfig, UnsplitModel]:
@@ -98,7 +98,7 @@ def packing_leaks(config: PretrainedConfig, attention: str = "auto") -> str | No
     return packing.flash_leak if attention.startswith("flash") else packing.leak
 
 
-def _leak(model: UnsplitModel) -> str | None:
+def leak(model: UnsplitModel) -> str | None:
     """Change the first document and see whether the others move; and compare each with itself alone in a row.
 
     Raises:
@@ -161,10 +161,10 @@ def _flash_leak(model: UnsplitModel) -> str | None:
     if not model.supports_flash_attention:
         return f"{model.config.model_type} has no flash attention in transformers"
     try:
-        leak = _leak(_with_flash(model))
+        found = leak(_with_flash(model))
     except (DstrainError, ValueError) as error:  # a configuration may refuse flash attention by a ValueError
         return f"packed rows of {model.config.model_type} could not be tried with flash attention: {error}"
-    return leak and f"{leak} with flash attention, which is not told where documents begin"
+    return found and f"{found} with flash attention, which is not told where documents begin"
 
 
 def _looks_ahead(model: UnsplitModel) -> str | None:

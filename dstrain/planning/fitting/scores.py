@@ -10,6 +10,7 @@ from dstrain.estimate.device import Device
 from dstrain.estimate.memory import USABLE, Memory, estimate, memory_needed, stage_memory
 from dstrain.estimate.stage_time import attended_share, layer_times
 from dstrain.estimate.time import StepTime, stages_waiting, step_time
+from dstrain.planning.attention import with_chosen_attention
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.fitting.candidates import Candidate
@@ -30,13 +31,13 @@ class Scores:
         """Bytes that may be filled of a device, or of a host's memory on CPUs; None: not known."""
         # Ranks on CPUs share their host's memory, which another cut does not make larger.
         self._limit_of_cut = None if machines.accelerator == "cpu" else self.limit
-        self._config = resolved.config
+        self._config = with_chosen_attention(resolved, shape, *machines.kernels).config
         self._shape = shape
         self._machines = machines
         self._device = device
         self.timed = 0
         """How many times were estimated, which takes a while."""
-        self._attended = attended_share(resolved.config)
+        self._attended = attended_share(self._config)
         self._times: dict[tuple[bool, bool], tuple[int, ...]] = {}
         self._fastest: dict[tuple[int, str, bool, bool], tuple[int, ...]] = {}
 
