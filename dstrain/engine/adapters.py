@@ -16,7 +16,7 @@ from dstrain.engine.async_checkpoint import AsyncCheckpointStage
 from dstrain.engine.checkpoint_files import PARAMETER_NAMES, TAG
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.client_optimizer import ClientOptimizer, hugging_face_name
-from dstrain.engine.deepspeed_patches import PatchedEngine
+from dstrain.engine.deepspeed_patches import PatchedEngine, on_host
 from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
@@ -42,9 +42,10 @@ class _DeepSpeedAdapter(Engine):
         if applied and self.optimizer is not None and not self._states_were_checked:
             self.optimizer.refuse_what_a_checkpoint_cannot_hold(self.engine.basic_optimizer)
             self._states_were_checked = True
+        loss_read, norm_read = _read(loss, float("inf") if norm is None or not applied else norm)
         return StepResult(
-            loss=float(loss),
-            grad_norm=float(norm) if norm is not None and applied else float("inf"),
+            loss=loss_read,
+            grad_norm=norm_read,
             applied=applied,
             loss_scale=float(getattr(self.engine.optimizer, "loss_scale", 1.0)),
         )
@@ -179,6 +180,16 @@ class OneStageAdapter(_DeepSpeedAdapter):
         with self.head.asked(position=(row, position)):
             logits: torch.Tensor = self.engine((here.input_ids, here.position_ids))
             return logits.float().cpu()
+
+
+def _read(first: torch.Tensor, second: torch.Tensor | float) -> tuple[float, float]:
+    """Two numbers. From one device they arrive together: the host waits for it once."""
+    if not isinstance(second, torch.Tensor) or second.device != first.device:
+        return float(on_host(first)), float(second)
+    one, other = on_host(
+        torch.stack([value.detach().float().reshape(()) for value in (first, second)])
+    ).tolist()
+    return one, other
 
 
 def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:

@@ -131,16 +131,24 @@ def norm_over(gradients: Iterable[torch.Tensor], group: Any | None) -> torch.Ten
 
 
 def whole_norm(owned: Iterable[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of what all ranks of the world own together; -1 for inf or nan, as upstream has it."""
+    """L2 norm of what all ranks of the world own together, on the host; -1 for inf or nan, as upstream has it.
+
+    Upstream asks the device about it for each parameter group, and once more.
+    """
     norm = norm_over(owned, dist.get_world_group())
     mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
-    return norm
+    return on_host(norm)
+
+
+def on_host(value: torch.Tensor) -> torch.Tensor:
+    """A number of the device in the host's memory, where it can be asked about at will. The host waits."""
+    return value.cpu()
 
 
 def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> torch.Tensor:
     """Replaces ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
 
-    Returns a float32 scalar; -1 stands for inf or nan, as upstream has it.
+    Returns a float32 scalar on the host; -1 stands for inf or nan, as upstream has it.
     """
     if norm_type != 2:
         raise ValueError("only the L2 norm is supported")
@@ -154,7 +162,7 @@ def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> t
             owned.append(optimizer.single_partition_of_fp32_groups[index].grad)
         else:
             owned.extend(optimizer.averaged_gradients[index])
-    return whole_norm(owned).to(optimizer.device)
+    return whole_norm(owned)
 
 
 def clip_whole(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, largest: float) -> None:

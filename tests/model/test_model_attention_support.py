@@ -12,6 +12,7 @@ from dstrain.model.capability.small_model import small_family
 from dstrain.model.capability.trial_model import small_trial
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.skeleton import empty_model
+from dstrain.model.varlen_attention import VARLEN
 
 FLASH = {"flash_attention_2", "flash_attention_3"}
 
@@ -21,13 +22,13 @@ FLASH = {"flash_attention_2", "flash_attention_3"}
     [
         ("llama", set()),
         ("qwen3", set()),
-        ("gemma2", {"sdpa"}),
-        ("gpt_oss", {"sdpa"}),
+        ("gemma2", {"sdpa", VARLEN}),
+        ("gpt_oss", {"sdpa", VARLEN}),
         ("gpt2", {"flex_attention"}),
-        ("falcon", {"flex_attention"}),
-        ("gpt_neo", {"sdpa", "flex_attention"}),
-        ("bloom", {"sdpa", "flex_attention"} | FLASH),
-        ("mamba", {"sdpa", "flex_attention"} | FLASH),
+        ("falcon", {"flex_attention", VARLEN}),
+        ("gpt_neo", {"sdpa", "flex_attention", VARLEN}),
+        ("bloom", {"sdpa", "flex_attention", VARLEN} | FLASH),
+        ("mamba", {"sdpa", "flex_attention", VARLEN} | FLASH),
     ],
 )
 def test_what_is_refused_is_what_can_not_be_built(name: str, absent: set[str]) -> None:
