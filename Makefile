@@ -30,8 +30,8 @@ test-lowest: $(READY)  ## a slice of the tests with the lowest versions that pyp
 torture: $(READY)  ## a hundred kills, and some with real interpreters
 	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
 
-verify-all: $(READY)  ## every layout with every choice, every family in every way; more than an hour
-	$(BIN)/python -m pytest -m full
+verify-all: $(READY)  ## every layout with every choice, every family, every errno and signal; hours
+	$(BIN)/python -m pytest -n 2 --dist load --durations=15 -m full
 
 # ShellCheck's SC1091 and SC2329: slurm.sbatch reads a file that is not here, and has a function that a signal calls.
 lint: $(READY)

@@ -58,7 +58,7 @@ def markdown() -> str:
         "*equal*: trains the same model as one process, with any number of replicas, with and without",
         "activation checkpointing and tied weights: in fp32 to 1e-5 in each step's loss and gradient norm and",
         "in the final weights; in bf16 and fp16 within twice the spread of single-process runs that sum in other",
-        "orders. Every such row is trained by `make test` (states on disk by `make test-heavy`, where libaio is",
+        "orders. Every such row is trained by `make test` or `make test-heavy` (states on disk where libaio is",
         "installed). A model with dropout or other noise is equal on average only: it depends on the layout.",
         "Numbers refer to the notes below the table.",
         "",

@@ -14,6 +14,7 @@ from tests.support.cluster.commands import Result, dstrain_argv
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.runs import lay_out, numbers
+from tests.support.sampling import full, heavy
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -70,7 +71,7 @@ def apart(
 
 
 # With two ranks on each host, one of them tokenizes there and the other waits for it.
-@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("slots", [*heavy(2), *full(1)])
 def test_without_checkpoints_it_trains_as_on_one_host(apart: Apart, slots: int) -> None:
     """The plan travels, and n2 tokenizes by itself."""
     near, far = f"near-{slots}", f"far-{slots}"

@@ -133,6 +133,7 @@ def test_a_killed_rank_of_another_host_ends_the_run_and_is_named(site: Placement
     wait_until(lambda: not site.left(), 5, what="the end of all processes")
 
 
+@pytest.mark.heavy
 def test_deepspeed_typed_by_hand(
     site: Placement, near: Result, real_environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -166,9 +166,8 @@ def run(cluster: Cluster, real_environment: dict[str, str], place: Path) -> Run:
     return Run(cluster, real_environment, place)
 
 
-@pytest.mark.parametrize(
-    "launch", ["local", *(pytest.param(name, marks=pytest.mark.heavy) for name in list(ONE_HOST)[1:])]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("launch", ONE_HOST)
 def test_a_run_of_one_host(run: Run, launch: str) -> None:
     name = launch.replace(" ", "-")
     run.train(name, {"n1": dstrain_argv(*ARGUMENTS, "--name", name, *ONE_HOST[launch])})

@@ -31,6 +31,7 @@ from dstrain.runs.checkpoint.manifest import (
 from tests.distributed.test_injuries import RUN, micro_batches
 from tests.support.distributed.training import Case, build_case_engine
 from tests.support.distributed.workers import WorkerError, run
+from tests.support.sampling import heavy
 
 SHORT = Case(layers=2)
 # Frozen ones lie beside the shapes with ZeRO-2 and 3; fp16 has a loss scale that changes from step to step.
@@ -44,7 +45,7 @@ SAVED = [
     replace(SHORT, zero=1, data_parallel=2, precision="fp16", loss_scale_power=32),
     replace(SHORT, zero=2, data_parallel=2, freeze=FROZEN),
     replace(SHORT, zero=2, pipeline=2, precision="bf16", tied=False),
-    replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu"),
+    *heavy(replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu")),
     replace(SHORT, zero=3, data_parallel=2, precision="bf16", freeze=FROZEN),
     replace(SHORT, zero=3, pipeline=2, data_parallel=2),
 ]

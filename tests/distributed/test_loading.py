@@ -15,6 +15,7 @@ import torch
 from tests.support.distributed.compare import assert_equal
 from tests.support.distributed.training import Case, Outcome, make_case_plan, train_in_layout
 from tests.support.distributed.workers import run
+from tests.support.sampling import full
 
 CUT = (0, 4, 9, 14, 18)
 """Of the big model, in four stages of 270 to 280 MB."""
@@ -164,10 +165,12 @@ def train_pretrained(rank: int, case: Case, folder: str) -> Outcome:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(zero=1, pipeline=2, data_parallel=2, steps=4),
         Case(zero=2, pipeline=4, precision="bf16", steps=4),
-        Case(zero=3, data_parallel=2, precision="bf16", steps=4),
         Case(zero=3, pipeline=2, data_parallel=2, steps=4),
+        *full(
+            Case(zero=1, pipeline=2, data_parallel=2, steps=4),
+            Case(zero=3, data_parallel=2, precision="bf16", steps=4),
+        ),
     ],
     ids=str,
 )

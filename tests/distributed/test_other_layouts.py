@@ -27,6 +27,7 @@ from tests.support.distributed.elsewhere import (
 )
 from tests.support.distributed.training import Case
 from tests.support.distributed.workers import run
+from tests.support.sampling import full, heavy
 
 UNTIED = replace(FP32, tied=False)
 MOMENTUM = replace(FP32, optimizer="sgd", momentum=0.5)
@@ -45,34 +46,36 @@ OFFLOADED: Layout = {"zero": 2, "data_parallel": 2, "offload": "cpu"}
 
 Pair = tuple[Case, Layout, Layout]
 
-PAIRS: list[Pair] = [
+SAMPLE: list[Pair] = [
     (FP32, ONE, ZERO1_2X2),
     (FP32, ONE, ZERO3_DP2),
-    (FP32, ONE, {"zero": 0, "pipeline": 2}),
-    (FP32, ZERO1_2X2, ONE),
     (FP32, ZERO1_2X2, {"zero": 1, "pipeline": 4}),
-    (FP32, ZERO1_2X2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
     (FP32, ZERO1_2X2, ZERO2_PP2),
-    (FP32, ZERO1_2X2, {"zero": 1, "data_parallel": 4}),
     (FP32, ZERO2_DP4, ZERO3_DP2),
     (FP32, ZERO2_DP4, ZERO1_PP2),
-    (FP32, ZERO3_DP2, ONE),
     (FP32, ZERO3_DP2, ZERO2_DP2),
-    (FP32, ZERO3_DP2, ZERO2_PP2),
     (FP32, DUALPIPEV, {"zero": 0, "data_parallel": 2}),
-    (FP32, OFFLOADED, {"zero": 1}),
-    (FP32, ZERO3_DP2, OFFLOADED),
-    (UNTIED, ZERO1_PP2, ZERO3_DP2),
     (UNTIED, ZERO1_PP2, ONE),
     (MOMENTUM, ZERO1_PP2, {"zero": 3}),
     (MOMENTUM, ZERO1_PP2, {"zero": 0, "pipeline": 2}),
     (PLAIN_SGD, ZERO3_DP2, ZERO1_PP2),
-    (PART, ZERO3_DP2, ZERO2_PP2),
     (PART, ZERO3_DP2, ONE),
     (TIED_PART, ZERO1_PP2, ZERO3_DP2),
     (MIXTURE, ZERO1_PP2, {"zero": 3, "data_parallel": 2, "accumulation": 2}),
 ]
-HEAVY: list[Pair] = [
+COMPILING: list[Pair] = [
+    (FP32, OFFLOADED, {"zero": 1}),
+    (FP32, ZERO3_DP2, OFFLOADED),
+]
+MORE: list[Pair] = [
+    (FP32, ONE, {"zero": 0, "pipeline": 2}),
+    (FP32, ZERO1_2X2, ONE),
+    (FP32, ZERO1_2X2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
+    (FP32, ZERO1_2X2, {"zero": 1, "data_parallel": 4}),
+    (FP32, ZERO3_DP2, ONE),
+    (FP32, ZERO3_DP2, ZERO2_PP2),
+    (UNTIED, ZERO1_PP2, ZERO3_DP2),
+    (PART, ZERO3_DP2, ZERO2_PP2),
     (FP32, ONE, {"zero": 0, "data_parallel": 4}),
     (FP32, ZERO1_2X2, ZERO3_2X2),
     (FP32, ZERO1_2X2, OFFLOADED),
@@ -93,10 +96,10 @@ HEAVY: list[Pair] = [
 ]
 
 
-def name_of(pair: Pair) -> str:
-    training_, *layouts = pair
-    kind = str(training_).removeprefix("zero0-pp1-dp1-").removesuffix("-accum4")
-    return f"{kind}: " + " to ".join("-".join(str(value) for value in layout.values()) for layout in layouts)
+def short_name(of: Case | Layout) -> str:
+    if isinstance(of, Case):
+        return str(of).removeprefix("zero0-pp1-dp1-").removesuffix("-accum4")
+    return "_".join(str(value) for value in of.values())
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +107,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=name_of)
-def test_the_training_goes_on(pair: Pair, trained: Trained, tmp_path: Path) -> None:
-    common, before, after = pair
+@pytest.mark.parametrize(
+    ("common", "before", "after"), [*SAMPLE, *heavy(*COMPILING), *full(*MORE)], ids=short_name
+)
+def test_the_training_goes_on(
+    common: Case, before: Layout, after: Layout, trained: Trained, tmp_path: Path
+) -> None:
     a, b = replace(common, **before), replace(common, **after)
     at_once = tmp_path / "at-once"
     ranks = run(b.world_size, go_on, b, str(trained(a)), str(at_once))
@@ -114,14 +120,9 @@ def test_the_training_goes_on(pair: Pair, trained: Trained, tmp_path: Path) -> N
     assert_goes_on(b, ranks, a.in_one_process())
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("pair", HEAVY, ids=name_of)
-def test_the_training_goes_on_from_more_layouts(pair: Pair, trained: Trained, tmp_path: Path) -> None:
-    test_the_training_goes_on(pair, trained, tmp_path)
-
-
 def test_the_pairs_are_many_and_differ() -> None:
-    layouts = [(tuple(before.items()), tuple(after.items())) for _, before, after in PAIRS]
-    assert len(PAIRS) >= 20 and all(before != after for before, after in layouts)
-    zeros = {(before["zero"], after["zero"]) for _, before, after in PAIRS + HEAVY}
+    pairs = SAMPLE + COMPILING + MORE
+    layouts = [(tuple(before.items()), tuple(after.items())) for _, before, after in pairs]
+    assert len(pairs) >= 40 and all(before != after for before, after in layouts)
+    zeros = {(before["zero"], after["zero"]) for _, before, after in pairs}
     assert zeros >= {(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (1, 3), (3, 1), (0, 3), (3, 0), (2, 0)}

@@ -20,9 +20,10 @@ from tests.support.distributed.training import (
     train_in_layout,
 )
 from tests.support.distributed.workers import WorkerError, run
+from tests.support.sampling import full, heavy
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [1, 3, *full(2)])
 def test_fp16_meets_and_survives_overflow(zero: int) -> None:
     """2^26 overflows fp16's gradients at first; the scale is halved until it does not."""
     case = Case(zero=zero, pipeline=2, precision="fp16", loss_scale_power=26)
@@ -36,11 +37,13 @@ def test_fp16_meets_and_survives_overflow(zero: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(zero=1, pipeline=1, checkpointing=True),
         Case(zero=2, pipeline=2, data_parallel=2, checkpointing=True),
-        Case(zero=3, pipeline=2, data_parallel=2, checkpointing=True),
         Case(zero=3, data_parallel=2, checkpointing=True),
         Case(zero=2, pipeline=2, schedule="dualpipev", checkpointing=True),
+        *full(
+            Case(zero=1, pipeline=1, checkpointing=True),
+            Case(zero=3, pipeline=2, data_parallel=2, checkpointing=True),
+        ),
     ],
     ids=str,
 )
@@ -71,11 +74,18 @@ FROZEN = ("model.layers.0.*", "model.layers.1.mlp.*")
 @pytest.mark.parametrize(
     "case",
     [
-        Case(zero=zero, pipeline=pipeline, data_parallel=2, freeze=FROZEN)
-        for zero in (0, 1, 2, 3)
-        for pipeline in (1, 2)
-    ]
-    + [Case(zero=2, pipeline=2, clip=0.1, steps=20, freeze=("model.embed_tokens.*",))],
+        Case(zero=0, pipeline=2, data_parallel=2, freeze=FROZEN),
+        Case(zero=2, pipeline=2, data_parallel=2, freeze=FROZEN),
+        Case(zero=3, pipeline=1, data_parallel=2, freeze=FROZEN),
+        Case(zero=2, pipeline=2, clip=0.1, steps=20, freeze=("model.embed_tokens.*",)),
+        *full(
+            Case(zero=0, pipeline=1, data_parallel=2, freeze=FROZEN),
+            Case(zero=1, pipeline=1, data_parallel=2, freeze=FROZEN),
+            Case(zero=1, pipeline=2, data_parallel=2, freeze=FROZEN),
+            Case(zero=2, pipeline=1, data_parallel=2, freeze=FROZEN),
+            Case(zero=3, pipeline=2, data_parallel=2, freeze=FROZEN),
+        ),
+    ],
     ids=str,
 )
 def test_frozen_parameters(case: Case) -> None:
@@ -117,9 +127,12 @@ def initial_weights(rank: int, case: Case) -> dict[str, torch.Tensor]:
     "case",
     [
         Case(zero=2, pipeline=2, data_parallel=2),
-        Case(zero=3, data_parallel=4, accumulation=2),
-        Case(zero=1, pipeline=4, precision="bf16"),
-        Case(zero=1, pipeline=2, schedule="dualpipev"),
+        Case(zero=3, data_parallel=2),
+        *full(
+            Case(zero=3, data_parallel=4, accumulation=2),
+            Case(zero=1, pipeline=4, precision="bf16"),
+            Case(zero=1, pipeline=2, schedule="dualpipev"),
+        ),
     ],
     ids=str,
 )
@@ -132,17 +145,19 @@ def test_the_same_layout_twice_is_equal_to_the_bit(case: Case) -> None:
 
 
 RESUMED = [
-    Case(zero=0, pipeline=2),
-    Case(zero=1, pipeline=2, data_parallel=2),
     Case(zero=2, pipeline=2, data_parallel=2, precision="bf16"),
-    Case(zero=2, pipeline=4),
     Case(zero=3, data_parallel=2),
-    Case(zero=3, pipeline=2, data_parallel=2),
     Case(zero=1, pipeline=2, precision="fp16", loss_scale_power=26),
     Case(zero=1, pipeline=2, schedule="dualpipev"),
-    Case(zero=2, pipeline=2, data_parallel=2, offload="cpu"),
-    Case(zero=2, data_parallel=2, freeze=FROZEN),
+    *heavy(Case(zero=2, pipeline=2, data_parallel=2, offload="cpu")),
     Case(zero=2, pipeline=2, freeze=FROZEN),
+    *full(
+        Case(zero=0, pipeline=2),
+        Case(zero=1, pipeline=2, data_parallel=2),
+        Case(zero=2, pipeline=4),
+        Case(zero=3, pipeline=2, data_parallel=2),
+        Case(zero=2, data_parallel=2, freeze=FROZEN),
+    ),
 ]
 
 
@@ -159,8 +174,16 @@ def test_saved_and_resumed_is_equal_to_the_bit(case: Case, tmp_path: Path) -> No
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("tampered", ["tied copy", "replica"])
+@pytest.mark.parametrize(
+    ("zero", "tampered"),
+    [
+        (0, "tied copy"),
+        (3, "tied copy"),
+        (1, "replica"),
+        (3, "replica"),
+        *full((1, "tied copy"), (2, "tied copy"), (0, "replica"), (2, "replica")),
+    ],
+)
 def test_copies_that_drift_apart_are_found(zero: int, tampered: str) -> None:
     if tampered == "replica" and zero == 3:
         run(4, tamper, zero, "nothing")  # ZeRO-3's replicas hold different parts: only ties can be compared
@@ -235,12 +258,14 @@ def test_without_the_mend_another_model_is_trained(undo: str, case: Case) -> Non
 @pytest.mark.parametrize(
     "case",
     [
-        Case(zero=0, pipeline=2, experts=4),
         Case(zero=1, pipeline=3, experts=4, checkpointing=True),
-        Case(zero=2, pipeline=2, experts=4, accumulation=8),
         Case(zero=2, pipeline=2, experts=4, schedule="dualpipev"),
-        Case(zero=3, pipeline=2, experts=4),
         Case(zero=3, pipeline=1, experts=4),
+        *full(
+            Case(zero=0, pipeline=2, experts=4),
+            Case(zero=2, pipeline=2, experts=4, accumulation=8),
+            Case(zero=3, pipeline=2, experts=4),
+        ),
     ],
     ids=str,
 )
@@ -267,10 +292,12 @@ def test_each_document_has_its_own_rotary_tables(case: Case) -> None:
     "case",
     [
         Case(zero=1, pipeline=1, loss_chunk=24),
-        Case(zero=2, pipeline=2, loss_chunk=24),
         Case(zero=2, pipeline=2, loss_chunk=24, schedule="dualpipev"),
-        Case(zero=3, pipeline=2, loss_chunk=24, data_parallel=2),
         Case(zero=3, pipeline=1, loss_chunk=24, data_parallel=2, tied=False),
+        *full(
+            Case(zero=2, pipeline=2, loss_chunk=24),
+            Case(zero=3, pipeline=2, loss_chunk=24, data_parallel=2),
+        ),
     ],
     ids=str,
 )

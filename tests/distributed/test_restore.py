@@ -33,6 +33,7 @@ from tests.support.distributed.elsewhere import (
 )
 from tests.support.distributed.training import Case, Outcome
 from tests.support.distributed.workers import WorkerError, run
+from tests.support.sampling import full
 
 FP16 = Case(precision="fp16", loss_scale_power=26, steps=9)
 
@@ -81,7 +82,7 @@ def in_small_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "small"), [(ZERO3_DP2, ZERO1_PP2, "before"), (ZERO1_PP2, ZERO3_DP2, "after")]
+    ("before", "after", "small"), [(ZERO3_DP2, ZERO1_PP2, "before"), *full((ZERO1_PP2, ZERO3_DP2, "after"))]
 )
 def test_zero_3_with_groups_in_small_parts(
     before: Layout, after: Layout, small: str, trained: Trained, tmp_path: Path
@@ -104,7 +105,9 @@ def in_one_piece() -> None:
     pipeline_model.PipelineModel = UnsplitModel
 
 
-@pytest.mark.parametrize(("before", "after"), [(ZERO3_DP2, {"zero": 0}), ({"zero": 0}, ZERO2_DP2)], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"), [(ZERO3_DP2, {"zero": 0}), *full(({"zero": 0}, ZERO2_DP2))], ids=str
+)
 def test_a_model_in_one_piece_goes_on(
     before: Layout, after: Layout, trained: Trained, tmp_path: Path
 ) -> None:
@@ -115,7 +118,7 @@ def test_a_model_in_one_piece_goes_on(
     assert_goes_on(b, ranks, a.in_one_process())
 
 
-@pytest.mark.parametrize("after", [ZERO1_PP2, ZERO3_DP2, {"zero": 0, "pipeline": 2}], ids=str)
+@pytest.mark.parametrize("after", [ZERO1_PP2, *full(ZERO3_DP2, {"zero": 0, "pipeline": 2})], ids=str)
 def test_what_is_saved_after_the_change_is_resumed_as_ever(
     after: Layout, trained: Trained, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from dstrain.errors import DstrainError
 from tests.support.distributed import training
 from tests.support.distributed.training import Case
 from tests.support.distributed.workers import run
+from tests.support.sampling import full, heavy
 
 FROZEN = ("model.layers.0.*", "model.layers.1.mlp.*")
 SHORT = Case(steps=2)
@@ -24,21 +25,25 @@ CASES = [
     replace(SHORT, zero=0),
     replace(SHORT, zero=0, data_parallel=2, freeze=FROZEN),
     replace(SHORT, zero=0, pipeline=2, optimizer="sgd"),
-    replace(SHORT, zero=0, pipeline=2, schedule="dualpipev"),
     replace(SHORT, zero=1, data_parallel=2, precision="bf16"),
-    replace(SHORT, zero=1, pipeline=2, data_parallel=2),
-    replace(SHORT, zero=1, pipeline=4, precision="bf16", tied=False),
     replace(SHORT, zero=1, pipeline=2, precision="fp16"),
     replace(SHORT, zero=1, pipeline=2, precision="bf16", schedule="dualpipev"),
     replace(SHORT, zero=2, data_parallel=4, accumulation=1, optimizer="sgd", layers=3),
-    replace(SHORT, zero=2, pipeline=2, data_parallel=2, precision="bf16"),
     replace(SHORT, zero=2, pipeline=2, data_parallel=2, freeze=FROZEN),
-    replace(SHORT, zero=2, pipeline=2, data_parallel=2, schedule="dualpipev"),
-    replace(SHORT, zero=2, pipeline=2, data_parallel=2, offload="cpu"),
-    replace(SHORT, zero=3, data_parallel=4, accumulation=2, optimizer="sgd"),
-    replace(SHORT, zero=3, data_parallel=2, precision="bf16", offload="cpu"),
     replace(SHORT, zero=3, data_parallel=2, freeze=FROZEN, precision="bf16"),
     replace(SHORT, zero=3, pipeline=2, data_parallel=2, precision="fp16"),
+    *heavy(
+        replace(SHORT, zero=2, pipeline=2, data_parallel=2, offload="cpu"),
+        replace(SHORT, zero=3, data_parallel=2, precision="bf16", offload="cpu"),
+    ),
+    *full(
+        replace(SHORT, zero=0, pipeline=2, schedule="dualpipev"),
+        replace(SHORT, zero=1, pipeline=2, data_parallel=2),
+        replace(SHORT, zero=1, pipeline=4, precision="bf16", tied=False),
+        replace(SHORT, zero=2, pipeline=2, data_parallel=2, precision="bf16"),
+        replace(SHORT, zero=2, pipeline=2, data_parallel=2, schedule="dualpipev"),
+        replace(SHORT, zero=3, data_parallel=4, accumulation=2, optimizer="sgd"),
+    ),
 ]
 
 KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}

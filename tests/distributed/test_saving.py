@@ -19,6 +19,7 @@ from tests.distributed.test_injuries import micro_batches
 from tests.support.distributed import training
 from tests.support.distributed.training import Case, model_config
 from tests.support.distributed.workers import WorkerError, run
+from tests.support.sampling import heavy
 
 RUN = "0123456789abcdef"
 
@@ -172,7 +173,7 @@ SIZED = [
     replace(SHORT, zero=3, data_parallel=2, precision="bf16"),
     replace(SHORT, zero=3, data_parallel=2, freeze=FROZEN),
     replace(SHORT, zero=3, pipeline=2, data_parallel=2, precision="bf16"),
-    replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu"),
+    *heavy(replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu")),
 ]
 
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.support.e2e import Said
+from tests.support.sampling import heavy
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -116,21 +117,19 @@ def hostile(place: Path, materials: Path, tmp_path: Path) -> HostileFolder:
 
 
 def test_no_module_of_the_current_folder_is_imported(hostile: HostileFolder) -> None:
-    for arguments in (
-        ("run", *RUN, "--data-parallel", "2", "--name", "r"),
-        ("export", "runs/r", "out"),
-        ("generate", "out", "one", "--tokens", "3"),
-        ("doctor",),
-    ):
+    for arguments in (("run", *RUN, "--data-parallel", "2", "--name", "r"), ("export", "runs/r", "out")):
         said = hostile.call(*arguments)
         assert said.code == 0, (arguments, said, hostile.log("r"))
         assert hostile.canary.read_text() == "", arguments
 
 
 @pytest.mark.heavy
-def test_nor_by_what_trains_again(hostile: HostileFolder) -> None:
+def test_nor_by_any_other_command(hostile: HostileFolder) -> None:
     for arguments in (
         ("run", *RUN, "--name", "r"),
+        ("export", "runs/r", "out"),
+        ("generate", "out", "one", "--tokens", "3"),
+        ("doctor",),
         ("checkpoints", "r", "--verify"),
         ("resume", "r", "--steps", "5"),
         ("reproduce", "r"),
@@ -149,7 +148,7 @@ def test_nor_with_python_3_10_which_knows_no_safe_path(hostile: HostileFolder) -
     assert hostile.canary.read_text() == ""
 
 
-@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+@pytest.mark.parametrize("kind", ["model", *heavy("tokenizer")])
 def test_a_models_own_code_is_not_run(kind: str, hostile: HostileFolder, materials: Path) -> None:
     """Nor after a question that nobody sees: all answers are yes."""
     folder = hostile.place / "received"

@@ -21,6 +21,7 @@ LAYOUT = Layout(zero=3, pipeline=1, data_parallel=2)
 LARGEST_FILE = 100_000
 
 
+@pytest.mark.heavy
 def test_files_that_may_not_grow(place: Path, unbroken: Callable[[Layout], Run]) -> None:
     run = Run(place, "limited", LAYOUT)
     run.fail(

@@ -36,9 +36,9 @@ def kill_again_and_again(run: Run, kills: int, seed: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=str)
-def test_fifteen_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
+def test_eight_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
     run = Run(place, f"killed-{layout}", layout)
-    kill_again_and_again(run, 15, seed)
+    kill_again_and_again(run, 8, seed)
     assert_ends_as_unbroken(run, unbroken)
 
 
