@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # it brings pydantic, which nothing else here needs
     from dstrain.config.loader import ResolvedConfig
 
 
+_GPU_EACH = "ask for as many tasks as GPUs: --gpus-per-node=N with --ntasks-per-node=N, or --gpus-per-task=1"
+
+
 @dataclass(frozen=True)
 class Placement:
     """The hosts and the launcher.
@@ -94,6 +97,7 @@ def find_placement(
             hint="get hosts anew with `dstrain submit` or salloc; --launcher local stays on this machine, as for a"
             " shell or a container that has kept a job's variables",
         )
+    _refuse_tasks_per_gpu(allocation, environ)
     if devices.kind == "cuda":
         _refuse_shared_gpus(allocation, environ)
     if config.launcher == "slurm":
@@ -103,19 +107,25 @@ def find_placement(
 
 def _refuse_shared_gpus(allocation: Allocation, environ: Mapping[str, str]) -> None:
     """Raises DstrainError where some of the job's tasks would share a GPU."""
-    on_node, on_gpu = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_NTASKS_PER_GPU", "1")
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     tasks = max(host.slots for host in allocation.hosts)
-    if on_gpu.isdigit() and int(on_gpu) > 1:
-        problem = f"the job places {on_gpu} tasks on each GPU (--ntasks-per-gpu)"
-    elif on_node.isdigit() and 0 < int(on_node) < tasks:
-        problem = f"the job has {tasks} tasks per node, but {on_node} GPUs"
-    else:
-        return
-    raise DstrainError(
-        f"{problem}, and each rank needs a GPU of its own",
-        where=f"Slurm job {allocation.job}",
-        hint="ask for as many tasks as GPUs: --gpus-per-node=N with --ntasks-per-node=N, or --gpus-per-task=1",
-    )
+    if gpus.isdigit() and 0 < int(gpus) < tasks:
+        raise DstrainError(
+            f"the job has {tasks} tasks per node, but {gpus} GPUs, and each rank needs a GPU of its own",
+            where=f"Slurm job {allocation.job}",
+            hint=_GPU_EACH,
+        )
+
+
+def _refuse_tasks_per_gpu(allocation: Allocation, environ: Mapping[str, str]) -> None:
+    """srun would refuse it. Raises DstrainError."""
+    if "SLURM_NTASKS_PER_GPU" in environ:
+        raise DstrainError(
+            "the job was submitted with --ntasks-per-gpu, which Slurm does not take together with the number of tasks"
+            " on each node, which srun is told",
+            where=f"Slurm job {allocation.job}",
+            hint=_GPU_EACH,
+        )
 
 
 def no_allocation(where: str) -> DstrainError:

@@ -52,7 +52,6 @@ def _has_own_gpus(environ: Mapping[str, str], visible: int) -> bool:
     on_node = environ.get("SLURM_GPUS_ON_NODE", "")
     return (
         "SLURM_GPUS_PER_TASK" in environ
-        or environ.get("SLURM_NTASKS_PER_GPU") == "1"
         or environ.get("SLURM_GPU_BIND", "none") != "none"
         or "gpu" in environ.get("SLURM_TRES_PER_TASK", "")
         or (on_node.isdigit() and int(on_node) > visible)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dstrain.launch.allocation import slurm_allocation
+from dstrain.launch.launch_spec import LaunchSpec
+from dstrain.launch.launchers.slurm import command as srun_command
+from dstrain.launch.placement import _refuse_shared_gpus
+from dstrain.planning.layout import Host
+from dstrain.train.device import device_number
+from dstrain.train.rank_environment import rank_variables
 from tests.support.cluster.hosts import Cluster
 from tests.support.cluster.needs import require_cluster
 from tests.support.cluster.slurm import Slurm
@@ -43,6 +51,34 @@ def test_a_job_has_a_task_on_each_slot(slurm: Slurm, tmp_path: Path) -> None:
         "n2 3 1 1 4 0,1",
     ]
     assert (tmp_path / "batch").read_text() == "n1\n"
+
+
+@pytest.mark.parametrize(
+    "options", [("--gpus-per-task=1",), ("--gpus-per-node=2", "--gpu-bind=single:1")], ids=" ".join
+)
+def test_ranks_that_see_a_gpu_of_their_own(slurm: Slurm, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """What Slurm tells each of them is enough to know that the one GPU that it sees is its own."""
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/bash\nenv -0 > {tmp_path}/rank-$SLURM_PROCID\n")
+    worker.chmod(0o755)
+    hosts = (Host("n1", 2), Host("n2", 2))
+    spec = LaunchSpec(tmp_path, hosts, 2, "cuda", "n1", 29501, {}, launcher="slurm", python=str(worker))
+    srun = shlex.join(srun_command(spec, {"SLURM_JOB_ID": "of the job"}))
+    text = f"env -0 > batch\n{srun}\n"
+    slurm.wait_for(submit(slurm, tmp_path, text, "--nodes=2", "--ntasks-per-node=2", *options), "COMPLETED")
+    ranks = [variables(tmp_path / f"rank-{rank}") for rank in range(4)]
+    seen = [rank["CUDA_VISIBLE_DEVICES"].split(",") for rank in ranks]
+    assert [len(each) for each in seen] == [1, 1, 1, 1], seen
+    for rank in ranks:
+        assert device_number(rank | rank_variables(rank), visible=1) == 0
+    batch = variables(tmp_path / "batch")
+    found = slurm_allocation(batch, lambda _: ["n1", "n2"])
+    assert found is not None and found.hosts == hosts
+    _refuse_shared_gpus(found, batch)
+
+
+def variables(file: Path) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in file.read_text().split("\0") if pair)
 
 
 def test_a_job_that_fails_is_told_apart(slurm: Slurm, tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ def test_slots_of_an_allocation(variables: dict[str, str], slots: list[int]) -> 
     ("variables", "message"),
     [
         ({"SLURM_TASKS_PER_NODE": "8(x3)", "SLURM_GPUS_ON_NODE": "4"}, "8 tasks per node, but 4 GPUs"),
-        ({"SLURM_TASKS_PER_NODE": "8(x3)", "SLURM_NTASKS_PER_GPU": "2"}, "2 tasks on each GPU"),
         ({"SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_TASK": "1"}, None),
-        ({"SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_GPU": "1"}, None),
         ({"SLURM_TASKS_PER_NODE": "2(x3)", "SLURM_GPUS_ON_NODE": "4"}, None),
         ({"SLURM_TASKS_PER_NODE": "2(x3)"}, None),
     ],
@@ -91,6 +89,21 @@ def test_tasks_that_would_share_a_gpu(
         with pytest.raises(DstrainError, match=message) as caught:
             find_placement(config(**flags), GPUS, JOB | variables)
         assert "--gpus-per-task=1" in (caught.value.hint or "") and caught.value.where == "Slurm job 7"
+
+
+@pytest.mark.parametrize("devices", [CPU, GPUS], ids=lambda devices: devices.kind)
+def test_tasks_per_gpu_and_per_node(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun: "fatal: --ntasks-per-node is mutually exclusive with --ntasks-per-gpu and SLURM_NTASKS_PER_GPU"."""
+    found = Allocation("7", (Host("n1", 4), Host("n2", 4)))
+    monkeypatch.setattr(placement_module, "slurm_allocation", lambda environ: found)
+    for flags in ({}, {"launcher": "slurm"}):
+        with pytest.raises(DstrainError, match="submitted with --ntasks-per-gpu") as caught:
+            find_placement(config(**flags), devices, JOB | {"SLURM_NTASKS_PER_GPU": "1"})
+        assert "--gpus-per-task=1" in (caught.value.hint or "")
+    assert (
+        find_placement(config(launcher="local"), devices, JOB | {"SLURM_NTASKS_PER_GPU": "1"}).launcher
+        == "local"
+    )
 
 
 @pytest.mark.parametrize(
