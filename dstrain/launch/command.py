@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shlex
 
 from dstrain.errors import DstrainError
@@ -11,13 +10,12 @@ from dstrain.files import make_executable, write_atomically
 from dstrain.launch.environment import check_environment, environment_text, forgetting, start_folder
 from dstrain.launch.launch_spec import CONTROL_ADDRESS, NODE, LaunchSpec
 from dstrain.launch.launchers import LAUNCHERS
+from dstrain.launch.launchers.openmpi import IN_QUOTES
 from dstrain.runs.protocol import ADDRESS
 from dstrain.runs.run_folder import NODE_RANK, QUOTED, RunFolder, make_open_to
 from dstrain.runs.this_machine import listening_socket
 
 _TRAVELLING = "DSTRAIN_ENV_FILE"
-# deepspeed.launcher.multinode_runner, add_export.
-_IN_QUOTES = re.compile(r"[^\w@%+=:,./-]")
 # Below Linux's range for outgoing connections, so that none of those takes the port before the ranks do.
 _PORTS = range(20000, 32768)
 USUAL_PORT = 29500
@@ -94,7 +92,7 @@ def _travelling(request: LaunchSpec) -> dict[str, str]:
     if request.launcher != "openmpi":
         return request.environment
     quoted = {
-        QUOTED: ",".join(sorted(n for n, value in request.environment.items() if _IN_QUOTES.search(value)))
+        QUOTED: ",".join(sorted(n for n, value in request.environment.items() if IN_QUOTES.search(value)))
     }
     return request.environment | _rendezvous(request) | (quoted if quoted[QUOTED] else {})
 

@@ -298,7 +298,8 @@ def test_what_is_handed_on_reaches_the_ranks_of_open_mpi_as_it_is(
     own = {
         "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1",
         "FI_PROVIDER": "efa;ofi_rxm",
-        "LD_LIBRARY_PATH": "/a b:/c",
+        "LD_LIBRARY_PATH": "/a:/b-1.0_c",
+        "CUDA_HOME": "/a b",
         "MY_X": "it's",
     }
     environment = default_environment("cuda", 2, False, environ={"PATH": "/bin", **own}, carried=["MY_*"])

@@ -132,6 +132,22 @@ def test_openmpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert carried == "DS_ACCELERATOR=cpu\nMASTER_ADDR=192.0.2.1\nMASTER_PORT=29501\n"
 
 
+@pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "PYTHONPATH"])
+def test_folders_that_ranks_of_open_mpi_would_not_find(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get it in quotes, and it is read before they could take these away."""
+    for program in ("mpirun", "ompi_info"):
+        (tmp_path / program).write_text("")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    request = replace(THERE, launcher="openmpi", environment={name: "/plain:/with space"})
+    with pytest.raises(DstrainError, match=f"{name} contains ' '") as caught:
+        launch_command(request)
+    assert caught.value.where == f"environment: {name}" and "--launcher pdsh" in (caught.value.hint or "")
+    launch_command(replace(request, environment={name: "/plain:/also-plain_1.0"}))
+
+
 def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(THERE, launcher="slurm")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

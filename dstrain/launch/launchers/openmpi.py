@@ -11,6 +11,10 @@ from dstrain.launch.launch_spec import LaunchSpec, check_remote, refuse_this_hos
 from dstrain.launch.launchers import output
 from dstrain.runs.run_folder import RunFolder
 
+IN_QUOTES = re.compile(r"[^\w@%+=:,./-]")
+"""What deepspeed.launcher.multinode_runner puts a value in quotes for, which no shell takes away here."""
+# Read before a rank could remove them itself.
+_READ_AT_THE_START = ("LD_LIBRARY_PATH", "PYTHONPATH")
 _KILLED = re.compile(r"process rank \d+ with PID \d+ on node (?P<host>\S+) exited on signal (?P<signal>\d+)")
 
 
@@ -28,6 +32,14 @@ def command(request: LaunchSpec) -> list[str]:
         )
     refuse_this_host_alone(request)
     check_remote(request)
+    for name in _READ_AT_THE_START:
+        found = IN_QUOTES.search(request.environment.get(name, ""))
+        if found is not None:
+            raise DstrainError(
+                f"{name} contains {found.group()!r}, which does not reach the ranks of Open MPI as it is",
+                where=f"environment: {name}",
+                hint="use folders of plain characters, or --launcher pdsh",
+            )
     # Ranks are numbered host after host, as the plan has them. mpirun refuses to run for root unless told.
     options = "--map-by slot" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
     return [
