@@ -42,10 +42,12 @@ class ValidationBatches:
     """The same samples of a validation set every time, divided among the replicas.
 
     Where they do not fill the last micro-batches, or ``fewest`` of them, rows without a label stand in:
-    they add nothing.
+    they add nothing. ``pinned``: in memory of the host that a GPU copies from by itself.
     """
 
-    def __init__(self, rows: Rows, batch: Batch, *, samples: int, replica: int, fewest: int) -> None:
+    def __init__(
+        self, rows: Rows, batch: Batch, *, samples: int, replica: int, fewest: int, pinned: bool = False
+    ) -> None:
         ids = np.arange(min(samples, len(rows)))
         share = batch.micro_batch * batch.data_parallel
         count = max(fewest, math.ceil(len(ids) / share))
@@ -53,7 +55,8 @@ class ValidationBatches:
         weight = count * batch.data_parallel / max(1, self.label_tokens)
         padded = np.concatenate([ids, np.full(count * share - len(ids), -1)])
         parts = padded.reshape(count, batch.data_parallel, batch.micro_batch)[:, replica]
-        self._micro_batches = [make_micro_batch(rows, part, weight) for part in parts]
+        made = [make_micro_batch(rows, part, weight) for part in parts]
+        self._micro_batches = [one.pinned() for one in made] if pinned else made
 
     def micro_batches(self) -> list[MicroBatch]:
         return self._micro_batches

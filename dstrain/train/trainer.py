@@ -129,7 +129,12 @@ def _train(
     streams = Streams(data, order, cache_folder() / "streams")
     batches = TrainBatches(data.rows, plan.batch, order=order, replica=replica)
     validation = Validation(
-        data.validation_sets, engine, plan.batch, samples=config.eval_samples, replica=replica
+        data.validation_sets,
+        engine,
+        plan.batch,
+        samples=config.eval_samples,
+        replica=replica,
+        device=device,
     )
 
     losses = last_validation_losses(folder.metrics)  # of a run that is resumed at its end

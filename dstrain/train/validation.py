@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from dstrain.data.training_data import ValidationSet
 from dstrain.engine.interface import Engine
 from dstrain.planning.batch import Batch
@@ -20,15 +22,28 @@ class Validation:
         sets: maybe none.
         samples: of each set.
         replica: whose share this rank computes.
+        device: where it is computed: for a CUDA device the samples are kept in pinned memory.
     """
 
     def __init__(
-        self, sets: Sequence[ValidationSet], engine: Engine, batch: Batch, *, samples: int, replica: int
+        self,
+        sets: Sequence[ValidationSet],
+        engine: Engine,
+        batch: Batch,
+        *,
+        samples: int,
+        replica: int,
+        device: torch.device,
     ) -> None:
         self._engine = engine
         self._batches = {
             each.name: ValidationBatches(
-                each.rows, batch, samples=samples, replica=replica, fewest=engine.fewest_micro_batches
+                each.rows,
+                batch,
+                samples=samples,
+                replica=replica,
+                fewest=engine.fewest_micro_batches,
+                pinned=device.type == "cuda",
             )
             for each in sets
         }

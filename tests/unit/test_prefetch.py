@@ -15,6 +15,7 @@ from dstrain.planning.batch import Batch
 from dstrain.train import prefetch as prefetch_module
 from dstrain.train.batches import TrainBatches
 from dstrain.train.prefetch import Prefetch
+from dstrain.train.validation import Validation
 
 CPU = torch.device("cpu")
 
@@ -38,10 +39,14 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
-def test_the_steps_are_those_that_are_built_between_steps():
+def packed_rows():
     tokens = np.arange(4000, dtype=np.uint16)
     lengths = np.full(40, 100, np.int64)
-    rows = PackedRows(TokenStream(tokens, np.cumsum(lengths) - lengths, lengths), 16)
+    return PackedRows(TokenStream(tokens, np.cumsum(lengths) - lengths, lengths), 16)
+
+
+def test_the_steps_are_those_that_are_built_between_steps():
+    rows = packed_rows()
     order = SampleOrder(len(rows), 8, seed=3)
     batches = TrainBatches(rows, Batch(8, 2, 2, 2, 16), order=order, replica=1)
     with prefetch(batches.micro_batches, 4, 30) as ahead:
@@ -155,3 +160,26 @@ def test_for_a_gpu_they_lie_in_pinned_memory_of_its_device(monkeypatch):
         [found] = steps.take(1)
     assert asked == [("prefetch", 5), *["pin"] * 4]
     assert found is not one and torch.equal(found.labels, one.labels)
+
+
+def test_validation_samples_are_pinned_once_for_a_gpu(monkeypatch):
+    class Sets:
+        name, rows = "", packed_rows()
+
+    class Engine:
+        fewest_micro_batches = 1
+
+        def eval_loss(self, micro_batches):
+            self.given = micro_batches
+            return 1.0
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor + 0)
+    batch = Batch(4, 2, 2, 1, 16)
+    for device, number in (("cpu", 0), ("cuda", 2 * 5)):
+        engine = Engine()
+        validation = Validation([Sets], engine, batch, samples=4, replica=0, device=torch.device(device))
+        for _ in range(2):
+            validation.losses()
+        assert len(pinned) == number, "four tensors and where documents lie, of two micro-batches, once"
+        assert len(engine.given) == 2 and engine.given[0].documents.edges.dtype == torch.int32
