@@ -54,9 +54,24 @@ class _DeepSpeedAdapter(Engine):
         check_replicas(self.engine)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
+        for name, parameter in self._named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield hugging_face_name(name), parameter.detach().float().cpu().clone()
+                value = parameter.detach().to("cpu", torch.float32, copy=True)
+            yield name, value  # behind the gathering: whoever takes it may be slow
+            del value  # before the next one is made
+
+    def help_with_weights(self) -> None:
+        for _, parameter in self._named_parameters():
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                pass
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._named_parameters()}
+
+    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """By Hugging Face name; a tied weight under each of its names."""
+        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
+            yield hugging_face_name(name), parameter
 
     def save(self, folder: Path, state: Mapping[str, Any], held: AsyncCheckpointStage | None = None) -> None:
         ours = dict(state)

@@ -96,7 +96,15 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This stage's parameters by Hugging Face name, whole, in fp32 on CPU."""
+        """This stage's parameters by Hugging Face name, whole, in fp32 on CPU, one at a time."""
+
+    @abstractmethod
+    def help_with_weights(self) -> None:
+        """Take part in `weights` of other replicas, without any of them in this host's memory."""
+
+    @abstractmethod
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `weights` gives, by name. Not collective."""
 
     @abstractmethod
     def save(self, folder: Path, state: Mapping[str, Any], held: AsyncCheckpointStage | None = None) -> None:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dstrain.control_group import barrier
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.interface import Engine, MicroBatch
-from dstrain.files import make_folder, open_to_group
+from dstrain.files import make_folder
 from dstrain.json_collectives import broadcast_json
+from dstrain.train.weights_file import write_weights
 
 
 def save_weights(engine: Engine, folder: Path, stage: int, replica: int) -> None:
-    """Write ``stage-N.safetensors``; the first replica of each stage does. Collective."""
-    tensors = dict(engine.weights())
+    """Write ``stage-N.safetensors``; the first replica of each stage does, tensor by tensor. Collective."""
     if replica == 0:
         make_folder(folder, below=folder.parent)
-        path = folder / f"stage-{stage}.safetensors"
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        save_file(tensors, aside)
-        open_to_group(aside)
-        os.replace(aside, path)
+        write_weights(folder / f"stage-{stage}.safetensors", engine.weight_shapes(), engine.weights())
+    else:
+        engine.help_with_weights()
     barrier()
 
 
