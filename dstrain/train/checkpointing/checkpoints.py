@@ -14,7 +14,7 @@ from torch import distributed
 
 from dstrain.config.schema import RunConfig
 from dstrain.control_group import barrier
-from dstrain.engine.async_checkpoint import AsyncCheckpointStage
+from dstrain.engine.async_checkpoint import AsyncCheckpointStage, Staging
 from dstrain.engine.interface import Engine
 from dstrain.errors import DstrainError
 from dstrain.json_collectives import all_gather_json, broadcast_json
@@ -80,6 +80,7 @@ class Checkpoints:
         self._config = dict(config)
         self._say = say
         self._rank = distributed.get_rank()
+        self._staging = Staging()
         self._damaged: dict[str, str] = {}
         self._writing: tuple[int, BackgroundWriter] | None = None
         self._said_no_room = False
@@ -98,7 +99,9 @@ class Checkpoints:
         """
         self.finish()
         aside = aside_of(self.folder, step)
-        held = AsyncCheckpointStage(room_for_copy() if self.background else 0)
+        # What the last one was copied to is free again.
+        room = room_for_copy() + self._staging.bytes if self.background else 0
+        held = AsyncCheckpointStage(room, self._staging)
         try:
             if self._rank == 0:
                 begin(self.folder, step, keep=self.keep, keep_every=self.keep_every, damaged=self._damaged)
@@ -108,6 +111,7 @@ class Checkpoints:
             if streams is not None:
                 state["streams"] = list(streams)
             engine.save(aside, state, held if self.background else None)
+            self._staging.free_unused()
             written = self._share_of_written(aside)
         except Exception as error:
             reason = why_not_written(error, aside)
