@@ -11,7 +11,7 @@ from dstrain.estimate.memory import USABLE, StageMemory, memory_needed
 from dstrain.estimate.memory_activations import loss_bytes
 from dstrain.estimate.stage_parameters import moment_bytes
 from dstrain.estimate.time import StepTime, backward_passes, stages_waiting
-from dstrain.estimate.traffic import traffic
+from dstrain.estimate.traffic import traffic, trained_parameters
 from dstrain.formatting import format_count
 from dstrain.losses import COPIES
 from dstrain.lr_schedules import schedule_keys
@@ -176,11 +176,12 @@ def _about_the_pipeline(
     sent = {part.what: part for part in traffic(config, shape, layout, batch)}
     if config.zero == 2 and layout.data_parallel > 1 and batch.accumulation > 1:
         gradients = sent["gradients"].bytes
-        more = gradients - gradients / batch.accumulation
+        whole = max(trained_parameters(config, shape, layout, stage) for stage in range(layout.pipeline))
         yield (
-            f"ZeRO-2 with a pipeline reduces the gradients of each of the {batch.accumulation} micro-batches,"
-            f" {_size(more)} more per step and rank than --zero 1, which reduces them once per step, but"
-            f" holds a stage's gradients in full instead of 1/{layout.data_parallel} of them"
+            f"ZeRO-2 with a pipeline reduces gradients behind each of the {batch.accumulation} micro-batches:"
+            f" {_size(gradients)} per step and rank, where --zero 1 sends {_size(gradients / batch.accumulation)}, once"
+            f" per step; that holds a stage's gradients in full instead of 1/{layout.data_parallel} of them,"
+            f" {_size(4 * whole * (1 - 1 / layout.data_parallel))} more"
         )
     if config.zero == 3 and layout.data_parallel > 1:
         yield (

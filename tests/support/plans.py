@@ -39,6 +39,38 @@ def shape(blocks: int = 6, *, tied: bool = True, **changes: Any) -> ModelShape:
     return ModelShape(layers=layers, tied=ties, total_parameters=total, **(values | changes))
 
 
+def transformer(blocks: int, hidden: int, vocabulary: int, *, tied: bool, window: int = 0) -> ModelShape:
+    """A decoder with four attention and three feed-forward matrices a block; FLOPs and bytes as of Llama's.
+
+    Args:
+        window: bytes a token and position that a block keeps: of eager attention's scores.
+    """
+    inner = 8 * hidden // 3
+    matrices = {"q": hidden**2, "k": hidden**2, "v": hidden**2, "o": hidden**2, "norm": hidden}
+    matrices |= {"up": hidden * inner, "gate": hidden * inner, "down": hidden * inner}
+    block, embedding = sum(matrices.values()), vocabulary * hidden
+    kept, working = 20 * hidden + 6 * inner, 8 * hidden + 4 * inner
+    layers = (
+        Layer("embed", "embed", embedding, 0, {"embed.weight": embedding}),
+        *(
+            Layer(
+                f"block {i}", "block", block, 2 * block, {f"{i}.{name}": size for name, size in matrices.items()},
+                4.0 * hidden, (kept, 2 * kept), (float(window), 2.0 * window), (working, 2 * working),
+            )
+            for i in range(blocks)
+        ),
+        Layer(
+            "head", "head", embedding + hidden, 2 * embedding,
+            {"head.weight": embedding, "head.norm": hidden}, 0.0, (6 * hidden, 12 * hidden),
+        ),
+    )  # fmt: skip
+    ties = (
+        (Tied("embed.weight", embedding, (0, blocks + 1), ("embed.weight", "head.weight")),) if tied else ()
+    )
+    total = sum(layer.parameters for layer in layers) - tied * embedding
+    return ModelShape("llama", hidden, vocabulary, None, layers, ties, total, None)
+
+
 def plan(
     *,
     machines: Machines = LAPTOP,

@@ -12,6 +12,7 @@ from dstrain.config.loader import ResolvedConfig, load_config, override
 from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device, Link, find_device
 from dstrain.estimate.memory import USABLE, memory_needed
+from dstrain.estimate.traffic import traffic
 from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixed_choices
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
@@ -20,7 +21,7 @@ from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import Layer, ModelShape
 from dstrain.planning.plan import Machines, Plan
-from tests.support.plans import DATA
+from tests.support.plans import DATA, transformer
 
 # A device beside which the models below are large, and a network that is felt.
 SMALL = Device(
@@ -121,6 +122,36 @@ def test_most_candidates_are_never_timed() -> None:
     found = fit(resolved, model(32, 4096, 128_256), on, device)
     assert found.fits and found.looked_at > 4000
     assert found.timed < found.looked_at / 10
+
+
+def test_the_users_own_buckets_count() -> None:
+    """A bucket of 4 GB is allocated whole: `plan` calls layouts with it too large on a device of 3 GB."""
+    on = machines(1, 2, 3000)
+    own = ("deepspeed.zero_optimization.reduce_bucket_size=1000000000",)
+    flags = {"global_batch": 8, "precision": "bf16", "zero": 1}
+    assert fit(load_config(settings=("seq_len=128",), flags=flags), model(), on, SMALL).fits
+    assert not fit(load_config(settings=("seq_len=128", *own), flags=flags), model(), on, SMALL).fits
+
+
+def test_zero_1_is_taken_where_zero_2_would_reduce_behind_each_micro_batch() -> None:
+    """An 8B model in 4 stages of 8 replicas, 16 micro-batches: 126 GB of gradients a step in place of 7.9 GB."""
+    device = find_device("h100-80g", "here")
+    on = replace(machines(4, 8, None), memory_bytes=device.memory_bytes, device=device)
+    chosen = {"global_batch": 128, "precision": "bf16", "pipeline": 4, "micro_batch": 1}
+    resolved = load_config(settings=("seq_len=4096",), flags=chosen)
+    large = transformer(32, 4096, 128_256, tied=False)
+    best = fit(resolved, large, on, device, wanted=8).best
+    assert best[0].candidate.layout.zero == 1
+    of_zero_2 = fit(
+        load_config(settings=("seq_len=4096",), flags={**chosen, "zero": 2}), large, on, device, wanted=1
+    ).best[0]
+    assert of_zero_2.time.data_parallel > 5 * best[0].time.data_parallel
+    plan = make_plan(override(resolved, {"zero": 2, "data_parallel": 8}), on, large, DATA, "model.json")
+    (warning,) = [text for text in plan.warnings if text.startswith("ZeRO-2 with a pipeline")]
+    sent = {part.what: part.bytes for part in plan.time.traffic} if plan.time else {}
+    once = traffic(plan.run_config.model_copy(update={"zero": 1}), large, plan.layout, plan.batch)
+    for size in (sent["gradients"], {part.what: part.bytes for part in once}["gradients"]):
+        assert f"{size / 1e9:,.1f} GB" in warning
 
 
 def test_where_nothing_fits_the_nearest_are_named() -> None:

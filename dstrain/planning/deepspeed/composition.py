@@ -81,6 +81,19 @@ def deepspeed_config(
     return replace(composed, not_covered=tuple(told))
 
 
+def user_values(resolved: ResolvedConfig) -> dict[str, Any]:
+    """The user's own keys alone, as they stand in the composed JSON: what estimates need where no JSON is composed.
+
+    Raises:
+        DstrainError: the user's file can't be read.
+    """
+    values: dict[str, Any] = {}
+    for key in _in_effect(user_keys(resolved), resolved.config):
+        if key.value != "auto":
+            _set(values, canonical(key.path), key.value)
+    return values
+
+
 def _changed(composed: DeepSpeedConfig, usual: DeepSpeedConfig) -> Iterator[tuple[KeyPath, Any]]:
     """The keys that have another value than they would have without the user's, and that are in use.
 

@@ -13,6 +13,7 @@ from dstrain.estimate.time import StepTime, stages_waiting, step_time
 from dstrain.planning.attention import with_chosen_attention
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
+from dstrain.planning.deepspeed.composition import user_values
 from dstrain.planning.fitting.candidates import Candidate
 from dstrain.planning.layout import Layout, fill_hosts
 from dstrain.planning.model_shape import ModelShape
@@ -32,6 +33,7 @@ class Scores:
         # Ranks on CPUs share their host's memory, which another cut does not make larger.
         self._limit_of_cut = None if machines.accelerator == "cpu" else self.limit
         self._config = with_chosen_attention(resolved, shape, *machines.kernels).config
+        self._deepspeed = user_values(resolved)
         self._shape = shape
         self._machines = machines
         self._device = device
@@ -85,12 +87,21 @@ class Scores:
 
     def time(self, candidate: Candidate, layout: Layout) -> StepTime:
         self.timed += 1
-        return step_time(self.config(candidate), self._shape, layout, self.batch(candidate), self._device)
+        return step_time(
+            self.config(candidate),
+            self._shape,
+            layout,
+            self.batch(candidate),
+            self._device,
+            deepspeed=self._deepspeed,
+        )
 
     def memory(self, candidate: Candidate, layout: Layout) -> int:
         """Bytes needed of one device, or of one host of CPUs."""
         accelerator = self._machines.accelerator
-        needs = stage_memory(self.config(candidate), self._shape, layout, self.batch(candidate), accelerator)
+        needs = stage_memory(
+            self.config(candidate), self._shape, layout, self.batch(candidate), accelerator, self._deepspeed
+        )
         return memory_needed(layout, needs, accelerator)[0]
 
     def alike_in_memory(self, candidate: Candidate) -> Hashable:
