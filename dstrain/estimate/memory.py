@@ -12,6 +12,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_activations import (
+    StageActivations,
     hidden_bytes,
     layer_kept,
     layer_working,
@@ -21,6 +22,8 @@ from dstrain.estimate.memory_activations import (
     spans_in_flight,
     stage_activations,
 )
+from dstrain.estimate.memory_backward import growing
+from dstrain.estimate.memory_peaks import Moments
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
 from dstrain.estimate.stage_parameters import stage_parameters, weight_bytes
 from dstrain.planning.batch import Batch
@@ -110,22 +113,28 @@ def stage_memory(
             alone=layout.pipeline == 1,
         )
         passes = stage_activations(config, shape, layout, batch, stage)
+        # In a step's first backward pass gradients come, in the later ones they are there. With dualpipev one chunk's
+        # are there while the other's activations gather.
+        folded = layout.schedule == "dualpipev" and layout.pipeline > 1
         several = batch.accumulation > 1
-        later = batch.accumulation > max(spans_in_flight(layout, stage, batch.accumulation))
-        if layout.schedule == "dualpipev" and layout.pipeline > 1:
-            later = several  # one chunk's gradients are there while the other's activations gather
-        held = states(config, parameters, accelerator, options, several=several, later=later)
-        moments = held.moments
+        held, then = (
+            states(config, parameters, accelerator, options, several=several, later=later)
+            for later in (folded, several)
+        )
+        full = folded or batch.accumulation > max(spans_in_flight(layout, stage, batch.accumulation))
+        moments = then.moments
+        in_midst = passes.at_bucket(bucket) if config.zero >= 2 else passes.waiting
         always = held.parameters + held.optimizer + passes.pipeline + passes.masks
         together = always + max(
-            moments.loss.total + passes.received + passes.kept + passes.head + passes.loss,
-            moments.backward.total + passes.received + passes.fullest,
-            # Without gradients at first, with them when the next micro-batch's turn comes.
-            0 if later else moments.reduction.gradients + passes.waiting + passes.working,
-            # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight.
-            moments.reduction.total + (passes.waiting if config.zero >= 2 else 0),
+            _of_pass(held.moments, passes, passes.kept),
+            _of_pass(moments, passes, passes.kept if full else passes.waiting) if several else 0,
+            0 if folded else _of_first_pass(config, held.moments, passes),
+            # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight, and whenever a bucket is full.
+            moments.reduced + (passes.waiting if config.zero >= 2 else 0),
+            _at_bucket(moments, passes, in_midst) if in_midst > passes.waiting else 0,
             moments.step.total,
         )
+        reductions = (*moments.reduction, moments.bucket) if in_midst > passes.waiting else moments.reduction
         found.append(
             StageMemory(
                 parameters=held.parameters,
@@ -137,7 +146,7 @@ def stage_memory(
                 + max(
                     moments.loss.buffers + passes.received,
                     moments.backward.buffers + passes.received,
-                    moments.reduction.buffers,
+                    *(moment.buffers for moment in reductions),
                     moments.step.buffers,
                 ),
                 host=held.host,
@@ -145,6 +154,35 @@ def stage_memory(
             )
         )
     return tuple(found)
+
+
+def _of_pass(moments: Moments, passes: StageActivations, kept: int) -> int:
+    """The beginning of a backward pass, with so many bytes of activations in flight."""
+    return passes.received + max(
+        moments.loss.total + kept + passes.head + passes.loss,
+        moments.backward.total + kept + max(passes.working, passes.head),
+    )
+
+
+def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations) -> int:
+    """A step's first backward pass, whose gradients come while its activations go: without shards of them."""
+    if config.zero > 1:
+        return 0
+    weight = weight_bytes(config)
+    before = moments.backward.total - moments.passing
+    return (
+        before
+        + passes.received
+        + passes.waiting
+        + passes.outputs
+        + max(growing(layers, 4, weight) for layers in passes.passes)
+    )
+
+
+def _at_bucket(moments: Moments, passes: StageActivations, there: int) -> int:
+    """A bucket is full in the midst of a backward pass, with so many bytes of activations; then the pass goes on."""
+    going_on = moments.bucket.gradients + moments.backward.buffers + passes.working
+    return there + max(moments.bucket.total, going_on)
 
 
 @dataclass(frozen=True)

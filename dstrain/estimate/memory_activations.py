@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dstrain.config.schema import RunConfig
+from dstrain.estimate.memory_backward import Pass, left_at, passed_layers
 from dstrain.losses import COPIES, loss_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
@@ -27,6 +28,8 @@ class StageActivations:
     Attributes:
         kept: of all micro-batches in flight.
         waiting: of those that are still in flight when a backward pass has ended, while more are to come.
+        outputs: what waits on one micro-batch's way back for the end of its backward pass.
+        passes: a micro-batch's backward pass over each chunk.
         working: of the passes of one layer beside these, recomputation included.
         loss: logits, softmax and their gradients; 0 without the head.
         head: what the head keeps of a micro-batch, which is alive while the loss is computed.
@@ -37,6 +40,8 @@ class StageActivations:
 
     kept: int
     waiting: int
+    outputs: int
+    passes: tuple[Pass, ...]
     working: int
     loss: int
     head: int
@@ -47,6 +52,11 @@ class StageActivations:
     @property
     def fullest(self) -> int:
         return self.kept + max(self.working, self.head)
+
+    def at_bucket(self, elements: int) -> int:
+        """What is there when a bucket of so many gradients is full in a backward pass; else at the pass's end."""
+        left = max(left_at(layers, elements) for layers in self.passes)
+        return self.waiting + left + (self.outputs if left else 0)
 
 
 @cache
@@ -150,10 +160,12 @@ def stage_activations(
     micro_batch = batch.micro_batch
     hidden = hidden_bytes(config, shape, micro_batch)
     frozen = frozen_layers(shape, config.freeze) if layout.chunks(stage)[0].start == 0 else 0
-    kept = waiting = working = head = 0
+    kept = waiting = outputs = working = head = 0
+    passes = []
     flights = spans_in_flight(layout, stage, batch.accumulation)
     for chunk, flying in zip(layout.chunks(stage), flights, strict=True):
-        of_one = 0
+        of_one = output = 0
+        of_layers, working_of = dict[int, int](), dict[int, int]()
         for index in chunk:
             layer = shape.layers[index]
             if index < frozen:  # nothing before it is trained: no backward pass comes here
@@ -164,22 +176,28 @@ def stage_activations(
                 rows, tokens = loss_rows(config, shape, micro_batch), micro_batch * config.seq_len
                 if rows < tokens:  # chunk by chunk; their gradients meet in that of the hidden state
                     head = head * rows // tokens + 2 * hidden
+                of_layers[index], working_of[index] = 0, head
             else:
                 of_one += own
-                working = max(working, layer_working(config, layer, micro_batch))
+                of_layers[index], working_of[index] = own, layer_working(config, layer, micro_batch)
+                working = max(working, working_of[index])
         turns = (
             layout.schedule == "dualpipev"
             and stage == layout.pipeline - 1
             and chunk.start < layout.chunks(stage)[-1].start
         )
         if chunk.stop < len(shape.layers) and not turns:
-            of_one += hidden  # its output waits for its gradient
-        kept += flying * of_one
-        waiting += (flying - 1) * of_one
+            output = hidden  # waits for its gradient
+        kept += flying * (of_one + output)
+        waiting += (flying - 1) * (of_one + output)
+        outputs = max(outputs, output)
+        passes.append(passed_layers(shape, chunk, config.freeze, of_layers, working_of))
     held = any(chunk.stop == len(shape.layers) for chunk in layout.chunks(stage))
     return StageActivations(
         kept=kept,
         waiting=waiting,
+        outputs=outputs,
+        passes=tuple(passes),
         working=working,
         loss=loss_bytes(config, shape, micro_batch) if held else 0,
         head=head,

@@ -15,7 +15,7 @@ from typing import Any
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.stage_parameters import Stage, weight_bytes
 from dstrain.optimizers import optimizer_facts
-from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, SUB_GROUP
+from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
@@ -40,20 +40,26 @@ class Moments:
     Attributes:
         loss: the loss of the last micro-batch is computed, and all activations are there.
         backward: the last layers' gradients arrive.
-        reduction: all gradients are there and are reduced over the replicas; the activations are gone.
+        reduction: all gradients are there and are reduced over the replicas, or the first weights are gathered; the
+            activations of the micro-batch are gone, or not there yet.
         step: the optimizer works.
+        bucket: a bucket is full and reduced in the midst of a backward pass, with ZeRO-2 and 3.
+        passing: bytes of single gradients on their way to where they are held; part of ``backward``.
         gradients: the most bytes of gradients at any moment.
     """
 
     gradients: int
     loss: Moment
     backward: Moment
-    reduction: Moment
+    reduction: tuple[Moment, ...]
     step: Moment
+    bucket: Moment = Moment(0, 0)
+    passing: int = 0
 
     @property
-    def all(self) -> tuple[Moment, ...]:
-        return (self.loss, self.backward, self.reduction, self.step)
+    def reduced(self) -> int:
+        """The most bytes at any moment of the reduction."""
+        return max(moment.total for moment in self.reduction)
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,17 @@ def _zero_0(stage: Stage, terms: _Terms) -> Moments:
         gradients=whole,
         loss=Moment(whole * terms.later, 0),
         backward=Moment(whole * terms.later, terms.passing * terms.later),
-        reduction=Moment(whole, terms.weight * min(stage.trained, ZERO_0_BUCKET)),
+        reduction=(Moment(whole, terms.weight * min(stage.trained, ZERO_0_BUCKET)),),
         step=Moment(whole, terms.step),
     )
 
 
 def _zero_1(stage: Stage, terms: _Terms) -> Moments:
-    """Accumulators in fp32 for all parameters; a bucket that stays from the first micro-batch to the last."""
+    """Accumulators in fp32 for all parameters; a bucket that stays from the first micro-batch to the last.
+
+    They are reduced behind the last backward pass, bucket by bucket: what the bucket holds has left its accumulators,
+    and this rank's shares are made with the first one. What is larger than a bucket is reduced by itself.
+    """
     whole, own = 4 * stage.trained, 4 * terms.share * (not (terms.offloaded and terms.fp32))
     bucket = 4 * stage.bucket
     copied = 4 * terms.filled * (stage.replicas > 1 or not terms.fp32)
@@ -160,12 +170,21 @@ def _zero_1(stage: Stage, terms: _Terms) -> Moments:
     kept = bucket * (stage.replicas > 1 and not terms.fp32)  # the other replicas' gradients look at it
     raised = 4 * stage.tensor * terms.several * (not terms.fp32)  # one is added to its accumulator
     masters, standing = terms.masters, terms.standing
+    # With stages the engine brings a second bucket along, see reduce_gradients.
+    buckets = bucket * (1 if stage.alone else 2) + standing
+    reductions = [
+        Moment(whole + masters, buckets),
+        Moment(whole - 4 * terms.filled + own + masters, buckets + copied),
+    ]
+    if stage.tensor > stage.bucket:
+        alone = 4 * stage.tensor * (stage.replicas > 1)
+        reductions.append(Moment(whole + own + masters, buckets + alone))
     return Moments(
-        gradients=whole + raised + masters,
+        gradients=max(whole + raised + masters, *(moment.gradients for moment in reductions)),
         loss=Moment(whole * terms.later + masters, bucket * terms.later + standing),
         backward=Moment((whole + raised) * terms.later + masters, bucket + terms.passing + standing),
-        # With stages the engine brings a second bucket along, see reduce_gradients.
-        reduction=Moment(own + masters, bucket * (1 if stage.alone else 2) + copied + standing),
+        reduction=tuple(reductions),
+        passing=terms.passing,
         step=Moment(own + masters, kept + terms.flat * terms.fp32 + terms.step + standing),
     )
 
@@ -186,12 +205,17 @@ def _zero_2(stage: Stage, terms: _Terms) -> Moments:
             held += 4 * sum(size - size // stage.replicas for size in stage.tied)
     else:
         reduced = (2 + 4) * filled
+    if stage.tensor > stage.bucket:  # its gradient, and what a bucket's copies would be
+        reduced = max(reduced, (4 + 4 if terms.fp32 else 2 + 2 + 4) * stage.tensor)
     masters, standing = terms.masters, terms.standing
+    reduction = Moment(held + masters, bucket + reduced + standing)
     return Moments(
         gradients=held + masters,
         loss=Moment(held * terms.later + masters, standing),
         backward=Moment(held * terms.later + masters, bucket + terms.passing + standing),
-        reduction=Moment(held + masters, bucket + reduced + standing),
+        reduction=(reduction,),
+        bucket=reduction,
+        passing=terms.passing,
         step=Moment(held + masters, terms.flat * terms.fp32 + terms.step + standing),
     )
 
@@ -206,6 +230,9 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
     gathered = terms.weight * min(stage.trained + stage.frozen, live) if stage.replicas > 1 else 0
     # Behind a backward pass that began at the loss the engine has given them back, but for the embedding.
     left = gathered if not stage.loss else min(gathered, terms.weight * stage.tensor * stage.alone)
+    # What is gathered at a time arrives in one piece, and is copied out of it.
+    ahead = int(zero_options.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
+    arriving = terms.weight * min(stage.trained + stage.frozen, ahead) if stage.replicas > 1 else 0
     sub_group = min(terms.share, int(zero_options.get("sub_group_size", SUB_GROUP)))
     step = min(terms.step, _step_of(config, sub_group, terms.on_cpu))
     copies = 4 * terms.filled * (1 + terms.on_cpu)  # gloo's reduce-scatter copies once more
@@ -214,7 +241,9 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
         gradients=held,
         loss=Moment(held, bucket + gathered),
         backward=Moment(held, bucket + gathered + terms.passing),
-        reduction=Moment(held, bucket + copies + left),
+        reduction=(Moment(held, bucket + copies + left), Moment(held, bucket + gathered + arriving)),
+        passing=terms.passing,
+        bucket=Moment(held, bucket + copies + gathered),
         step=Moment(held, bucket + step + (0 if terms.offloaded else 4 * sub_group)),
     )
 

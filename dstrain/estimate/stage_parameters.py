@@ -104,3 +104,26 @@ def stage_parameters(
         loss=len(shape.layers) - 1 in layers,
         alone=alone,
     )
+
+
+def trained_of_layers(shape: ModelShape, chunk: range, patterns: Sequence[str]) -> dict[int, tuple[int, int]]:
+    """Of each layer the trained parameters, and the largest of them, as numbers of elements.
+
+    A weight that several layers of the chunk use counts with the last one, which a backward pass comes to first.
+    """
+    frozen = frozen_names(shape, patterns)
+    found = {}
+    for index in chunk:
+        layer = shape.layers[index]
+        still = sum(number for name, number in layer.tensors.items() if name in frozen)
+        later = sum(
+            tied.parameters
+            for tied in shape.tied
+            if index in tied.layers
+            and any(index < other < chunk.stop for other in tied.layers)
+            and frozen.isdisjoint(tied.names)
+        )
+        trained = layer.parameters - still - later
+        sizes = [number for name, number in layer.tensors.items() if name not in frozen]
+        found[index] = (trained, min(trained, max(sizes, default=0)))
+    return found

@@ -35,6 +35,9 @@ class MemoryCase(LayoutCase):
     seq_len: int = 96
     pack: bool = True
     loss: str = "cross-entropy"
+    bucket: int = (
+        0  # elements of DeepSpeed's buckets; 0: as the plan says, which is all that a stage here has
+    )
 
     @contextmanager
     def chunks(self) -> Iterator[None]:
@@ -97,6 +100,8 @@ def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
         "gradient_clipping": 1.0,
         "momentum": case.momentum if case.optimizer == "sgd" else 0.0,
     }
+    if case.bucket:
+        flags["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": case.bucket}}
     shape = ModelShape.from_record(measured(model_config(case)))
     with case.chunks():
         return plan_on_this_machine(flags, shape, VOCABULARY), shape
@@ -193,6 +198,8 @@ def hold_to_account(engine: Any, counter: MemoryCount) -> None:
         return call
 
     engine.backward = noting(engine.backward)
+    if not engine.zero_optimization_partition_gradients():  # else they are on their way to their shares then
+        engine.allreduce_gradients = noting(engine.allreduce_gradients)
     engine._take_model_step = noting(engine._take_model_step)
     if hasattr(engine, "_INSTRUCTION_MAP"):
         of_interest = (schedule.BackwardPass, schedule.ReduceGrads)
