@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from dstrain.api.calibration import calibrated
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
-from dstrain.estimate.device import cpu_device, device_like, find_device
+from dstrain.estimate.device import Device, cpu_device, device_like, find_device
 from dstrain.launch.devices import Devices, has_async_io, local_devices, processor
 from dstrain.launch.hosts import read_hostfile
 from dstrain.launch.placement import Placement, find_placement
@@ -67,17 +68,10 @@ def _here(resolved: ResolvedConfig) -> tuple[Devices, Placement, Machines]:
         )
     devices = local_devices()
     placement = find_placement(resolved, devices)
-    if devices.kind == "cuda":
-        device = device_like(devices.names)
-    else:
-        found = processor(devices.precisions)
-        device = cpu_device(
-            devices.names[0],
-            cores=found.cores,
-            hertz=found.hertz,
-            flops_a_cycle=found.flops_a_cycle,
-            memory_bytes=devices.memory_bytes,
-        )
+    device = _speed_of(devices)
+    # Where each node plans for itself, all must come to the same plan.
+    if device is not None and not (placement.launcher == "none" and len(placement.hosts) > 1):
+        device = calibrated(device, config.precision)
     machines = Machines(
         hosts=placement.hosts or (Host("localhost", devices.count),),
         accelerator=devices.kind,
@@ -100,6 +94,24 @@ def is_installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return [int(part) for part in re.findall(r"\d+", found)[:2]] >= [int(part) for part in wanted.split(".")]
+
+
+def device_here() -> Device | None:
+    """The device of this machine, by its data sheet; None where its speed is not known. Raises DstrainError."""
+    return _speed_of(local_devices())
+
+
+def _speed_of(devices: Devices) -> Device | None:
+    if devices.kind == "cuda":
+        return device_like(devices.names)
+    found = processor(devices.precisions)
+    return cpu_device(
+        devices.names[0],
+        cores=found.cores,
+        hertz=found.hertz,
+        flops_a_cycle=found.flops_a_cycle,
+        memory_bytes=devices.memory_bytes,
+    )
 
 
 def _described(resolved: ResolvedConfig, described: Elsewhere) -> tuple[Devices, Placement, Machines]:

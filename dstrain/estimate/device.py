@@ -49,6 +49,7 @@ class Device:
         source: where the numbers are from.
         host_memory_bandwidth: bytes a second of a host's main memory, for the optimizer of offloaded states.
         disk_bandwidth: bytes a second of a host's local disk, for states that lie there.
+        measured: where the utilisation was measured, in words; empty: it is that of its file, or assumed.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Device:
     source: str
     host_memory_bandwidth: float = 200e9
     disk_bandwidth: float = 3e9
+    measured: str = ""
 
 
 def known_devices() -> list[str]:
@@ -130,7 +132,9 @@ def read_device(path: Path, *, where: str) -> Device:
         source=values["source"],
         host_memory_bandwidth=values["host_memory_gigabytes_per_second"] * 1e9,
         disk_bandwidth=values["disk_gigabytes_per_second"] * 1e9,
-        **links,
+        host_link=links["host_link"],
+        inside=links["inside"],
+        between=links["between"],
     )
 
 

@@ -25,7 +25,7 @@ class StepTime:
     """Seconds of one optimizer step; ``total`` is the sum of the first six.
 
     Attributes:
-        compute: of the busiest stage, all its micro-batches, recomputation included.
+        compute: of the slowest stage, all its micro-batches, recomputation included.
         overhead: what does not shrink with the work: kernel launches, messages' latencies.
         bubble: idle while the pipeline fills and drains.
         pipeline: sending activations and their gradients, which nothing hides.
@@ -38,6 +38,8 @@ class StepTime:
             without recomputation, attention over the full square, over the peak of all devices.
         traffic: what the busiest rank sends.
         assumptions: what the numbers rest on, in words.
+        utilisation: of the peak, with which matrix multiplications are counted.
+        matrices: of ``compute`` and ``bubble``, what these take: the part that shrinks as the utilisation grows.
     """
 
     compute: float
@@ -53,12 +55,15 @@ class StepTime:
     mfu: float
     traffic: tuple[Traffic, ...]
     assumptions: tuple[str, ...]
+    utilisation: float = 0.0
+    matrices: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Seconds of one stage: for a micro-batch, and at the end of a step."""
+    """Seconds of one stage: for a micro-batch, and at the end of a step. ``matrices`` is a part of ``compute``."""
 
+    matrices: float
     compute: float
     launching: float
     sending: float
@@ -114,6 +119,8 @@ def step_time(
     compute, pipeline = m * slowest.compute, m * slowest.sending
     overhead = m * (slowest.launching + slowest.waiting) + last.latency
     total = compute + overhead + filling + pipeline + last.reducing + last.updating
+    others = sum(stage.micro_batch for stage in stages) - slowest.micro_batch
+    shrinking = (sum(stage.matrices for stage in stages) - slowest.matrices) / others if others else 0.0
     model_flops = batch.global_batch * 3 * sum(layer.forward_flops(batch.seq_len) for layer in shape.layers)
     return StepTime(
         compute=compute,
@@ -129,6 +136,8 @@ def step_time(
         mfu=model_flops / (total * peak * layout.world_size),
         traffic=busiest(sent),
         assumptions=_assumptions(config, layout, device),
+        utilisation=device.utilisation,
+        matrices=m * slowest.matrices + filling * shrinking,
     )
 
 
@@ -196,7 +205,7 @@ def _stage(
 ) -> _Stage:
     layers = [layer for chunk in layout.chunks(stage) for layer in chunk]
     m = batch.accumulation
-    compute = batch.micro_batch * sum(times[layer] for layer in layers) / rate
+    compute = matrices = batch.micro_batch * sum(times[layer] for layer in layers) / rate
     if len(shape.layers) - 1 in layers:
         compute += _loss(shape, batch, device, sharing)
     each = _PASSES + _RECOMPUTED * config.activation_checkpointing + _HOOKS[config.zero]
@@ -223,7 +232,7 @@ def _stage(
         reducing, latency = min(reducing, exposed), 0.0
     updating = _update(config, shape, layout, batch, device, stage, sharing)
     updating += sum(_seconds(part, device, sharing) for part in sent if part.link == "host")
-    return _Stage(compute, launching, sending, waiting, reducing, latency, updating)
+    return _Stage(matrices, compute, launching, sending, waiting, reducing, latency, updating)
 
 
 def _received(layout: Layout, stage: int, sent: Sequence[Traffic]) -> list[Traffic]:
@@ -308,7 +317,7 @@ def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str
     peak = device.flops[config.precision] / 1e12
     found = [
         f"layers compute at {device.utilisation:.0%} of {device.name}'s {peak:,.4g} TFLOP/s in {config.precision}"
-        f" ({device.source})",
+        f" ({device.source}{f'; utilisation {device.measured}' if device.measured else ''})",
         f"links and memory reach {REACHED:.0%} of their nominal bandwidth, and nothing else uses them",
     ]
     if device.kind == "cpu":

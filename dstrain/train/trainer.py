@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
 import torch
@@ -23,6 +23,7 @@ from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.build import build_engine, start_communication
 from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.interface import DTYPES, Engine, StepResult
+from dstrain.engine.traffic_count import TrafficCount
 from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
@@ -95,6 +96,7 @@ def _train(
     loss = token_loss(config)
     optimizer = client_optimizer(config)
     lr_of = LearningRate.of(config)
+    traffic = TrafficCount()
     start_communication(config.communication_timeout_seconds)
     rank = distributed.get_rank()
     replica = plan.layout.replica(rank)
@@ -164,7 +166,9 @@ def _train(
             began = time.perf_counter()
             # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
             torch.manual_seed(config.seed + 1_000_003 * step + rank)
-            result = engine.train_batch(prefetch.take(step), lr_of(step))
+            counted = step == min(first + 1, config.steps) and plan.layout.world_size > 1
+            with traffic.counting() if counted else nullcontext():
+                result = engine.train_batch(prefetch.take(step), lr_of(step))
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
             control.step_ended(step)
@@ -177,6 +181,8 @@ def _train(
                 "seconds": round(seconds, 4),
                 "memory": largest_memory(device),
             }
+            if counted:
+                record |= traffic.largest(device)
             if config.precision == "fp16":
                 record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
             validated = bool(validation) and _due(step, config.eval_every, config.steps)

@@ -19,6 +19,7 @@ from rich.console import Console
 from test_showing import gpus
 
 import dstrain
+from dstrain.api.calibration import Calibration
 from dstrain.api.checkpoint_list import COMPLETE, DAMAGED, CheckpointInfo
 from dstrain.api.events import Step
 from dstrain.api.fitting import FitResult, FitRow
@@ -30,6 +31,7 @@ from dstrain.cli.run import show_nodes
 from dstrain.cli.showing.estimates import format_duration
 from dstrain.cli.showing.explanation import show_explanation
 from dstrain.cli.showing.fit import _nothing_fits, show_fit
+from dstrain.cli.showing.measured import show_forgotten, show_held_against
 from dstrain.cli.showing.picture import _title
 from dstrain.cli.showing.plan import show_plan
 from dstrain.cli.showing.progress import ConsoleEvents, show_result
@@ -48,6 +50,7 @@ from dstrain.planning.layout_names import LayoutChoice
 from dstrain.planning.plan import Plan, PlannedSource
 from dstrain.report.comparison import compare_bits
 from dstrain.report.difference import Difference, Value
+from dstrain.report.measured import HeldAgainst, Row
 from dstrain.runs.checkpoint.manifest import MANIFEST, make_manifest
 from dstrain.runs.record.differences import differences
 from dstrain.runs.run_folder import RunFolder
@@ -393,6 +396,22 @@ def print_statistics(length: int, **_: Any) -> Shown:
     )
 
 
+def print_measured(length: int, **_: Any) -> Shown:
+    rows = (
+        Row("a step", "seconds", 1.5, 12.5),
+        Row("throughput", "tokens/s", None, 1_234_567.0),
+        Row("memory of the fullest rank", "bytes", 2e9, 3e9, note=path("note", length)),
+        Row("traffic between stages", "bytes", 4.5e9, None),
+    )
+    held = HeldAgainst(path("run", length), long_plan(length), (3, 12_345), rows, (path("left out", length),))
+    kept = Calibration(name("device", length), "bf16", 0.4321, path("run", length), (3, 12_345), "2026-01-31")
+    show_held_against(held, kept, as_json=False)
+    show_forgotten([kept], as_json=False)
+    numbers = ("12.5 s", "1.5 s", "1,234,567", "2 GB", "3 GB", "+50 %", "4.5 GB", "43.21%")
+    values = (held.run, rows[2].note, held.notes[0], kept.device)
+    return Shown((*numbers, "12345"), (*(row.what for row in rows), *values), long_lines=True)
+
+
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "plan": (print_plan, ("plan", "picture", "estimates")),
     "plan of several sources": (print_plan_of_several_sources, ("plan",)),
@@ -405,6 +424,7 @@ MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "verify": (print_verify, ("verify",)),
     "config diff": (print_differences, ("config",)),
     "config show": (print_deepspeed_json, ("config",)),
+    "measured": (print_measured, ("measured",)),
     "the end": (print_end, ()),
     "node by node": (print_what_to_type, ()),
     "data stats": (print_statistics, ("samples",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from rich.text import Text
 
 from dstrain.api.events import Events, Step
 from dstrain.api.outcome import RunResult
+from dstrain.cli.showing.measured import summary_of
 from dstrain.cli.showing.plan import show_plan
 from dstrain.cli.standard_streams import wait_for_readers
+from dstrain.errors import DstrainError
 from dstrain.planning.plan import Plan
+from dstrain.report.measured import hold_against
 from dstrain.runs.run_folder import RunFolder
 
 # Without a terminal: about this many lines in a whole run, besides those with a validation loss.
@@ -163,6 +167,10 @@ def show_result(result: RunResult, console: Console) -> None:
     if result.continuation:
         console.print(Text.assemble(("the model continues ", "bold"), repr(result.prompt)))
         console.print(Text(result.continuation, style="cyan"))
+    with suppress(DstrainError, OSError):  # the run itself is what counts
+        summary = summary_of(hold_against(folder))
+        text = f"{summary}; dstrain plan --of {folder.path} has more"
+        console.print(Text.assemble((f"{'measured':<11}", "bold"), text), soft_wrap=True)
     rows: Mapping[str, Any] = {
         "run folder": folder.path,
         "metrics": folder.metrics,
