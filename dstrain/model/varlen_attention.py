@@ -83,7 +83,7 @@ def varlen_attention(
         width**-0.5 if scaling is None else scaling,
         window,
     )
-    return output[..., :of_values].unflatten(0, (rows, length)), None
+    return output[..., :of_values].unflatten(0, (rows, length)).contiguous(), None
 
 
 def _laid_end_to_end(state: Tensor, width: int) -> Tensor:

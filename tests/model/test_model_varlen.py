@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import CONFIG_MAPPING, AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from dstrain.model.capability.attention_support import attention_refusals
+from dstrain.model.capability.small_model import small_family
 from dstrain.model.document_lengths import document_lengths
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
@@ -176,7 +177,27 @@ def refusal(config: PretrainedConfig) -> str | None:
     return attention_refusals(config).get(VARLEN)
 
 
+def test_a_family_that_attends_in_fp32_keeps_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the kernel would refuse it in the first step."""
+    from transformers.models.llama import modeling_llama
+
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    def in_fp32(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return rotate(q.float(), k.float(), *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", in_fp32)
+    said = refusal(tiny("llama"))
+    assert said == "a model in bf16 has its attention in float32, which the kernel does not take"
+    assert AttentionInterface._global_mapping[VARLEN] is varlen_attention
+
+
 def test_families_are_tried_with_it() -> None:
     assert [refusal(tiny(name)) for name in ("llama", "qwen2-sliding", "gemma3_text")] == [None] * 3
     assert refusal(tiny("llama", head_dim=288)) == "its heads have 288 elements, and the kernel takes 256"
-    assert refusal(tiny("falcon-alibi")) is not None and refusal(tiny("bloom")) is not None
+    assert refusal(tiny("falcon-alibi")) == "transformers has none for this family"
+    assert refusal(small_family(CONFIG_MAPPING["gemma2"])) == (
+        "it does not run (ValueError: varlen attention has no softcap)"
+    )
+    assert refusal(small_family(CONFIG_MAPPING["afmoe"])) is None
+    assert str(refusal(tiny("bloom"))).startswith("it computes another result")

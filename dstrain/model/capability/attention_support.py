@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
 
 from dstrain.errors import DstrainError
 from dstrain.model.capability.independence import leak
@@ -12,7 +14,7 @@ from dstrain.model.capability.randomness import calm
 from dstrain.model.capability.trial_model import small_trial, trial_model
 from dstrain.model.document_masks import FLEX
 from dstrain.model.skeleton import empty_model
-from dstrain.model.varlen_attention import LARGEST_HEAD, VARLEN
+from dstrain.model.varlen_attention import LARGEST_HEAD, VARLEN, varlen_attention
 
 UNEQUAL = 1e-4
 """Differences up to this share of the largest logit are rounding: sums in another order. Measured over 185 families: up
@@ -35,18 +37,19 @@ def attention_refusals(config: PretrainedConfig) -> dict[str, str]:
     except DstrainError:  # what does not run on a small copy is no news of this check
         return {VARLEN: "it could not be tried on a small copy of the model"}
     refused = {}
+    absent = "transformers has none for this family"
     for name in ("sdpa", "eager", VARLEN):
         try:
             apart = float((_logits(small, name) - usual).abs().max() / usual.abs().max())
         except DstrainError as error:
-            refused[name] = _without_family(error.message)
+            unknown = name == VARLEN and " cannot be built: " in error.message
+            refused[name] = absent if unknown else _without_family(error.message)
         else:
             if not apart <= UNEQUAL:
                 refused[name] = f"it computes another result (logits differ by {apart:.0%})"
     if VARLEN not in refused:
         reason = _varlen_refusal(config, small)
         refused |= {VARLEN: reason} if reason else {}
-    absent = "transformers has none for this family"
     if not model._supports_flex_attn:
         refused[FLEX] = absent
     if not model._supports_flash_attn:
@@ -60,9 +63,31 @@ def _varlen_refusal(config: PretrainedConfig, small: PretrainedConfig) -> str | 
     if width > LARGEST_HEAD:
         return f"its heads have {width} elements, and the kernel takes {LARGEST_HEAD}"
     try:
-        return leak(trial_model(small, VARLEN))
+        found = leak(trial_model(small, VARLEN))
+        types = set() if found else _types_of_varlen(small)
     except DstrainError as error:
         return f"packed rows could not be tried: {error.message}"
+    other = next((str(each).removeprefix("torch.") for each in types - {torch.bfloat16}), None)
+    return found or (
+        f"a model in bf16 has its attention in {other}, which the kernel does not take" if other else None
+    )
+
+
+def _types_of_varlen(small: PretrainedConfig) -> set[torch.dtype]:
+    """Of the states that attention is called with in a model in bf16. Raises DstrainError where it does not run."""
+    types: set[torch.dtype] = set()
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        types.update((query.dtype, key.dtype, value.dtype))
+        states = (state.to(torch.bfloat16) for state in (query, key, value))
+        return varlen_attention(module, *states, *args, **kwargs)
+
+    AttentionInterface.register(VARLEN, note)
+    try:
+        _logits(small, VARLEN, torch.bfloat16)
+    finally:
+        AttentionInterface.register(VARLEN, varlen_attention)
+    return types
 
 
 def _head_width(config: PretrainedConfig) -> int:
@@ -78,9 +103,9 @@ def _head_width(config: PretrainedConfig) -> int:
 
 
 @torch.no_grad()
-def _logits(config: PretrainedConfig, attention: str) -> Tensor:
+def _logits(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Of random tokens. Raises DstrainError where it can't be built or does not run."""
-    model = trial_model(config, attention)
+    model = trial_model(config, attention).to(dtype)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (ROWS, LENGTH), generator=random)
     try:
