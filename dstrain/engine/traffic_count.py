@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dstrain.control_group import all_reduce_max
+
 Sent = Counter[tuple[str, str]]
 """Bytes by (operation, type of the elements); messages are ``send``."""
 
@@ -42,13 +44,12 @@ class TrafficCount:
         finally:
             self._counts = False
 
-    def largest(self, device: torch.device) -> dict[str, int]:
+    def largest(self) -> dict[str, int]:
         """Bytes in collectives, and in messages to other stages, each of the rank that sent most. Collective."""
         messages = sum(size for (name, _), size in self.sent.items() if name == "send")
         both = [sum(self.sent.values()) - messages, messages]
-        most = torch.tensor([round(size) for size in both], dtype=torch.int64, device=device)
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-        return dict(zip(("traffic_replicas", "traffic_stages"), most.tolist(), strict=True))
+        most = all_reduce_max([round(size) for size in both])
+        return dict(zip(("traffic_replicas", "traffic_stages"), most, strict=True))
 
     def _wrap(self, name: str, whole: Callable[..., Sequence[torch.Tensor]]) -> None:
         original = getattr(distributed, name)

@@ -182,7 +182,7 @@ def _train(
                 "memory": largest_memory(device),
             }
             if counted:
-                record |= traffic.largest(device)
+                record |= traffic.largest()
             if config.precision == "fp16":
                 record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
             validated = bool(validation) and _due(step, config.eval_every, config.steps)
