@@ -170,7 +170,7 @@ def on(device: str, nodes: int, slots: int) -> Machines:
     ("device", "nodes", "slots", "flags", "words"),
     [
         # 6 blocks in 2 stages: 2 replicas all-reduce 351,200 parameters, 7 micro-batches more than once
-        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "11.2 MB per step and rank, where --zero 1 sends 1.4 MB"),
+        ("h100-80g", 1, 4, {"pipeline": 2, "zero": 2, "micro_batch": 2}, "11.2 MB per step and rank, where --zero 1"),
         ("h100-80g", 1, 4, {"pipeline": 2, "zero": 3, "micro_batch": 2}, "forward and backward: 11.2 MB per step"),
         ("h100-80g", 2, 2, {"pipeline": 4}, "pipelines span several hosts (2 ranks on each, 4 stages): 6.6 MB"),
         ("t4", 4, 1, {"zero": 3, "micro_batch": 1}, "of the time; --zero 1 and stages inside each host"),
