@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dstrain.api.fitting import FitResult, FitRow, fit
     from dstrain.api.outcome import RunFailedError, RunResult
     from dstrain.api.planning import load_config, plan
+    from dstrain.api.rehearsing import RehearsalResult, rehearse
     from dstrain.api.reproducing import ReproduceResult, reproduce
     from dstrain.api.resuming import resume
     from dstrain.api.running import run
@@ -37,6 +38,7 @@ __all__ = [
     "FitResult",
     "FitRow",
     "Plan",
+    "RehearsalResult",
     "ReproduceResult",
     "ResolvedConfig",
     "RunFailedError",
@@ -53,6 +55,7 @@ __all__ = [
     "generate",
     "load_config",
     "plan",
+    "rehearse",
     "reproduce",
     "resume",
     "run",
@@ -71,6 +74,7 @@ _HOMES = {
     "FitResult": "dstrain.api.fitting",
     "FitRow": "dstrain.api.fitting",
     "Plan": "dstrain.planning.plan",
+    "RehearsalResult": "dstrain.api.rehearsing",
     "ReproduceResult": "dstrain.api.reproducing",
     "ResolvedConfig": "dstrain.config.loader",
     "RunFailedError": "dstrain.api.outcome",
@@ -87,6 +91,7 @@ _HOMES = {
     "generate": "dstrain.api.exporting",
     "load_config": "dstrain.api.planning",
     "plan": "dstrain.api.planning",
+    "rehearse": "dstrain.api.rehearsing",
     "reproduce": "dstrain.api.reproducing",
     "resume": "dstrain.api.resuming",
     "run": "dstrain.api.running",

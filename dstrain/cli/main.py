@@ -22,6 +22,10 @@ COMMANDS = {
         "dstrain.cli.plan",
         "Show what `run` would do with the same arguments, without starting anything.",
     ),
+    "rehearse": (
+        "dstrain.cli.rehearse",
+        "Run a rank of a plan on a GPU that is not there: memory, messages, waits.",
+    ),
     "submit": ("dstrain.cli.submit", "Write a Slurm batch script for a run, and submit it."),
     "resume": ("dstrain.cli.resume", "Resume a run from its newest complete checkpoint."),
     "verify": ("dstrain.cli.verify", "Train in one process and in other layouts, and compare the results."),

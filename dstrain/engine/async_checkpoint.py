@@ -145,6 +145,11 @@ class AsyncCheckpointStage(CheckpointEngine):  # type: ignore[misc]
         """Of the files that wait."""
         return [path for path, _, _ in self._held]
 
+    @property
+    def states(self) -> list[tuple[Path, Any]]:
+        """Of the files that wait, what is to be written."""
+        return list(self._held)
+
     def drop(self) -> None:
         """Give back the memory of what was not written."""
         while self._held:

@@ -117,6 +117,11 @@ class PipelineModel:
             return HeadLayer(modules, self._structure.partial_forward, self._structure.router)
         return BlockLayer(modules, index - 1, self._arguments, self._structure.router)
 
+    def router_sums(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The sums of the router loss as the first layer starts them; empty for a model without one."""
+        router = self._structure.router
+        return router.start(device) if router is not None else ()
+
     def to(self, device: torch.device | str) -> PipelineModel:
         """Move the buffers that belong to no layer (rotary tables); they follow the input's device anyway."""
         self._structure.partial_forward.to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -16,26 +15,16 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from dstrain.config.files import cache_folder
-from dstrain.config.schema import RunConfig
 from dstrain.control_group import barrier
 from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizing.tokenizers import Tokenizer
-from dstrain.engine.build import build_engine, start_communication
-from dstrain.engine.client_optimizer import ClientOptimizer
-from dstrain.engine.interface import DTYPES, Engine, StepResult
+from dstrain.engine.build import start_communication
+from dstrain.engine.interface import Engine, StepResult
 from dstrain.engine.traffic_count import TrafficCount
-from dstrain.engine.zero3 import zero3_init
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.json_collectives import broadcast_json
-from dstrain.model.architecture import load_config as load_model_config
-from dstrain.model.loss import BUILT_IN, OwnLoss, TokenLoss
-from dstrain.model.pipeline_model import PipelineModel
-from dstrain.model.unsplit_model import UnsplitModel
-from dstrain.model.weights.pretrained import PretrainedWeights
-from dstrain.planning.model_shape import is_frozen
 from dstrain.planning.plan import Plan
-from dstrain.plugins import is_code, load_plugin
 from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.protocol import WAITING_FOR_DATA
 from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
@@ -51,6 +40,7 @@ from dstrain.train.local_run_folder import record_launch
 from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.metrics import MetricsFile
 from dstrain.train.prefetch import Prefetch
+from dstrain.train.rank_engine import build_rank_engine, client_optimizer, make_model, token_loss
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
 from dstrain.train.streams import Streams
@@ -108,7 +98,7 @@ def _train(
         lambda: control.asked_to_stop or (rank == 0 and folder.stop_request.exists()),
         config.time_limit_seconds,
     )
-    engine = _build(plan, folder, device, loss, optimizer)
+    engine = build_rank_engine(plan, make_model(plan), device, loss, optimizer, run=folder.name)
     run_id = _run_id(folder)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -259,69 +249,6 @@ def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
         f"{what} at step {step}",
         hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
     )
-
-
-def _build(
-    plan: Plan, folder: RunFolder, device: torch.device, loss: TokenLoss, optimizer: ClientOptimizer | None
-) -> Engine:
-    config = plan.run_config
-    options: dict[str, Any] = {
-        "seed": config.seed,
-        "attention": plan.attention_of_model,
-        "dtype": DTYPES[config.precision],
-        "weights": PretrainedWeights(plan.model.weights_folder) if config.init == "pretrained" else None,
-    }
-    model_config = load_model_config(plan.model.file)
-    model: PipelineModel | UnsplitModel
-    if plan.model.pipelines:
-        model = PipelineModel(model_config, **options)
-    else:
-        model = UnsplitModel(model_config, **options, after_build=zero3_init(plan.deepspeed))
-    return build_engine(
-        model,
-        deepspeed=_with_own_swap_folder(plan.deepspeed, folder),
-        cut=plan.layout.cut,
-        pipeline=plan.layout.pipeline,
-        data_parallel=plan.layout.data_parallel,
-        device=device,
-        schedule=plan.layout.schedule,
-        activation_checkpointing=config.activation_checkpointing,
-        is_frozen=lambda name: is_frozen(name, config.freeze),
-        loss=loss,
-        loss_chunk=plan.loss_chunk,
-        optimizer=optimizer,
-    )
-
-
-def token_loss(config: RunConfig) -> TokenLoss:
-    """The loss to train with. Raises PluginError where the user's own can't be loaded."""
-    if not is_code(config.loss):
-        return TokenLoss(BUILT_IN[config.loss])
-    function = load_plugin(config.loss, config.code_dirs or (), what="loss")
-    return TokenLoss(OwnLoss(config.loss, function, config.loss_options))
-
-
-def client_optimizer(config: RunConfig) -> ClientOptimizer | None:
-    """The user's own optimizer; None for one of dstrain's. Raises PluginError where it can't be loaded."""
-    if not is_code(config.optimizer):
-        return None
-    return ClientOptimizer(
-        config.optimizer,
-        load_plugin(config.optimizer, config.code_dirs or (), what="optimizer"),
-        config.optimizer_options,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-    )
-
-
-def _with_own_swap_folder(deepspeed_config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """Two runs may name one disk for their optimizer states, whose files DeepSpeed names alike."""
-    config = copy.deepcopy(deepspeed_config)
-    offload = config["zero_optimization"].get("offload_optimizer", {})
-    if offload.get("device") == "nvme":
-        offload["nvme_path"] = os.path.join(offload["nvme_path"], folder.name)
-        os.makedirs(offload["nvme_path"], exist_ok=True)
-    return config
 
 
 def _due(step: int, every: int, last: int) -> bool:

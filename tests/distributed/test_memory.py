@@ -13,8 +13,8 @@ from __future__ import annotations
 import pytest
 
 from dstrain.estimate.memory import stage_memory
+from dstrain.rehearsal.memory_count import CLASSES
 from tests.support.distributed import workers
-from tests.support.distributed.memory_count import CLASSES
 from tests.support.distributed.memory_run import MemoryCase, count, plan_of
 from tests.support.sampling import full
 

@@ -12,7 +12,7 @@
 - `distributed`: a training as a job of gloo workers. `workers` runs a job in a world of them; `layout_case` and
   `training` train one small model in any layout; `yardsticks` does so without dstrain; `compare` says how far two
   trainings may be apart; `covering` chooses layouts so that every three choices meet; `elsewhere` goes on in another
-  layout; `memory_run` and `memory_count` count tensors, `counting` the bytes sent, `timed` the seconds of a step;
+  layout; `memory_run` counts tensors, `counting` the bytes sent, `timed` the seconds of a step;
   `simulation` runs DeepSpeed's schedules without a model.
 - `nvml`: NVIDIA's driver where there is none: a module in place of nvidia-ml-py's, a library for the real one.
 - `cluster`: three hosts on one machine, as network namespaces with sshd between them, and a Slurm on them; how they

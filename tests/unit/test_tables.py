@@ -24,6 +24,7 @@ from dstrain.api.checkpoint_list import COMPLETE, DAMAGED, CheckpointInfo
 from dstrain.api.events import Step
 from dstrain.api.fitting import FitResult, FitRow
 from dstrain.api.outcome import RunResult
+from dstrain.api.rehearsing import RehearsalResult
 from dstrain.api.reproducing import ReproduceResult
 from dstrain.api.verifying import VerifyResult, VerifyRow
 from dstrain.cli import checkpoints, config, doctor, reproduce, verify
@@ -35,6 +36,7 @@ from dstrain.cli.showing.measured import show_forgotten, show_held_against
 from dstrain.cli.showing.picture import _title
 from dstrain.cli.showing.plan import show_plan
 from dstrain.cli.showing.progress import ConsoleEvents, show_result
+from dstrain.cli.showing.rehearsal import show_rehearsal
 from dstrain.cli.showing.samples import show_statistics
 from dstrain.cli.showing.tables import Column, FoldingTable, make_console
 from dstrain.config.loader import load_config
@@ -51,6 +53,7 @@ from dstrain.planning.plan import Plan, PlannedSource
 from dstrain.report.comparison import compare_bits
 from dstrain.report.difference import Difference, Value
 from dstrain.report.measured import HeldAgainst, Row
+from dstrain.report.rehearsal import LIMITS, STEP, compare
 from dstrain.runs.checkpoint.manifest import MANIFEST, make_manifest
 from dstrain.runs.record.differences import differences
 from dstrain.runs.run_folder import RunFolder
@@ -412,6 +415,65 @@ def print_measured(length: int, **_: Any) -> Shown:
     return Shown((*numbers, "12345"), (*(row.what for row in rows), *values), long_lines=True)
 
 
+def print_rehearsal(length: int, **_: Any) -> Shown:
+    made = long_plan(length)
+    where = f"{path('there', length)}:123"
+    reason, what = f"not flash: {path('reason', length)}", f"2 x activations {path('shape', length)}"
+    answer: dict[str, Any] = {
+        "stage": 1,
+        "rank": 1,
+        "peaks": {"parameters": 12_345_678, "loss": 2_345_678_901},
+        "total": 45_678_901_234,
+        "phase_totals": {"build": 98_765_432, STEP: 45_678_901_234},
+        "fullest": [[34_567_890, what, where]],
+        "messages": [
+            {
+                "phase": STEP,
+                "kind": "all_gather_into_tensor",
+                "dtype": "bfloat16",
+                "device": "cuda",
+                "elements": 1_234_567_890,
+                "ranks": 1_024,
+                "count": 4_321,
+            }
+        ],
+        "waits": [{"phase": STEP, "what": "copy to device", "where": where, "count": 7_654}],
+        "attention": [
+            {
+                "kernel": "memory-efficient",
+                "reason": reason,
+                "query": [2, 32, 4096, 128],
+                "key": [2, 8, 4096, 128],
+                "dtype": "bfloat16",
+                "mask": "bool [1, 1, 7, 7]",
+                "count": 8_765,
+            }
+        ],
+        "wrong_devices": [{"phase": STEP, "what": path("wrong", length), "where": where, "count": 1}],
+        "failures": [{"phase": "validation", "error": path("error", length), "where": where}],
+        "seconds": {"build": 12.0},
+        "host_bytes": 456_789_012,
+    }
+    sent = made.time.traffic if made.time else ()
+    stage = compare(made.stage_memory[1], sent, answer)
+    show_rehearsal(RehearsalResult(made, (stage,)), make_console())
+    numbers = (
+        "12.3 MB",
+        "2.35 GB",
+        "45.7 GB",
+        "98.8 MB",
+        "34.6 MB",
+        "457 MB",
+        "1,234,567,890",
+        "1,024",
+        "4,321",
+    )
+    wrong = f"{STEP}: {path('wrong', length)} ({where})"
+    failed = f"validation: {path('error', length)} ({where})"
+    values = (where, reason, wrong, failed, what, *LIMITS)
+    return Shown((*numbers, "7,654", "8,765", "memory-efficient"), values)
+
+
 MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "plan": (print_plan, ("plan", "picture", "estimates")),
     "plan of several sources": (print_plan_of_several_sources, ("plan",)),
@@ -422,6 +484,7 @@ MAKERS: dict[str, tuple[Callable[..., Shown], tuple[str, ...]]] = {
     "checkpoints": (print_checkpoints, ("checkpoints",)),
     "doctor": (print_doctor, ("doctor",)),
     "verify": (print_verify, ("verify",)),
+    "rehearsal": (print_rehearsal, ("rehearsal",)),
     "config diff": (print_differences, ("config",)),
     "config show": (print_deepspeed_json, ("config",)),
     "measured": (print_measured, ("measured",)),

@@ -11,13 +11,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe import schedule
 
 from dstrain.planning import buffer_sizes
 from dstrain.planning.model_shape import ModelShape, is_frozen
 from dstrain.planning.plan import Plan
+from dstrain.rehearsal.memory_count import Counted, MemoryCount
+from dstrain.rehearsal.memory_owners import held_parameters, note_gradients, optimizer_states, watch_gradients
 from tests.support.distributed.layout_case import LayoutCase, plan_on_this_machine
-from tests.support.distributed.memory_count import Counted, MemoryCount
 from tests.support.distributed.training import OWN_CODE, measured
 
 VOCABULARY = 1500
@@ -112,7 +112,7 @@ def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     from dstrain.engine.build import build_engine, start_communication
     from dstrain.engine.interface import MicroBatch
     from dstrain.model.pipeline_model import PipelineModel
-    from dstrain.train.trainer import token_loss
+    from dstrain.train.rank_engine import token_loss
 
     start_communication()
     plan, _ = plan_of(case)
@@ -135,7 +135,7 @@ def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
         engine = adapter.engine
         counter.shapes = {torch.Size(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()}
         counter.own("parameters", held_parameters(engine))
-        hold_to_account(engine, counter)
+        watch_gradients(engine, counter)
 
         def micro_batches() -> list[MicroBatch]:
             """With tensors of their own, as the loader gives them."""
@@ -183,67 +183,3 @@ def positions(case: MemoryCase) -> torch.Tensor:
     if case.pack:
         found[:, case.seq_len // 3 :] -= case.seq_len // 3
     return found
-
-
-def hold_to_account(engine: Any, counter: MemoryCount) -> None:
-    """Note what holds gradients behind each backward pass, before they are reduced, and before the optimizer works."""
-
-    def noting(original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            note_gradients(engine, counter)
-            result = original(*args, **kwargs)
-            note_gradients(engine, counter)
-            return result
-
-        return call
-
-    engine.backward = noting(engine.backward)
-    if not engine.zero_optimization_partition_gradients():  # else they are on their way to their shares then
-        engine.allreduce_gradients = noting(engine.allreduce_gradients)
-    engine._take_model_step = noting(engine._take_model_step)
-    if hasattr(engine, "_INSTRUCTION_MAP"):
-        of_interest = (schedule.BackwardPass, schedule.ReduceGrads)
-        noted = {kind: noting(engine._INSTRUCTION_MAP[kind]) for kind in of_interest}
-        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **noted}
-
-
-def note_gradients(engine: Any, counter: MemoryCount) -> None:
-    """What holds gradients now; not the buckets that they are copied into on their way."""
-    for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
-        buffer = bucket.buffer
-        counter.own("buffers", [buffer] if isinstance(buffer, torch.Tensor) else buffer or ())
-    counter.own("gradients", held_gradients(engine))
-
-
-def held_parameters(engine: Any) -> Iterator[torch.Tensor]:
-    yield from engine.module.buffers()
-    for parameter in engine.module.parameters():
-        yield parameter.data
-        if hasattr(parameter, "ds_tensor"):
-            yield parameter.ds_tensor.data
-
-
-def optimizer_states(engine: Any) -> Iterator[torch.Tensor]:
-    optimizer = engine.optimizer
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        yield from (partition.data for partition in getattr(optimizer, name, ()))
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for state in inner.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def held_gradients(engine: Any) -> Iterator[torch.Tensor]:
-    for parameter in engine.module.parameters():
-        for name in ("grad", "grad_accum"):
-            gradient = getattr(parameter, name, None)
-            if gradient is not None:
-                yield gradient
-    optimizer = engine.optimizer
-    for name in ("averaged_gradients", "all_grad_tensors", "accumulated_grads_in_cpu"):
-        for held in (getattr(optimizer, name, None) or {}).values():
-            yield from [held] if isinstance(held, torch.Tensor) else held or ()
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        yield from (p.grad for p in getattr(optimizer, name, ()) if p.grad is not None)
-    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    if flat is not None:
-        yield flat

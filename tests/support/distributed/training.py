@@ -254,7 +254,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
 
     from dstrain.engine.build import build_engine, start_communication
     from dstrain.model.pipeline_model import PipelineModel
-    from dstrain.train.trainer import client_optimizer, token_loss
+    from dstrain.train.rank_engine import client_optimizer, token_loss
 
     # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True

@@ -85,3 +85,12 @@ def masked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def broken(logits: torch.Tensor, labels: torch.Tensor) -> Any:
     """It fails."""
     return logits @ labels.float()
+
+
+def unfit_for_gpus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Waits for the GPU in each micro-batch, and gives NCCL a tensor of the host."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    largest = losses.max().item()
+    told = torch.full((3,), largest)
+    torch.distributed.all_reduce(told)
+    return losses

@@ -12,17 +12,22 @@ total's fullest moment.
 - buffers: what DeepSpeed's code and the optimizers make beside, gathered parameters of ZeRO-3, and gradients of single
   parameters on their way to where they are held.
 - activations: all else that a forward or backward pass makes.
+
+It counts real ranks on CPUs, in the tests of the estimates, and rehearsed ones on fake GPUs.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,16 +78,23 @@ class MemoryCount(TorchDispatchMode):
     Args:
         vocabulary: size of the last dimension that tells logits.
         traced: keep the frames that made each storage, for a reader.
+        device: ``cpu``: real tensors there; ``cuda``: fake ones on a GPU.
+
+    Attributes:
+        shapes: of the model's parameters.
+        alive: bytes that are there now.
     """
 
-    def __init__(self, vocabulary: int, *, traced: bool = False) -> None:
-        super().__init__()
+    def __init__(self, vocabulary: int, *, traced: bool = False, device: str = "cpu") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
         self.traced = traced
+        self.device = device
         self.shapes: set[torch.Size] = set()
-        self._known: dict[int, tuple[weakref.ref, _Storage]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
         self._all: list[_Storage] = []
         self._clock = 0
+        self.alive = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -102,16 +114,19 @@ class MemoryCount(TorchDispatchMode):
         """The number of the next event."""
         return self._clock
 
-    def counted(self, since: int) -> Counted:
-        """The fullest moments from an event on."""
+    def counted(self, since: int, until: int | None = None) -> Counted:
+        """The fullest moments from an event on, up to another."""
+        last = self._clock if until is None else until
         events: dict[int, list[tuple[int, _Storage]]] = {}
         for storage in self._all:
-            if storage.died is not None and storage.died <= since:
+            if storage.born > last or (storage.died is not None and storage.died <= since):
                 continue
             events.setdefault(max(storage.born, since), []).append((storage.nbytes, storage))
-            if storage.died is not None:
+            if storage.died is not None and storage.died <= last:
                 events.setdefault(storage.died, []).append((-storage.nbytes, storage))
-        held, best, moments = dict.fromkeys((*CLASSES, "total"), 0), {}, {}
+        held = dict.fromkeys((*CLASSES, "total"), 0)
+        best: dict[str, int] = {}
+        moments: dict[str, int] = {}
         for moment in sorted(events):
             for change, storage in events[moment]:
                 held[self._class(storage)] += change
@@ -119,7 +134,7 @@ class MemoryCount(TorchDispatchMode):
             for name, size in held.items():
                 if size > best.get(name, -1):
                     best[name], moments[name] = size, moment
-        total = best.pop("total")
+        total = best.pop("total", 0)
         fullest = {name: self._there(name, moment) for name, moment in moments.items()} if self.traced else {}
         return Counted(best, total, fullest)
 
@@ -146,7 +161,7 @@ class MemoryCount(TorchDispatchMode):
         return storage.place
 
     def _see(self, tensor: torch.Tensor) -> _Storage | None:
-        if tensor.device.type == "meta" or type(tensor) is torch._subclasses.FakeTensor:
+        if tensor.device.type != self.device or (self.device == "cpu" and type(tensor) is FakeTensor):
             return None
         store = tensor.untyped_storage()
         key, size = store._cdata, store.nbytes()
@@ -161,16 +176,19 @@ class MemoryCount(TorchDispatchMode):
             found.owner = "buffers"
         self._known[key] = (weakref.ref(store, lambda _: self._end(key, found)), found)
         self._all.append(found)
+        self.alive += size
         return found
 
     def _end(self, key: int, storage: _Storage) -> None:
         self._clock += 1
         storage.died = self._clock
+        self.alive -= storage.nbytes
         if key in self._known and self._known[key][1] is storage:
             del self._known[key]
 
     def _place(self) -> tuple[str, str]:
-        found, trace = None, []
+        found: str | None = None
+        trace: list[str] = []
         for path, name, line in _frames():
             if found is None and not name.startswith(
                 "<"
@@ -182,11 +200,13 @@ class MemoryCount(TorchDispatchMode):
                 and ("dstrain/" in path or "deepspeed/" in path or "optim" in path or "transformers/" in path)
             ):
                 trace.append(f"{path.rpartition('/')[2]}:{name}:{line}")
-        return found or "activations", " < ".join(trace)
+        # Autograd has a thread of its own for each GPU, where nothing of Python stands below a backward pass.
+        alone = "activations" if threading.current_thread() is threading.main_thread() else "backward"
+        return found or alone, " < ".join(trace)
 
 
 def _frames() -> Iterator[tuple[str, str, int]]:
-    frame = sys._getframe(3)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
         yield frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno
         frame = frame.f_back
