@@ -4,6 +4,8 @@ The order is flash, memory-efficient, math. flash takes no mask and no fp32, nee
 sizes up to 256; memory-efficient takes a mask, and as many heads of keys as of queries; math takes all, and stores
 the probabilities.
 
+Packed rows may call flash attention by themselves (`dstrain.model.varlen_attention`): those calls are counted too.
+
 Source: ATen/native/transformers/cuda/sdp_utils.cpp of torch 2.11 to 2.13. (cuDNN's kernel comes last there.)
 """
 
@@ -25,9 +27,9 @@ class AttentionCall:
     """One kind of call.
 
     Attributes:
-        kernel: ``flash``, ``memory-efficient`` or ``math``.
+        kernel: ``flash``, ``memory-efficient`` or ``math``; ``flash (varlen)`` for documents laid end to end.
         reason: why none of those before it; empty for the first.
-        query, key: their shapes, [B, heads, S, head size].
+        query, key: their shapes, [B, heads, S, head size]; of documents laid end to end [B * S, heads, head size].
         dtype: of the query.
         mask: its type and shape in words; empty without one.
     """
@@ -47,6 +49,16 @@ class AttentionKernels:
         self.calls: Counter[AttentionCall] = Counter()
         self._capability = capability
         self._original = replace(functional, "scaled_dot_product_attention", self._attention)
+
+    def see(self, operation: Any, arguments: Any) -> None:
+        """Count what calls a kernel by itself: torch's flash attention for packed rows."""
+        if operation.namespace == "torch_attn" and operation.overloadpacket.__name__ == "_varlen_attn":
+            query, key = arguments[:2]
+            self.calls[
+                AttentionCall(
+                    "flash (varlen)", "", tuple(query.shape), tuple(key.shape), _name(query.dtype), ""
+                )
+            ] += 1
 
     def _attention(
         self,

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dstrain.engine.build import start_communication
 from dstrain.engine.interface import DTYPES, Engine, MicroBatch
 from dstrain.errors import DstrainError, place_of
+from dstrain.model.document_lengths import DocumentLengths
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.planning.plan import Plan
@@ -102,7 +103,8 @@ class RehearsedRank:
         if layout.pipeline > 1:
             receive_from_neighbours(self._passed_on(model))
         kernels = AttentionKernels(self.request.gpu.capability)
-        start_communication()
+        self.watch.seen_by = kernels.see
+        start_communication(self.plan.run_config.communication_timeout_seconds)
         device = torch.device(get_accelerator().current_device_name())
         with FakeTensorMode(allow_non_fake_inputs=True), self.watch:
             engine = None
@@ -126,13 +128,12 @@ class RehearsedRank:
 
     def _use(self, adapter: Engine, device: torch.device) -> None:
         engine = self._engine_of(adapter)
-        lr = self.plan.run_config.lr
         with self._phase("step 1"):
-            adapter.train_batch(self._micro_batches(self.plan.batch.accumulation), lr)
+            self._train(adapter)
             self.watch.own("optimizer", optimizer_states(engine))
             note_gradients(engine, self.watch)
         with self._phase(STEP):
-            adapter.train_batch(self._micro_batches(self.plan.batch.accumulation), lr)
+            self._train(adapter)
             largest_memory(device)
         if self.failures:
             return
@@ -147,10 +148,16 @@ class RehearsedRank:
             with self._phase("resume"):
                 checkpoint.load()
         with self._phase("step 3"):
-            adapter.train_batch(self._micro_batches(self.plan.batch.accumulation), lr)
+            self._train(adapter)
         with self._phase("generation"):
             [micro_batch] = self._micro_batches(1)
             adapter.next_token_logits(micro_batch, 0, self.plan.batch.seq_len - 1)
+
+    def _train(self, adapter: Engine) -> None:
+        """One step. A step that is skipped would show another rank than the one that trains."""
+        micro_batches = self._micro_batches(self.plan.batch.accumulation)
+        if not adapter.train_batch(micro_batches, self.plan.run_config.lr).applied:
+            raise RuntimeError("the optimizer's step is skipped, as if a gradient were inf")
 
     @staticmethod
     def _engine_of(adapter: Engine) -> Any:
@@ -178,7 +185,11 @@ class RehearsedRank:
         def ids() -> torch.Tensor:
             return torch.zeros(rows, dtype=torch.int64)
 
-        return [MicroBatch(ids(), ids(), ids(), torch.ones(1)).pinned() for _ in range(number)]
+        # Packed rows have two documents each: how many there are changes next to nothing.
+        packed = self.plan.run_config.pack
+        edges = torch.zeros(batch.micro_batch * (2 if packed else 1) + 1, dtype=torch.int32)
+        documents = DocumentLengths(packed, edges, batch.seq_len // 2 if packed else batch.seq_len)
+        return [MicroBatch(ids(), ids(), ids(), torch.ones(1), documents).pinned() for _ in range(number)]
 
     def _passed_on(
         self, model: PipelineModel | UnsplitModel | None

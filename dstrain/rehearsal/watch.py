@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -77,7 +77,7 @@ class Wait:
     """A place where the host waits for the GPU.
 
     Attributes:
-        what: ``item``, ``copy to host``, ``copy to device``, ``barrier``, or a function of ``torch.cuda``.
+        what: ``item``, ``nonzero``, ``copy to host``, ``copy to device``, ``barrier``, or a function of ``torch.cuda``.
         where: file and line, and the line of dstrain's that led there.
     """
 
@@ -99,16 +99,19 @@ class Watch(MemoryCount):
     """Counts what is inside of it, and answers for the numbers that fake tensors do not hold.
 
     What the host asks of a tensor: tensors are equal where they are compared, nothing is inf or nan, flags are off,
-    and other numbers are one.
+    other numbers are one, and one element is not zero.
 
     Attributes:
         phase: what the rank is doing.
+        groups: the process groups, which take tensors of one device each.
+        seen_by: told of each operation and its arguments.
     """
 
     def __init__(self, vocabulary: int, *, traced: bool = False) -> None:
         super().__init__(vocabulary, device="cuda", traced=traced)
         self.phase = "build"
         self.groups = FakeGroups()
+        self.seen_by: Callable[[Any, Any], None] = lambda operation, arguments: None
         self.messages: Counter[Message] = Counter()
         self.waits: Counter[Wait] = Counter()
         self.wrong_devices: Counter[WrongDevice] = Counter()
@@ -128,6 +131,12 @@ class Watch(MemoryCount):
             if args[0].device.type == "cuda":
                 self.waited("item")
             return _answer(args[0])
+        if func is self._aten.nonzero.default and isinstance(args[0], FakeTensor):
+            if args[0].device.type == "cuda":
+                self.waited("nonzero")
+            found: torch.Tensor = args[0].new_empty((1, args[0].dim()), dtype=torch.int64)
+            return found
+        self.seen_by(func, args)
         if func.namespace == "c10d":
             self._collective(func, args)
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -171,10 +180,13 @@ class Watch(MemoryCount):
         """Remember what a reader of these numbers would be told."""
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         answer = getattr(first, _ANSWER, None)
-        if func is self._aten.eq.Tensor:
+        # isinf(x) is abs(x) == inf, and isnan(x) is x != x.
+        if func in (self._aten.eq.Tensor, self._aten.ne.Scalar):
             answer = True
-        elif func.overloadpacket in (self._aten.isinf, self._aten.isnan):
+        elif func in (self._aten.eq.Scalar, self._aten.ne.Tensor):
             answer = False
+        elif func in (self._aten.bitwise_not.default, self._aten.logical_not.default) and answer is not None:
+            answer = not answer
         if answer is not None:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, FakeTensor):

@@ -48,7 +48,7 @@ def test_each_section_is_shown(materials: Path) -> None:
         assert f" {kind} " in out, kind
     assert "waits for the GPU in a step" in out
     assert " dstrain/engine/adapters.py:" in out
-    assert "memory-efficient" in out and "it has a mask" in out
+    assert "flash (varlen)" in out
     assert "made by" in out
     for limit in LIMITS:
         assert limit in out
