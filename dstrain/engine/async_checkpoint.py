@@ -148,7 +148,7 @@ class AsyncCheckpointStage(CheckpointEngine):  # type: ignore[misc]
     @property
     def states(self) -> list[tuple[Path, Any]]:
         """Of the files that wait, what is to be written."""
-        return list(self._held)
+        return [(path, state) for path, state, _ in self._held]
 
     def drop(self) -> None:
         """Give back the memory of what was not written."""
