@@ -36,7 +36,7 @@ class Cell:
 BASE_1B = {"model": "llama-1b", "seq_len": 2048, "global_batch": 16, "micro_batch": 1}
 
 CELLS = [
-    Cell("1b-zero1-pp2-dp4-stage1", {**BASE_1B, "zero": 1, "pipeline": 2}, 60, (1,)),
+    Cell("1b-zero1-pp2-dp4-stage1", {**BASE_1B, "zero": 1, "pipeline": 2}, 6, (1,)),
 ]
 
 
