@@ -13,16 +13,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: demo test test-heavy test-lowest torture verify-all lint docs lock audit format clean
+.PHONY: demo test test-heavy test-gpu test-lowest torture verify-all lint docs lock audit format clean
 
 demo: $(READY)  ## the main job: a small model learns Python in three minutes
 	$(BIN)/dstrain run --zero 2 --pipeline 4
 
 test: lint  ## lint, then all tests but the heavy ones
-	$(PYTEST) -m "not heavy and not full and not torture"
+	$(PYTEST) -m "not heavy and not full and not torture and not gpu"
 
 test-heavy: $(READY)  ## what takes minutes
 	$(PYTEST) -m heavy
+
+test-gpu: $(READY)  ## on a machine with GPUs: layouts, attention, memory and time; ten minutes with one GPU
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu tests/gpu
 
 test-lowest: $(READY)  ## a slice of the tests with the lowest versions that pyproject.toml allows; part of test-heavy
 	$(BIN)/python -m pytest -m heavy tests/e2e/test_lowest_versions.py

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from dstrain.api.machines import is_installed
 from dstrain.config.loader import load_config
+from dstrain.planning.attention import FLASH_PACKAGES
 from dstrain.planning.layout import Host
 from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
@@ -78,6 +81,10 @@ class LayoutCase:
 
 
 def plan_on_this_machine(flags: dict[str, Any], shape: ModelShape, vocab_size: int) -> Plan:
-    """The plan of a run config, made by the product's own way, for CPUs and data that nobody reads."""
+    """The plan of a run config, made by the product's own way, for data that nobody reads."""
     data = PlannedData(train_rows=10_000, validation_rows=100, vocab_size=vocab_size, fingerprint="test")
-    return make_plan(load_config(flags=flags), Machines((Host("localhost", 0),), "cpu"), shape, data, "test")
+    accelerator = os.environ["DS_ACCELERATOR"]
+    slots = flags["pipeline"] * flags["data_parallel"] if accelerator == "cuda" else 0
+    packages = tuple(each for each in FLASH_PACKAGES.values() if is_installed(each)) if slots else ()
+    machines = Machines((Host("localhost", slots),), accelerator, flash_packages=packages)
+    return make_plan(load_config(flags=flags), machines, shape, data, "test")

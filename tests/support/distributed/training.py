@@ -50,6 +50,7 @@ class Case(LayoutCase):
     loss: str = "cross-entropy"
     lr_schedule: str = ""  # empty: every step has the same learning rate
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
+    attention: str = "sdpa"
     longrope: bool = False  # the longer documents of `samples` get other rotary tables than the shorter ones
 
     ALWAYS_NAMED: ClassVar[tuple[str, ...]] = (
@@ -73,6 +74,7 @@ class Case(LayoutCase):
         """What the yardstick trains: the same but for the layout."""
         plain = Case()
         layout = ("zero", "pipeline", "data_parallel", "checkpointing", "schedule", "offload", "loss_chunk")
+        layout += ("attention",)
         if not self.experts:  # a router loss is the product of two means over a micro-batch
             layout += ("accumulation",)
         plain = replace(self, **{name: getattr(plain, name) for name in layout})
@@ -139,6 +141,7 @@ def make_case_plan(case: Case) -> Plan:
         "seq_len": SEQ_LEN,
         "steps": case.steps,
         "lr": case.lr,
+        "attention": case.attention,
         "weight_decay": WEIGHT_DECAY,
         "eps": EPS,
         "momentum": case.momentum,
@@ -256,18 +259,18 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.train.rank_engine import client_optimizer, token_loss
 
-    # This CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
+    # A CPU may have no fp16 of its own; torch computes in it all the same, only slowly.
     get_accelerator().is_fp16_supported = lambda: True
     start_communication()
     plan = plan or make_case_plan(case)
     engine = build_engine(
-        PipelineModel(model_config(case), seed=7),
+        PipelineModel(model_config(case), seed=7, attention=case.attention),
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,
         data_parallel=plan.layout.data_parallel,
         schedule=plan.layout.schedule,
-        device=torch.device("cpu"),
+        device=torch.device(get_accelerator().current_device_name()),
         activation_checkpointing=case.checkpointing,
         is_frozen=lambda name: is_frozen(name, case.freeze),
         loss=token_loss(plan.run_config),

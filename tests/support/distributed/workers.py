@@ -1,4 +1,4 @@
-"""Gloo workers for tests: the heavy libraries are imported once, every job gets fresh processes.
+"""Ranks for tests: over gloo on CPUs, over NCCL on GPUs (``DS_ACCELERATOR=cuda``). Every job gets fresh processes.
 
 A fork server imports torch, DeepSpeed and transformers a single time (6-12 s for four interpreters
 otherwise); forking a world from it takes milliseconds, and no job sees another's global state.
@@ -44,7 +44,7 @@ def run(
     timeout: float = 240.0,
     patience: float | None = None,
 ) -> list[Any]:
-    """Run ``job(rank, *args)`` in a world of gloo processes; its results in the order of ranks.
+    """Run ``job(rank, *args)`` in a world of processes; its results in the order of ranks.
 
     Args:
         patience: seconds that a rank waits in a collective of the default group; None: as long as torch does.
@@ -105,8 +105,11 @@ def _main(
 
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        on_gpus = os.environ["DS_ACCELERATOR"] == "cuda"
+        if on_gpus:
+            torch.cuda.set_device(rank)
         torch.distributed.init_process_group(
-            "gloo",
+            "nccl" if on_gpus else "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
