@@ -57,7 +57,7 @@ class StageMemory:
 
     Attributes:
         parameters: weights in the precision that is computed with; with ZeRO-3 the rank's shard.
-        gradients: what holds gradients between micro-batches, fp32 accumulators included.
+        gradients: what holds gradients between micro-batches, fp32 accumulators included, and what is reduced of them.
         optimizer: fp32 masters and moments on the device.
         activations: kept for the backward pass, of all micro-batches in flight, what the passes of one block take
             beside them, its recomputation included, and masks.

@@ -147,6 +147,16 @@ def test_the_end_says_what_came_out(workshop: Workshop, calm: Said) -> None:
     assert f"step {STEPS}/{STEPS}" in calm.out
 
 
+def test_the_plan_can_be_held_against_the_run(workshop: Workshop, calm: Said) -> None:
+    assert any(line.startswith("measured") and " per step" in line for line in calm.out.splitlines())
+    said = workshop.run("plan", "--of", "calm", "--json")
+    assert said.code == 0, said.err
+    rows = {row["what"]: row for row in json.loads(said.out)["rows"]}
+    assert rows["a step"]["measured"] > 0 and rows["a step"]["difference"] is not None
+    assert rows["memory of the fullest rank"]["measured"] > rows["memory of the fullest rank"]["estimated"]
+    assert abs(rows["traffic between stages"]["difference"]) < 0.05
+
+
 def test_launch_sh_is_the_command_that_was_shown(workshop: Workshop, calm: Said) -> None:
     shown = next(line for line in calm.out.splitlines() if line.startswith("command"))
     script = workshop.calm.launch_script.read_text().splitlines()

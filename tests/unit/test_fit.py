@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +122,20 @@ def test_most_candidates_are_never_timed() -> None:
     found = fit(resolved, model(32, 4096, 128_256), on, device)
     assert found.fits and found.looked_at > 4000
     assert found.timed < found.looked_at / 10
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_of_those_that_are_alike_a_larger_micro_batch_needs_no_less(zero: int) -> None:
+    """Two micro-batches of 3 samples in 4 stages need less than three of 2: fewer wait when gradients are there."""
+    shape_, on = model(14, 640), machines(1, 4, None)
+    resolved = config(global_batch=6, pipeline=4, zero=zero, schedule="1f1b", activation_checkpointing=False)
+    scores, alike = Scores(resolved, shape_, on, SMALL), dict[Hashable, list[tuple[int, int]]]()
+    for candidate in find_candidates(resolved, shape_, on.hosts, device_is_host=False).accepted:
+        needed = scores.memory(candidate, scores.fastest(candidate))
+        alike.setdefault(scores.alike_in_memory(candidate), []).append((candidate.micro_batch, needed))
+    assert all(
+        [needed for _, needed in sorted(kind)] == sorted(n for _, n in kind) for kind in alike.values()
+    )
 
 
 def test_the_users_own_buckets_count() -> None:

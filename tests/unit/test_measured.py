@@ -90,11 +90,21 @@ def test_each_estimate_stands_beside_its_measurement(tmp_path: Path) -> None:
     assert found.row("throughput").measured == made.batch.tokens / 2.0
     sent = {part.what: part.bytes for part in made.time.traffic}
     between = found.row("traffic between stages")
-    assert between.estimated == sent["activations"] + sent["activation gradients"]
+    assert between.estimated == max(
+        sent["activations"], sent["activation gradients"]
+    )  # one stage sends the one
     assert between.measured == 4096
     assert found.row("traffic among replicas").measured is None
     record = json.loads(json.dumps(found.to_record()))
     assert {row["what"] for row in record["rows"]} == {row.what for row in found.rows}
+
+
+def test_a_stage_in_the_middle_sends_both_ways(tmp_path: Path) -> None:
+    made = planned(pipeline=4)
+    assert made.time is not None
+    sent = {part.what: part.bytes for part in made.time.traffic}
+    between = held(tmp_path, made, [1.0] * 3).row("traffic between stages")
+    assert between.estimated == sent["activations"] + sent["activation gradients"]
 
 
 def test_the_first_steps_count_where_there_are_no_others(tmp_path: Path) -> None:

@@ -107,10 +107,12 @@ class Scores:
     def alike_in_memory(self, candidate: Candidate) -> Hashable:
         """Candidates that need the more memory the larger their micro-batch is have this in common.
 
-        With one micro-batch a step no gradients are accumulated; a loss in chunks keeps no logits.
+        With one micro-batch a step no gradients are accumulated, and with no more than stages fewer are in flight; a
+        loss in chunks keeps no logits.
         """
-        alone = self.batch(candidate).accumulation == 1
-        return candidate.layout, candidate.activation_checkpointing, alone, self._in_chunks(candidate)
+        layout = candidate.layout
+        flying = min(self.batch(candidate).accumulation, layout.pipeline + 1)
+        return layout, candidate.activation_checkpointing, flying, self._in_chunks(candidate)
 
     def least_time(self, candidate: Candidate) -> float:
         """Less than `time`, and found at once: what the slowest stage computes and waits for, and nothing else."""
