@@ -174,7 +174,7 @@ def _traffic(plan: Plan, steps: Sequence[Mapping[str, Any]]) -> list[Row]:
         # Of two stages one sends activations, and the other one their gradients.
         apart = key == "traffic_stages" and plan.layout.pipeline == 2 and plan.layout.schedule == "1f1b"
         of_a_rank = max(parts, default=0) if apart else sum(parts)
-        if counted or parts:
+        if any(counted) or parts:
             rows.append(Row(what, "bytes", of_a_rank if plan.time else None, max(counted, default=None)))
     return rows
 

@@ -86,7 +86,7 @@ def summary_of(held: HeldAgainst) -> str:
     parts = []
     for what, unit in (("a step", " per step"), ("memory of the fullest rank", " of memory")):
         row = held.row(what)
-        if row.measured is None:
+        if row.measured is None or row.note:  # what is noted was not measured as it was estimated
             continue
         beside = f"estimated {_value(row, row.estimated)}, {format_difference(row)}"
         parts.append(f"{_value(row, row.measured)}{unit}" + (f" ({beside})" if row.estimated else ""))
