@@ -5,20 +5,28 @@ The one thing that is read are the fragments in ``ds_configs/``, which come with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.disk import checkpoint_bytes, disk_bytes
-from dstrain.estimate.memory import USABLE, StageMemory, estimate, memory_verdict, stage_memory
+from dstrain.estimate.memory import (
+    USABLE,
+    StageMemory,
+    estimate,
+    memory_needed,
+    memory_verdict,
+    stage_memory,
+)
 from dstrain.estimate.stage_time import attended_share, layer_times, stage_shares
 from dstrain.estimate.time import StepTime, step_time
 from dstrain.planning.attention import check_attention, with_chosen_attention
 from dstrain.planning.batch import Batch, make_batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.checks import refuse
-from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config
+from dstrain.planning.deepspeed.composition import DeepSpeedConfig, deepspeed_config, user_values
 from dstrain.planning.hook_specs import check_profiled_ranks, hooks_of
 from dstrain.planning.layout import Host, Layout, choose_data_parallel, fill_hosts
 from dstrain.planning.model_checks import (
@@ -162,7 +170,7 @@ def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape) -> 
         blocks_recomputed=config.activation_checkpointing,
         head_recomputed=chunk > 0,
     )
-    fastest, without_limit = _fastest_cuts(config, machines, shape, batch, times)
+    fastest, without_limit = _fastest_cuts(resolved, machines, shape, hosts, batch, times)
     asked = cut_as_asked(config.partition, shape, config.pipeline, config.schedule)
     layout = Layout(hosts, config.pipeline, replicas, asked or fastest, config.schedule)
     check_rows(resolved, shape, batch)
@@ -207,9 +215,18 @@ def _batch(resolved: ResolvedConfig, replicas: int) -> Batch:
 
 
 def _fastest_cuts(
-    config: RunConfig, machines: Machines, shape: ModelShape, batch: Batch, times: tuple[int, ...]
+    resolved: ResolvedConfig,
+    machines: Machines,
+    shape: ModelShape,
+    hosts: Sequence[Host],
+    batch: Batch,
+    times: tuple[int, ...],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The fastest cut that fits in memory, and the fastest of all."""
+    """The fastest cut that fits in memory, and the fastest of all.
+
+    Which cuts fit is searched for with an estimate that adds up over layers; the fastest one is looked at exactly.
+    """
+    config = resolved.config
     memory = estimate(
         config,
         shape,
@@ -222,10 +239,14 @@ def _fastest_cuts(
     limit = None
     if machines.accelerator == "cuda" and machines.memory_bytes is not None:
         limit = USABLE * machines.memory_bytes
-    fastest = cut_by_time(times, config.pipeline, config.schedule, memory, limit)
+    fastest = cut_by_time(times, config.pipeline, config.schedule, memory, None)
     if limit is None:
         return fastest, fastest
-    return fastest, cut_by_time(times, config.pipeline, config.schedule, memory, None)
+    layout = Layout(tuple(hosts), config.pipeline, batch.data_parallel, fastest, config.schedule)
+    needs = stage_memory(config, shape, layout, batch, machines.accelerator, user_values(resolved))
+    if memory_needed(layout, needs, machines.accelerator)[0] <= limit:
+        return fastest, fastest
+    return cut_by_time(times, config.pipeline, config.schedule, memory, limit), fastest
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _compile(torch: Path, version: str, library: Path) -> None:
             *(str(_SOURCE), "-o", str(library)),
             *(f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"),
         ],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",

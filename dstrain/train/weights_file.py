@@ -8,7 +8,6 @@ Source: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -16,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from dstrain.strict_json import to_json
 
 _ALIGNMENT = 8
 _FP32_BYTES = 4
@@ -38,7 +39,7 @@ def write_weights(
     for name in sorted(shapes):
         places[name] = end
         end += _FP32_BYTES * math.prod(shapes[name])
-    header = json.dumps(
+    header = to_json(
         {
             name: {
                 "dtype": "F32",

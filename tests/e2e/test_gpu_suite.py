@@ -46,7 +46,9 @@ def test_a_result_names_what_it_is_of(tmp_path: Path, repository: Path) -> None:
 @pytest.mark.heavy
 def test_without_a_gpu_nothing_passes_and_nothing_is_skipped(tmp_path: Path, repository: Path) -> None:
     done = start(tmp_path, repository, "-k", CASE, DS_ACCELERATOR="cuda")
-    assert done.returncode == 1 and "asks for GPUs, but none is visible" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "asks for GPUs, but none is visible" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert "passed" not in done.stdout and "skipped" not in done.stdout
     assert not (tmp_path / "gpu-results.json").exists()
 

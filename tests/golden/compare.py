@@ -44,7 +44,7 @@ NEW: set[str] = {
     *("data.documents_hash", "config.loss", "origins.loss"),
     *("communication_timeout", "attention"),
     *("data_options", "loss_options", "optimizer_options", "lr_schedule_options"),
-    *("time.utilisation", "time.matrices"),
+    *("time.utilisation", "time.matrices", "traffic_replicas", "traffic_stages"),
 }
 """Keys that 0.1 did not have; named as in `RENAMED`."""
 
