@@ -520,10 +520,12 @@ def _stacked(lines: list[str], wanted: str) -> bool:
 
 def _continues(lines: list[str], column: int, wanted: str) -> bool:
     """Whether the lines hold it from this column on: each a piece that ends where a word ends."""
-    read = {0}
+    read, was_empty = {0}, False
     for number, line in enumerate(lines):
-        if number and not line[column:].strip():
+        if number and not was_empty and not line[column : column + 2].strip(" │"):
+            was_empty = True
             continue  # rich folds a word that fills its column and leaves a line empty behind it
+        was_empty = False
         read = {end for start in read for end in _pieces(line[column:], wanted, start)}
         if len(wanted) in read or not read:
             return bool(read)
