@@ -6,12 +6,11 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from dstrain.api.events import SILENT, Events
-from dstrain.api.machines import elsewhere
+from dstrain.api.machines import elsewhere, is_installed
 from dstrain.api.planning import Planned, plan_for
 from dstrain.child_process import run_module
 from dstrain.config.loader import ResolvedConfig
@@ -133,7 +132,7 @@ def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
         )
     attention = plan.config["attention"]
     package = FLASH_PACKAGES.get(attention)
-    if package is not None and find_spec(package) is None:
+    if package is not None and not is_installed(package):
         raise DstrainError(
             f"{attention} is rehearsed with the Python package {package}, which is not installed here",
             where=plan.origins["attention"],

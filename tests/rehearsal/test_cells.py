@@ -1,7 +1,4 @@
-"""Ranks of true size: the plan's memory within 5 % of the rehearsed, its bytes equal, waits within a budget.
-
-The three small cells take about 20 s each; the others are heavy.
-"""
+"""Ranks of true size: the plan's memory within 5 % of the rehearsed, its bytes equal, waits within a budget."""
 
 from __future__ import annotations
 

@@ -68,6 +68,14 @@ def test_what_cannot_be_rehearsed_is_refused(materials: Path) -> None:
         assert message in " ".join(said.stderr.split()), said.stderr
 
 
+def test_varlen_attention_is_rehearsed_by_its_name(rehearse: Rehearse, materials: Path) -> None:
+    model = str(materials / "model")
+    result = rehearse(
+        model=model, attention="varlen", seq_len=64, global_batch=8, micro_batch=2, zero=1, gpus_per_node=2
+    )
+    assert {call["kernel"] for call in result.stages[0].attention} == {"flash (varlen)"}
+
+
 def test_a_plan_for_cpus_is_refused(materials: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = dstrain.load_config(
