@@ -22,10 +22,10 @@ from dstrain.estimate.memory_activations import (
     spans_in_flight,
     stage_activations,
 )
-from dstrain.estimate.memory_backward import growing
+from dstrain.estimate.memory_backward import arriving, growing
 from dstrain.estimate.memory_peaks import Moments
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
-from dstrain.estimate.stage_parameters import stage_parameters, weight_bytes
+from dstrain.estimate.stage_parameters import Stage, stage_parameters, weight_bytes
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LARGEST_BUCKET, bucket_size
 from dstrain.planning.layout import Layout
@@ -126,8 +126,8 @@ def stage_memory(
         in_midst = passes.at_bucket(bucket) if config.zero >= 2 else passes.waiting
         always = held.parameters + held.optimizer + passes.pipeline + passes.masks
         together = always + max(
-            _of_pass(held.moments, passes, passes.kept),
-            _of_pass(moments, passes, passes.kept if full else passes.waiting) if several else 0,
+            _of_pass(held.moments, parameters, passes, passes.kept),
+            _of_pass(moments, parameters, passes, passes.kept if full else passes.waiting) if several else 0,
             0 if folded else _of_first_pass(config, held.moments, passes),
             # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight, and whenever a bucket is full.
             moments.reduced + (passes.waiting if config.zero >= 2 else 0),
@@ -156,12 +156,16 @@ def stage_memory(
     return tuple(found)
 
 
-def _of_pass(moments: Moments, passes: StageActivations, kept: int) -> int:
-    """The beginning of a backward pass, with so many bytes of activations in flight."""
-    return passes.received + max(
-        moments.loss.total + kept + passes.head + passes.loss,
-        moments.backward.total + kept + max(passes.working, passes.head),
-    )
+def _of_pass(moments: Moments, parameters: Stage, passes: StageActivations, kept: int) -> int:
+    """A backward pass that begins with so many bytes of activations in flight."""
+    within = moments.backward.total + kept + max(passes.working, passes.head)
+    if moments.arriving:
+        beside = moments.backward.total - moments.arriving * parameters.tensor + kept
+        within = beside + max(
+            arriving(layers, moments.arriving) - sum(layer.kept for layer in layers)
+            for layers in passes.passes
+        )
+    return passes.received + max(moments.loss.total + kept + passes.head + passes.loss, within)
 
 
 def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations) -> int:

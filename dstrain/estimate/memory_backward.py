@@ -61,6 +61,21 @@ def growing(layers: Pass, gradient: int, weight: int) -> int:
     return max(most, alive)
 
 
+def arriving(layers: Pass, gradient: int) -> int:
+    """The most bytes of one micro-batch's activations and of a gradient on its way, at one moment of the pass.
+
+    An embedding's gradient comes when the activations are gone, a head's while all of them are there.
+
+    Args:
+        gradient: bytes of an element of it.
+    """
+    alive, most = sum(layer.kept for layer in layers), 0
+    for layer in layers:
+        most = max(most, alive + layer.working + gradient * layer.largest)
+        alive -= layer.kept
+    return most
+
+
 def left_at(layers: Pass, elements: int) -> int:
     """Bytes of the activations that are there when a bucket of so many gradients is full; 0: they all fit into it."""
     passed, left = 0, sum(layer.kept for layer in layers)

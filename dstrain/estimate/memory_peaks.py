@@ -9,7 +9,7 @@ they hold.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstrain.config.schema import RunConfig
@@ -45,6 +45,8 @@ class Moments:
         step: the optimizer works.
         bucket: a bucket is full and reduced in the midst of a backward pass, with ZeRO-2 and 3.
         passing: bytes of single gradients on their way to where they are held; part of ``backward``.
+        arriving: bytes of an element of a gradient that arrives, with what it is added to meanwhile; as many of the
+            largest tensor's are part of ``backward``. 0: gradients of a weight that is used twice wait for each other.
         gradients: the most bytes of gradients at any moment.
     """
 
@@ -55,6 +57,7 @@ class Moments:
     step: Moment
     bucket: Moment = Moment(0, 0)
     passing: int = 0
+    arriving: int = 0
 
     @property
     def reduced(self) -> int:
@@ -129,12 +132,14 @@ def moments_of_step(
         later=later,
     )
     if config.zero == 0:
-        return _zero_0(stage, terms)
-    if config.zero == 1:
-        return _zero_1(stage, terms)
-    if config.zero == 2:
-        return _zero_2(stage, terms)
-    return _zero_3(config, stage, terms, zero_options)
+        found, arriving = _zero_0(stage, terms), weight * later
+    elif config.zero == 1:
+        found, arriving = _zero_1(stage, terms), weight + 4 * (several and later and not terms.fp32)
+    elif config.zero == 2:
+        found, arriving = _zero_2(stage, terms), weight
+    else:
+        found, arriving = _zero_3(config, stage, terms, zero_options), weight
+    return found if stage.both_ends else replace(found, arriving=arriving)
 
 
 def host_beside_optimizer(config: RunConfig, stage: Stage, share: int) -> int:

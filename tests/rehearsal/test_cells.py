@@ -34,6 +34,10 @@ BASE_1B = {"model": "llama-1b", "seq_len": 2048, "global_batch": 16, "micro_batc
 
 CELLS = [
     Cell("1b-zero1-pp2-dp4-stage1", {**BASE_1B, "zero": 1, "pipeline": 2}, 6, (1,)),
+    # The largest gradient, the embedding's, comes when the activations of its micro-batch are gone.
+    Cell(
+        "1b-zero1-pp2-dp4-stage0", {**BASE_1B, "zero": 1, "pipeline": 2}, 6, (0,), marks=(pytest.mark.heavy,)
+    ),
 ]
 
 

@@ -325,6 +325,7 @@ def travelling(environment: dict[str, str], launcher: str, folder: Path) -> dict
         environment=environment,
         launcher=launcher,
         directory=folder,
+        python="/env/bin/python",
     )
     programs = folder / "programs"
     programs.mkdir()

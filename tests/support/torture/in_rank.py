@@ -37,7 +37,7 @@ def prepare() -> None:
 def _record_steps(path: Path, attempt: int) -> None:
     """A line for each step that was computed: the samples, found again from the tokens that the engine got, and the
     loss to the bit."""
-    from dstrain.train import trainer
+    from dstrain.train import rank_engine, trainer
 
     batches: list[Any] = []
     step_of: dict[int, int] = {}  # by the number of the list that the engine gets: they are built ahead
@@ -49,7 +49,7 @@ def _record_steps(path: Path, attempt: int) -> None:
             step_of[id(found)] = step
             return found
 
-    build = trainer.build_engine
+    build = rank_engine.build_engine
     records = path.open("a", encoding="utf-8")
     numbers: dict[bytes, int] = {}
 
@@ -72,7 +72,7 @@ def _record_steps(path: Path, attempt: int) -> None:
         return engine
 
     trainer.TrainBatches = NotedBatches  # type: ignore[attr-defined]
-    trainer.build_engine = build_noting  # type: ignore[attr-defined]
+    rank_engine.build_engine = build_noting  # type: ignore[attr-defined]
 
 
 def _row_numbers(rows: Any) -> dict[bytes, int]:
