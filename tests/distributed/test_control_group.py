@@ -19,6 +19,7 @@ from tests.distributed.test_background_saving import checkpoints_in
 from tests.distributed.test_injuries import micro_batches
 from tests.support.distributed.training import Case, build_case_engine
 from tests.support.distributed.workers import WorkerError, run
+from tests.support.sampling import heavy
 
 PATIENCE = 6.0
 SLOW = 9.0
@@ -26,9 +27,11 @@ SHORT = Case(layers=2)
 STAGES = replace(SHORT, zero=1, pipeline=2)
 CASES = [
     (STAGES, False, True),
-    (replace(SHORT, zero=2, data_parallel=2), True, False),
-    (replace(SHORT, zero=3, data_parallel=2), False, False),
     (replace(SHORT, zero=3, data_parallel=2), True, True),
+    *heavy(
+        (replace(SHORT, zero=2, data_parallel=2), True, False),
+        (replace(SHORT, zero=3, data_parallel=2), False, False),
+    ),
 ]
 """With whether a checkpoint is written in the background, and whether it is read as one of another layout."""
 
