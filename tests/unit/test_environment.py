@@ -287,6 +287,13 @@ def test_what_deepspeed_puts_in_quotes_for_open_mpi(value: str, monkeypatch: pyt
     assert arrived | without_quotes(arrived) == {**arrived, "DSTRAIN_X": value}
 
 
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of dstrain, which may hold a space, is named in no PYTHONPATH."""
+    monkeypatch.setattr("dstrain.launch.environment._is_installed", lambda environ: True)
+
+
+@pytest.mark.usefixtures("installed")
 def test_what_is_handed_on_reaches_the_ranks_of_open_mpi_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +364,7 @@ OF_THE_USER = {
 }
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun", "slurm", "none"])
 def test_every_launcher_hands_the_same_on(launcher: str, tmp_path: Path) -> None:
     environ = {"PATH": os.defpath, **OF_THE_USER, **SECRETS, "UNRELATED": "x"}
