@@ -132,15 +132,15 @@ def test_openmpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert carried == "DS_ACCELERATOR=cpu\nMASTER_ADDR=192.0.2.1\nMASTER_PORT=29501\n"
 
 
-@pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "PYTHONPATH"])
 def test_folders_that_ranks_of_open_mpi_would_not_find(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They get it in quotes, and it is read before they could take these away."""
     for program in ("mpirun", "ompi_info"):
         (tmp_path / program).write_text("")
         (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    name = "LD_LIBRARY_PATH"
     request = replace(THERE, launcher="openmpi", environment={name: "/plain:/with space"})
     with pytest.raises(DstrainError, match=f"{name} contains ' '") as caught:
         launch_command(request)

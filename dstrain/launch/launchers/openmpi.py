@@ -13,8 +13,9 @@ from dstrain.runs.run_folder import RunFolder
 
 IN_QUOTES = re.compile(r"[^\w@%+=:,./-]")
 """What deepspeed.launcher.multinode_runner puts a value in quotes for, which no shell takes away here."""
-# Read before a rank could remove them itself.
-_READ_AT_THE_START = ("LD_LIBRARY_PATH", "PYTHONPATH")
+# Read before a rank could remove them itself. So is PYTHONPATH, which names dstrain's own folder too; a rank whose
+# dstrain is installed needs none of it.
+_READ_AT_THE_START = ("LD_LIBRARY_PATH",)
 _KILLED = re.compile(r"process rank \d+ with PID \d+ on node (?P<host>\S+) exited on signal (?P<signal>\d+)")
 
 
