@@ -161,10 +161,7 @@ def _of_pass(moments: Moments, parameters: Stage, passes: StageActivations, kept
     within = moments.backward.total + kept + max(passes.working, passes.head)
     if moments.arriving:
         beside = moments.backward.total - moments.arriving * parameters.tensor + kept
-        within = beside + max(
-            arriving(layers, moments.arriving) - sum(layer.kept for layer in layers)
-            for layers in passes.passes
-        )
+        within = beside + max(arriving(layers, moments.arriving) for layers in passes.passes)
     return passes.received + max(moments.loss.total + kept + passes.head + passes.loss, within)
 
 

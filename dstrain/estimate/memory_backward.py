@@ -62,17 +62,17 @@ def growing(layers: Pass, gradient: int, weight: int) -> int:
 
 
 def arriving(layers: Pass, gradient: int) -> int:
-    """The most bytes of one micro-batch's activations and of a gradient on its way, at one moment of the pass.
+    """The most bytes beside the activations that are there when the pass begins: gradients on their way, and workings.
 
-    An embedding's gradient comes when the activations are gone, a head's while all of them are there.
+    An embedding's gradient comes when the micro-batch's activations are gone, a head's while all of them are there.
 
     Args:
-        gradient: bytes of an element of it.
+        gradient: bytes of an element of one.
     """
-    alive, most = sum(layer.kept for layer in layers), 0
+    gone = most = 0
     for layer in layers:
-        most = max(most, alive + layer.working + gradient * layer.largest)
-        alive -= layer.kept
+        most = max(most, layer.working + gradient * layer.largest - gone)
+        gone += layer.kept
     return most
 
 
