@@ -36,14 +36,20 @@ def check_patterns(patterns: Iterable[str]) -> None:
             raise ValueError(f"{pattern!r} is set on each host or rank by the launch")
 
 
-def passed(environ: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
-    """The variables that are set and match, but for secrets and for what launchers set."""
+def matching(environ: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
+    """The variables that are set and whose name matches one of the patterns."""
     patterns = list(patterns)
     return {
         name: value
         for name, value in environ.items()
-        if value
-        and any(fnmatchcase(name, pattern) for pattern in patterns)
-        and not _SECRET.search(name)
-        and not _OF_LAUNCHES.fullmatch(name)
+        if value and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def passed(environ: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
+    """Those that match, but for secrets and for what launchers set."""
+    return {
+        name: value
+        for name, value in matching(environ, patterns).items()
+        if not _SECRET.search(name) and not _OF_LAUNCHES.fullmatch(name)
     }

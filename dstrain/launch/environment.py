@@ -9,11 +9,10 @@ import stat
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dstrain.config.files import cache_folder
-from dstrain.config.passed_variables import passed
+from dstrain.config.passed_variables import matching, passed
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import HOSTS
 from dstrain.runs.run_folder import DIRECTORY
@@ -126,12 +125,7 @@ def default_environment(
 
 def _carried(environ: Mapping[str, str], more: Sequence[str]) -> dict[str, str]:
     """The user's own variables that the ranks get: those of `_CARRIED`, and of ``more`` patterns."""
-    ours = {
-        name: value
-        for name, value in environ.items()
-        if value and any(fnmatchcase(name, pattern) for pattern in _CARRIED)
-    }
-    found = passed(environ, more) | ours
+    found = passed(environ, more) | matching(environ, _CARRIED)
     # One that is relative, or empty, would be another folder where a rank starts.
     folders = [os.path.abspath(each) for each in found.pop(_LIBRARIES, "").split(os.pathsep) if each]
     return found | ({_LIBRARIES: os.pathsep.join(dict.fromkeys(folders))} if folders else {})
