@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dstrain.rehearsal.fake_tensors import dtype_name
 from dstrain.rehearsal.replacing import replace
 
 
@@ -56,7 +57,7 @@ class AttentionKernels:
             query, key = arguments[:2]
             self.calls[
                 AttentionCall(
-                    "flash (varlen)", "", tuple(query.shape), tuple(key.shape), _name(query.dtype), ""
+                    "flash (varlen)", "", tuple(query.shape), tuple(key.shape), dtype_name(query.dtype), ""
                 )
             ] += 1
 
@@ -77,9 +78,9 @@ class AttentionKernels:
             )
             return found
         kernel, reason = choose_kernel(query, key, value, attn_mask, enable_gqa, self._capability)
-        mask = f"{_name(attn_mask.dtype)} {list(attn_mask.shape)}" if attn_mask is not None else ""
+        mask = f"{dtype_name(attn_mask.dtype)} {list(attn_mask.shape)}" if attn_mask is not None else ""
         self.calls[
-            AttentionCall(kernel, reason, tuple(query.shape), tuple(key.shape), _name(query.dtype), mask)
+            AttentionCall(kernel, reason, tuple(query.shape), tuple(key.shape), dtype_name(query.dtype), mask)
         ] += 1
         operations: Any = torch.ops.aten
         if kernel == "flash":
@@ -111,7 +112,7 @@ def choose_kernel(
     head = query.shape[-1]
     not_flash = _first(
         (mask is not None, "it has a mask"),
-        (query.dtype not in (torch.float16, torch.bfloat16), f"it is in {_name(query.dtype)}"),
+        (query.dtype not in (torch.float16, torch.bfloat16), f"it is in {dtype_name(query.dtype)}"),
         (head != value.shape[-1], "keys and values have different head sizes"),
         (head > 256, f"its head size is {head}"),
         (capability < (8, 0), f"compute capability {capability[0]}.{capability[1]} is below 8.0"),
@@ -142,7 +143,3 @@ def _bias(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = zeros.masked_fill_(mask.logical_not(), float("-inf"))
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -34,6 +34,12 @@ class FakeGpu:
     memory_bytes: int
     capability: tuple[int, int]
     devices: int
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FakeGpu:
+        """From JSON."""
+        major, minor = record["capability"]
+        return cls(**{**record, "capability": (major, minor)})
 
 
 class FakeMemory:

@@ -14,6 +14,11 @@ from dstrain.rehearsal.replacing import replace
 PINNED = "_is_pinned_for_rehearsal"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def prepare_fake_tensors() -> None:
     """Patch torch and transformers, for the rest of this process. After transformers' import."""
     # No device is there to be initialised; torch takes a guard that does nothing for one then.

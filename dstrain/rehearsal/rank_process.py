@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> int:
 
     transformers.PreTrainedModel  # noqa: B018  (it is imported when it is named)
     memory, waits = FakeMemory(), list[Callable[[str], None]]()
-    gpu = FakeGpu(**{**record["gpu"], "capability": tuple(record["gpu"]["capability"])})
-    install_fake_cuda(gpu, memory, lambda what: waits[0](what) if waits else None)
+    install_fake_cuda(
+        FakeGpu.from_record(record["gpu"]), memory, lambda what: waits[0](what) if waits else None
+    )
 
     from dstrain.rehearsal.rehearsed_rank import RehearsedRank, Request
 

@@ -65,14 +65,8 @@ class Request:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Request:
-        gpu = record["gpu"]
-        return cls(
-            **{
-                **record,
-                "plan": Plan.from_record(record["plan"]),
-                "gpu": FakeGpu(**{**gpu, "capability": tuple(gpu["capability"])}),
-            }
-        )
+        plan, gpu = Plan.from_record(record["plan"]), FakeGpu.from_record(record["gpu"])
+        return cls(**{**record, "plan": plan, "gpu": gpu})
 
 
 class RehearsedRank:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_leaves
 
 from dstrain.rehearsal.fake_ranks import FakeGroups
-from dstrain.rehearsal.fake_tensors import PINNED
+from dstrain.rehearsal.fake_tensors import PINNED, dtype_name
 from dstrain.rehearsal.memory_count import MemoryCount
 
 # torch's operations behind torch.distributed's functions, and which argument holds the whole tensor.
@@ -159,7 +159,7 @@ class Watch(MemoryCount):
         tensors = [leaf for leaf in tree_leaves(args[whole]) if isinstance(leaf, torch.Tensor)]
         devices = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
         elements = sum(tensor.numel() for tensor in tensors)
-        dtype = _name(tensors[0].dtype)
+        dtype = dtype_name(tensors[0].dtype)
         device = " and ".join(sorted(devices))
         self.messages[Message(self.phase, kind, dtype, elements, device, group.size())] += 1
         # What torch.distributed makes of Python objects, it puts where the group takes it.
@@ -235,7 +235,3 @@ def _lines() -> Iterator[tuple[str, int]]:
     while frame is not None:
         yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
