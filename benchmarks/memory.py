@@ -25,6 +25,7 @@ from typing import Any
 from dstrain import __version__
 from dstrain.formatting import format_bytes
 from dstrain.launch.devices import local_devices
+from tests.support.materials import write_sums
 
 STEPS = 4
 """The first step makes the optimizer's state; the fullest moment comes after it."""
@@ -85,8 +86,7 @@ def flags_of(case: Case, asked: argparse.Namespace, folder: Path) -> list[str]:
     """The arguments of `dstrain run` and `dstrain plan` for a case."""
     corpus = folder / "corpus.txt"
     if not corpus.exists():
-        words = (f"{number} times {number} is {number * number}.\n" for number in range(60_000))
-        corpus.write_text("".join(words), encoding="utf-8")
+        write_sums(corpus)
     return [
         *("--model", asked.model, "--data", str(corpus), "--zero", str(case.zero), "--pipeline", "1"),
         *("--data-parallel", str(asked.data_parallel), "--precision", case.precision),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import dstrain
-from tests.gpu.test_models import LAYOUTS, config_of, write_corpus
+from tests.gpu.test_models import LAYOUTS, config_of
 from tests.support.gpu.machine import ON_CPU
+from tests.support.materials import write_sums
 
 CASE = "zero1-pp1 and fp32-adamw-clip0.5-tied-accum4]"
 
@@ -56,7 +57,7 @@ def test_without_a_gpu_nothing_passes_and_nothing_is_skipped(tmp_path: Path, rep
 @pytest.mark.heavy
 def test_a_large_card_holds_a_layout_of_each_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ON_CPU, "1")
-    corpus = write_corpus(place / "corpus.txt")
+    corpus = write_sums(place / "corpus.txt")
     for model, layouts in LAYOUTS.items():
         verdicts = [
             dstrain.plan(

@@ -11,6 +11,7 @@ import dstrain
 from dstrain.report.measured import hold_against
 from dstrain.runs.run_folder import RunFolder
 from tests.support.gpu.machine import device_names, need
+from tests.support.materials import write_sums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -33,15 +34,9 @@ OFF_BY = 0.1
 """Of the memory that was measured; PyTorch's allocator rounds what the plan counts exactly."""
 
 
-def write_corpus(path: Path) -> Path:
-    """Two megabytes of text, of which the quickstart's share for validation holds some rows."""
-    path.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(60_000)))
-    return path
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+    return write_sums(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 def config_of(model: str, choices: dict[str, Any], corpus: Path, runs: Path) -> dstrain.ResolvedConfig:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from dstrain import __version__
+from dstrain.diagnostics.host_facts import PACKAGES
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import local_devices
 
-PACKAGES = ("torch", "deepspeed", "transformers")
 ON_CPU = "DSTRAIN_GPU_SUITE_ON_CPU"
 """Set to 1 the suite trains on CPUs, as one GPU: so that it is itself tested where there is none."""
 
