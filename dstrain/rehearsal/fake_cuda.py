@@ -109,9 +109,13 @@ class _Event:
 def install_fake_cuda(gpu: FakeGpu, memory: FakeMemory, waited: Waited) -> None:
     """Let ``torch.cuda`` answer for one fake GPU, for the rest of this process.
 
+    This thread's backward passes run in it, and not in a thread for the GPU: that one may want the interpreter's lock
+    while the process ends, and abort it.
+
     Args:
         waited: told of each call that waits for the device.
     """
+    torch.autograd.set_multithreading_enabled(False)
     _Stream.waited = staticmethod(waited)
     _Event.waited = staticmethod(waited)
     properties = SimpleNamespace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ USE = f"""
 {LOAD}
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-with FakeTensorMode():
+from dstrain.rehearsal.fake_cuda import FakeGpu, FakeMemory, install_fake_cuda
+fake_tensors = FakeTensorMode()
+install_fake_cuda(FakeGpu("a GPU", 2**30, (9, 0), 1), FakeMemory(), print)
+with fake_tensors:
     weight = torch.ones(3, 3, device="cuda", requires_grad=True)
     (torch.ones(2, 3, device="cuda") @ weight).sum().backward()
     assert weight.grad.device == torch.device("cuda", 0), weight.grad.device
@@ -42,6 +46,14 @@ def test_it_is_built_once_and_lets_a_backward_pass_run_on_a_gpu_that_is_not_ther
         assert again.returncode == 0, again.stderr
         assert library.stat().st_mtime_ns == before
         assert list((tmp_path / "rehearsal").iterdir()) == [library]
+
+
+def test_a_process_with_a_fake_gpu_ends_as_it_wants() -> None:
+    """Of those whose backward pass ran in a thread of its own, every second one was aborted."""
+    wanted = f"{USE}\nimport sys; sys.exit(3)"
+    with ThreadPoolExecutor(4) as pool:
+        ended = list(pool.map(run, [wanted] * 4))
+    assert [(process.returncode, process.stderr) for process in ended] == [(3, "")] * 4
 
 
 @pytest.mark.parametrize(
