@@ -11,7 +11,9 @@ PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # Two files at a time: a test that starts ranks waits for them half of its time. In the order of their names: the
 # last ones, those of tests/unit, are short, so that neither of the two waits long for the other.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+# Compiled first, for the thousands of processes that the tests start, also where PYTHONDONTWRITEBYTECODE is set.
+COMPILE := $(BIN)/python -m compileall -q dstrain tests
+PYTEST := $(COMPILE) && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: demo test test-heavy test-gpu test-lowest torture verify-all lint docs lock audit format clean
 
@@ -34,7 +36,7 @@ torture: $(READY)  ## a hundred kills, and some with real interpreters
 	$(BIN)/python -m pytest -m "torture or heavy" tests/torture
 
 verify-all: $(READY)  ## every layout with every choice, every family, every errno and signal; hours
-	$(BIN)/python -m pytest -n 2 --dist load --durations=15 -m full
+	$(COMPILE) && $(BIN)/python -m pytest -n 2 --dist load --durations=15 -m full
 
 # ShellCheck's SC1091 and SC2329: slurm.sbatch reads a file that is not here, and has a function that a signal calls.
 lint: $(READY)

@@ -39,6 +39,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("DSTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         patch.setenv(name, "1")
+    # A module that a test writes twice in a second is not taken for the first one.
+    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
 
 @pytest.fixture(autouse=True)
