@@ -124,12 +124,6 @@ def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
             where="--device",
             hint="add --device NAME, for example h100-80g, to rehearse GPUs that are not here",
         )
-    if plan.run_config.offload != "none":
-        raise DstrainError(
-            "offloaded optimizer states can't be rehearsed: DeepSpeed's optimizer for them computes on real memory",
-            where=plan.origins["offload"],
-            hint="rehearse with --offload none",
-        )
     attention = plan.config["attention"]
     package = FLASH_PACKAGES.get(attention)
     if package is not None and not is_installed(package):

@@ -19,7 +19,6 @@ It counts real ranks on CPUs, in the tests of the estimates, and rehearsed ones 
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,20 +32,26 @@ from torch.utils._pytree import tree_leaves
 
 CLASSES = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
 
-# Where a storage is made says what it is for, if no owner does: the innermost frame that one of these names.
+# Where a storage is made says what it is for, if no owner does: the innermost frame, FILE:FUNCTION, that holds one of
+# these.
 _PLACES = (
-    ("setup_buckets", "bucket"),
-    ("_fill_param_grad_accum_attribute", "gradients"),  # the accumulators of ZeRO-1 in 16 bits
-    ("_exec_forward_pass", "activations"),  # the copy of a stage's input that its first layer works with
+    (":setup_buckets", "bucket"),
+    (":_fill_param_grad_accum_attribute", "gradients"),  # the accumulators of ZeRO-1 in 16 bits
+    (":_exec_forward_pass", "activations"),  # the copy of a stage's input that its first layer works with
     ("dstrain/model/loss.py", "loss"),
     ("dstrain/model/", "activations"),
     ("dstrain/engine/", "buffers"),
-    ("deepspeed/runtime/zero/linear.py", "backward"),  # the matrix multiplications of ZeRO-3
+    ("deepspeed/runtime/zero/linear.py:backward", "backward"),  # the matrix multiplications of ZeRO-3
+    ("deepspeed/runtime/zero/linear.py", "activations"),
     ("deepspeed/", "buffers"),
     ("torch/optim/", "buffers"),
     ("torch/utils/checkpoint.py", "activations"),
     ("torch/autograd/graph.py", "backward"),
 )
+
+
+# Where frames lie that stand between torch and the count.
+_OF_MODES = ("/rehearsal/", "/torch/_dynamo/", "/torch/_compile.py", "/torch/utils/_python_dispatch.py")
 
 
 @dataclass
@@ -94,14 +99,39 @@ class MemoryCount(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
         self._all: list[_Storage] = []
         self._clock = 0
+        self._nobody_else: tuple[int, ...] | None = None
         self.alive = 0
 
+    def __enter__(self) -> MemoryCount:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        # A sum of two gradients that nobody else holds: what is counted for the first one then is kept.
+        weight = torch.ones(1, requires_grad=True)
+        (weight * 1 + weight * 1).backward()
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and self._is_accumulated(args):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf)
         return result
+
+    def _is_accumulated(self, args: Any) -> bool:
+        """Whether autograd adds a gradient to one that nobody else holds.
+
+        It does so in place, but not where a mode looks on.
+        """
+        if torch.is_grad_enabled() or _caller() != "_engine_run_backward":
+            return False
+        first, second = args
+        count = torch._C._storage_Use_Count(first.untyped_storage()._cdata)
+        held = first._use_count(), sys.getrefcount(first), count
+        if self._nobody_else is None:
+            self._nobody_else = held
+        fits = first.dtype == second.dtype and first.shape == second.shape
+        return fits and held == self._nobody_else
 
     def own(self, owner: str, tensors: Iterable[torch.Tensor]) -> None:
         """These tensors are of this class, for all their life, unless they have an owner already."""
@@ -193,16 +223,22 @@ class MemoryCount(TorchDispatchMode):
             if found is None and not name.startswith(
                 "<"
             ):  # a comprehension belongs to the function around it
-                found = next((place for part, place in _PLACES if part in path or part == name), None)
+                found = next((place for part, place in _PLACES if part in f"{path}:{name}"), None)
             if (
                 self.traced
                 and len(trace) < 4
                 and ("dstrain/" in path or "deepspeed/" in path or "optim" in path or "transformers/" in path)
             ):
                 trace.append(f"{path.rpartition('/')[2]}:{name}:{line}")
-        # Autograd has a thread of its own for each GPU, where nothing of Python stands below a backward pass.
-        alone = "activations" if threading.current_thread() is threading.main_thread() else "backward"
-        return found or alone, " < ".join(trace)
+        return found or "activations", " < ".join(trace)
+
+
+def _caller() -> str:
+    """The function that has called torch, below the mode's own."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and any(part in frame.f_code.co_filename for part in _OF_MODES):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame is not None else ""
 
 
 def _frames() -> Iterator[tuple[str, str, int]]:

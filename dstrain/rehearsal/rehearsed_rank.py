@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dstrain.engine.build import start_communication
 from dstrain.engine.interface import DTYPES, Engine, MicroBatch
@@ -31,6 +30,7 @@ from dstrain.rehearsal.checkpoint_in_memory import CheckpointInMemory
 from dstrain.rehearsal.fake_cuda import FakeGpu, FakeMemory
 from dstrain.rehearsal.fake_ranks import join_fake_world, receive_from_neighbours
 from dstrain.rehearsal.fake_tensors import prepare_fake_tensors
+from dstrain.rehearsal.host_operators import install_host_operators
 from dstrain.rehearsal.memory_owners import (
     held_parameters,
     note_gradients,
@@ -90,7 +90,8 @@ class RehearsedRank:
     def run(self) -> dict[str, Any]:
         """The answer, as JSON values."""
         layout = self.plan.layout
-        prepare_fake_tensors()
+        mode = prepare_fake_tensors()
+        install_host_operators()
         self.watch.groups = join_fake_world(self.request.rank, layout.world_size, self.watch.told_json)
         # What a model in layers consists of is found out on meta tensors, and with a few real numbers.
         model = make_model(self.plan) if self.plan.model.pipelines else None
@@ -100,7 +101,7 @@ class RehearsedRank:
         self.watch.seen_by = kernels.see
         start_communication(self.plan.run_config.communication_timeout_seconds)
         device = torch.device(get_accelerator().current_device_name())
-        with FakeTensorMode(allow_non_fake_inputs=True), self.watch:
+        with mode, self.watch:
             engine = None
             with self._phase("build"):
                 engine = self._build(model if model is not None else make_model(self.plan), device)

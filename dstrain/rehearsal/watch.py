@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_leaves
 
 from dstrain.rehearsal.fake_ranks import FakeGroups
-from dstrain.rehearsal.fake_tensors import PINNED, dtype_name
+from dstrain.rehearsal.fake_tensors import dtype_name, is_pinned
 from dstrain.rehearsal.memory_count import MemoryCount
 
 # torch's operations behind torch.distributed's functions, and which argument holds the whole tensor.
@@ -173,7 +173,7 @@ class Watch(MemoryCount):
         if "meta" in (source.device.type, target.device.type):
             return
         to_host = target.device.type == "cpu"
-        if not beside or not (to_host or getattr(source, PINNED, False)):
+        if not beside or not (to_host or is_pinned(source)):
             self.waited("copy to host" if to_host else "copy to device")
 
     def _keep_answer(self, func: Any, args: Any, result: Any) -> None:

@@ -60,7 +60,6 @@ def test_what_cannot_be_rehearsed_is_refused(materials: Path) -> None:
     for words, message in (
         ((*ELSEWHERE, "--pipeline", "2", "--stage", "2"), "there is no stage 2"),
         ((*ELSEWHERE, "--stage", "0", "--all"), "--stage and --all can't be combined"),
-        ((*ELSEWHERE, "--zero", "2", "--offload", "cpu"), "offloaded optimizer states can't be rehearsed"),
         ((*ELSEWHERE, "--set", "attention=flash_attention_3"), "which is not installed here"),
     ):
         said = typed("rehearse", *model, "--precision", "bf16", *words)
