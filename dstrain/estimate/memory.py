@@ -7,7 +7,7 @@ Left out: the accelerator's own context, the communication library's buffers and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstrain.config.schema import RunConfig
@@ -22,10 +22,11 @@ from dstrain.estimate.memory_activations import (
     spans_in_flight,
     stage_activations,
 )
-from dstrain.estimate.memory_backward import arriving, growing
+from dstrain.estimate.memory_backward import Pass, arriving, beside_activations, growing
 from dstrain.estimate.memory_peaks import Moments
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
 from dstrain.estimate.stage_parameters import Stage, stage_parameters, weight_bytes
+from dstrain.estimate.zero3_gathering import Gathering, gathering
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LARGEST_BUCKET, bucket_size
 from dstrain.planning.layout import Layout
@@ -113,6 +114,9 @@ def stage_memory(
             alone=layout.pipeline == 1,
         )
         passes = stage_activations(config, shape, layout, batch, stage)
+        if config.zero == 3 and parameters.replicas > 1:
+            ahead = gathering(config, shape, layout, batch, stage, options)
+            parameters = _with_gathered(parameters, ahead, passes.passes[0], weight_bytes(config))
         # In a step's first backward pass gradients come, in the later ones they are there. With dualpipev one chunk's
         # are there while the other's activations gather.
         folded = layout.schedule == "dualpipev" and layout.pipeline > 1
@@ -131,10 +135,19 @@ def stage_memory(
             0 if folded else _of_first_pass(config, held.moments, passes),
             # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight, and whenever a bucket is full.
             moments.reduced + (passes.waiting if config.zero >= 2 else 0),
-            _at_bucket(moments, passes, in_midst) if in_midst > passes.waiting else 0,
+            _at_bucket(config, moments, parameters, passes, in_midst) if in_midst > passes.waiting else 0,
+            moments.reduction[0].gradients
+            + moments.backward.buffers
+            + passes.waiting
+            + _of_last_block(passes),
             moments.step.total,
+            moments.forward.total + passes.received,
         )
-        reductions = (*moments.reduction, moments.bucket) if in_midst > passes.waiting else moments.reduction
+        reductions = (
+            (*moments.reduction, moments.bucket, moments.head)
+            if in_midst > passes.waiting
+            else moments.reduction
+        )
         found.append(
             StageMemory(
                 parameters=held.parameters,
@@ -144,8 +157,9 @@ def stage_memory(
                 loss=passes.loss,
                 buffers=passes.pipeline
                 + max(
-                    moments.loss.buffers + passes.received,
+                    moments.loss.buffers + passes.summed + passes.received,
                     moments.backward.buffers + passes.received,
+                    moments.forward.buffers + passes.received,
                     *(moment.buffers for moment in reductions),
                     moments.step.buffers,
                 ),
@@ -156,13 +170,26 @@ def stage_memory(
     return tuple(found)
 
 
+def _with_gathered(stage: Stage, found: Gathering, layers: Pass, weight: int) -> Stage:
+    """With what ZeRO-3 gathers; ``weight``: bytes of an element."""
+    return replace(
+        stage,
+        gathered=found.most,
+        gathered_at_head=found.live[0],
+        gathered_at_end=found.live[-1],
+        gathered_in_blocks=beside_activations(layers, found.live, weight),
+        gathered_at_bucket=beside_activations(layers, found.live, weight, bucket=stage.bucket),
+    )
+
+
 def _of_pass(moments: Moments, parameters: Stage, passes: StageActivations, kept: int) -> int:
     """A backward pass that begins with so many bytes of activations in flight."""
     within = moments.backward.total + kept + max(passes.working, passes.head)
     if moments.arriving:
         beside = moments.backward.total - moments.arriving * parameters.tensor + kept
         within = beside + max(arriving(layers, moments.arriving) for layers in passes.passes)
-    return passes.received + max(moments.loss.total + kept + passes.head + passes.loss, within)
+    at_the_loss = moments.loss.total + kept + passes.head + max(passes.loss, passes.summed)
+    return passes.received + max(at_the_loss, within)
 
 
 def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations) -> int:
@@ -180,10 +207,25 @@ def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations
     )
 
 
-def _at_bucket(moments: Moments, passes: StageActivations, there: int) -> int:
-    """A bucket is full in the midst of a backward pass, with so many bytes of activations; then the pass goes on."""
-    going_on = moments.bucket.gradients + moments.backward.buffers + passes.working
-    return there + max(moments.bucket.total, going_on)
+def _of_last_block(passes: StageActivations) -> int:
+    """Activations at the end of a backward pass, where all gradients but those of the last block are there."""
+    return max(
+        (layer.working + sum(last.kept for last in ends) for ends in passes.ends for layer in ends), default=0
+    )
+
+
+def _at_bucket(
+    config: RunConfig, moments: Moments, parameters: Stage, passes: StageActivations, there: int
+) -> int:
+    """A bucket is full in the midst of a backward pass, with so many bytes of activations; then the pass goes on.
+
+    A block that was computed again is there, but for what its first gradients have let go.
+    """
+    arriving_now = weight_bytes(config) * (parameters.in_blocks + parameters.both_ends)
+    buffers = moments.backward.buffers - moments.passing + arriving_now
+    going_on = moments.bucket.gradients + buffers + passes.working
+    recomputed = 3 * passes.working // 4 if config.activation_checkpointing else 0
+    return there + max(moments.bucket.total + recomputed, moments.head.total, going_on)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import cache
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_backward import Pass, left_at, passed_layers
+from dstrain.estimate.stage_parameters import trained_of_layers, weight_bytes
 from dstrain.losses import COPIES, loss_facts
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
@@ -33,6 +34,7 @@ class StageActivations:
         working: of the passes of one layer beside these, recomputation included.
         loss: logits, softmax and their gradients; 0 without the head.
         head: what the head keeps of a micro-batch, which is alive while the loss is computed.
+        summed: gradients of the head's weight that are summed, chunk by chunk.
         pipeline: buffers to receive into, and what was received and stays.
         received: what was received of the micro-batches in flight.
         masks: what keeps packed documents apart, as the blocks are given it; there all the time.
@@ -45,9 +47,15 @@ class StageActivations:
     working: int
     loss: int
     head: int
+    summed: int
     pipeline: int
     received: int
     masks: int
+
+    @property
+    def ends(self) -> tuple[Pass, ...]:
+        """The last two layers of each pass: a block, and with the first chunk the embedding."""
+        return tuple(layers[-2:] for layers in self.passes)
 
     @property
     def fullest(self) -> int:
@@ -138,6 +146,17 @@ def loss_rows(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
     return min(tokens, chunk or tokens)
 
 
+def gradient_parts(config: RunConfig) -> int:
+    """Bytes of each element of the head's gradient where it is the sum of several chunks'.
+
+    Autograd adds the second to the first in a new tensor, since the first is a view of what a matrix multiplication has
+    made, and the others in place. ZeRO-3's own multiplication makes no view.
+
+    Source: ``accumulate`` in torch/csrc/autograd/input_buffer.cpp.
+    """
+    return (2 if config.zero == 3 else 3) * weight_bytes(config)
+
+
 def loss_bytes(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:
     """Logits and their gradient in the precision that is computed with, and three pieces of them in fp32.
 
@@ -160,7 +179,7 @@ def stage_activations(
     micro_batch = batch.micro_batch
     hidden = hidden_bytes(config, shape, micro_batch)
     frozen = frozen_layers(shape, config.freeze) if layout.chunks(stage)[0].start == 0 else 0
-    kept = waiting = outputs = working = head = 0
+    kept = waiting = outputs = working = head = summed = 0
     passes = []
     flights = spans_in_flight(layout, stage, batch.accumulation)
     for chunk, flying in zip(layout.chunks(stage), flights, strict=True):
@@ -176,6 +195,7 @@ def stage_activations(
                 rows, tokens = loss_rows(config, shape, micro_batch), micro_batch * config.seq_len
                 if rows < tokens:  # chunk by chunk; their gradients meet in that of the hidden state
                     head = head * rows // tokens + 2 * hidden
+                    summed = gradient_parts(config) * trained_of_layers(shape, chunk, config.freeze)[index][1]
                 of_layers[index], working_of[index] = 0, head
             else:
                 of_one += own
@@ -201,6 +221,7 @@ def stage_activations(
         working=working,
         loss=loss_bytes(config, shape, micro_batch) if held else 0,
         head=head,
+        summed=summed,
         pipeline=_pipeline_buffers(layout, stage) * hidden,
         received=(flights[0] + 1) * hidden * (0 < stage < layout.pipeline - 1),
         masks=masks_held(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dstrain.estimate.stage_parameters import trained_of_layers
-from dstrain.planning.model_shape import ModelShape
+from dstrain.planning.model_shape import ModelShape, frozen_names
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class PassedLayer:
         working: bytes that its pass takes beside these, recomputation included.
         trained: elements of the gradients that it brings; of a weight that a later layer of the pass uses too, none.
         largest: elements of the largest of them.
+        waiting: elements of those gradients that wait for another layer's, to become one.
     """
 
     kept: int
     working: int
     trained: int
     largest: int
+    waiting: int = 0
 
 
 Pass = tuple[PassedLayer, ...]
@@ -40,8 +42,19 @@ def passed_layers(
         kept, working: bytes by the number of the layer; a layer without an entry is not come to.
     """
     trained = trained_of_layers(shape, chunk, patterns)
+    frozen = frozen_names(shape, patterns)
+
+    def waiting(index: int) -> int:
+        return sum(
+            tied.parameters
+            for tied in shape.tied
+            if index == max((i for i in tied.layers if i in chunk), default=None)
+            and any(i in chunk and i < index for i in tied.layers)
+            and frozen.isdisjoint(tied.names)
+        )
+
     return tuple(
-        PassedLayer(kept[index], working[index], *trained[index])
+        PassedLayer(kept[index], working[index], *trained[index], waiting(index))
         for index in reversed(chunk)
         if index in kept
     )
@@ -76,11 +89,28 @@ def arriving(layers: Pass, gradient: int) -> int:
     return most
 
 
+def beside_activations(layers: Pass, live: Sequence[int], weight: int, *, bucket: int = 0) -> int:
+    """Elements of weights that are gathered beside the activations that are there when the pass begins, at most.
+
+    Args:
+        live: gathered while the pass is in a layer, the last layer first.
+        weight: bytes of an element.
+        bucket: begin only when a bucket of so many gradients is full, with the activations that are there then.
+    """
+    gone = passed = most = 0
+    for layer, elements in zip(layers, live, strict=False):
+        passed += layer.trained - layer.waiting
+        if passed >= bucket:
+            most = max(most, elements - gone // weight)
+            gone += layer.kept
+    return most
+
+
 def left_at(layers: Pass, elements: int) -> int:
     """Bytes of the activations that are there when a bucket of so many gradients is full; 0: they all fit into it."""
     passed, left = 0, sum(layer.kept for layer in layers)
     for layer in layers:
-        passed += layer.trained
+        passed += layer.trained - layer.waiting
         if passed > elements:
             return left
         left -= layer.kept

@@ -15,7 +15,7 @@ from typing import Any
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.stage_parameters import Stage, weight_bytes
 from dstrain.optimizers import optimizer_facts
-from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP
+from dstrain.planning.buffer_sizes import PREFETCH_BUCKET, SUB_GROUP
 
 ZERO_0_BUCKET = 500_000_000
 """Gradients that are reduced at a time without ZeRO: DeepSpeed's default, an element each."""
@@ -43,7 +43,9 @@ class Moments:
         reduction: all gradients are there and are reduced over the replicas, or the first weights are gathered; the
             activations of the micro-batch are gone, or not there yet.
         step: the optimizer works.
+        forward: a forward pass, with the weights that ZeRO-3 has gathered for it.
         bucket: a bucket is full and reduced in the midst of a backward pass, with ZeRO-2 and 3.
+        head: the head's gradient, which is larger than a bucket, is reduced by itself, with ZeRO-2.
         passing: bytes of single gradients on their way to where they are held; part of ``backward``.
         arriving: bytes of an element of a gradient that arrives, with what it is added to meanwhile; as many of the
             largest tensor's are part of ``backward``. 0: gradients of a weight that is used twice wait for each other.
@@ -55,7 +57,9 @@ class Moments:
     backward: Moment
     reduction: tuple[Moment, ...]
     step: Moment
+    forward: Moment = Moment(0, 0)
     bucket: Moment = Moment(0, 0)
+    head: Moment = Moment(0, 0)
     passing: int = 0
     arriving: int = 0
 
@@ -182,8 +186,9 @@ def _zero_1(stage: Stage, terms: _Terms) -> Moments:
         Moment(whole - 4 * terms.filled + own + masters, buckets + copied),
     ]
     if stage.tensor > stage.bucket:
-        alone = 4 * stage.tensor * (stage.replicas > 1)
-        reductions.append(Moment(whole + own + masters, buckets + alone))
+        alone = 4 * stage.at_once * (stage.replicas > 1)
+        made = 4 * -(-stage.tensor // stage.replicas) * bool(own) if stage.tensor in stage.tied else own
+        reductions.append(Moment(whole + made + masters, buckets + alone))
     return Moments(
         gradients=max(whole + raised + masters, *(moment.gradients for moment in reductions)),
         loss=Moment(whole * terms.later + masters, bucket * terms.later + standing),
@@ -202,7 +207,6 @@ def _zero_2(stage: Stage, terms: _Terms) -> Moments:
     if terms.fp32:
         reduced = 4 * filled * (stage.replicas > 1)
         if terms.offloaded:
-            reduced = max(reduced, 8 * stage.tensor)
             held *= terms.on_cpu  # accumulated in host memory
         else:
             reduced = max(reduced, 4 * terms.share * terms.several)
@@ -210,47 +214,78 @@ def _zero_2(stage: Stage, terms: _Terms) -> Moments:
             held += 4 * sum(size - size // stage.replicas for size in stage.tied)
     else:
         reduced = (2 + 4) * filled
-    if stage.tensor > stage.bucket:  # its gradient, and what a bucket's copies would be
-        reduced = max(reduced, (4 + 4 if terms.fp32 else 2 + 2 + 4) * stage.tensor)
     masters, standing = terms.masters, terms.standing
-    reduction = Moment(held + masters, bucket + reduced + standing)
+
+    def reduction(tensor: int, at_once: int, held: int) -> Moment:
+        """With this as the largest tensor."""
+        alone = 0
+        if tensor > stage.bucket:  # its gradient, and what a bucket's copies would be
+            alone = 4 * (tensor + at_once) if terms.fp32 else 2 * tensor + (2 + 4) * at_once
+        if terms.fp32 and terms.offloaded:
+            alone = max(alone, 8 * tensor)
+        return Moment(held + masters, bucket + max(reduced, alone) + standing)
+
+    # Of one micro-batch the shares are made one after the other.
+    arrived = 4 * -(-(stage.in_head + stage.block + stage.bucket) // stage.replicas)
+    first, midst = (held, held) if terms.several else (0, min(held, arrived))
     return Moments(
         gradients=held + masters,
         loss=Moment(held * terms.later + masters, standing),
         backward=Moment(held * terms.later + masters, bucket + terms.passing + standing),
-        reduction=(reduction,),
-        bucket=reduction,
+        reduction=(reduction(stage.tensor, stage.at_once, held),),
+        bucket=_with_waiting(reduction(stage.in_blocks, stage.in_blocks, midst), stage, terms),
+        head=reduction(stage.in_head, stage.head_at_once, first)
+        if stage.in_head > stage.bucket
+        else Moment(0, 0),
         passing=terms.passing,
         step=Moment(held + masters, terms.flat * terms.fp32 + terms.step + standing),
     )
 
 
 def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mapping[str, Any]) -> Moments:
-    """Shares of gradients in one buffer and a bucket, both for good; gathered weights that stay for the next use.
-
-    DeepSpeed gives gathered weights back where more than ``stage3_max_live_parameters`` are gathered.
-    """
+    """Shares of gradients in one buffer and a bucket, both for good; gathered weights."""
     bucket = 4 * stage.bucket
-    live = int(zero_options.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-    gathered = terms.weight * min(stage.trained + stage.frozen, live) if stage.replicas > 1 else 0
-    # Behind a backward pass that began at the loss the engine has given them back, but for the embedding.
-    left = gathered if not stage.loss else min(gathered, terms.weight * stage.tensor * stage.alone)
-    # What is gathered at a time arrives in one piece, and is copied out of it.
     ahead = int(zero_options.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
+    gathered = terms.weight * stage.gathered_in_blocks
+    # Behind a backward pass that began at the loss they are given back, but for the embedding.
+    left = terms.weight * min(stage.gathered_at_end, stage.tensor * stage.alone)
+    if (
+        not stage.loss
+    ):  # where a bucket holds all gradients, those of the embedding bring on the only reduction
+        left = terms.weight * (stage.gathered if stage.trained <= stage.bucket else stage.gathered_at_end)
+    # What is gathered at a time arrives in one piece, and is copied out of it.
     arriving = terms.weight * min(stage.trained + stage.frozen, ahead) if stage.replicas > 1 else 0
     sub_group = min(terms.share, int(zero_options.get("sub_group_size", SUB_GROUP)))
     step = min(terms.step, _step_of(config, sub_group, terms.on_cpu))
-    copies = 4 * terms.filled * (1 + terms.on_cpu)  # gloo's reduce-scatter copies once more
+
+    def copies(tensor: int) -> int:
+        """What is reduced and scattered at a time: a bucket, or this tensor by itself, with its gradient."""
+        alone = (4 * (1 + terms.on_cpu) + terms.weight) * tensor if tensor > stage.bucket else 0
+        return max(4 * (1 + terms.on_cpu) * terms.filled, alone)  # gloo's reduce-scatter copies once more
+
     held = terms.masters + 4 * terms.share * (terms.on_cpu or not terms.offloaded)
     return Moments(
         gradients=held,
-        loss=Moment(held, bucket + gathered),
+        forward=Moment(held, bucket + terms.weight * stage.gathered + arriving),
+        loss=Moment(held, bucket + terms.weight * stage.gathered_at_head),
         backward=Moment(held, bucket + gathered + terms.passing),
-        reduction=(Moment(held, bucket + copies + left), Moment(held, bucket + gathered + arriving)),
+        reduction=(
+            Moment(held, bucket + copies(stage.tensor) + left),
+            Moment(held, bucket + gathered + arriving),
+        ),
         passing=terms.passing,
-        bucket=Moment(held, bucket + copies + gathered),
+        bucket=_with_waiting(
+            Moment(held, bucket + copies(stage.in_blocks) + terms.weight * stage.gathered_at_bucket),
+            stage,
+            terms,
+        ),
         step=Moment(held, bucket + step + (0 if terms.offloaded else 4 * sub_group)),
     )
+
+
+def _with_waiting(moment: Moment, stage: Stage, terms: _Terms) -> Moment:
+    """The gradient of a weight that a pass uses twice waits for its other half meanwhile."""
+    return replace(moment, buffers=moment.buffers + terms.weight * stage.both_ends)
 
 
 def _standing(config: RunConfig, stage: Stage, share: int, on_cpu: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
@@ -45,6 +45,11 @@ class Stage:
     Attributes:
         trained, frozen: all of them; a weight that two of its layers tie counts once.
         tensor: the largest trained one.
+        block: those of the largest block.
+        in_blocks: the largest one of a block, whose gradient comes in the midst of a backward pass.
+        in_head: the largest one of the head, whose gradient comes first; 0 where it waits for the embedding's.
+        at_once: how much of the largest one ZeRO-1 and 2 reduce at a time, where it is larger than a bucket, at most.
+        head_at_once: the same of that of the head.
         tied: of the trained weights that several layers use; each is an optimizer group of its own.
         both_ends: of those that two of this stage's layers use: their gradients meet.
         pass_through: of those that one backward pass meets: with dualpipev a stage's chunks have passes of their own.
@@ -52,11 +57,21 @@ class Stage:
         replicas: across which ZeRO shards.
         loss: whether it computes the loss.
         alone: whether it is the only stage.
+        gathered: those that ZeRO-3 has gathered at a time, at most.
+        gathered_at_head: of these while a backward pass is in the head.
+        gathered_at_end: while it is in its last layer.
+        gathered_in_blocks: while it is in the blocks, beside all of a micro-batch's activations.
+        gathered_at_bucket: when a bucket of gradients is full, beside the activations that are left then.
     """
 
     trained: int
     frozen: int
     tensor: int
+    block: int
+    in_blocks: int
+    in_head: int
+    at_once: int
+    head_at_once: int
     tied: tuple[int, ...]
     both_ends: int
     pass_through: int
@@ -64,6 +79,11 @@ class Stage:
     replicas: int
     loss: bool
     alone: bool
+    gathered: int = 0
+    gathered_at_head: int = 0
+    gathered_at_end: int = 0
+    gathered_at_bucket: int = 0
+    gathered_in_blocks: int = 0
 
     @property
     def group(self) -> int:
@@ -92,11 +112,25 @@ def stage_parameters(
     local = [tied for tied in shape.tied if set(tied.layers).intersection(layers) and tied.key in sizes]
     still = frozen_parameters(shape, chunks, patterns)
     trained = shape.parameters_of(tuple(chunks)) - still
+    tied = tuple(tied.parameters for tied in local if len(tied.layers) > 1)
+    tensor = max(sizes.values(), default=0)
+    in_head = _largest(shape, chunks, frozen_of, "head")
+
+    def at_once(size: int) -> int:
+        """Its parts for the replicas, until they exceed a bucket: DeepSpeed's average_tensor, allreduce_and_scatter."""
+        group = size if size in tied else trained - sum(tied)
+        return min(size, bucket + -(-group // replicas))
+
     return Stage(
         trained=trained,
         frozen=still,
-        tensor=max(sizes.values(), default=0),
-        tied=tuple(tied.parameters for tied in local if len(tied.layers) > 1),
+        tensor=tensor,
+        block=max((shape.layers[i].parameters for i in layers if shape.layers[i].kind == "block"), default=0),
+        in_blocks=_largest(shape, chunks, frozen_of, "block"),
+        in_head=in_head,
+        at_once=at_once(tensor),
+        head_at_once=at_once(in_head),
+        tied=tied,
         both_ends=sum(tied.parameters for tied in local if len(set(tied.layers).intersection(layers)) > 1),
         pass_through=min(trained, max(shape.parameters_of((chunk,)) for chunk in chunks)),
         bucket=bucket,
@@ -104,6 +138,22 @@ def stage_parameters(
         loss=len(shape.layers) - 1 in layers,
         alone=alone,
     )
+
+
+def _largest(shape: ModelShape, chunks: Sequence[range], frozen: Set[str], kind: str) -> int:
+    """Of the weights of such layers, but those whose gradient waits for another layer's of the same pass."""
+    largest = 0
+    for chunk in chunks:
+        for index in (index for index in chunk if shape.layers[index].kind == kind):
+            late = {
+                name
+                for tied in shape.tied
+                if any(other in chunk and other < index for other in tied.layers)
+                for name in tied.names
+            }
+            sizes = shape.layers[index].tensors.items()
+            largest = max([largest, *(number for name, number in sizes if name not in frozen | late)])
+    return largest
 
 
 def trained_of_layers(shape: ModelShape, chunk: range, patterns: Sequence[str]) -> dict[int, tuple[int, int]]:

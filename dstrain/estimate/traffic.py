@@ -22,6 +22,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.stage_parameters import BYTES, frozen_parameters
+from dstrain.estimate.zero3_gathering import gathering
 from dstrain.formatting import format_count
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LARGEST_BUCKET
@@ -129,12 +130,12 @@ def _among_replicas(
         return Traffic(what, link, size, reason, messages=often * buckets * (n - 1).bit_length(), lanes=lanes)
 
     if config.zero == 3:
-        gathered = whole + _gathered_again(whole, layout, stage, deepspeed)
+        gathered = gathering(config, shape, layout, batch, stage, keys).gathered
         return [
             sent(
-                "weights", ring(m, gathered * weight), 2 * m,
-                f"ZeRO-3 gathers {gathered / whole:.3g} x {whole:,} of them for forward and backward pass of {each}:"
-                f" {n - 1}/{n} x {m} x {gathered:,} x {weight} B",
+                "weights", ring(1, gathered * weight), 2 * m,
+                f"ZeRO-3 gathers {gathered / whole / m:.3g} x {whole:,} of them for forward and backward pass of"
+                f" {each}: {n - 1}/{n} x {gathered:,} x {weight} B",
             ),
             sent(
                 "gradients", ring(m, trained * wide), m,
@@ -159,19 +160,6 @@ def _among_replicas(
             )
         )  # fmt: skip
     return found
-
-
-def _gathered_again(whole: int, layout: Layout, stage: int, deepspeed: Mapping[str, Any]) -> int:
-    """Parameters that ZeRO-3 gathers once more for the backward pass: those that it released after the forward.
-
-    Where the backward pass of a micro-batch follows its forward, on the last stage, what is met again within
-    ``stage3_max_reuse_distance`` parameters is kept: the last half of that. On other stages other micro-batches come in
-    between, and all is released.
-    """
-    if stage < layout.pipeline - 1:
-        return whole
-    distance = deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", 1_000_000_000)
-    return max(0, whole - int(distance) // 2)
 
 
 def _tied(config: RunConfig, shape: ModelShape, layout: Layout, stage: int) -> list[Traffic]:

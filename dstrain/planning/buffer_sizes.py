@@ -26,6 +26,12 @@ def bucket_size(stage_parameters: int) -> int:
     return min(2 * ((stage_parameters + 1) // 2), LARGEST_BUCKET)
 
 
+def persistence_threshold(stage_parameters: int) -> int:
+    """Elements of a parameter that ZeRO-3 keeps whole on every rank, at most: DeepSpeed's default, or a hundredth of a
+    small stage's."""
+    return min(stage_parameters // 100, 100_000)
+
+
 def loss_chunk(micro_batch: int, seq_len: int, vocab_size: int, *, tokenwise: bool = True) -> int:
     """Tokens of a chunk, whose logits are computed again in the backward pass; 0: all at once, and kept.
 

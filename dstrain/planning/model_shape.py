@@ -14,7 +14,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Layout
 
-FORMAT = 10
+FORMAT = 11
 
 
 @dataclass(frozen=True)

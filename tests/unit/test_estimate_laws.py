@@ -164,7 +164,10 @@ def moments_of_step(case: Case, stage: int) -> Iterator[tuple[str, int]]:
         if config.zero <= 1:
             return 4 * (trained if passes else min(elements, trained))
         reduced = passes > 0 or (elements > bucket and trained > bucket)
-        return shared if config.zero == 2 and reduced else 0
+        come = -(-elements // batch.data_parallel) * 4  # one micro-batch's are made one after the other
+        return (
+            (shared if batch.accumulation > 1 else min(shared, come)) if config.zero == 2 and reduced else 0
+        )
 
     if config.offload != "none" and config.precision == "fp32":
         return  # DeepSpeed has them on the host

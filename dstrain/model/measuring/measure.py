@@ -27,7 +27,7 @@ from dstrain.model.pipeline_split.structure import ModelStructure
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 10
+FORMAT = 11
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:

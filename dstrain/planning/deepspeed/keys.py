@@ -14,7 +14,13 @@ from dstrain.config.schema import RunConfig
 from dstrain.config.values import KeyPath
 from dstrain.optimizers import option_keys
 from dstrain.planning.batch import Batch
-from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, SUB_GROUP, bucket_size
+from dstrain.planning.buffer_sizes import (
+    LIVE_PARAMETERS,
+    PREFETCH_BUCKET,
+    SUB_GROUP,
+    bucket_size,
+    persistence_threshold,
+)
 
 AS_DEFAULT = "DeepSpeed's default, written out so that another version can't change it"
 """Why a fragment sets a key for which the table has no reason."""
@@ -276,7 +282,7 @@ _TABLE: dict[str, Key] = {
         derived=_sized("prefetch_size", lambda parameters: min(bucket_size(parameters), PREFETCH_BUCKET))
     ),
     "zero_optimization.stage3_param_persistence_threshold": Key(
-        derived=_sized("persistence_threshold", lambda parameters: min(parameters // 100, 100_000))
+        derived=_sized("persistence_threshold", persistence_threshold)
     ),
     "zero_optimization.stage3_max_live_parameters": Key(derived=_LIVE),
     "zero_optimization.stage3_max_reuse_distance": Key(derived=_LIVE),
