@@ -45,6 +45,7 @@ class OptimizerFacts:
         update_bytes: that torch's kernels read and write for the update of one parameter, its states included unless
             they say more: they go over lists of tensors once for each term. Updates compute next to nothing: memory
             bandwidth limits them, so that no FLOPs are counted.
+        fused_update_bytes: the same of torch's fused kernel, which is taken on GPUs; None: there is none.
         offloaded_update_bytes: the same of DeepSpeed's kernel for host memory; None: there is none.
         temporary_bytes: that a step of torch's takes for each number that it works on at a time, on accelerators and
             on CPUs.
@@ -60,11 +61,12 @@ class OptimizerFacts:
     decoupled_decay: bool
     offloaded_fragment: str | None = None
     offloaded_update_bytes: int | None = None
+    fused_update_bytes: int | None = None
 
 
 # Bytes of updates were counted in torch/optim/adam.py and sgd.py (`_multi_tensor`), temporaries there and in
-# `_single_tensor`: AdamW takes the root of the second moment, and on CPUs its quotient beside it. DeepSpeed's AdamW for
-# host memory reads gradient, weight and moments once and writes the latter three once.
+# `_single_tensor`: AdamW takes the root of the second moment and its quotient. torch's fused AdamW, and DeepSpeed's for
+# host memory, read gradient, weight and moments once and write the latter three once.
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     "adamw": OptimizerFacts(
         fragment="adamw",
@@ -73,8 +75,9 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
         takes=("betas", "eps", "weight_decay"),
         states=(StateTensor("exp_avg"), StateTensor("exp_avg_sq")),
         update_bytes=80,
+        fused_update_bytes=28,
         offloaded_update_bytes=28,
-        temporary_bytes={"cuda": 4, "cpu": 8},
+        temporary_bytes={"cuda": 0, "cpu": 8},
         decoupled_decay=True,
     ),
     "sgd": OptimizerFacts(
@@ -89,7 +92,14 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
 }
 
 
-_OUTSIDE = replace(OPTIMIZERS["adamw"], takes=(), offloaded_fragment=None, offloaded_update_bytes=None)
+_OUTSIDE = replace(
+    OPTIMIZERS["adamw"],
+    takes=(),
+    temporary_bytes={"cuda": 4, "cpu": 8},
+    fused_update_bytes=None,
+    offloaded_fragment=None,
+    offloaded_update_bytes=None,
+)
 
 
 def optimizer_facts(name: str) -> OptimizerFacts:

@@ -256,7 +256,7 @@ def _fill(
     if states or values:  # else no step was taken yet, or the optimizer keeps nothing
         optimizer.state[flat] = {
             **states,
-            **{key: _as_kept_by(optimizer, key, value) for key, value in values.items()},
+            **{key: _as_kept_by(optimizer, key, value, flat) for key, value in values.items()},
         }
 
 
@@ -265,13 +265,15 @@ def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     return some.keys() == others.keys() and all(bool(value == others[key]) for key, value in some.items())
 
 
-def _as_kept_by(optimizer: torch.optim.Optimizer, key: str, value: Any) -> Any:
-    """A value of a state, as this optimizer keeps it, which may be another than has saved it.
+def _as_kept_by(optimizer: torch.optim.Optimizer, key: str, value: Any, of: torch.Tensor) -> Any:
+    """A value of a state, as this optimizer keeps it for ``of``, which may be another than has saved it.
 
-    torch counts steps in a tensor, DeepSpeed's AdamW for states in host memory in a number.
+    torch counts steps in a tensor, a fused AdamW in one beside its parameter, and DeepSpeed's AdamW for states in host
+    memory in a number.
     """
+    device = of.device if optimizer.defaults.get("fused") else "cpu"
     if key == "step" and isinstance(optimizer, DeepSpeedCPUAdam):
         return int(value)
     if key == "step" and isinstance(optimizer, torch.optim.Adam):
-        return torch.tensor(float(value), dtype=torch.float32)
+        return torch.tensor(float(value), dtype=torch.float32, device=device)
     return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)

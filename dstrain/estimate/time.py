@@ -298,6 +298,8 @@ def _update(
     share = trained / (layout.data_parallel if config.zero else 1)
     facts = optimizer_facts(config.optimizer)
     moved = update_bytes(facts, vars(config))
+    if device.kind == "cuda" and config.offload == "none" and facts.fused_update_bytes is not None:
+        moved = facts.fused_update_bytes
     bandwidth = REACHED * device.memory_bandwidth / sharing
     times = {0: 0, 1: 1}.get(config.zero, batch.accumulation)
     handled = _HANDLED[device.kind] * times * trained / bandwidth

@@ -14,6 +14,9 @@ PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000
 """Elements that ZeRO-3's optimizer works on at a time, at most: DeepSpeed's default."""
 
+TILE = 128
+"""Rows that a GPU's matrix multiplication works on at a time: a chunk of the loss has a multiple of them."""
+
 LOGITS = 256 * 2**20
 """Bytes of logits in fp32 that are made at a time."""
 
@@ -42,4 +45,5 @@ def loss_chunk(micro_batch: int, seq_len: int, vocab_size: int, *, tokenwise: bo
     """
     if not tokenwise or micro_batch * seq_len * vocab_size * 4 <= LOGITS:
         return 0
-    return max(1, LOGITS // (4 * vocab_size))
+    rows = max(1, LOGITS // (4 * vocab_size))
+    return rows - rows % TILE if rows > TILE else rows

@@ -44,7 +44,8 @@ def test_its_fragments_hold_what_it_takes(name: str) -> None:
         values = json.loads((ds_configs() / "optimizer" / f"{fragment}.json").read_text())
         assert values["optimizer"]["type"] == OPTIMIZERS[name].deepspeed_type
         derived = {value for _, value in leaves(values) if isinstance(value, str) and value.startswith("$")}
-        assert derived == {f"${key}" for key in ("lr", *OPTIMIZERS[name].takes)}
+        fused = fragment == OPTIMIZERS[name].fragment and OPTIMIZERS[name].fused_update_bytes is not None
+        assert derived == {f"${key}" for key in ("lr", *OPTIMIZERS[name].takes, *["fused"] * fused)}
         assert facts_of_type(values["optimizer"]["type"]) is OPTIMIZERS[name]
 
 

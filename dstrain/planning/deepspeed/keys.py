@@ -240,6 +240,9 @@ _TABLE: dict[str, Key] = {
     "optimizer.params.torch_adam": Key(
         why="DeepSpeed's fused Adam has to be compiled for a GPU; torch's AdamW runs anywhere"
     ),
+    "optimizer.params.fused": Key(
+        derived=_on_cuda("fused"), why="torch's kernel for all of AdamW takes no memory beside the states"
+    ),
     "scheduler": Key(owner="lr_schedule"),
     "zero_allow_untested_optimizer": Key(
         why="without it ZeRO refuses optimizers that are not on DeepSpeed's list, like SGD"

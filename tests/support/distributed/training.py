@@ -51,6 +51,7 @@ class Case(LayoutCase):
     lr_schedule: str = ""  # empty: every step has the same learning rate
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
     attention: str = "sdpa"
+    fused: bool = False  # AdamW in one kernel, as on GPUs
     longrope: bool = False  # the longer documents of `samples` get other rotary tables than the shorter ones
 
     ALWAYS_NAMED: ClassVar[tuple[str, ...]] = (
@@ -161,7 +162,10 @@ def make_case_plan(case: Case) -> Plan:
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
     shape = ModelShape.from_record(measured(model_config(case)))
-    return plan_on_this_machine(flags, shape, VOCABULARY)
+    plan = plan_on_this_machine(flags, shape, VOCABULARY)
+    if case.fused:
+        plan.deepspeed["optimizer"]["params"]["fused"] = True
+    return plan
 
 
 def measured(config: Any) -> dict[str, Any]:
