@@ -136,10 +136,7 @@ def stage_memory(
             # ZeRO-2 and 3 reduce behind each micro-batch, while others are in flight, and whenever a bucket is full.
             moments.reduced + (passes.waiting if config.zero >= 2 else 0),
             _at_bucket(config, moments, parameters, passes, in_midst) if in_midst > passes.waiting else 0,
-            moments.reduction[0].gradients
-            + moments.backward.buffers
-            + passes.waiting
-            + _of_last_block(passes),
+            _at_the_end(moments, passes) if config.zero == 2 and not several else 0,
             moments.step.total,
             moments.forward.total + passes.received,
         )
@@ -207,11 +204,10 @@ def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations
     )
 
 
-def _of_last_block(passes: StageActivations) -> int:
-    """Activations at the end of a backward pass, where all gradients but those of the last block are there."""
-    return max(
-        (layer.working + sum(last.kept for last in ends) for ends in passes.ends for layer in ends), default=0
-    )
+def _at_the_end(moments: Moments, passes: StageActivations) -> int:
+    """The end of the only backward pass: its last block is there, and all gradients but that one's."""
+    last = (layer.working + sum(last.kept for last in ends) for ends in passes.ends for layer in ends)
+    return moments.reduced + passes.waiting + max(last, default=0)
 
 
 def _at_bucket(

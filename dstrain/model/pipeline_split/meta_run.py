@@ -52,9 +52,9 @@ class NoData(TorchFunctionMode):
                 chosen = first.new_empty(0, *first.shape[args[1].dim() :])
                 return None if func is Tensor.__setitem__ else chosen
             if func in GROUPED:
-                # Its meta kernel takes bf16 only. Each row meets one expert: the same shape and the same FLOPs. A
-                # gradient of one expert's part alone is never there.
-                return first @ args[1].detach()[0]
+                # Its meta kernel takes bf16 only. Each row meets one expert: the same shape and the same
+                # FLOPs.
+                return first @ args[1][0]
         return func(*args, **kwargs)
 
 
