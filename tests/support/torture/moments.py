@@ -34,7 +34,8 @@ class Moment:
 
 
 class Moments:
-    """The moments of one run's kills: every other one in a save, each victim as often as its place in VICTIMS."""
+    """The moments of one run's kills: every other one in a save, and every fourth one, the first with them, in a save
+    that nobody is left to complete. Of the others, each victim as often as its place in VICTIMS."""
 
     def __init__(self, seed: str, *, save_every: int) -> None:
         self._draws = random.Random(seed)
@@ -51,11 +52,12 @@ class Moments:
         """
         self._number += 1
         near_the_end = remaining <= 2 * self._save_every
-        victim = self._draws.choice(_FINAL) if near_the_end else self._dealt(self._victims, VICTIMS)
+        final = near_the_end or self._number % 4 == 1
+        victim = self._draws.choice(_FINAL) if final else self._dealt(self._victims, VICTIMS)
         if remaining == 0:
             return Moment(START, victim, self._draws.uniform(0, 0.4))
         if self._number % 2:
-            sign = self._draws.choice(SAVE[:2]) if near_the_end else self._dealt(self._saves, SAVE)
+            sign = self._draws.choice(SAVE[:2]) if final else self._dealt(self._saves, SAVE)
             return Moment(sign, victim, self._draws.uniform(0, 0.05))
         if remaining == 1 or self._draws.random() < 0.2:
             return Moment(START, victim, self._draws.uniform(0, 0.4))
