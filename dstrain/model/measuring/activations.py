@@ -196,10 +196,7 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
         kept.setdefault(_storage(tensor), tensor)
         return tensor
 
-    # Gradients are not counted, nor those of a single expert's part, which no kernel for all of them makes.
-    shapes = {parameter.shape for parameter in module.parameters()}
-    parts = {torch.Size(size) for _, *size in (shape for shape in shapes if len(shape) == 3)}
-    alive = _Alive(shapes | parts | {torch.Size(size[::-1]) for size in parts})
+    alive = _Alive({parameter.shape for parameter in module.parameters()})
     alive.leave_out((*module.parameters(), *module.buffers(), *others, hidden))
     own = hidden.untyped_storage().nbytes()
     try:

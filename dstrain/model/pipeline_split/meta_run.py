@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,24 @@ GROUPED = tuple(
     if hasattr(torch.ops.transformers, "grouped_mm_fallback")
     else ()
 )
+
+
+class _OneExpert(torch.autograd.Function):
+    """Each row meets one expert: the shape and the FLOPs of a grouped multiplication, and what that keeps. A gradient
+    of one expert's part of the weights is never there."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows @ weights[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _, weights = ctx.saved_tensors
+        return gradient @ weights[0].mT, None
+
+
+_one_expert: Callable[[Tensor, Tensor], Tensor] = _OneExpert.apply
 
 
 class NoData(TorchFunctionMode):
@@ -52,9 +71,8 @@ class NoData(TorchFunctionMode):
                 chosen = first.new_empty(0, *first.shape[args[1].dim() :])
                 return None if func is Tensor.__setitem__ else chosen
             if func in GROUPED:
-                # Its meta kernel takes bf16 only. Each row meets one expert: the same shape and the same
-                # FLOPs.
-                return first @ args[1][0]
+                # Its meta kernel takes bf16 only.
+                return _one_expert(first, args[1])
         return func(*args, **kwargs)
 
 
