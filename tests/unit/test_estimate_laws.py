@@ -17,7 +17,7 @@ from dstrain.estimate.memory_activations import hidden_bytes, layer_kept, layer_
 from dstrain.estimate.stage_time import attended_share
 from dstrain.estimate.time import step_time
 from dstrain.planning.batch import Batch
-from dstrain.planning.buffer_sizes import bucket_size
+from dstrain.planning.buffer_sizes import TILE, bucket_size
 from dstrain.planning.checks import refusal_of
 from dstrain.planning.fitting.search import fit
 from dstrain.planning.layout import Host, Layout
@@ -199,7 +199,8 @@ def test_larger_micro_batches_and_longer_samples_need_no_less(case: Case, what: 
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.integers(1, 3), st.integers(0, 15))
 def test_a_stage_with_more_layers_needs_no_less(case: Case, more: int, at: int) -> None:
-    """With the cut as it is, but for the layers that one chunk has more."""
+    """With the cut as it is, but for the layers that one chunk has more. Of more, ZeRO-3 may keep less gathered."""
+    assume(case.config.zero < 3)
     cut = case.layout.cut
     chunk = at % (len(cut) - 1)
     longer = tuple(edge + more * (number > chunk) for number, edge in enumerate(cut))
@@ -211,14 +212,15 @@ def test_a_stage_with_more_layers_needs_no_less(case: Case, more: int, at: int) 
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.integers(1, 100_000))
 def test_a_larger_vocabulary_needs_no_less(case: Case, more: int) -> None:
-    """But for what the head has of a chunk of the loss, which has whole rows, and fewer of wider ones."""
+    """But for a chunk of the loss, which has whole tiles of rows, and fewer of wider ones; ZeRO-3 is as above."""
+    assume(case.config.zero < 3)
     larger = replace(case, vocabulary=case.vocabulary + more)
     size = case.batch.micro_batch
     fewer = loss_rows(case.config, case.shape, size) - loss_rows(case.config, larger.shape, size)
     head, hidden = larger.shape.layers[-1], hidden_bytes(case.config, larger.shape, size)
     of_head = layer_kept(case.config, head, size, hidden) + layer_working(case.config, head, size)
-    row = larger.vocabulary * (2 * 4 + 3 * 4)
-    allowed = row + fewer * of_head / (size * case.batch.seq_len)
+    tile = TILE * larger.vocabulary * (2 * 4 + 3 * 4)
+    allowed = tile + fewer * of_head / (size * case.batch.seq_len)
     for less, most in zip(case.memory(), larger.memory(), strict=True):
         assert most.total >= less.total - allowed
 
