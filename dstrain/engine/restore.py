@@ -271,9 +271,9 @@ def _as_kept_by(optimizer: torch.optim.Optimizer, key: str, value: Any, of: torc
     torch counts steps in a tensor, a fused AdamW in one beside its parameter, and DeepSpeed's AdamW for states in host
     memory in a number.
     """
-    device = of.device if optimizer.defaults.get("fused") else "cpu"
     if key == "step" and isinstance(optimizer, DeepSpeedCPUAdam):
         return int(value)
     if key == "step" and isinstance(optimizer, torch.optim.Adam):
+        device = of.device if optimizer.defaults.get("fused") else "cpu"
         return torch.tensor(float(value), dtype=torch.float32, device=device)
     return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)

@@ -206,7 +206,8 @@ def _of_first_pass(config: RunConfig, moments: Moments, passes: StageActivations
 
 def _at_the_end(moments: Moments, passes: StageActivations) -> int:
     """The end of the only backward pass: its last block is there, and all gradients but that one's."""
-    last = (layer.working + sum(last.kept for last in ends) for ends in passes.ends for layer in ends)
+    ends = [layers[-2:] for layers in passes.passes]  # a block, and in the first chunk the embedding
+    last = (layer.working + sum(each.kept for each in end) for end in ends for layer in end)
     return moments.reduced + passes.waiting + max(last, default=0)
 
 

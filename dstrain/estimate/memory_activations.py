@@ -53,11 +53,6 @@ class StageActivations:
     masks: int
 
     @property
-    def ends(self) -> tuple[Pass, ...]:
-        """The last two layers of each pass: a block, and with the first chunk the embedding."""
-        return tuple(layers[-2:] for layers in self.passes)
-
-    @property
     def fullest(self) -> int:
         return self.kept + max(self.working, self.head)
 

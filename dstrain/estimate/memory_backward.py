@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.estimate.stage_parameters import trained_of_layers
+from dstrain.estimate.stage_parameters import trained_of_layers, waiting_ties
 from dstrain.planning.model_shape import ModelShape, frozen_names
 
 
@@ -47,10 +47,8 @@ def passed_layers(
     def waiting(index: int) -> int:
         return sum(
             tied.parameters
-            for tied in shape.tied
-            if index == max((i for i in tied.layers if i in chunk), default=None)
-            and any(i in chunk and i < index for i in tied.layers)
-            and frozen.isdisjoint(tied.names)
+            for tied in waiting_ties(shape, chunk, index)
+            if index == max(i for i in tied.layers if i in chunk) and frozen.isdisjoint(tied.names)
         )
 
     return tuple(

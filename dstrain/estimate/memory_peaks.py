@@ -249,9 +249,8 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
     gathered = terms.weight * stage.gathered_in_blocks
     # Behind a backward pass that began at the loss they are given back, but for the embedding.
     left = terms.weight * min(stage.gathered_at_end, stage.tensor * stage.alone)
-    if (
-        not stage.loss
-    ):  # where a bucket holds all gradients, those of the embedding bring on the only reduction
+    if not stage.loss:
+        # Where a bucket holds all gradients, those of the embedding bring on the only reduction.
         left = terms.weight * (stage.gathered if stage.trained <= stage.bucket else stage.gathered_at_end)
     # What is gathered at a time arrives in one piece, and is copied out of it.
     arriving = terms.weight * min(stage.trained + stage.frozen, ahead) if stage.replicas > 1 else 0

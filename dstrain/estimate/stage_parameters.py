@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
 from dstrain.optimizers import kept_states, optimizer_facts
-from dstrain.planning.model_shape import ModelShape, frozen_names
+from dstrain.planning.model_shape import ModelShape, Tied, frozen_names
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one number, by precision."""
@@ -140,17 +140,21 @@ def stage_parameters(
     )
 
 
+def waiting_ties(shape: ModelShape, chunk: range, index: int) -> list[Tied]:
+    """Weights that a layer shares with an earlier one of its chunk: their gradients wait for that one's."""
+    return [
+        tied
+        for tied in shape.tied
+        if index in tied.layers and any(other in chunk and other < index for other in tied.layers)
+    ]
+
+
 def _largest(shape: ModelShape, chunks: Sequence[range], frozen: Set[str], kind: str) -> int:
     """Of the weights of such layers, but those whose gradient waits for another layer's of the same pass."""
     largest = 0
     for chunk in chunks:
         for index in (index for index in chunk if shape.layers[index].kind == kind):
-            late = {
-                name
-                for tied in shape.tied
-                if any(other in chunk and other < index for other in tied.layers)
-                for name in tied.names
-            }
+            late = {name for tied in waiting_ties(shape, chunk, index) for name in tied.names}
             sizes = shape.layers[index].tensors.items()
             largest = max([largest, *(number for name, number in sizes if name not in frozen | late)])
     return largest

@@ -19,14 +19,14 @@ from functools import lru_cache
 from typing import Any
 
 from dstrain.config.schema import RunConfig
+from dstrain.estimate.memory_activations import loss_rows
 from dstrain.planning.batch import Batch
-from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, loss_chunk, persistence_threshold
+from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, persistence_threshold
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
 
 Module = tuple[tuple[str, int], ...]
 """The parameters that one module needs: name and elements."""
-
 
 _FORWARD = -1
 
@@ -59,7 +59,6 @@ def gathering(
     """
     [chunk] = layout.chunks(stage)
     tokens = batch.micro_batch * batch.seq_len
-    rows = loss_chunk(batch.micro_batch, batch.seq_len, shape.vocab_size, tokenwise=shape.tokenwise_head)
     in_flight = min(layout.pipeline - stage, batch.accumulation)
     derived = persistence_threshold(shape.parameters_of((chunk,)))
     persistent = int(options.get("stage3_param_persistence_threshold", derived))
@@ -75,7 +74,7 @@ def gathering(
     enough = in_flight + 4
 
     def followed(micro_batches: int) -> Gathering:
-        chunks = -(-tokens // rows) if rows else 1
+        chunks = -(-tokens // loss_rows(config, shape, batch.micro_batch))
         recomputed = config.activation_checkpointing
         return _followed(layers, kinds, limits, recomputed, chunks, micro_batches, in_flight)
 
@@ -176,10 +175,10 @@ class _Coordinator:
         self.gathered = 0
         self.live: dict[int, int] = {}
         self._limits = limits
-        self._noting = False
-        self._order: list[Module] | None = None
+        self._noted: list[Module] | None = None
         self._trace: _Trace | None = None
-        self._step = self._live = self._held = 0
+        self._step = self._held = 0
+        self._available = 0  # DeepSpeed's own count, which begins anew with each forward pass
         self._there: dict[str, int] = {}
         self._ahead: set[str] = set()
         self._decided: dict[tuple[int, Module], frozenset[str]] = {}
@@ -188,24 +187,21 @@ class _Coordinator:
         """A forward pass begins."""
         self._give_back_ahead()
         if self._trace is None:
-            if self._noting and self._order:
-                self._trace = _Trace(self._order)
-            self._noting, self._order = not self._noting, []
-        if self._trace is not None:
+            if self._noted is not None:
+                self._trace = _Trace(self._noted)
+            self._noted = None if self._trace is not None else []
+        else:
             self._trace.restart()
-            self._noting = False
-        self._step = 0
-        self._live = 0
+        self._step = self._available = 0
 
     def run(self, places: Sequence[_Place]) -> None:
         for layer, module in places:
             trace = self._trace
             if trace is not None and (self._step >= len(trace.order) or trace.order[self._step] != module):
                 self._trace = trace = None
-                self._noting = False
                 self._give_back_ahead()
-            if trace is None and self._noting and self._order is not None:
-                self._order.append(module)
+            if self._noted is not None:
+                self._noted.append(module)
             for name, size in module:
                 self._gather(name, size)
                 self._ahead.discard(name)
@@ -218,14 +214,14 @@ class _Coordinator:
             for name, size in module:
                 if name in self._there and name not in staying:
                     del self._there[name]
-                    self._live -= size
+                    self._available -= size
                     self._held -= size
 
     def _gather(self, name: str, size: int) -> bool:
         if size <= self._limits.persistent or name in self._there:
             return False
         self._there[name] = size
-        self._live += size
+        self._available += size
         self.gathered += size
         self._held += size
         return True
@@ -239,7 +235,7 @@ class _Coordinator:
         return self._decided[place]
 
     def _prefetch(self, trace: _Trace) -> None:
-        room, fetched = min(self._limits.most_live - self._live, self._limits.bucket), 0
+        room, fetched = min(self._limits.most_live - self._available, self._limits.bucket), 0
         while trace.queue and fetched < room:
             name, size = trace.pass_over()
             if self._gather(name, size):

@@ -235,10 +235,7 @@ class MemoryCount(TorchDispatchMode):
 
 def _caller() -> str:
     """The function that has called torch, below the mode's own."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and any(part in frame.f_code.co_filename for part in _OF_MODES):
-        frame = frame.f_back
-    return frame.f_code.co_name if frame is not None else ""
+    return next((name for path, name, _ in _frames() if not any(part in path for part in _OF_MODES)), "")
 
 
 def _frames() -> Iterator[tuple[str, str, int]]:

@@ -8,8 +8,9 @@ import pytest
 
 from dstrain.report.rehearsal import waits_in_a_step
 from tests.support.rehearsed_cells import CELLS, RehearsedCell, rehearse_cell
+from tests.support.sampling import full, heavy
 
-_MARKS = {"test": (), "heavy": (pytest.mark.heavy,), "full": (pytest.mark.full,)}
+_MARKED = {"test": lambda cell: [cell], "heavy": heavy, "full": full}
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cells")
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, id=str(cell), marks=_MARKS[cell.effort]) for cell in CELLS]
-)
+@pytest.mark.parametrize("cell", [each for cell in CELLS for each in _MARKED[cell.effort](cell)], ids=str)
 def test_the_plan_holds(cell: RehearsedCell, folder: Path) -> None:
     result = rehearse_cell(cell, folder)
     unknown = [

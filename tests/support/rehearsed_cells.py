@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import dstrain
 from dstrain.api.rehearsing import RehearsalResult
+from dstrain.config.files import ds_configs
 
-_SHAPES = Path(__file__).resolve().parents[2] / "ds_configs" / "models"
 Effort = Literal["test", "heavy", "full"]
 
 STATED_MODELS: Mapping[str, Mapping[str, Any]] = {
@@ -161,13 +161,25 @@ def rehearse_cell(cell: RehearsedCell, folder: Path) -> RehearsalResult:
     Args:
         folder: for its data and its model; data and models of other cells may lie there.
     """
+    choices = {**cell.choices, "model": model_of(cell, folder)}
+    return rehearse_on_h100(folder, stages=cell.stages, gpus_per_node=cell.gpus_per_node, **choices)
+
+
+def rehearse_on_h100(
+    folder: Path, *, stages: Any = None, gpus_per_node: int = 8, **choices: Any
+) -> RehearsalResult:
+    """Rehearse a plan on H100 GPUs, in bf16 where the choices do not say otherwise.
+
+    Args:
+        folder: for the data, which are enough for long rows.
+    """
     data = folder / "text.jsonl"
     if not data.exists():
-        text = "what is said here is read by nobody " * 100  # enough for rows of 32k tokens
+        text = "what is said here is read by nobody " * 100
         data.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(200)))
     flags = {"data": str(data), "tokenizer": "bytes", "precision": "bf16", "validation": 0.1}
-    config = dstrain.load_config(**{**flags, **cell.choices, "model": model_of(cell, folder)})
-    return dstrain.rehearse(config, device="h100-80g", gpus_per_node=cell.gpus_per_node, stages=cell.stages)
+    config = dstrain.load_config(**{**flags, **choices})
+    return dstrain.rehearse(config, device="h100-80g", gpus_per_node=gpus_per_node, stages=stages)
 
 
 def model_of(cell: RehearsedCell, folder: Path) -> str:
@@ -180,7 +192,7 @@ def model_of(cell: RehearsedCell, folder: Path) -> str:
     place = folder / f"{name}-{'pretrained' if pretrained else 'shape'}"
     if not place.exists():
         place.mkdir(parents=True)
-        stated = STATED_MODELS.get(name) or json.loads((_SHAPES / f"{name}.json").read_text())
+        stated = STATED_MODELS.get(name) or json.loads((ds_configs() / "models" / f"{name}.json").read_text())
         (place / "config.json").write_text(json.dumps(stated))
         if pretrained:
             _write_zeros(place)
