@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from dstrain.engine.async_checkpoint import AsyncCheckpointStage
@@ -28,7 +27,7 @@ from dstrain.model.head_output import HeadOutputRequest
 class _DeepSpeedAdapter(Engine):
     """What both adapters share."""
 
-    engine: DeepSpeedEngine
+    engine: PatchedEngine
     optimizer: ClientOptimizer | None
     _states_were_checked = False
 
@@ -36,18 +35,20 @@ class _DeepSpeedAdapter(Engine):
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
 
-    def _result(self, loss: torch.Tensor) -> StepResult:
-        applied = self.engine.was_step_applied()
-        norm = self.engine.get_global_grad_norm()
+    def _result(self) -> StepResult:
+        engine = self.engine
+        applied = engine.was_step_applied()
+        norm = engine.get_global_grad_norm()
         if applied and self.optimizer is not None and not self._states_were_checked:
-            self.optimizer.refuse_what_a_checkpoint_cannot_hold(self.engine.basic_optimizer)
+            self.optimizer.refuse_what_a_checkpoint_cannot_hold(engine.basic_optimizer)
             self._states_were_checked = True
-        loss_read, norm_read = _read(loss, float("inf") if norm is None or not applied else norm)
+        # fp16 takes no norm of gradients that overflow, and so does not read the loss with it.
+        loss = engine.step_loss_on_host
         return StepResult(
-            loss=loss_read,
-            grad_norm=norm_read,
+            loss=float(on_host(engine.step_loss)) if loss is None else loss,
+            grad_norm=float("inf") if norm is None or not applied else float(norm),
             applied=applied,
-            loss_scale=float(getattr(self.engine.optimizer, "loss_scale", 1.0)),
+            loss_scale=float(getattr(engine.optimizer, "loss_scale", 1.0)),
         )
 
     def check_replicas(self) -> None:
@@ -116,7 +117,8 @@ class PipelineAdapter(_DeepSpeedAdapter):
         # Before DeepSpeed, which would copy them to other memory of the host first, and wait for each.
         here = [m.to(self.engine.device) for m in micro_batches]
         self.engine.documents = [m.documents for m in here]
-        return self._result(self.engine.train_batch(iter([m.as_pipeline_item() for m in here])))
+        self.engine.train_batch(iter([m.as_pipeline_item() for m in here]))
+        return self._result()
 
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
         here = [m.to(self.engine.device) for m in micro_batches]
@@ -172,12 +174,14 @@ class OneStageAdapter(_DeepSpeedAdapter):
         self._set_lr(lr)
         self.engine.train()
         total = torch.zeros((), device=self.engine.device)
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, start=1):
             loss = self._loss(micro_batch)
             self.engine.backward(loss)
-            self.engine.step()
             total += loss.detach()
-        return self._result(_mean_over_replicas(total / len(micro_batches)))
+            if number == len(micro_batches):
+                self.engine.step_loss = _mean_over_replicas(total / number)
+            self.engine.step()
+        return self._result()
 
     @torch.no_grad()
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -195,16 +199,6 @@ class OneStageAdapter(_DeepSpeedAdapter):
         with self.head.asked(position=(row, position)):
             logits: torch.Tensor = self.engine((here.input_ids, here.position_ids))
             return logits.float().cpu()
-
-
-def _read(first: torch.Tensor, second: torch.Tensor | float) -> tuple[float, float]:
-    """Two numbers. From one device they arrive together: the host waits for it once."""
-    if not isinstance(second, torch.Tensor) or second.device != first.device:
-        return float(on_host(first)), float(second)
-    one, other = on_host(
-        torch.stack([value.detach().float().reshape(()) for value in (first, second)])
-    ).tolist()
-    return one, other
 
 
 def _mean_over_replicas(value: torch.Tensor) -> torch.Tensor:

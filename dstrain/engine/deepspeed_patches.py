@@ -8,10 +8,9 @@ which hangs when stages differ in their number of groups. And disks are waited f
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from types import MethodType
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,14 +19,32 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from dstrain.control_group import barrier
 
 
 class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
-    """Mixed into both engines, before DeepSpeed's own."""
+    """Mixed into both engines, before DeepSpeed's own.
+
+    Attributes:
+        step_loss: of the step that is to be taken, a scalar on the device; set before it is.
+        step_loss_on_host: the same, once the norm has been read; None where no norm was taken.
+    """
+
+    step_loss: torch.Tensor
+    step_loss_on_host: float | None = None
+
+    def read_norm(self, norm: torch.Tensor) -> torch.Tensor:
+        """A step's gradient norm on the host, and its loss with it.
+
+        The host waits for the device once in a step: here, before the optimizer's part of it. While the device does
+        that, the step is recorded and the next one begins.
+        """
+        both = on_host(torch.stack([value.detach().float().reshape(()) for value in (norm, self.step_loss)]))
+        self.step_loss_on_host = float(both[1])
+        return both[0]
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         """bf16 with ZeRO-1 keeps the optimizer that every other precision and stage has.
@@ -41,16 +58,21 @@ class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         zero = super()._configure_zero_optimizer(optimizer)
         if isinstance(zero, DeepSpeedZeroOptimizer):
-            zero.scaled_global_norm = MethodType(partitioned_norm, zero)
+            zero.scaled_global_norm = partial(partitioned_norm, zero, self.read_norm)
+        elif isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+            # In place of one norm for each group: one for all, which is the only one to be combined then.
+            zero._get_norm_groups = lambda: [zero3_norm(zero, self.read_norm)]
         return zero
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """ZeRO-0 reports the norm too, clipped or not, and clips by the whole model's."""
+        self.step_loss_on_host = None
         if not self.zero_optimization():
             counted = [p.grad for p in self.module.parameters() if p.grad is not None and not is_copy(p)]
             # Without stages each replica holds the whole gradient: there is nothing to add up.
             stages = self.mpu.get_model_parallel_group() if self.mpu is not None else None
-            self._global_grad_norm = norm_over(counted, stages)
+            self._norm_on_device = norm_over(counted, stages)
+            self._global_grad_norm = self.read_norm(self._norm_on_device)
         super()._take_model_step(lr_kwargs)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +89,7 @@ class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
         return bool(super()._optimizer_has_ckpt_event_epilogue())
 
     def clip_fp32_gradients(self) -> None:
-        clip_whole(self.module.parameters(), self._global_grad_norm, self.gradient_clipping())
+        clip_whole(self.module.parameters(), self._norm_on_device, self.gradient_clipping())
 
 
 @contextmanager
@@ -131,13 +153,11 @@ def norm_over(gradients: Iterable[torch.Tensor], group: Any | None) -> torch.Ten
 
 
 def whole_norm(owned: Iterable[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of what all ranks of the world own together, on the host; -1 for inf or nan, as upstream has it.
+    """L2 norm of what all ranks of the world own together; -1 for inf or nan, as upstream has it.
 
     Upstream asks the device about it for each parameter group, and once more.
     """
-    norm = norm_over(owned, dist.get_world_group())
-    mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
-    return on_host(norm)
+    return torch.nan_to_num(norm_over(owned, dist.get_world_group()), nan=-1.0, posinf=-1.0)
 
 
 def on_host(value: torch.Tensor) -> torch.Tensor:
@@ -145,7 +165,9 @@ def on_host(value: torch.Tensor) -> torch.Tensor:
     return value.cpu()
 
 
-def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> torch.Tensor:
+def partitioned_norm(
+    optimizer: DeepSpeedZeroOptimizer, read: Callable[[torch.Tensor], torch.Tensor], norm_type: int = 2
+) -> torch.Tensor:
     """Replaces ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
 
     Returns a float32 scalar on the host; -1 stands for inf or nan, as upstream has it.
@@ -162,7 +184,22 @@ def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int = 2) -> t
             owned.append(optimizer.single_partition_of_fp32_groups[index].grad)
         else:
             owned.extend(optimizer.averaged_gradients[index])
-    return whole_norm(owned)
+    return read(whole_norm(owned))
+
+
+def zero3_norm(
+    optimizer: DeepSpeedZeroOptimizer_Stage3, read: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The same for ZeRO-3: over all stages and partitions, each weight once."""
+    owned = []
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        if optimizer.offload_optimizer:
+            if not all(is_copy(parameter) for parameter in parameters):
+                owned.append(optimizer.fp32_partitioned_groups_flat[index].grad)
+            continue
+        gradients = optimizer.averaged_gradients[index]
+        owned += [g for p, g in zip(parameters, gradients, strict=True) if not is_copy(p)]
+    return read(whole_norm(owned))
 
 
 def clip_whole(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, largest: float) -> None:

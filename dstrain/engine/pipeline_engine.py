@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe import engine as pipe_engine
 
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.pipeline_module import recompute
-from dstrain.engine.zero3 import check_orders_among, count_each_weight_once, partition_of_gradient
+from dstrain.engine.zero3 import check_orders_among, partition_of_gradient
 from dstrain.model.document_lengths import DocumentLengths
 
 
@@ -50,7 +50,6 @@ class _StagedMends(PatchedEngine):
             super().__init__(*args, **kwargs)
         if self.zero_optimization_partition_weights():
             check_orders_among(self.grid.get_data_parallel_group())
-            count_each_weight_once(self.optimizer)
         self.module.activation_checkpoint_func = recompute
         self._partitions_gradients = self.zero_optimization_partition_gradients()
         # ZeRO-2 reduces in the backward pass, not at the schedule's ReduceGrads.
@@ -66,6 +65,28 @@ class _StagedMends(PatchedEngine):
         self._forward_passes.clear()
         loss: torch.Tensor = super().train_batch(data_iter)
         return loss
+
+    def _exec_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The loss comes first: it is read together with the gradient norm."""
+        self.step_loss = self._mean_loss()
+        super()._exec_optimizer_step(*args, **kwargs)
+
+    def _aggregate_total_loss(self) -> torch.Tensor:
+        return self.step_loss
+
+    def _mean_loss(self) -> torch.Tensor:
+        """Over micro-batches and replicas, on all stages. Upstream's waits for the device where it is no last stage."""
+        source = self._loss_stage_global_rank()
+        if self.global_rank == source:
+            loss: torch.Tensor = self._scale_loss_by_gas(self.total_loss).detach().float().reshape(1)
+            if self.is_data_parallel:
+                dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
+                loss /= self.dp_world_size
+        else:
+            loss = torch.zeros(1, device=self.device)
+        if self.is_pipe_parallel:
+            dist.broadcast(loss, src=source, group=self.mpu.get_pipe_parallel_group())
+        return loss[0]
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream adds an evaluation's outputs to the total of the last training batch.
@@ -211,6 +232,7 @@ _MENDED = {
     schedule.BackwardPass: _StagedMends._exec_backward_pass,
     schedule.ReduceGrads: _StagedMends._exec_reduce_grads,
     schedule.ReduceTiedGrads: _StagedMends._exec_reduce_tied_grads,
+    schedule.OptimizerStep: _StagedMends._exec_optimizer_step,
 }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from dstrain.engine.deepspeed_patches import is_copy, whole_norm
 from dstrain.engine.interface import DTYPES
 from dstrain.json_collectives import all_gather_json
 from dstrain.model.initialise import cast
@@ -82,24 +80,6 @@ def _same_among(group: Any) -> Callable[[list[int]], None]:
             )
 
     return check
-
-
-def count_each_weight_once(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Let the optimizer's gradient norm be that of the whole model, over all stages and partitions."""
-    optimizer._get_norm_groups = MethodType(_whole_norm, optimizer)
-
-
-def _whole_norm(optimizer: DeepSpeedZeroOptimizer_Stage3) -> list[torch.Tensor]:
-    """In place of one norm for each group: one for all, which is the only one to be combined then."""
-    owned = []
-    for index, parameters in enumerate(optimizer.fp16_groups):
-        if optimizer.offload_optimizer:
-            if not all(is_copy(parameter) for parameter in parameters):
-                owned.append(optimizer.fp32_partitioned_groups_flat[index].grad)
-            continue
-        gradients = optimizer.averaged_gradients[index]
-        owned += [g for p, g in zip(parameters, gradients, strict=True) if not is_copy(p)]
-    return [whole_norm(owned)]
 
 
 def partition_of_gradient(

@@ -38,7 +38,7 @@ from dstrain.rehearsal.memory_owners import (
     watch_gradients,
 )
 from dstrain.rehearsal.watch import Watch, shortened
-from dstrain.train.device import largest_memory
+from dstrain.train.device import used_memory
 from dstrain.train.rank_engine import build_rank_engine, client_optimizer, make_model, token_loss
 
 STEP = "step 2"
@@ -129,7 +129,7 @@ class RehearsedRank:
             note_gradients(engine, self.watch)
         with self._phase(STEP):
             self._train(adapter)
-            largest_memory(device)
+            used_memory(device)
         if self.failures:
             return
         with self._phase("validation"):

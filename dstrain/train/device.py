@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from dstrain.control_group import all_reduce_max
 from dstrain.errors import DstrainError
 
 
@@ -74,11 +73,8 @@ def be_deterministic() -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def largest_memory(device: torch.device) -> int:
-    """Peak bytes of the rank that used most: device memory on a GPU, resident memory on CPU. Collective."""
+def used_memory(device: torch.device) -> int:
+    """Peak bytes of this rank: device memory on a GPU, resident memory on CPU."""
     if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
-    else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    [peak] = all_reduce_max([used])
-    return peak
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

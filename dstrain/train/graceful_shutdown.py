@@ -40,10 +40,11 @@ class GracefulShutdown:
 
     def agreed(self) -> bool:
         """Whether any rank has a reason to leave. Collective: all ranks leave after the same step."""
-        [wanted] = all_reduce_max([int(self._wanted())])
+        [wanted] = all_reduce_max([self.wanted()])
         return bool(wanted)
 
-    def _wanted(self) -> bool:
+    def wanted(self) -> bool:
+        """Whether this rank has a reason to leave."""
         if self._signalled or self._asked():
             return True
         # One clock is enough.

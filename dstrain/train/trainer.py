@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from dstrain.config.files import cache_folder
-from dstrain.control_group import barrier
+from dstrain.control_group import all_reduce_max, barrier
 from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.build import start_communication
@@ -31,7 +31,7 @@ from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
 from dstrain.train.batches import TrainBatches
 from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
 from dstrain.train.control_client import ControlClient
-from dstrain.train.device import be_deterministic, largest_memory, take_device
+from dstrain.train.device import be_deterministic, take_device, used_memory
 from dstrain.train.final_output import continuation, save_weights
 from dstrain.train.graceful_shutdown import GracefulShutdown
 from dstrain.train.hooks import Hooks, start_info
@@ -162,6 +162,7 @@ def _train(
             _refuse_no_number(step, result, config.precision)
             seconds = time.perf_counter() - began
             control.step_ended(step)
+            memory, asked = all_reduce_max([used_memory(device), leaving.wanted()])
             record: dict[str, Any] = {
                 "step": step,
                 "loss": result.loss,
@@ -169,7 +170,7 @@ def _train(
                 "grad_norm": result.grad_norm if result.applied else None,
                 "tokens": step * plan.batch.tokens,
                 "seconds": round(seconds, 4),
-                "memory": largest_memory(device),
+                "memory": memory,
             }
             if counted:
                 record |= traffic.largest()
@@ -190,7 +191,9 @@ def _train(
             hooks.saved(checkpoints.take_completed())
             if config.check_every and _due(step, config.check_every, config.steps):
                 engine.check_replicas()
-            leave = leaving.agreed() and step < config.steps
+            if validated or plan.hooks:  # these take their time, in which a rank may have been asked to leave
+                asked = leaving.agreed()
+            leave = bool(asked) and step < config.steps
             if schedule.due(step) or (leave and config.saves):
                 with control.busy("checkpoint"):
                     if metrics:
