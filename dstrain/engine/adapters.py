@@ -55,6 +55,7 @@ class _DeepSpeedAdapter(Engine):
         check_replicas(self.engine)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._release_gathered()
         for name, parameter in self._named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 value = parameter.detach().to("cpu", torch.float32, copy=True)
@@ -62,9 +63,16 @@ class _DeepSpeedAdapter(Engine):
             del value  # before the next one is made
 
     def help_with_weights(self) -> None:
+        self._release_gathered()
         for _, parameter in self._named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 pass
+
+    def _release_gathered(self) -> None:
+        """ZeRO-3 ends an evaluation with weights on their way, for a backward pass that does not come. They can't be
+        gathered one by one then."""
+        if self.engine.zero_optimization_partition_weights():
+            self.engine.optimizer.checkpoint_event_prologue()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._named_parameters()}

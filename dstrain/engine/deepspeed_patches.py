@@ -193,6 +193,13 @@ def zero3_norm(
     """The same for ZeRO-3: over all stages and partitions, each weight once."""
     owned = []
     for index, parameters in enumerate(optimizer.fp16_groups):
+        if optimizer._swappable_optimizer_subgroup(
+            index
+        ):  # the gradients are on the disk; their norms were taken
+            norms = optimizer.norm_for_param_grads
+            numbers = (optimizer.get_param_id(p) for p in parameters if not is_copy(p))
+            owned += [norms[number] for number in numbers if number in norms]
+            continue
         if optimizer.offload_optimizer:
             if not all(is_copy(parameter) for parameter in parameters):
                 owned.append(optimizer.fp32_partitioned_groups_flat[index].grad)

@@ -14,7 +14,8 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
@@ -26,7 +27,7 @@ from torch import nn
 
 from dstrain.control_group import barrier
 from dstrain.engine.checkpoint_files import SavedTensor
-from dstrain.engine.checkpoint_state import MASTER, SavedParameter, SavedState
+from dstrain.engine.checkpoint_state import MASTER, SavedParameter
 from dstrain.engine.client_optimizer import hugging_face_name
 from dstrain.errors import DstrainError
 from dstrain.optimizers import facts_of_type, kept_states
@@ -38,8 +39,30 @@ Say = Callable[[str], None]
 _SECONDS_BETWEEN_WORDS = 10.0
 
 
+class Restorable(Protocol):
+    """What is needed of a `SavedState`."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def parameters(self) -> Mapping[str, SavedParameter]: ...
+
+    @property
+    def buffers(self) -> Mapping[str, SavedTensor]: ...
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    @property
+    def loss_scaler(self) -> Any: ...
+
+    @property
+    def ours(self) -> dict[str, Any]: ...
+
+
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, Any]:
+def restore(engine: DeepSpeedEngine, saved: Restorable, say: Say) -> dict[str, Any]:
     """Give the engine the state of a checkpoint, whatever layout that was saved by. Collective.
 
     The engine is as it was built: it has trained no step. Its weights, fp32 masters, optimizer states and their
@@ -79,7 +102,7 @@ def restore(engine: DeepSpeedEngine, saved: SavedState, say: Say) -> dict[str, A
     return saved.ours
 
 
-def _match(module: nn.Module, saved: SavedState) -> Matched:
+def _match(module: nn.Module, saved: Restorable) -> Matched:
     """This rank's parameters and what the checkpoint holds of them. Raises DstrainError."""
     matched = {}
     for name, parameter in module.named_parameters():
@@ -104,7 +127,7 @@ def _needed_states(engine: DeepSpeedEngine) -> set[str]:
     return {state.name for state in kept_states(facts, options)} if facts is not None else set()
 
 
-def _refuse_other_shapes(matched: Matched, saved: SavedState) -> None:
+def _refuse_other_shapes(matched: Matched, saved: Restorable) -> None:
     """Refuse states that can't be cut as the parameters are. Raises DstrainError."""
     for parameter, held in matched.items():
         for key, value in held.values.items():
@@ -117,7 +140,7 @@ def _refuse_other_shapes(matched: Matched, saved: SavedState) -> None:
                 )
 
 
-def _refuse_lost_states(needed: set[str], matched: Matched, saved: SavedState) -> None:
+def _refuse_lost_states(needed: set[str], matched: Matched, saved: Restorable) -> None:
     """Refuse to train on with an optimizer that would start from nothing. Raises DstrainError."""
     for parameter, held in matched.items():
         lost = needed - held.states.keys()

@@ -11,12 +11,12 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dstrain import json_collectives
+from dstrain import control_group, json_collectives
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.rehearsal.replacing import replace, replace_everywhere
 
-Told = Callable[[str, int, int], None]
-"""Takes the name of a collective of JSON, the bytes of this rank's value and the number of ranks."""
+Told = Callable[[str, int, str, int], None]
+"""Takes the name of a collective of plain values, the bytes of this rank's, their device and the number of ranks."""
 
 
 class FakeGroups:
@@ -51,22 +51,27 @@ def join_fake_world(rank: int, ranks: int, told: Told) -> FakeGroups:
     replace_everywhere(
         distributed.get_backend, lambda group=None: "gloo" if groups.takes(group) == "cpu" else "nccl"
     )
-    _answer_for_others(told)
+    _answer_for_others(groups, told)
     return groups
 
 
-def _answer_for_others(told: Told) -> None:
+def _answer_for_others(groups: FakeGroups, told: Told) -> None:
     """All others say what this rank says: what is compared is equal, as it is in a run that goes well."""
 
     def gather_json(value: Any, group: Any = None) -> list[Any]:
         ranks = distributed.get_world_size(group)
-        told("all_gather", len(str(value)), ranks)
+        told("all_gather", len(str(value)), groups.takes(group) if group is not None else "cpu", ranks)
         return [value] * ranks
 
     def broadcast_json(value: Any, src: int = 0) -> Any:
-        told("broadcast", len(str(value)), distributed.get_world_size())
+        told("broadcast", len(str(value)), "cpu", distributed.get_world_size())
         return value
 
+    def all_reduce_max(numbers: Sequence[int]) -> list[int]:
+        told("all_reduce", 8 * len(numbers), "cpu", distributed.get_world_size())
+        return list(numbers)
+
+    replace_everywhere(control_group.all_reduce_max, all_reduce_max)
     replace_everywhere(json_collectives.all_gather_json, gather_json)
     replace_everywhere(json_collectives.broadcast_json, broadcast_json)
     # DeepSpeed compares numbers of this rank with those of others: received tensors hold none.

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.optim import optimizer
 from transformers.utils import import_utils
 
+from dstrain.model.skeleton import empty_model
 from dstrain.model.weights.weight_files import StoredTensor
-from dstrain.rehearsal.replacing import replace
+from dstrain.rehearsal.replacing import replace, replace_everywhere
 
 _PINNED: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -55,6 +56,8 @@ def prepare_fake_tensors() -> FakeTensorMode:
     for name in ("silu_backward", "mish_backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
             _KERNELS.impl(name, lambda gradient, value: torch.empty_like(value), "CUDA")
+    # A model without weights is made as it always is, also that of a family without layers.
+    replace_everywhere(empty_model, _outside(empty_model))
     # transformers takes a fake tensor for a sign of an export, and computes otherwise then.
     replace(import_utils, "is_fake_tensor", lambda tensor: False)
     return mode
@@ -66,6 +69,16 @@ def _read(mode: FakeTensorMode) -> Any:
             return torch.empty(stored.shape, dtype=dtype)
 
     return read
+
+
+def _outside(function: Any) -> Any:
+    """The function, called without the mode."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _set_data(data: Any) -> Any:

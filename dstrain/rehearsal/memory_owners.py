@@ -53,9 +53,13 @@ def optimizer_states(engine: Any) -> Iterator[torch.Tensor]:
     optimizer = engine.optimizer
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         yield from (partition.data for partition in getattr(optimizer, name, ()))
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for state in inner.state.values():
+    for state in inner_optimizer(engine).state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def inner_optimizer(engine: Any) -> Any:
+    """The optimizer that keeps the states: DeepSpeed's own for ZeRO is around it."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def held_gradients(engine: Any) -> Iterator[torch.Tensor]:

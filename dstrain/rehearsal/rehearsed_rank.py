@@ -1,8 +1,9 @@
-"""What a rank would do on its GPU: build, two training steps, validation, a checkpoint, its loading, generation."""
+"""What a rank would do on its GPU: build, training steps, validation, checkpoints and their loading, generation."""
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 import time
@@ -10,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,8 @@ from deepspeed.accelerator import get_accelerator
 
 from dstrain.engine.build import start_communication
 from dstrain.engine.interface import DTYPES, Engine, MicroBatch
+from dstrain.engine.restore import restore
+from dstrain.engine.traffic_count import TrafficCount
 from dstrain.errors import DstrainError, place_of
 from dstrain.model.document_lengths import DocumentLengths
 from dstrain.model.pipeline_model import PipelineModel
@@ -30,6 +33,7 @@ from dstrain.rehearsal.checkpoint_in_memory import CheckpointInMemory
 from dstrain.rehearsal.fake_cuda import FakeGpu, FakeMemory
 from dstrain.rehearsal.fake_ranks import join_fake_world, receive_from_neighbours
 from dstrain.rehearsal.fake_tensors import prepare_fake_tensors
+from dstrain.rehearsal.foreign_checkpoint import ForeignCheckpoint
 from dstrain.rehearsal.host_operators import install_host_operators
 from dstrain.rehearsal.memory_owners import (
     held_parameters,
@@ -38,8 +42,14 @@ from dstrain.rehearsal.memory_owners import (
     watch_gradients,
 )
 from dstrain.rehearsal.watch import Watch, shortened
-from dstrain.train.device import used_memory
+from dstrain.runs.protocol import RankStatus
+from dstrain.train.control_client import ControlClient
+from dstrain.train.graceful_shutdown import GracefulShutdown
+from dstrain.train.hooks import Hooks
+from dstrain.train.lr_schedule import LearningRate
 from dstrain.train.rank_engine import build_rank_engine, client_optimizer, make_model, token_loss
+from dstrain.train.training_loop import TrainingLoop
+from dstrain.train.validation import Validation
 
 STEP = "step 2"
 """The step that is held against the plan: the optimizer has its states then."""
@@ -99,6 +109,7 @@ class RehearsedRank:
             receive_from_neighbours(self._passed_on(model))
         kernels = AttentionKernels(self.request.gpu.capability)
         self.watch.seen_by = kernels.see
+        traffic = TrafficCount()
         start_communication(self.plan.run_config.communication_timeout_seconds)
         device = torch.device(get_accelerator().current_device_name())
         with mode, self.watch:
@@ -106,7 +117,7 @@ class RehearsedRank:
             with self._phase("build"):
                 engine = self._build(model if model is not None else make_model(self.plan), device)
             if engine is not None:
-                self._use(engine, device)
+                self._use(engine, device, traffic)
         return self._answer(kernels)
 
     def _build(self, model: PipelineModel | UnsplitModel, device: torch.device) -> Engine:
@@ -121,37 +132,73 @@ class RehearsedRank:
         gc.collect()
         return adapter
 
-    def _use(self, adapter: Engine, device: torch.device) -> None:
+    def _use(self, adapter: Engine, device: torch.device, traffic: TrafficCount) -> None:
         engine = self._engine_of(adapter)
-        with self._phase("step 1"):
-            self._train(adapter)
-            self.watch.own("optimizer", optimizer_states(engine))
-            note_gradients(engine, self.watch)
-        with self._phase(STEP):
-            self._train(adapter)
-            used_memory(device)
-        if self.failures:
-            return
-        with self._phase("validation"):
-            adapter.eval_loss(self._micro_batches(adapter.fewest_micro_batches))
-        with self._phase("replica check"):
-            adapter.check_replicas()
         with TemporaryDirectory() as folder:
-            checkpoint = CheckpointInMemory(adapter, Path(folder), stages=self.plan.layout.pipeline)
+            checkpoint = CheckpointInMemory(Path(folder), stages=self.plan.layout.pipeline)
+            loop = self._training_loop(adapter, device, traffic, checkpoint)
+            with self._phase("step 1"):
+                self._train(loop, 1)
+                self.watch.own("optimizer", optimizer_states(engine))
+                note_gradients(engine, self.watch)
+            with self._phase(STEP):
+                self._train(loop, 2)
+            if self.failures:
+                return
+            with self._phase("validation"):
+                adapter.eval_loss(self._micro_batches(adapter.fewest_micro_batches))
+            with self._phase("replica check"):
+                adapter.check_replicas()
             with self._phase("checkpoint"):
-                checkpoint.save(step=2)
+                checkpoint.save(adapter, step=2)
             with self._phase("resume"):
-                checkpoint.load()
-        with self._phase("step 3"):
-            self._train(adapter)
+                checkpoint.load(adapter)
+            with self._phase("step 3"):
+                self._train(loop, 3)
+            if self.plan.run_config.offload != "nvme":  # whose checkpoints go on in their own layout alone
+                with self._phase("resume in another layout"):
+                    restore(engine, ForeignCheckpoint(engine), print)
+                with self._phase("step 4"):
+                    self._train(loop, 4)
         with self._phase("generation"):
             [micro_batch] = self._micro_batches(1)
             adapter.next_token_logits(micro_batch, 0, self.plan.batch.seq_len - 1)
+        with self._phase("final weights"):
+            for _ in adapter.weights():
+                pass
 
-    def _train(self, adapter: Engine) -> None:
+    def _training_loop(
+        self, adapter: Engine, device: torch.device, traffic: TrafficCount, checkpoint: CheckpointInMemory
+    ) -> TrainingLoop:
+        """That of a training, without what is due now and then: this has phases of its own."""
+        plan, rank = self.plan, self.request.rank
+        never = {"steps": 1_000_000, "eval_every": 0, "check_every": 0, "save_every": 0, "keep_every": 0}
+        status = RankStatus(rank=rank, host="rehearsal", pid=os.getpid(), state="running")
+        return TrainingLoop(
+            plan=replace(plan, config={**plan.config, **never}, hooks=()),
+            engine=adapter,
+            device=device,
+            rank=rank,
+            lr_of=LearningRate.of(plan.run_config),
+            traffic=traffic,
+            validation=Validation([], adapter, plan.batch, samples=0, replica=0, device=device),
+            checkpoints=checkpoint,
+            leaving=GracefulShutdown(lambda: False, None),
+            control=ControlClient({}, status),
+            hooks=Hooks(),
+            metrics=None,
+            console=None,
+            losses={},
+        )
+
+    def _train(self, loop: TrainingLoop, step: int) -> None:
         """One step. A step that is skipped would show another rank than the one that trains."""
-        micro_batches = self._micro_batches(self.plan.batch.accumulation)
-        if not adapter.train_batch(micro_batches, self.plan.run_config.lr).applied:
+
+        def micro_batches(step: int) -> list[MicroBatch]:
+            return self._micro_batches(self.plan.batch.accumulation)
+
+        loop.run(range(step, step + 1), micro_batches, lambda step: None)
+        if not self._engine_of(loop.engine).was_step_applied():
             raise RuntimeError("the optimizer's step is skipped, as if a gradient were inf")
 
     @staticmethod

@@ -45,6 +45,7 @@ _INNER = (
     "/torch/",
     "/contextlib.py",
     "/rehearsal/",
+    "/engine/traffic_count.py",
     "/deepspeed/comm/",
     "/deepspeed/accelerator/",
     "/deepspeed/utils/",
@@ -121,9 +122,9 @@ class Watch(MemoryCount):
         """The host waits here."""
         self.waits[Wait(self.phase, what, place())] += 1
 
-    def told_json(self, kind: str, size: int, ranks: int) -> None:
+    def told_json(self, kind: str, size: int, device: str, ranks: int) -> None:
         """A collective of plain values."""
-        self.messages[Message(self.phase, f"{kind} of JSON", "uint8", size, "cuda", ranks)] += 1
+        self.messages[Message(self.phase, f"{kind} of JSON", "uint8", size, device, ranks)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,13 +1,11 @@
-"""The training loop of one rank."""
+"""A training on one rank: what it needs is made, its steps are taken, and its results are written."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, TextIO
 
 import torch
@@ -15,11 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from dstrain.config.files import cache_folder
-from dstrain.control_group import all_reduce_max, barrier
+from dstrain.control_group import barrier
 from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizing.tokenizers import Tokenizer
 from dstrain.engine.build import start_communication
-from dstrain.engine.interface import Engine, StepResult
+from dstrain.engine.interface import Engine
 from dstrain.engine.traffic_count import TrafficCount
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
@@ -29,9 +27,9 @@ from dstrain.runs.checkpoint.manifest import keep_run_id
 from dstrain.runs.protocol import WAITING_FOR_DATA
 from dstrain.runs.run_folder import NOTE, RunFolder, last_validation_losses
 from dstrain.train.batches import TrainBatches
-from dstrain.train.checkpointing.checkpoints import Checkpoints, SaveSchedule
+from dstrain.train.checkpointing.checkpoints import Checkpoints
 from dstrain.train.control_client import ControlClient
-from dstrain.train.device import be_deterministic, take_device, used_memory
+from dstrain.train.device import be_deterministic, take_device
 from dstrain.train.final_output import continuation, save_weights
 from dstrain.train.graceful_shutdown import GracefulShutdown
 from dstrain.train.hooks import Hooks, start_info
@@ -44,6 +42,7 @@ from dstrain.train.rank_engine import build_rank_engine, client_optimizer, make_
 from dstrain.train.rank_environment import refuse_another_world
 from dstrain.train.run_data import check_model_file, prepare_run_data
 from dstrain.train.streams import Streams
+from dstrain.train.training_loop import TrainingLoop
 from dstrain.train.validation import VALIDATION_LOSS, Validation
 
 
@@ -128,14 +127,24 @@ def _train(
         replica=replica,
         device=device,
     )
-
-    losses = last_validation_losses(folder.metrics)  # of a run that is resumed at its end
+    loop = TrainingLoop(
+        plan=plan,
+        engine=engine,
+        device=device,
+        rank=rank,
+        lr_of=lr_of,
+        traffic=traffic,
+        validation=validation,
+        checkpoints=checkpoints,
+        leaving=leaving,
+        control=control,
+        hooks=hooks,
+        metrics=metrics,
+        console=console,
+        losses=last_validation_losses(folder.metrics),  # of a run that is resumed at its end
+    )
     if first == 1 and validation:
-        losses = validation.losses()
-        if metrics:
-            metrics.write({"step": 0, **losses, "tokens": 0})
-        hooks.validated(0, losses, tokens=0)
-    schedule = SaveSchedule(config)
+        loop.validate_before_training()
     with (
         hooks.told_of_saves(checkpoints.take_completed),
         checkpoints,  # at its end the last one is complete, and an error lets it be
@@ -151,64 +160,15 @@ def _train(
         if first <= config.steps:
             streams.open(checkpoints.streams)
             control.waits_for = streams.waits_for
-        for step in range(first, config.steps + 1):
-            checkpoints.raise_if_failed()
-            began = time.perf_counter()
-            # Dropout draws from a state that depends on the step alone: a resumed run repeats it.
-            torch.manual_seed(config.seed + 1_000_003 * step + rank)
-            counted = step == min(first + 1, config.steps) and plan.layout.world_size > 1
-            with traffic.counting() if counted else nullcontext():
-                result = engine.train_batch(prefetch.take(step), lr_of(step))
-            _refuse_no_number(step, result, config.precision)
-            seconds = time.perf_counter() - began
-            control.step_ended(step)
-            memory, asked = all_reduce_max([used_memory(device), leaving.wanted()])
-            record: dict[str, Any] = {
-                "step": step,
-                "loss": result.loss,
-                "lr": lr_of(step),
-                "grad_norm": result.grad_norm if result.applied else None,
-                "tokens": step * plan.batch.tokens,
-                "seconds": round(seconds, 4),
-                "memory": memory,
-            }
-            if counted:
-                record |= traffic.largest()
-            if config.precision == "fp16":
-                record |= {"loss_scale": result.loss_scale, "skipped": not result.applied}
-            validated = bool(validation) and _due(step, config.eval_every, config.steps)
-            if validated:
-                with control.busy("validation loss"):
-                    losses = validation.losses()
-                record |= losses
-            if metrics:
-                metrics.write(record)
-            if console:
-                console.write(_line(record, config.steps) + "\n")
-            hooks.stepped(step, record)
-            if validated:
-                hooks.validated(step, losses, tokens=record["tokens"])
-            hooks.saved(checkpoints.take_completed())
-            if config.check_every and _due(step, config.check_every, config.steps):
-                engine.check_replicas()
-            if validated or plan.hooks:  # these take their time, in which a rank may have been asked to leave
-                asked = leaving.agreed()
-            leave = bool(asked) and step < config.steps
-            if schedule.due(step) or (leave and config.saves):
-                with control.busy("checkpoint"):
-                    if metrics:
-                        metrics.flush_to_disk()  # a checkpoint must not be ahead of its metrics
-                    checkpoints.save(engine, step, streams.states(step))
-                schedule.saved()
-            if leave:
-                control.run_ending()
-                return step, False
+        left_after = loop.run(range(first, config.steps + 1), prefetch.take, streams.states)
         control.run_ending()
+        if left_after is not None:
+            return left_after, False
     if metrics:
         metrics.close()
     if config.save_weights:
         save_weights(engine, folder.weights, plan.layout.stage(rank), replica)
-    _finish(folder, plan, engine, data.tokenizer, losses)
+    _finish(folder, plan, engine, data.tokenizer, loop.losses)
     return config.steps, True
 
 
@@ -232,37 +192,6 @@ def _say(line: str, console: TextIO | None) -> None:
         print(line, flush=True)
     if console:
         console.write(NOTE + line + "\n")
-
-
-def _refuse_no_number(step: int, result: StepResult, precision: str) -> None:
-    """Stop a training that has left the numbers. Every rank sees the same result.
-
-    Only fp16's loss scale skips steps on purpose; elsewhere DeepSpeed skips a step whose gradient is no
-    number, or reports its norm as -1, and would go on without learning anything.
-    """
-    if precision == "fp16" and not result.applied:
-        return
-    is_number = math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0
-    if result.applied and is_number:
-        return
-    what = f"the loss is {result.loss}"
-    if math.isfinite(result.loss):
-        what = "the gradient norm is not finite"
-    raise DstrainError(
-        f"{what} at step {step}",
-        hint="a smaller --lr, more --set warmup_steps=N, or --precision fp32",
-    )
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
-
-
-def _line(record: dict[str, object], steps: int) -> str:
-    """One line for a console that is no terminal."""
-    validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
-    norm = f"{record['grad_norm']:.3f}" if record["grad_norm"] is not None else "skipped"
-    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}{validation}  lr {record['lr']:.2e}  grad {norm}"
 
 
 def _finish(

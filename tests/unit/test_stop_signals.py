@@ -99,7 +99,7 @@ def test_a_rank_heeds_what_is_not_ignored(
     leaving = GracefulShutdown(lambda: False, None)
     send(number)
     stays = ignored and number != signal.SIGTERM
-    assert leaving._wanted() is not stays
+    assert leaving.wanted() is not stays
     assert signal.getsignal(number) == (signal.SIG_IGN if stays else signal.SIG_DFL)
 
 
