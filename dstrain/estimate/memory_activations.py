@@ -120,7 +120,8 @@ def masks_held(config: RunConfig, layers: Iterable[Layer], micro_batch: int) -> 
 def layer_kept(config: RunConfig, layer: Layer, micro_batch: int, hidden: int) -> int:
     """What a layer keeps of a micro-batch in flight."""
     if config.activation_checkpointing and layer.kind == "block":
-        return hidden
+        given = layer.given_bytes_per_token[config.precision == "fp32"]
+        return micro_batch * config.seq_len * given or hidden
     saved = micro_batch * layer.saved_bytes(config.seq_len, config.precision)
     return saved + layer_mask(config, layer, micro_batch)
 

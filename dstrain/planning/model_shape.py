@@ -14,7 +14,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.planning.layout import Layout
 
-FORMAT = 11
+FORMAT = 12
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Layer:
     At a sequence length S a token's forward pass takes ``forward_flops_per_token`` +
     S x ``forward_flops_per_token_and_position`` FLOPs (the second part is attention's), and its backward pass
     needs bytes that are counted likewise, in 16 bits and in fp32: ``saved`` from the forward pass on, and
-    ``working`` beside these for a moment. Logits are not among them.
+    ``working`` beside these for a moment. Logits are not among them. ``given_bytes_per_token``: of what the layer
+    before hands to it, which it keeps where it is to run again; 0 for the hidden state alone.
     ``tensors`` has the elements of each parameter by its Hugging Face name; 0 under the further names of a
     weight that this layer ties to itself.
     """
@@ -39,6 +40,7 @@ class Layer:
     saved_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
     working_bytes_per_token: tuple[int, int] = (0, 0)
     working_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
+    given_bytes_per_token: tuple[int, int] = (0, 0)
 
     def forward_flops(self, seq_len: int, attended: float = 1.0) -> float:
         """FLOPs of the forward pass of one sample of ``seq_len`` tokens.
@@ -128,6 +130,7 @@ class ModelShape:
                     saved_bytes_per_token_and_position=tuple(layer["saved_bytes_per_token_and_position"]),
                     working_bytes_per_token=tuple(layer["working_bytes_per_token"]),
                     working_bytes_per_token_and_position=tuple(layer["working_bytes_per_token_and_position"]),
+                    given_bytes_per_token=tuple(layer["given_bytes_per_token"]),
                 )
                 for layer in record["layers"]
             ),

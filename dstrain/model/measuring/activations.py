@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,12 +39,14 @@ class Activations:
     Attributes:
         saved: what its backward pass needs of its forward pass, its input with it.
         working: what its forward or its backward pass takes beside that, at its fullest moment.
+        given: what it is given by the layer before it, and needs to run again.
     """
 
     saved: tuple[int, int] = (0, 0)
     saved_of_position: tuple[float, float] = (0.0, 0.0)
     working: tuple[int, int] = (0, 0)
     working_of_position: tuple[float, float] = (0.0, 0.0)
+    given: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,24 @@ class _Bytes:
 def block_activations(structure: ModelStructure, index: int) -> Activations:
     """Bytes of a block. With sdpa and flash attention its parts for each position are 0: they keep no square."""
     config = structure.config
+    length = length_apart(structure.blocks[index][1])
     found = []
     for dtype in DTYPES:
+        given = math.prod(structure.hidden) * dtype.itemsize
         try:
-            both = [_of_block(structure, index, length, dtype) for length in (LENGTH, 2 * LENGTH)]
+            short, long = (_of_block(structure, index, tokens, dtype) for tokens in (length, 2 * length))
         except Refused:
             width = config.hidden_size * dtype.itemsize
-            found.append((BY_FORMULA * width / 2, 0.0, 2 * width, 0.0))
+            found.append((BY_FORMULA * width / 2, 0.0, 2 * width, 0.0, given))
             continue
-        part, part_of_position = per_token(*(one.saved for one in both))
+        part, part_of_position = per_token(short.saved, long.saved, length)
         if loops_over_experts(structure):
             # None is chosen on meta. A matrix keeps its input: parameters / hidden size elements, as two of an
             # expert's three matrices are as wide as that, and its activation functions one half again.
             met = expert_parameters_met(structure.blocks[index][1], config)
             part += 1.5 * dtype.itemsize * met / config.hidden_size
-        found.append((part, part_of_position, *per_token(*(one.working for one in both))))
-    return _both_types(found)
+        found.append((part, part_of_position, *per_token(short.working, long.working, length), given))
+    return both_types(found)
 
 
 def outer_activations(structure: ModelStructure) -> tuple[Activations, Activations]:
@@ -88,25 +93,37 @@ def outer_activations(structure: ModelStructure) -> tuple[Activations, Activatio
                 trial.run()
         except Refused:
             width = structure.config.hidden_size * dtype.itemsize
-            before.append((0.0,) * 4)
-            after.append((2.0 * width, 0.0, 2.0 * width, 0.0))
+            before.append((0.0,) * 5)
+            after.append((2.0 * width, 0.0, 2.0 * width, 0.0, width))
             continue
         for place, found in (("before", before), ("after", after)):
             sums = [trial.found[place] for trial in trials]
             found.append(
-                (*per_token(*(one.saved for one in sums)), *per_token(*(one.working for one in sums)))
+                (*per_token(*(one.saved for one in sums)), *per_token(*(one.working for one in sums)), 0)
             )
-    return _both_types(before), _both_types(after)
+    return both_types(before), both_types(after)
 
 
-def _both_types(found: Sequence[tuple[float, ...]]) -> Activations:
-    saved, saved_of_position, working, working_of_position = zip(*found, strict=True)
+def length_apart(module: nn.Module) -> int:
+    """A length to measure at, as `LENGTH` and a multiple of it: no weight is as wide as it, or as twice it, since
+    gradients of weights are told from other tensors by their shapes."""
+    widths = {width for parameter in module.parameters() for width in parameter.shape}
+    return next(n for n in range(LENGTH, 64 * LENGTH, 2 * LENGTH) if not widths & {n, 2 * n})
+
+
+def both_types(found: Sequence[tuple[float, ...]]) -> Activations:
+    """From the numbers of `Activations`, once in 16 bits and once in fp32."""
+    saved, saved_of_position, working, working_of_position, given = zip(*found, strict=True)
     return Activations(
-        tuple(map(round, saved)), saved_of_position, tuple(map(round, working)), working_of_position
+        tuple(map(round, saved)),
+        saved_of_position,
+        tuple(map(round, working)),
+        working_of_position,
+        tuple(map(round, given)),
     )
 
 
-class _FusedAttention(torch.autograd.Function):
+class _FusedKernel(torch.autograd.Function):
     """What a fused kernel keeps: its inputs, its output and a number a row. On meta torch would keep the square of
     scores.
     """
@@ -126,34 +143,46 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-_fused_attention: Callable[..., Tensor] = _FusedAttention.apply
+_fused_attention: Callable[..., Tensor] = _FusedKernel.apply
 
 
-class _Fused(TorchFunctionMode):
+class GpuKernels(TorchFunctionMode):
+    """Operations that keep less on a GPU than on meta keep what they keep there.
+
+    Attention keeps what a fused kernel does, and dropout the places in one byte each.
+    """
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value")
             return _fused_attention(*args[:3], *(kwargs[name] for name in names[len(args[:3]) :]))
+        if func is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-class _Alive(TorchDispatchMode):
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+class AliveStorages(TorchDispatchMode):
     """Bytes of the storages that operations made and that are alive, and the most that there were at a time.
 
     Args:
-        shapes: of parameters: storages of these shapes are gradients of theirs, and not counted.
+        shapes: of parameters: storages of these shapes, or turned, are gradients of theirs, and not counted. A
+            linear layer with a bias makes its weight's turned.
     """
 
     def __init__(self, shapes: set[torch.Size]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self._shapes = shapes
+        self._shapes = shapes | {shape[::-1] for shape in shapes if len(shape) == 2}
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def leave_out(self, tensors: Any) -> None:
         for tensor in tensors:
-            self._known[_storage(tensor)] = weakref.ref(tensor.untyped_storage())
+            self._known[storage_of(tensor)] = weakref.ref(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -189,25 +218,25 @@ def _of_block(structure: ModelStructure, index: int, length: int, dtype: torch.d
 def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, shared: Any) -> _Bytes:
     """Of a module that is run with ``hidden``. ``shared``: what else it is given, which is not counted."""
     others = [x for x in tree_flatten(shared)[0] if isinstance(x, Tensor)]
-    not_counted = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *others)}
+    not_counted = {storage_of(tensor) for tensor in (*module.parameters(), *module.buffers(), *others)}
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        kept.setdefault(_storage(tensor), tensor)
+        kept.setdefault(storage_of(tensor), tensor)
         return tensor
 
-    alive = _Alive({parameter.shape for parameter in module.parameters()})
+    alive = AliveStorages({parameter.shape for parameter in module.parameters()})
     alive.leave_out((*module.parameters(), *module.buffers(), *others, hidden))
     own = hidden.untyped_storage().nbytes()
     try:
-        with torch.enable_grad(), NoData(), _Fused(), alive:
+        with torch.enable_grad(), NoData(), GpuKernels(), alive:
             with saved_tensors_hooks(note, lambda tensor: tensor):
                 output = run(hidden)
             saved = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in not_counted)
-            keeps_input = _storage(hidden) in kept
+            keeps_input = storage_of(hidden) in kept
             forward = alive.most + own  # the input is there, kept or not
             output = output if isinstance(output, Tensor) else output[0]
-            stays = _storage(output) in kept
+            stays = storage_of(output) in kept
             kept.clear()
             # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.
             alive.most = alive.now
@@ -252,6 +281,6 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(cast, values)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """Which storage a tensor looks at: on meta there are no addresses to compare."""
     return int(tensor.untyped_storage()._cdata)

@@ -16,14 +16,14 @@ LENGTH = 256
 """A block is measured at this length and at twice it; recurrent families work in chunks that divide it."""
 
 
-def per_token(at_length: float, at_double: float) -> tuple[float, float]:
+def per_token(at_length: float, at_double: float, length: int = LENGTH) -> tuple[float, float]:
     """What a token costs at sequence length S is fixed + share x S: both from totals of two sequences.
 
     Args:
-        at_length, at_double: of a whole sequence of ``LENGTH`` tokens, and of twice as many.
+        at_length, at_double: of a whole sequence of ``length`` tokens, and of twice as many.
     """
-    share = max(0.0, (at_double - 2 * at_length) / (2 * LENGTH**2))
-    return at_double / (2 * LENGTH) - share * 2 * LENGTH, share
+    share = max(0.0, (at_double - 2 * at_length) / (2 * length**2))
+    return at_double / (2 * length) - share * 2 * length, share
 
 
 def block_flops(structure: ModelStructure, index: int) -> tuple[int, float]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from dstrain.model.capability.independence import head_is_tokenwise, judge_packi
 from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
 from dstrain.model.measuring.activations import Activations, block_activations, outer_activations
 from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
+from dstrain.model.measuring.whole_model import MeasuredLayer, measure_whole_model
 from dstrain.model.pipeline_split.probe import find_structure
-from dstrain.model.pipeline_split.structure import ModelStructure
+from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 11
+FORMAT = 12
 
 
 def measure(config: PretrainedConfig) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
         elements of each parameter by its Hugging Face name,
         ``forward_flops_per_token``: multiply and add are two, ``saved_bytes_per_token``: what the backward pass
-        needs, ``working_bytes_per_token``: what the layer takes beside that for a moment, in 16 bits and in fp32,
+        needs, ``working_bytes_per_token``: what the layer takes beside that for a moment, ``given_bytes_per_token``:
+        what it is given by the layer before it, in 16 bits and in fp32,
         and all with ``_and_position``: attention's part, to be multiplied by the
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
@@ -94,12 +97,18 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
 def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
     if not structure.blocks:
         total = structure.total_parameters
-        return [_entry("whole", "block", _tensors_in_one(structure), total, 2 * total)]
+        return [
+            _entry(
+                "whole",
+                "block",
+                _tensors_in_one(structure),
+                total,
+                MeasuredLayer(2 * total, 0.0, Activations()),
+            )
+        ]
     # What belongs to no layer, in models that can't be split: counted with the embedding.
     stranded = {name: param.numel() for name, param in structure.model.named_parameters()}
-    outer = outer_flops_per_token(structure)
-    before, behind = outer_activations(structure)
-    known: dict[Any, Any] = {}
+    measured = _measured_layers(structure)
     entries = []
     for index in range(structure.num_blocks + 2):
         modules = structure.layer_modules(index)
@@ -111,16 +120,31 @@ def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
         count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
         if index == 0:
             count += sum(stranded.values())
-            entries.append(_entry("embed", "embed", tensors | stranded, count, outer[0], 0.0, before))
-        elif index == structure.num_blocks + 1:
-            entries.append(_entry("head", "head", tensors, count, outer[1], 0.0, behind))
-        else:
-            block = next(iter(modules.values()))
-            signature = _signature(block)
-            if signature not in known:
-                known[signature] = *block_flops(structure, index - 1), block_activations(structure, index - 1)
-            entries.append(_entry(f"block {index - 1}", "block", tensors, count, *known[signature]))
+            tensors |= stranded
+        name = {0: "embed", structure.num_blocks + 1: "head"}.get(index, f"block {index - 1}")
+        entries.append(_entry(name, name.split()[0], tensors, count, measured[index]))
     return entries
+
+
+def _measured_layers(structure: ModelStructure) -> list[MeasuredLayer]:
+    """Of [embed, each block, head]: layer by layer, or all together where they can't be separated."""
+    if structure.refusal is not None:
+        with suppress(Refused):
+            whole = measure_whole_model(structure.config)
+            if len(whole) == structure.num_blocks + 2:
+                return whole
+    outer = outer_flops_per_token(structure)
+    before, behind = outer_activations(structure)
+    known: dict[Any, MeasuredLayer] = {}
+    layers = [MeasuredLayer(outer[0], 0.0, before)]
+    for index, (_, block) in enumerate(structure.blocks):
+        signature = _signature(block)
+        if signature not in known:
+            known[signature] = MeasuredLayer(
+                *block_flops(structure, index), block_activations(structure, index)
+            )
+        layers.append(known[signature])
+    return [*layers, MeasuredLayer(outer[1], 0.0, behind)]
 
 
 def _tensors_in_one(structure: ModelStructure) -> dict[str, int]:
@@ -156,26 +180,21 @@ def _has_router_loss(config: PretrainedConfig, structure: ModelStructure) -> boo
 
 
 def _entry(
-    name: str,
-    kind: str,
-    tensors: dict[str, int],
-    parameters: int,
-    flops: int,
-    flops_of_position: float = 0.0,
-    activations: Activations | None = None,
+    name: str, kind: str, tensors: dict[str, int], parameters: int, measured: MeasuredLayer
 ) -> dict[str, Any]:
-    activations = activations or Activations()
+    activations = measured.activations
     return {
         "name": name,
         "kind": kind,
         "parameters": parameters,
         "tensors": tensors,
-        "forward_flops_per_token": flops,
-        "forward_flops_per_token_and_position": flops_of_position,
+        "forward_flops_per_token": measured.flops,
+        "forward_flops_per_token_and_position": measured.flops_of_position,
         "saved_bytes_per_token": list(activations.saved),
         "saved_bytes_per_token_and_position": list(activations.saved_of_position),
         "working_bytes_per_token": list(activations.working),
         "working_bytes_per_token_and_position": list(activations.working_of_position),
+        "given_bytes_per_token": list(activations.given),
     }
 
 

@@ -61,7 +61,7 @@ class NoData(TorchFunctionMode):
             if func in (Tensor.cpu, Tensor.numpy):
                 zeros = torch.zeros(first.shape, dtype=first.dtype)
                 return zeros if func is Tensor.cpu else zeros.numpy()
-            if func is Tensor.__bool__:
+            if func in (Tensor.__bool__, Tensor.__contains__):
                 return False
             if func in (Tensor.split, torch.split) and len(args) > 1 and isinstance(args[1], list | tuple):
                 # Sizes that came from values: they are zeros, so one takes all.
