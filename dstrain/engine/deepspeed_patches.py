@@ -193,10 +193,8 @@ def zero3_norm(
     """The same for ZeRO-3: over all stages and partitions, each weight once."""
     owned = []
     for index, parameters in enumerate(optimizer.fp16_groups):
-        if optimizer._swappable_optimizer_subgroup(
-            index
-        ):  # the gradients are on the disk; their norms were taken
-            norms = optimizer.norm_for_param_grads
+        if optimizer._swappable_optimizer_subgroup(index):
+            norms = optimizer.norm_for_param_grads  # they were taken before the gradients went to the disk
             numbers = (optimizer.get_param_id(p) for p in parameters if not is_copy(p))
             owned += [norms[number] for number in numbers if number in norms]
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,9 @@ Rehearse = Callable[..., RehearsalResult]
 def rehearse(tmp_path_factory: pytest.TempPathFactory) -> Rehearse:
     """``rehearse(stages=.., gpus_per_node=.., KEY=..)``: on H100 GPUs, in bf16; the data are enough for long rows."""
     return partial(rehearse_on_h100, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the data and the models of cells."""
+    return tmp_path_factory.mktemp("cells")

@@ -72,12 +72,18 @@ def block_activations(structure: ModelStructure, index: int) -> Activations:
             continue
         part, part_of_position = per_token(short.saved, long.saved, length)
         if loops_over_experts(structure):
-            # None is chosen on meta. A matrix keeps its input: parameters / hidden size elements, as two of an
-            # expert's three matrices are as wide as that, and its activation functions one half again.
-            met = expert_parameters_met(structure.blocks[index][1], config)
-            part += 1.5 * dtype.itemsize * met / config.hidden_size
+            part += saved_of_experts(structure.blocks[index][1], config) * dtype.itemsize
         found.append((part, part_of_position, *per_token(short.working, long.working, length), given))
     return both_types(found)
+
+
+def saved_of_experts(block: nn.Module, config: Any) -> float:
+    """Elements that the experts of a token save, where they are run one by one: on meta none is chosen.
+
+    A matrix keeps its input: parameters / hidden size elements, as two of an expert's three matrices are as wide as
+    that, and its activation functions one half again.
+    """
+    return 1.5 * expert_parameters_met(block, config) / float(config.hidden_size)
 
 
 def outer_activations(structure: ModelStructure) -> tuple[Activations, Activations]:

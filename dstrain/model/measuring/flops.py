@@ -39,7 +39,7 @@ def block_flops(structure: ModelStructure, index: int) -> tuple[int, float]:
         return _by_parameters(block, structure.config), 0.0
     # Where a family loops over the experts that were chosen, none is chosen on meta: count them by
     # parameters.
-    experts = _experts(block, structure.config) if loops_over_experts(structure) else 0
+    experts = expert_flops(block, structure.config) if loops_over_experts(structure) else 0
     return round(fixed) + experts, share
 
 
@@ -95,13 +95,14 @@ def expert_parameters_met(block: nn.Module, config: Any) -> int:
     return _expert_parameters(block) * chosen // of
 
 
-def _experts(block: nn.Module, config: Any) -> int:
+def expert_flops(block: nn.Module, config: Any) -> int:
+    """Of a token's forward pass in the experts that it meets."""
     return 2 * expert_parameters_met(block, config)
 
 
 def _by_parameters(block: nn.Module, config: Any) -> int:
     matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
-    return 2 * (matrices - _expert_parameters(block)) + _experts(block, config)
+    return 2 * (matrices - _expert_parameters(block)) + expert_flops(block, config)
 
 
 def _expert_parameters(block: nn.Module) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ from dstrain.model.architecture import load_config
 from dstrain.model.capability.attention_support import attention_refusals
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
 from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
-from dstrain.model.measuring.activations import Activations, block_activations, outer_activations
-from dstrain.model.measuring.flops import block_flops, outer_flops_per_token
+from dstrain.model.measuring.activations import (
+    DTYPES,
+    Activations,
+    block_activations,
+    outer_activations,
+    saved_of_experts,
+)
+from dstrain.model.measuring.flops import block_flops, expert_flops, loops_over_experts, outer_flops_per_token
 from dstrain.model.measuring.whole_model import MeasuredLayer, measure_whole_model
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.pipeline_split.structure import ModelStructure, Refused
@@ -132,7 +139,12 @@ def _measured_layers(structure: ModelStructure) -> list[MeasuredLayer]:
         with suppress(Refused):
             whole = measure_whole_model(structure.config)
             if len(whole) == structure.num_blocks + 2:
-                return whole
+                blocks = zip(whole[1:-1], structure.blocks, strict=True)
+                return [
+                    whole[0],
+                    *(_with_experts(structure, each, block) for each, (_, block) in blocks),
+                    whole[-1],
+                ]
     outer = outer_flops_per_token(structure)
     before, behind = outer_activations(structure)
     known: dict[Any, MeasuredLayer] = {}
@@ -145,6 +157,23 @@ def _measured_layers(structure: ModelStructure) -> list[MeasuredLayer]:
             )
         layers.append(known[signature])
     return [*layers, MeasuredLayer(outer[1], 0.0, behind)]
+
+
+def _with_experts(structure: ModelStructure, measured: MeasuredLayer, block: nn.Module) -> MeasuredLayer:
+    """A block whose experts are run one by one, with those that a token meets: on meta none is chosen."""
+    if not loops_over_experts(structure):
+        return measured
+    saved = saved_of_experts(block, structure.config)
+    activations = measured.activations
+    in_16_bits, in_fp32 = (
+        of_others + round(saved * dtype.itemsize)
+        for of_others, dtype in zip(activations.saved, DTYPES, strict=True)
+    )
+    return replace(
+        measured,
+        flops=measured.flops + expert_flops(block, structure.config),
+        activations=replace(activations, saved=(in_16_bits, in_fp32)),
+    )
 
 
 def _tensors_in_one(structure: ModelStructure) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstrain.model.initialise import cast
 from dstrain.model.measuring.activations import (
     DTYPES,
     Activations,
@@ -39,16 +40,16 @@ class MeasuredLayer:
     activations: Activations
 
 
-def measure_whole_model(config: PretrainedConfig, attention: str | None = None) -> list[MeasuredLayer]:
+def measure_whole_model(config: PretrainedConfig) -> list[MeasuredLayer]:
     """Of [what runs before the blocks, each block, what runs behind them].
 
     Raises:
         Refused: the model has no list of blocks, or does not run without its weights.
     """
-    length = length_apart(empty_model(config, attention))
+    length = length_apart(empty_model(config))
     found = []
     for dtype in DTYPES:
-        runs = [_Run(config, attention, tokens, dtype).measured() for tokens in (length, 2 * length)]
+        runs = [_Run(config, tokens, dtype).measured() for tokens in (length, 2 * length)]
         found.append(list(zip(*runs, strict=True)))
     layers = []
     for of_types in zip(*found, strict=True):
@@ -81,7 +82,6 @@ class _Run:
     """A forward and a backward pass of the model on meta."""
 
     config: PretrainedConfig
-    attention: str | None
     length: int
     dtype: torch.dtype
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -113,17 +113,11 @@ class _Run:
 
     def _model(self) -> tuple[PreTrainedModel, list[nn.Module]]:
         """The model on meta, in training, and its blocks. Raises Refused."""
-        model = empty_model(self.config, self.attention)
+        model = empty_model(self.config)
         _, blocks = find_blocks(model, model.config)
         nn.Module.to(model, "meta")
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.dtype == torch.float32 and isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.to(self.dtype)
-        for (
-            module
-        ) in model.modules():  # no part of it drops anything by chance, but it keeps what training keeps
-            module.training = True
-        return model, list(blocks)
+        cast(model, self.dtype)
+        return model.train(), list(blocks)
 
     def _count_flops(self, model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor) -> None:
         """Of each layer, in a forward pass of its own: the stand-in of `GpuKernels` for attention has none."""
@@ -190,7 +184,8 @@ class _Run:
             if index == len(self.layers) - 2:
                 self.place = index + 1
             first = output if isinstance(output, Tensor) else output[0]
-            first.register_hook(lambda gradient: self._returned(index))
+            if first.requires_grad:  # some families run their blocks several times, and train the last one
+                first.register_hook(lambda gradient: self._returned(index))
 
         return leave
 
