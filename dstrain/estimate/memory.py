@@ -25,7 +25,7 @@ from dstrain.estimate.memory_activations import (
 from dstrain.estimate.memory_backward import Pass, arriving, beside_activations, growing
 from dstrain.estimate.memory_peaks import Moments
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
-from dstrain.estimate.stage_parameters import Stage, stage_parameters, weight_bytes
+from dstrain.estimate.stage_parameters import GatheredWeights, Stage, stage_parameters, weight_bytes
 from dstrain.estimate.zero3_gathering import Gathering, gathering
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LARGEST_BUCKET, bucket_size
@@ -169,14 +169,14 @@ def stage_memory(
 
 def _with_gathered(stage: Stage, found: Gathering, layers: Pass, weight: int) -> Stage:
     """With what ZeRO-3 gathers; ``weight``: bytes of an element."""
-    return replace(
-        stage,
-        gathered=found.most,
-        gathered_at_head=found.live[0],
-        gathered_at_end=found.live[-1],
-        gathered_in_blocks=beside_activations(layers, found.live, weight),
-        gathered_at_bucket=beside_activations(layers, found.live, weight, bucket=stage.bucket),
+    gathered = GatheredWeights(
+        most=found.most,
+        at_head=found.live[0],
+        at_end=found.live[-1],
+        in_blocks=beside_activations(layers, found.live, weight),
+        at_bucket=beside_activations(layers, found.live, weight, bucket=stage.bucket),
     )
+    return replace(stage, gathered=gathered)
 
 
 def _of_pass(moments: Moments, parameters: Stage, passes: StageActivations, kept: int) -> int:

@@ -246,12 +246,14 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
     """Shares of gradients in one buffer and a bucket, both for good; gathered weights."""
     bucket = 4 * stage.bucket
     ahead = int(zero_options.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
-    gathered = terms.weight * stage.gathered_in_blocks
+    gathered = terms.weight * stage.gathered.in_blocks
     # Behind a backward pass that began at the loss they are given back, but for the embedding.
-    left = terms.weight * min(stage.gathered_at_end, stage.tensor * stage.alone)
+    left = terms.weight * min(stage.gathered.at_end, stage.tensor * stage.alone)
     if not stage.loss:
         # Where a bucket holds all gradients, those of the embedding bring on the only reduction.
-        left = terms.weight * (stage.gathered if stage.trained <= stage.bucket else stage.gathered_at_end)
+        left = terms.weight * (
+            stage.gathered.most if stage.trained <= stage.bucket else stage.gathered.at_end
+        )
     # What is gathered at a time arrives in one piece, and is copied out of it.
     arriving = terms.weight * min(stage.trained + stage.frozen, ahead) if stage.replicas > 1 else 0
     sub_group = min(terms.share, int(zero_options.get("sub_group_size", SUB_GROUP)))
@@ -265,8 +267,8 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
     held = terms.masters + 4 * terms.share * (terms.on_cpu or not terms.offloaded)
     return Moments(
         gradients=held,
-        forward=Moment(held, bucket + terms.weight * stage.gathered + arriving),
-        loss=Moment(held, bucket + terms.weight * stage.gathered_at_head),
+        forward=Moment(held, bucket + terms.weight * stage.gathered.most + arriving),
+        loss=Moment(held, bucket + terms.weight * stage.gathered.at_head),
         backward=Moment(held, bucket + gathered + terms.passing),
         reduction=(
             Moment(held, bucket + copies(stage.tensor) + left),
@@ -274,7 +276,7 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
         ),
         passing=terms.passing,
         bucket=_with_waiting(
-            Moment(held, bucket + copies(stage.in_blocks) + terms.weight * stage.gathered_at_bucket),
+            Moment(held, bucket + copies(stage.in_blocks) + terms.weight * stage.gathered.at_bucket),
             stage,
             terms,
         ),

@@ -39,6 +39,25 @@ def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequ
 
 
 @dataclass(frozen=True)
+class GatheredWeights:
+    """What ZeRO-3 has gathered, as numbers of elements.
+
+    Attributes:
+        most: at a time.
+        at_head: while a backward pass is in the head.
+        at_end: while it is in its last layer.
+        in_blocks: while it is in the blocks, beside all of a micro-batch's activations.
+        at_bucket: when a bucket of gradients is full, beside the activations that are left then.
+    """
+
+    most: int = 0
+    at_head: int = 0
+    at_end: int = 0
+    in_blocks: int = 0
+    at_bucket: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """The parameters of a rank's stage, as numbers of elements.
 
@@ -57,11 +76,7 @@ class Stage:
         replicas: across which ZeRO shards.
         loss: whether it computes the loss.
         alone: whether it is the only stage.
-        gathered: those that ZeRO-3 has gathered at a time, at most.
-        gathered_at_head: of these while a backward pass is in the head.
-        gathered_at_end: while it is in its last layer.
-        gathered_in_blocks: while it is in the blocks, beside all of a micro-batch's activations.
-        gathered_at_bucket: when a bucket of gradients is full, beside the activations that are left then.
+        gathered: by ZeRO-3.
     """
 
     trained: int
@@ -79,11 +94,7 @@ class Stage:
     replicas: int
     loss: bool
     alone: bool
-    gathered: int = 0
-    gathered_at_head: int = 0
-    gathered_at_end: int = 0
-    gathered_at_bucket: int = 0
-    gathered_in_blocks: int = 0
+    gathered: GatheredWeights = GatheredWeights()
 
     @property
     def group(self) -> int:
