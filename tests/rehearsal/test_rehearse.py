@@ -46,7 +46,7 @@ def test_each_section_is_shown(materials: Path) -> None:
     assert "reduced gradients" in out and "between stages" in out
     for kind in ("all_reduce", "send", "recv", "all_gather_into_tensor"):
         assert f" {kind} " in out, kind
-    assert "waits for the GPU in a step" in out
+    assert "1 wait for the GPU in a step" in out
     assert " dstrain/engine/adapters.py:" in out
     assert "flash (varlen)" in out
     assert "made by" in out
