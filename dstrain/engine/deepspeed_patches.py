@@ -8,9 +8,9 @@ which hangs when stages differ in their number of groups. And disks are waited f
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -58,10 +58,10 @@ class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         zero = super()._configure_zero_optimizer(optimizer)
         if isinstance(zero, DeepSpeedZeroOptimizer):
-            zero.scaled_global_norm = partial(partitioned_norm, zero, self.read_norm)
+            zero.scaled_global_norm = lambda norm_type=2: self.read_norm(partitioned_norm(zero, norm_type))
         elif isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
             # In place of one norm for each group: one for all, which is the only one to be combined then.
-            zero._get_norm_groups = lambda: [zero3_norm(zero, self.read_norm)]
+            zero._get_norm_groups = lambda: [self.read_norm(zero3_norm(zero))]
         return zero
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
@@ -165,12 +165,10 @@ def on_host(value: torch.Tensor) -> torch.Tensor:
     return value.cpu()
 
 
-def partitioned_norm(
-    optimizer: DeepSpeedZeroOptimizer, read: Callable[[torch.Tensor], torch.Tensor], norm_type: int = 2
-) -> torch.Tensor:
-    """Replaces ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
+def partitioned_norm(optimizer: DeepSpeedZeroOptimizer, norm_type: int) -> torch.Tensor:
+    """For ``DeepSpeedZeroOptimizer.scaled_global_norm``: still scaled by the loss scale.
 
-    Returns a float32 scalar on the host; -1 stands for inf or nan, as upstream has it.
+    Returns a float32 scalar; -1 stands for inf or nan, as upstream has it.
     """
     if norm_type != 2:
         raise ValueError("only the L2 norm is supported")
@@ -184,12 +182,10 @@ def partitioned_norm(
             owned.append(optimizer.single_partition_of_fp32_groups[index].grad)
         else:
             owned.extend(optimizer.averaged_gradients[index])
-    return read(whole_norm(owned))
+    return whole_norm(owned)
 
 
-def zero3_norm(
-    optimizer: DeepSpeedZeroOptimizer_Stage3, read: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def zero3_norm(optimizer: DeepSpeedZeroOptimizer_Stage3) -> torch.Tensor:
     """The same for ZeRO-3: over all stages and partitions, each weight once."""
     owned = []
     for index, parameters in enumerate(optimizer.fp16_groups):
@@ -204,7 +200,7 @@ def zero3_norm(
             continue
         gradients = optimizer.averaged_gradients[index]
         owned += [g for p, g in zip(parameters, gradients, strict=True) if not is_copy(p)]
-    return read(whole_norm(owned))
+    return whole_norm(owned)
 
 
 def clip_whole(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, largest: float) -> None:

@@ -108,9 +108,8 @@ class TrainingLoop:
             self._tell(step, record, validated=validated)
             if config.check_every and _due(step, config.check_every, config.steps):
                 self.engine.check_replicas()
-            if (
-                validated or self.plan.hooks
-            ):  # these take their time, in which a rank may have been asked to leave
+            # These take their time, in which a rank may have been asked to leave.
+            if validated or self.plan.hooks:
                 asked = self.leaving.agreed()
             leave = bool(asked) and step < config.steps
             if self.schedule.due(step) or (leave and config.saves):
