@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dstrain.api.data_samples import data_samples
     from dstrain.api.diagnosing import DoctorResult, doctor
     from dstrain.api.events import Events, Step
-    from dstrain.api.exporting import ExportResult, export, generate
+    from dstrain.api.exporting import ExportResult, MergeResult, export, generate, merge
     from dstrain.api.fitting import FitResult, FitRow, fit
     from dstrain.api.outcome import RunFailedError, RunResult
     from dstrain.api.planning import load_config, plan
@@ -37,6 +37,7 @@ __all__ = [
     "ExportResult",
     "FitResult",
     "FitRow",
+    "MergeResult",
     "Plan",
     "RehearsalResult",
     "ReproduceResult",
@@ -54,6 +55,7 @@ __all__ = [
     "fit",
     "generate",
     "load_config",
+    "merge",
     "plan",
     "rehearse",
     "reproduce",
@@ -71,6 +73,7 @@ _HOMES = {
     "DstrainError": "dstrain.errors",
     "Events": "dstrain.api.events",
     "ExportResult": "dstrain.api.exporting",
+    "MergeResult": "dstrain.api.exporting",
     "FitResult": "dstrain.api.fitting",
     "FitRow": "dstrain.api.fitting",
     "Plan": "dstrain.planning.plan",
@@ -89,6 +92,7 @@ _HOMES = {
     "export": "dstrain.api.exporting",
     "fit": "dstrain.api.fitting",
     "generate": "dstrain.api.exporting",
+    "merge": "dstrain.api.exporting",
     "load_config": "dstrain.api.planning",
     "plan": "dstrain.api.planning",
     "rehearse": "dstrain.api.rehearsing",

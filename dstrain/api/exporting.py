@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from dstrain.addresses import refuse_address
 from dstrain.api.events import SILENT, Events, progress_to
+from dstrain.api.model_lookup import find_base
 from dstrain.api.received import note_owner, refused
 from dstrain.api.resuming import find_run
 from dstrain.child_process import run_module
 from dstrain.config.data_sources import paths_read
 from dstrain.errors import DstrainError
 from dstrain.files import read_json
+from dstrain.lora import ADAPTER_CONFIG
 from dstrain.plugins import is_code
 from dstrain.runs.checkpoint.hold import held
 from dstrain.runs.checkpoint.manifest import damage_of, named_checkpoints, step_of
@@ -37,6 +39,7 @@ class ExportResult:
         files, tensors, parameters, bytes: of the weights.
         loss: the exported model's validation loss; None where it was not taken.
         no_loss_because: why it could not be taken.
+        adapter_for: the model that it is an adapter for, as ``from_pretrained`` takes it; None for a whole model.
         run_loss, run_loss_step: the run's own validation loss, and the step that it was taken after.
     """
 
@@ -51,6 +54,7 @@ class ExportResult:
     no_loss_because: str | None
     run_loss: float | None
     run_loss_step: int | None
+    adapter_for: str | None
 
 
 def export(
@@ -60,10 +64,11 @@ def export(
     step: int | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     with_loss: bool = True,
+    merge: bool = False,
     trust: bool = False,
     events: Events = SILENT,
 ) -> ExportResult:
-    """Write a run's model as a Hugging Face folder, tokenizer and generation config included.
+    """Write a run's model as a Hugging Face folder, tokenizer and generation config included; or its adapter.
 
     Works for every layout but ``offload: nvme``, without GPUs, and a block at a time.
 
@@ -73,6 +78,8 @@ def export(
         step: of which checkpoint; by default of the newest.
         dtype: by default the precision that was trained in.
         with_loss: load the exported model for its validation loss.
+        merge: of a run that trains an adapter, write the model with the adapter merged into its weights. Without it,
+            the adapter is written, as PEFT does.
         trust: for that, import the dataset that the run's config names, though its folder belongs to another user.
         events: told of the progress.
 
@@ -90,6 +97,7 @@ def export(
         "aside": str(aside),
         "dtype": dtype,
         "with_loss": with_loss,
+        "merge": merge,
     }
     while True:
         checkpoint = _checkpoint(folder, step)
@@ -107,6 +115,78 @@ def export(
         events.note(f"{checkpoint.name} was removed by the training meanwhile", "export")
 
 
+@dataclass(frozen=True)
+class MergeResult:
+    """A model with an adapter merged into its weights, every tensor of which was read back and compared.
+
+    Attributes:
+        folder: `AutoModelForCausalLM.from_pretrained` loads it.
+        base: the model that the adapter was for.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        files, tensors, parameters, bytes: of the weights.
+    """
+
+    folder: Path
+    base: str
+    dtype: str
+    files: int
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+def merge(
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    base: str | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    events: Events = SILENT,
+) -> MergeResult:
+    """Write a model with an adapter merged into its weights: without GPUs, and a block at a time.
+
+    Args:
+        adapter: a folder that PEFT's ``save_pretrained`` or `export` wrote.
+        out: a folder that is not there yet, or empty.
+        base: the model that it is for, a folder or a name on the hub; by default the one that its configuration names.
+        dtype: by default that of the base model's configuration.
+        events: told of the progress.
+
+    Raises:
+        DstrainError: there is no such adapter or model, they do not belong together, or ``out`` can't be written.
+    """
+    source, target = Path(adapter), Path(out)
+    _refuse_occupied(target)
+    note_owner(events, source)
+    named = base or _base_of(source)
+    where = "--base" if base else str(source / ADAPTER_CONFIG)
+    request = {
+        "adapter": str(source),
+        "base": str(find_base(named, where, events)),
+        "out": str(target.absolute()),
+        "aside": str(target.absolute().with_name(f".{target.absolute().name}.partial")),
+        "dtype": dtype,
+    }
+    return MergeResult(folder=target, base=named, **_ask("dstrain.exporting.merge_adapter", request, events))
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter's configuration names. Raises DstrainError."""
+    where = str(adapter / ADAPTER_CONFIG)
+    hint = "name a folder that PEFT's save_pretrained or `dstrain export` wrote"
+    try:
+        named = read_json(adapter / ADAPTER_CONFIG)["base_model_name_or_path"]
+    except FileNotFoundError:
+        raise DstrainError(f"{adapter} is not an adapter folder", where=where, hint=hint) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DstrainError(
+            f"the adapter's configuration can't be read: {error}", where=where, hint=hint
+        ) from None
+    if not isinstance(named, str) or not named:
+        raise DstrainError("the adapter does not say which model it is for", where=where, hint="--base MODEL")
+    return named
+
+
 def generate(
     folder: str | PathLike[str],
     prompt: str,
@@ -121,7 +201,7 @@ def generate(
     """Let a Hugging Face causal language model continue a prompt, or answer a user.
 
     Args:
-        folder: of `export`, or any model folder with a tokenizer.
+        folder: of `export`, or any model or adapter folder with a tokenizer.
         tokens: at most so many.
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling.
@@ -136,7 +216,7 @@ def generate(
         DstrainError: the model or its tokenizer can't be loaded, or the prompt fills all positions.
     """
     place = Path(folder)
-    if not (place / "config.json").is_file():
+    if not any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise DstrainError(
             f"{place} is not a model folder (it has no config.json)",
             where="FOLDER",
@@ -153,7 +233,10 @@ def generate(
         "chat": chat,
         "system": system,
     }
-    answer = _ask("dstrain.exporting.generate", {"folder": str(place)} | choices, events)
+    base = None
+    if not (place / "config.json").is_file():
+        base = str(find_base(_base_of(place), str(place / ADAPTER_CONFIG), events))
+    answer = _ask("dstrain.exporting.generate", {"folder": str(place), "base": base} | choices, events)
     text: str = answer["text"]
     return text
 

@@ -64,6 +64,18 @@ def find_model(resolved: ResolvedConfig, events: Events = SILENT) -> FoundModel:
     return found
 
 
+def find_base(name: str, where: str, events: Events = SILENT) -> Path:
+    """The folder of a model that an adapter is for, fetched from the hub where it lies there. Raises DstrainError."""
+    folder = (
+        _fetch(name, "weights", where, events) if is_hub_name(name) else Path(name).expanduser().absolute()
+    )
+    if not (folder / "config.json").is_file():
+        raise DstrainError(
+            f"{name} is not a model folder (it has no config.json)", where=where, hint="--base MODEL"
+        )
+    return folder
+
+
 def find_tokenizer(resolved: ResolvedConfig, model: FoundModel, events: Events = SILENT) -> str:
     """What the config's tokenizer is here: ``bytes``, or a folder, fetched from the hub where it lies there.
 

@@ -23,6 +23,7 @@ from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
+from dstrain.lora import Adapter
 from dstrain.planning.checks import refuse
 from dstrain.planning.deepspeed.user_keys import check_packages_here
 from dstrain.planning.hook_specs import check_trackers_here
@@ -157,7 +158,7 @@ def prepare(
     config = resolved.config
     devices, placement, machines = find_machines(resolved, described)
     model = find_model(resolved, events)
-    shape = _measure_model(model.config_file, events)
+    shape = _measure_model(model.config_file, config.adapter, events)
     resolved = within_positions(resolved, shape)
     if config.init == "pretrained":
         check_pretrained(model, events)
@@ -173,10 +174,15 @@ def prepare(
     return Prepared(devices, placement, shape, machines, make)
 
 
-def _measure_model(model_file: Path, events: Events) -> ModelShape:
-    """The model's shape: measured once for a config file and a version of transformers, then kept."""
-    version = importlib.metadata.version("transformers")
-    key = hashlib.sha256(f"{SHAPE_FORMAT} {version} ".encode() + model_file.read_bytes()).hexdigest()[:24]
+def _measure_model(model_file: Path, adapter: Adapter | None, events: Events) -> ModelShape:
+    """The model's shape: measured once for a config file, its adapters and the libraries' versions, then kept."""
+    made_of = [SHAPE_FORMAT, importlib.metadata.version("transformers")]
+    adapters = ""
+    if adapter is not None:
+        made_of.append(_version_of_peft())
+        adapters = adapter.model_dump_json()
+    content = " ".join(map(str, made_of)) + f" {adapters}"
+    key = hashlib.sha256(content.encode() + model_file.read_bytes()).hexdigest()[:24]
     kept = cache_folder() / "shapes" / f"{key}.json"
     if is_own(kept):
         with suppress(ValueError, KeyError, RecursionError):  # damaged: measured again
@@ -185,7 +191,11 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
 
     with tempfile.TemporaryDirectory() as place:
         measured = Path(place) / kept.name
-        run_module("dstrain.model.measuring.measure", str(model_file), str(measured), say=progress_to(events))
+        arguments = [str(model_file), str(measured)]
+        if adapters:
+            (Path(place) / "adapter.json").write_text(adapters, encoding="utf-8")
+            arguments.append(str(Path(place) / "adapter.json"))
+        run_module("dstrain.model.measuring.measure", *arguments, say=progress_to(events))
         try:
             write_own(kept, measured.read_text(encoding="utf-8"))
         except OSError as error:
@@ -195,6 +205,16 @@ def _measure_model(model_file: Path, events: Events) -> ModelShape:
                 hint="name a cache folder on a writable disk: DSTRAIN_CACHE=FOLDER",
             ) from None
         return ModelShape.read(measured)
+
+
+def _version_of_peft() -> str:
+    """Raises DstrainError where there is none."""
+    try:
+        return importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise DstrainError(
+            "adapters need PEFT, which is not installed", hint="pip install 'dstrain[lora]'"
+        ) from None
 
 
 def load_config(

@@ -28,18 +28,33 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Do not compute the validation loss, for which the exported model must fit into memory.",
 )
+@click.option("--merge", is_flag=True, help="Write the model with the run's adapter merged into its weights.")
 @trust_option
-def command(run: str, out: Path, step: int | None, dtype: Any, no_loss: bool, trust: bool) -> None:
+def command(
+    run: str, out: Path, step: int | None, dtype: Any, no_loss: bool, merge: bool, trust: bool
+) -> None:
     """Write the model of RUN (a run folder, or its name in runs/) to the folder OUT.
 
     AutoModelForCausalLM.from_pretrained(OUT) loads it, tokenizer and generation config included. Works
     for every layout but offload: nvme, without GPUs, and a block at a time. Every tensor is read back and
     compared; then the exported model's validation loss stands next to the run's own.
+
+    Of a run that trains an adapter OUT is the adapter as PEFT writes it, for PeftModel.from_pretrained; with
+    --merge it is the whole model.
     """
     from dstrain.api.exporting import export
     from dstrain.cli.showing.progress import PROGRESS
 
-    made = export(run, out, step=step, dtype=dtype, with_loss=not no_loss, trust=trust, events=PROGRESS)
+    made = export(
+        run,
+        out,
+        step=step,
+        dtype=dtype,
+        with_loss=not no_loss,
+        merge=merge,
+        trust=trust,
+        events=PROGRESS,
+    )
     _show(made, not no_loss)
 
 
@@ -47,8 +62,9 @@ def _show(result: ExportResult, with_loss: bool) -> None:
     size = f"{result.parameters:,} parameters, {result.bytes / 1e6:,.1f} MB of {result.dtype}"
     files = f"{result.files} file{'s' if result.files > 1 else ''}"
     click.echo(f"exported   step {result.step} to {result.folder}: {size} in {files}")
+    loads = "from_pretrained" if result.adapter_for is None else "PeftModel.from_pretrained"
     click.echo(
-        f"checked    all {result.tensors} tensors equal the checkpoint's, and from_pretrained loads each of them"
+        f"checked    all {result.tensors} tensors equal the checkpoint's, and {loads} loads each of them"
     )
     if result.loss is not None:
         click.echo(f"validation {result.loss:.6f}  the exported model's loss")
@@ -59,4 +75,6 @@ def _show(result: ExportResult, with_loss: bool) -> None:
     if result.run_loss is not None:
         at = "the run's own" if result.run_loss_step == result.step else "the run's last one before that"
         click.echo(f"           {result.run_loss:.6f}  {at}, at step {result.run_loss_step}")
+    if result.adapter_for is not None:
+        click.echo(f"adapter    for {result.adapter_for}")
     click.echo(f'try it:    dstrain generate {result.folder} "..."')

@@ -33,13 +33,14 @@ COMMANDS = {
     "reproduce": ("dstrain.cli.reproduce", "Repeat a run, and compare it step by step, bit by bit."),
     "checkpoints": ("dstrain.cli.checkpoints", "List a run's checkpoints, and verify their checksums."),
     "export": ("dstrain.cli.export", "Export a run's model as a Hugging Face folder, and check it."),
+    "merge": ("dstrain.cli.merge", "Merge an adapter into its model's weights."),
     "generate": ("dstrain.cli.generate", "Generate text from a prompt with an exported model."),
     "data": ("dstrain.cli.data", "Show what the model gets of the data."),
     "config": ("dstrain.cli.config", "Create, check, show and compare configurations."),
 }
 
 # What these are called for lies in a folder or with Slurm, and is as it should be where its display is not.
-_NOT_FOR_THEIR_OUTPUT = ("run", "submit", "resume", "verify", "reproduce", "export")
+_NOT_FOR_THEIR_OUTPUT = ("run", "submit", "resume", "verify", "reproduce", "export", "merge")
 
 
 _LONG_WORD = re.compile(r"\S{1000,}")

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import BaseModel
 
 from dstrain.cli.once_options import OnceOptions
-from dstrain.config.origins import REPEATED, flag_name
+from dstrain.config.origins import FLAGS_OF_SECTIONS, REPEATED, flag_name
 from dstrain.config.schema import RunConfig
 from dstrain.config.template import GROUPS
 from dstrain.config.value_types import LARGEST
+from dstrain.lora import Adapter
 
+_SECTIONS: dict[str, type[BaseModel]] = {"adapter": Adapter}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Mappings and lists of mappings have no form on a command line but --set.
@@ -64,7 +67,12 @@ class GroupedOptions(OnceOptions):
     """A command whose ``--help`` has a section for each group of run-config keys, its own options first."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        titles = {key: title for title, keys in _groups().items() for key in keys}
+        titles = {
+            flag: title
+            for title, keys in _groups().items()
+            for key in keys
+            for flag in (key, *FLAGS_OF_SECTIONS.get(key, ()))
+        }
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in _groups()}}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
@@ -86,7 +94,9 @@ def choices(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Set any config key; deepspeed.A.B=VALUE sets a DeepSpeed key. Repeatable.",
     )(function)
     for key, field in reversed(RunConfig.model_fields.items()):
-        if key not in _WITHOUT_FLAG:
+        if key in FLAGS_OF_SECTIONS:
+            function = _options_of_section(key)(function)
+        elif key not in _WITHOUT_FLAG:
             function = _option(key, field.annotation, field.metadata, field.description or "")(function)
     return function
 
@@ -134,11 +144,34 @@ def _groups() -> dict[str, list[str]]:
     return found
 
 
+def _options_of_section(section: str) -> Decorator:
+    """The flags of some of a section's keys."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for flag, key in reversed(FLAGS_OF_SECTIONS[section].items()):
+            field = _SECTIONS[section].model_fields[key]
+            text = f"{section.capitalize()}: {field.description}"
+            if flag == section:
+                text = RunConfig.model_fields[section].description or ""
+                kind: Any = click.Choice([*typing.get_args(field.annotation), "none"])
+                function = click.option(flag_name(flag), flag, type=kind, default=None, help=_sentence(text))(
+                    function
+                )
+            else:
+                function = _option(flag, field.annotation, field.metadata, text)(function)
+        return function
+
+    return add
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(".") else f"{text}."
+
+
 def _option(key: str, annotation: Any, metadata: list[Any], description: str) -> Decorator:
     """The flag of one key. One that is not given stays None, and lays nothing over the file."""
-    text = description[:1].upper() + description[1:]
-    if not text.endswith("."):
-        text += "."
+    text = _sentence(description)
     if key in REPEATED:
         return click.option(
             flag_name(key),

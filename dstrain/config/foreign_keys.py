@@ -212,7 +212,28 @@ _ACCUMULATION = "remove it: it follows from global_batch / (micro_batch x replic
 _NOT_SPLIT = (
     "remove it: dstrain splits a model by pipeline (stages of layers) and zero (states and parameters)"
 )
-_NO_ADAPTERS = "dstrain trains the weights themselves, and has no adapters; freeze: [patterns] freezes some"
+_NO_QUANTIZED_BASE = "remove it: an adapter is trained on weights of 16 or 32 bits, as precision says"
+
+
+def _in_adapter(key: str) -> Callable[[Any], str]:
+    return lambda value: f"adapter: {{{key}: {_json(value)}}}"
+
+
+def _targets(value: Any) -> str:
+    names = value.split(",") if isinstance(value, str) else value
+    return (
+        "adapter: {targets: all-linear}"
+        if names in (["all"], ["all-linear"])
+        else _in_adapter("targets")(names)
+    )
+
+
+def _finetuning_type(value: Any) -> str:
+    if value == "lora":
+        return "adapter: lora"
+    return "remove it: all parameters are trained, unless freeze: [patterns] names some"
+
+
 _LOGGED = "remove it: every step is logged, in the run folder's metrics.jsonl"
 _NO_REMOTE_CODE = "remove it: code that comes with a model is never run"
 _LOADER = "remove it: the data is tokenized before the first step, and read from the cache"
@@ -414,14 +435,17 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
                 1,
             ),
             "cosine_min_lr_ratio": (_same("lr_final"), 0.1),
-            "adapter": (_note(_NO_ADAPTERS), "lora"),
-            "lora_r": (_note(_NO_ADAPTERS), 16),
-            "lora_alpha": (_note(_NO_ADAPTERS), 32),
-            "lora_dropout": (_note(_NO_ADAPTERS), 0.05),
-            "lora_target_modules": (_note(_NO_ADAPTERS), ["q_proj"]),
-            "lora_target_linear": (_note(_NO_ADAPTERS), True),
-            "load_in_4bit": (_note(_NO_ADAPTERS), True),
-            "load_in_8bit": (_note(_NO_ADAPTERS), True),
+            "lora_r": (_in_adapter("r"), 16),
+            "lora_alpha": (_in_adapter("alpha"), 32),
+            "lora_dropout": (_in_adapter("dropout"), 0.05),
+            "lora_target_modules": (_targets, ["q_proj"]),
+            "lora_target_parameters": (_in_adapter("target_parameters"), ["mlp.experts.down_proj"]),
+            "lora_target_linear": (_switch("adapter: {targets: all-linear}", "remove it"), True),
+            "lora_modules_to_save": (_in_adapter("modules_to_save"), ["lm_head"]),
+            "peft_use_dora": (_switch("adapter: dora", "remove it"), True),
+            "peft_use_rslora": (_switch("adapter: rslora", "remove it"), True),
+            "load_in_4bit": (_note(_NO_QUANTIZED_BASE), True),
+            "load_in_8bit": (_note(_NO_QUANTIZED_BASE), True),
             "unfrozen_parameters": (
                 _note("freeze: [patterns], the parameters that are not trained"),
                 ["model.*"],
@@ -459,16 +483,14 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "train_on_prompt": (_switch("train_on: all", "train_on: assistant, the default"), True),
             "mask_history": (_switch("train_on: last", "train_on: assistant, the default"), True),
             "formatting": (_note("data_format: messages, sharegpt, alpaca or auto"), "sharegpt"),
-            "finetuning_type": (
-                _switch(
-                    "remove it: all parameters are trained, unless freeze: [patterns] names some", "remove it"
-                ),
-                "full",
-            ),
+            "finetuning_type": (_finetuning_type, "lora"),
             "freeze_trainable_layers": (_note("freeze: [patterns], the parameters that are not trained"), 2),
-            "lora_rank": (_note(_NO_ADAPTERS), 8),
-            "lora_target": (_note(_NO_ADAPTERS), "all"),
-            "quantization_bit": (_note(_NO_ADAPTERS), 4),
+            "lora_rank": (_in_adapter("r"), 8),
+            "lora_target": (_targets, "all"),
+            "additional_target": (_in_adapter("modules_to_save"), ["lm_head"]),
+            "use_dora": (_switch("adapter: dora", "remove it"), True),
+            "use_rslora": (_switch("adapter: rslora", "remove it"), True),
+            "quantization_bit": (_note(_NO_QUANTIZED_BASE), 4),
             "template": (
                 _note("remove it: the tokenizer's own is taken; or chat_template: chatml, or a Jinja file"),
                 "llama3",

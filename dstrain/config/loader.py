@@ -16,7 +16,7 @@ from dstrain.config.deepspeed_scheduler import keys_of_scheduler
 from dstrain.config.files import recipe_path, recipes
 from dstrain.config.foreign_keys import FOREIGN_KEYS, translate, translate_value
 from dstrain.config.json_reader import read_json
-from dstrain.config.origins import DEFAULT, Origin, flag_origin
+from dstrain.config.origins import DEFAULT, Origin, flag_origin, path_of
 from dstrain.config.schema import RunConfig, field_names
 from dstrain.config.values import leaves
 from dstrain.config.yaml_reader import Document, dump_yaml, parse_scalar, read_yaml
@@ -308,6 +308,8 @@ def _put(
     values: dict[str, Any], origins: dict[Path_, Origin], path: Path_, value: Any, origin: Origin
 ) -> None:
     """Set the value at ``path``, opening mappings on the way, and note its origin in place of older ones."""
+    if len(path) == 1:
+        path = path_of(path[0], value)
     target = values
     for depth, key in enumerate(path[:-1], start=1):
         inner = target.get(key)

@@ -28,6 +28,20 @@ REPEATED = {"trackers": "--tracker", "hooks": "--hook"}
 """Keys whose flag is given once for each item."""
 
 
+FLAGS_OF_SECTIONS = {
+    "adapter": {"adapter": "type", "adapter_r": "r", "adapter_alpha": "alpha"},
+}
+"""Sections of the config: what their flags set in them. The one that is named as the section sets its first key."""
+
+
+def path_of(key: str, value: Any) -> tuple[str, ...]:
+    """Where a value stands in the config: ``--adapter-r`` and the short form of a section set one key of it."""
+    for section, flags in FLAGS_OF_SECTIONS.items():
+        if key in flags and (key != section or isinstance(value, str)):
+            return section, flags[key]
+    return (key,)
+
+
 def flag_name(key: str) -> str:
     """The flag that sets ``key``: ``seq_len`` -> ``--seq-len``."""
     return REPEATED.get(key) or "--" + key.replace("_", "-")

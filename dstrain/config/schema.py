@@ -37,6 +37,7 @@ from dstrain.config.value_types import (
     json_schema_of_names,
 )
 from dstrain.config.values import seconds
+from dstrain.lora import Adapter, check_adapter
 from dstrain.losses import LOSSES
 from dstrain.lr_schedules import LR_SCHEDULES
 from dstrain.optimizers import OPTIMIZERS
@@ -64,6 +65,14 @@ class RunConfig(BaseModel):
     )
     freeze: list[str] = Field(
         [], description="parameters to freeze, by Hugging Face name; * matches anything"
+    )
+    adapter: Annotated[
+        Adapter | None,
+        TypeInWords("lora, rslora, dora, or a mapping: {type, r, alpha, dropout, targets, ...}"),
+    ] = Field(
+        None,
+        description="train low-rank adapters in place of the model's own weights: lora, rslora, dora; with options:"
+        " {type: lora, r: 16, alpha: 32, targets: [q_proj, v_proj]}",
     )
     tokenizer: str = Field(
         "auto",
@@ -369,6 +378,11 @@ class RunConfig(BaseModel):
         ):
             raise ValueError("must be a number, or a list of validation sets")
         return check_sources(value, str(info.field_name))
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _is_adapter(cls, value: Any) -> Any:
+        return check_adapter(value)
 
     @field_validator("data_phases", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dstrain.engine.interface import Engine, MicroBatch, StepResult
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore
+from dstrain.lora import is_adapter_parameter
 from dstrain.model.document_lengths import note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 
@@ -77,10 +79,15 @@ class _DeepSpeedAdapter(Engine):
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._named_parameters()}
 
+    @cached_property
+    def _has_adapters(self) -> bool:
+        return any(is_adapter_parameter(name) for name, _ in self.engine.module.named_parameters())
+
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """By Hugging Face name; a tied weight under each of its names."""
+        """By Hugging Face name; a tied weight under each of its names. Of a model with adapters these alone."""
         for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
-            yield hugging_face_name(name), parameter
+            if not self._has_adapters or is_adapter_parameter(name):
+                yield hugging_face_name(name), parameter
 
     def save(self, folder: Path, state: Mapping[str, Any], held: AsyncCheckpointStage | None = None) -> None:
         ours = dict(state)
@@ -88,11 +95,15 @@ class _DeepSpeedAdapter(Engine):
             ours[PARAMETER_NAMES] = self._parameter_names()
         with held.in_place_of_writer(self.engine) if held is not None else nullcontext():
             self.engine.save_checkpoint(
-                str(folder), tag=TAG, client_state={"dstrain": ours}, save_latest=False
+                str(folder),
+                tag=TAG,
+                client_state={"dstrain": ours},
+                save_latest=False,
+                exclude_frozen_parameters=self._has_adapters,  # the model that they adapt lies elsewhere
             )
 
     def _parameter_names(self) -> list[list[list[str]]]:
-        """All names of each parameter, by optimizer group."""
+        """All names of each trained parameter, by optimizer group."""
         names: dict[torch.nn.Parameter, list[str]] = {}
         for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
@@ -103,7 +114,12 @@ class _DeepSpeedAdapter(Engine):
     ) -> dict[str, Any]:
         if other_layout:
             return restore(self.engine, SavedState(folder), say)
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        path, client_state = self.engine.load_checkpoint(
+            str(folder),
+            tag=TAG,
+            load_module_strict=not self._has_adapters,
+            load_lr_scheduler_states=False,
+        )
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
         state: dict[str, Any] = client_state["dstrain"]

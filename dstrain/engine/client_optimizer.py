@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from dstrain.errors import DstrainError
+from dstrain.lora import base_name
 
 
 def hugging_face_name(name: str) -> str:
-    """A parameter's name without the number of its layer in front, which only models in layers have."""
+    """A parameter's name without the number of its layer in front, which only models in layers have, and without the
+    adapter around it."""
     number, _, rest = name.partition(".")
-    return rest if number.isdigit() else name
+    return base_name(rest if number.isdigit() else name)
 
 
 def group_parameters(

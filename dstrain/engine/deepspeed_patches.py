@@ -46,6 +46,17 @@ class PatchedEngine(DeepSpeedEngine):  # type: ignore[misc]
         self.step_loss_on_host = float(both[1])
         return both[0]
 
+    def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> Any:
+        """Without frozen parameters, a tied one is left out under each of its names; upstream keeps all but one."""
+        state = super().module_state_dict(
+            *args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs
+        )
+        if exclude_frozen_parameters and state is not None:
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
+
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         """bf16 with ZeRO-1 keeps the optimizer that every other precision and stage has.
 

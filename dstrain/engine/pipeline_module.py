@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.control_group import barrier
 from dstrain.engine.zero3 import zero3_init
+from dstrain.lora import base_name
 from dstrain.model.document_lengths import DocumentLengths, note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.layers import BlockLayer, HeadLayer
@@ -134,7 +135,9 @@ class StagedModule(PipelineModule):  # type: ignore[misc]
 
     def _local_weight(self, owners: Sequence[tuple[int, str]]) -> nn.Parameter:
         """This stage's copy of a tied weight."""
-        local: dict[str, nn.Parameter] = dict(self.named_parameters(remove_duplicate=False))
+        local: dict[str, nn.Parameter] = {
+            base_name(name): parameter for name, parameter in self.named_parameters(remove_duplicate=False)
+        }
         for layer, path in owners:
             if f"{layer}.{path}" in local:
                 return local[f"{layer}.{path}"]

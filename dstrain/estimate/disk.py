@@ -8,6 +8,7 @@ from dstrain.config.schema import RunConfig
 from dstrain.errors import DstrainError
 from dstrain.estimate.stage_parameters import frozen_parameters, moment_bytes
 from dstrain.formatting import format_bytes
+from dstrain.lora import is_adapter_parameter
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
 
@@ -21,10 +22,10 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
 
     Weights in the precision that is computed with (not with ZeRO-3, whose weights are the masters rounded);
     with ZeRO an fp32 master of each trained parameter; the optimizer's moments. Frozen parameters are written
-    a second time with ZeRO, except where both copies are the same memory and one file (no stages, on a CPU).
-    A tied weight counts in each layer's file, and in the optimizer of each stage that holds it. Compared with
-    real checkpoints in tests/distributed/test_saving.py; the swap files of ``offload: nvme`` are taken to hold
-    what the files of ZeRO-3 hold.
+    a second time with ZeRO, except where both copies are the same memory and one file (no stages, on a CPU); not at
+    all where adapters are trained. A tied weight counts in each layer's file, and in the optimizer of each stage that
+    holds it. Compared with real checkpoints in tests/distributed/test_saving.py; the swap files of ``offload: nvme``
+    are taken to hold what the files of ZeRO-3 hold.
     """
     weight = 4 if config.precision == "fp32" else 2
     stages = [layout.chunks(stage) for stage in range(layout.pipeline)]
@@ -37,6 +38,9 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     if config.zero and (config.zero == 3 or layout.pipeline > 1 or accelerator != "cpu"):
         total += weight * frozen
     tensors = sum(len(layer.tensors) for layer in shape.layers)
+    if shape.has_adapters:
+        total = (moment_bytes(config) + 4 * (config.zero > 0) + weight * (config.zero < 3)) * (held - frozen)
+        tensors = sum(is_adapter_parameter(name) for layer in shape.layers for name in layer.tensors)
     return total + _SCRIPTS * (config.zero > 0) + _OF_A_RANK * layout.world_size + _OF_A_TENSOR * tensors
 
 

@@ -228,7 +228,7 @@ def stage_activations(
 
 def frozen_layers(shape: ModelShape, patterns: Sequence[str]) -> int:
     """How many layers from the first one on are frozen as a whole."""
-    if not patterns:
+    if not patterns and not shape.has_adapters:
         return 0
     frozen = frozen_names(shape, patterns)
     for index, layer in enumerate(shape.layers):

@@ -25,7 +25,7 @@ def moment_bytes(config: RunConfig) -> int:
 
 def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequence[str]) -> int:
     """Frozen parameters that a stage holds; a weight that two of its layers tie counts once."""
-    if not patterns:
+    if not patterns and not shape.has_adapters:
         return 0
     frozen = frozen_names(shape, patterns)
     key = {name: tied.key for tied in shape.tied for name in tied.names}

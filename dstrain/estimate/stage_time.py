@@ -23,8 +23,9 @@ def layer_times(
 ) -> tuple[int, ...]:
     """Forward, backward and recomputation of each layer for one sample, in FLOPs.
 
-    The backward pass takes twice the forward pass: gradients of the input and of the weights. What is recomputed
-    runs forward once more. An embedding looks its rows up, which is next to nothing.
+    The backward pass takes twice the forward pass: gradients of the input and of the weights. Where adapters are
+    trained, the weights' own gradients are left out. What is recomputed runs forward once more. An embedding looks its
+    rows up, which is next to nothing.
 
     Args:
         attended: fraction of the square of positions that attention computes, see `attended_share`.
@@ -39,8 +40,18 @@ def layer_times(
         again = {"block": blocks_recomputed, "head": head_recomputed}.get(layer.kind, False)
         return 4 if again else 3
 
+    def left_out(layer: Layer) -> int:
+        if not shape.has_adapters or not layer.parameters:
+            return 0
+        return round(
+            seq_len * layer.forward_flops_per_token * (1 - layer.adapter_parameters / layer.parameters)
+        )
+
     # One FLOP is added: a layer that computes nothing (an embedding) must still count.
-    return tuple(1 + passes(layer) * round(layer.forward_flops(seq_len, attended)) for layer in shape.layers)
+    return tuple(
+        1 + passes(layer) * round(layer.forward_flops(seq_len, attended)) - left_out(layer)
+        for layer in shape.layers
+    )
 
 
 def attended_share(config: RunConfig) -> float:

@@ -87,6 +87,16 @@ def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTraine
     return model
 
 
+def load_base(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model that an adapter is for, as a user loads it."""
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
+    )
+    model: PreTrainedModel = loaded.eval()
+    return model
+
+
 def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:
     """Compare the loaded model's parameters with the checkpoint's, unconverted. Raises DstrainError."""
     written = set(tensors.names())

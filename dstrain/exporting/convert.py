@@ -20,26 +20,32 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.child_process import child_main
+from dstrain.config.files import is_hub_name
 from dstrain.data.tokenizing.tokenizer_files import BYTES, speaks_of_other_files
 from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.data.training_data import ValidationSet
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
 from dstrain.errors import DstrainError, way_out
+from dstrain.exporting.adapter_folder import ExportedAdapter, check_adapter, load_with_peft, write_adapter
 from dstrain.exporting.checking import (
     check_files,
     check_loaded,
     check_tokenizer,
+    load_base,
     load_exported,
     validation_loss,
 )
+from dstrain.exporting.merging import MergedState, model_maker, untied, unties
 from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
 from dstrain.files import write_json
+from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config
+from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.weights.weight_files import WeightFiles
 from dstrain.planning.plan import Plan
 from dstrain.runs.checkpoint.identity import identity_of
-from dstrain.runs.checkpoint.manifest import step_of
+from dstrain.runs.checkpoint.manifest import WHOLE, step_of
 from dstrain.runs.run_folder import RunFolder, read_metrics
 from dstrain.train.run_data import prepare_run_data
 
@@ -58,13 +64,15 @@ def export(
     aside: Path | None = None,
     dtype: str | None = None,
     with_loss: bool = True,
+    merge: bool = False,
 ) -> dict[str, Any]:
-    """Write ``out``, which appears whole and checked, or not at all.
+    """Write ``out``, which appears whole and checked, or not at all: a model, or the adapter of a run that has one.
 
     Args:
         aside: where it is written before it has its name; None: hidden beside ``out``.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None: the precision that was trained in.
         with_loss: load the exported model and take its validation loss.
+        merge: write the model with the run's adapter merged, not the adapter.
 
     Returns:
         What there is to say: ``step``, ``dtype``, ``files``, ``tensors``, ``parameters``, ``bytes``, ``loss``
@@ -78,7 +86,23 @@ def export(
     identity = identity_of(checkpoint)
     config = _model_config(_model_file(plan, run), identity)
     dtype = dtype or identity["precision"]
-    tensors = ExportedTensors(SavedState(checkpoint), config, DTYPES[dtype], like=_files_at_the_start(plan))
+    state: SavedState | MergedState = SavedState(checkpoint)
+    adapter = plan.run_config.adapter
+    tensors: ExportedTensors | ExportedAdapter
+    if adapter is None and merge:
+        raise DstrainError(
+            "this run trains the model's own weights, and has no adapter",
+            where="--merge",
+            hint="leave out --merge",
+        )
+    if adapter is not None:
+        adapters = Adapters(config, adapter, seed=plan.run_config.seed)
+    if adapter is not None and not merge:
+        tensors = ExportedAdapter(SavedState(checkpoint), DTYPES[dtype])
+    else:
+        if adapter is not None:
+            state, config = _merged(config, adapters, SavedState(checkpoint), plan)
+        tensors = ExportedTensors(state, config, DTYPES[dtype], like=_files_at_the_start(plan))
     tokenizer = load_tokenizer(_tokenizer(plan, run))
     aside = aside or out.with_name(f".{out.name}.partial")
     with _writing(out):
@@ -88,9 +112,16 @@ def export(
         aside.mkdir()
     try:
         with _writing(out):
-            _write_descriptions(aside, plan, config, tensors, tokenizer)
-        files = write_weights(tensors, aside)
-        check_files(aside, files, tensors)
+            if isinstance(tensors, ExportedAdapter):
+                _write_tokenizer(aside, plan, tokenizer)
+            else:
+                _write_descriptions(aside, plan, config, tensors, tokenizer)
+        if isinstance(tensors, ExportedAdapter):
+            files = [write_adapter(tensors, adapters, _base(plan), aside)]
+            check_adapter(aside, tensors)
+        else:
+            files = write_weights(tensors, aside)
+            check_files(aside, files, tensors)
         check_tokenizer(aside, tokenizer)
         loss, no_loss_because = _loss(aside, plan, tensors) if with_loss else (None, None)
         with _writing(out):
@@ -111,7 +142,44 @@ def export(
         "no_loss_because": no_loss_because,
         "run_loss": run_loss,
         "run_loss_step": run_loss_step,
+        "adapter_for": _base(plan) if isinstance(tensors, ExportedAdapter) else None,
     }
+
+
+def _base(plan: Plan) -> str:
+    """The model that a run's adapter is for, as ``from_pretrained`` takes it. Raises DstrainError: it is nowhere."""
+    if plan.run_config.init != "pretrained" or plan.model.folder is None:
+        raise DstrainError(
+            "the adapter is for random initial weights, which lie in no folder",
+            where="OUT",
+            hint="--merge writes the model with the adapter in it",
+        )
+    name = plan.run_config.model
+    return name if is_hub_name(name) else str(plan.model.folder)
+
+
+def _merged(
+    config: PretrainedConfig, adapters: Adapters, saved: SavedState, plan: Plan
+) -> tuple[MergedState, PretrainedConfig]:
+    """The run's model with its adapter in its weights, and its configuration."""
+    pretrained = plan.run_config.init == "pretrained"
+    make = model_maker(
+        config,
+        adapters,
+        PretrainedWeights(plan.model.weights_folder) if pretrained else None,
+        seed=plan.run_config.seed,
+        splits=plan.model.pipelines,
+    )
+
+    def value(name: str) -> torch.Tensor:
+        if name not in saved.parameters:
+            raise DstrainError(
+                f"the checkpoint lacks the adapter's {name}", where=str(saved.folder), hint=WHOLE
+            )
+        return saved.parameters[name].most_precise.read()
+
+    state = MergedState(make, value, saved.folder)
+    return state, untied(config) if unties(config, adapters) else config
 
 
 @contextmanager
@@ -203,6 +271,11 @@ def _write_descriptions(
         if value is not None and (keep or name not in _OTHER_TOKENS)
     }
     write_json(folder / GENERATION_CONFIG_NAME, generation)
+    _write_tokenizer(folder, plan, tokenizer)
+
+
+def _write_tokenizer(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
+    """With the chat template that was trained with."""
     tokenizer.save_pretrained(folder)
     if plan.data.chat_template and plan.data.chat_template != tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(plan.data.chat_template, encoding="utf-8")
@@ -230,7 +303,9 @@ def _same_folder(one: str, other: str) -> bool:
     return one != BYTES and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | None, str | None]:
+def _loss(
+    folder: Path, plan: Plan, tensors: ExportedTensors | ExportedAdapter
+) -> tuple[float | None, str | None]:
     """The exported model's validation loss, or why the run's data do not give one any more; the model is checked."""
     sets: tuple[ValidationSet, ...] = ()
     reason = None
@@ -238,8 +313,13 @@ def _loss(folder: Path, plan: Plan, tensors: ExportedTensors) -> tuple[float | N
         sets = prepare_run_data(plan).validation_sets
     except DstrainError as error:  # the data, which the model does not need
         reason = f"{error.where}: {error.message}" if error.where else error.message
-    model = load_exported(folder, tensors.dtype, plan.run_config.attention)
-    check_loaded(model, tensors)
+    attention = plan.run_config.attention
+    if isinstance(tensors, ExportedAdapter):
+        model = load_base(plan.model.weights_folder, tensors.dtype, attention)
+        load_with_peft(model, folder, tensors)
+    else:
+        model = load_exported(folder, tensors.dtype, attention)
+        check_loaded(model, tensors)
     if not sets:
         return None, reason
     loss = validation_loss(model, [each.rows for each in sets], plan.run_config.eval_samples)
@@ -272,6 +352,7 @@ def main(argv: Sequence[str]) -> int:
         aside=Path(request["aside"]),
         dtype=request["dtype"],
         with_loss=request["with_loss"],
+        merge=request["merge"],
     )
     write_json(Path(argv[1]), answer)
     return 0

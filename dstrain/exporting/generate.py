@@ -18,6 +18,7 @@ from dstrain.data.chat.template import ChatTemplate
 from dstrain.data.tokenizing.tokenizer_files import refuse_large_files
 from dstrain.data.tokenizing.tokenizers import added_in_front, load_pretrained, load_tokenizer
 from dstrain.errors import DstrainError
+from dstrain.exporting.adapter_folder import load_adapter
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config
 
@@ -29,6 +30,7 @@ def generate(
     folder: Path,
     prompt: str,
     *,
+    base: Path | None = None,
     tokens: int,
     temperature: float,
     seed: int,
@@ -38,7 +40,8 @@ def generate(
     """``prompt`` and up to ``tokens`` tokens after it, no more than the model has positions for.
 
     Args:
-        folder: of any Hugging Face causal language model.
+        folder: of any Hugging Face causal language model, or of an adapter.
+        base: the model that the adapter is for.
         chat: the prompt is what a user says, and the answer alone is returned.
         system: with ``chat``: a system message in front.
         temperature: 0 takes the likeliest token each time.
@@ -46,12 +49,15 @@ def generate(
     Raises:
         DstrainError: the folder's model or tokenizer can't be loaded, or the prompt fills all positions.
     """
-    config = load_config(folder)  # says in one line what is wrong with a config.json
-    tokenizer = _load_tokenizer(folder)
+    config = load_config(base or folder)  # says in one line what is wrong with a config.json
+    of_tokenizer = folder if base is None or _has_tokenizer(folder) else base
+    tokenizer = _load_tokenizer(of_tokenizer)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+            base or folder, dtype="auto", local_files_only=True, trust_remote_code=False
         )
+        if base is not None:
+            load_adapter(model, folder)
     except Exception as error:  # damaged files raise nearly anything
         raise DstrainError(
             f"this model can't be loaded: {_in_a_line(error)}",
@@ -60,7 +66,7 @@ def generate(
         ) from error
     if torch.cuda.is_available():
         model.to("cuda")
-    ids = _chat_ids(folder, prompt, system) if chat else _prompt_ids(tokenizer, prompt)
+    ids = _chat_ids(of_tokenizer, prompt, system) if chat else _prompt_ids(tokenizer, prompt)
     tokens = _tokens_that_fit(config, len(ids), tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -102,8 +108,12 @@ def _chat_ids(folder: Path, prompt: str, system: str) -> list[int]:
         raise
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
+
+
 def _load_tokenizer(folder: Path) -> Any:
-    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+    if not _has_tokenizer(folder):
         raise DstrainError(
             "the folder has no tokenizer",
             where=str(folder),
@@ -159,6 +169,7 @@ def main(argv: Sequence[str]) -> int:
     text = generate(
         Path(request["folder"]),
         request["prompt"],
+        base=Path(request["base"]) if request["base"] else None,
         tokens=request["tokens"],
         temperature=request["temperature"],
         seed=request["seed"],

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dstrain.data.progress import Progress
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
+from dstrain.exporting.merging import MergedState
 from dstrain.model.weights.on_disk import OnDisk
 from dstrain.strict_json import to_json
 
@@ -87,7 +88,7 @@ class ExportedTensors:
 
     def __init__(
         self,
-        state: SavedState,
+        state: SavedState | MergedState,
         config: PretrainedConfig,
         dtype: torch.dtype,
         like: Mapping[str, torch.Tensor] | None = None,

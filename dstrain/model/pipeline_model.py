@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
+from dstrain.model.adapters import Adapters
 from dstrain.model.initialise import cast, initialise, materialise
 from dstrain.model.layers import ArgumentsCache, BlockLayer, EmbedLayer, HeadLayer, Layer
 from dstrain.model.pipeline_split.probe import find_structure
@@ -44,6 +45,7 @@ class PipelineModel:
         weights: where to take the parameters from instead of drawing them; each layer that is built reads its own.
         attention: attention implementation: "sdpa", "eager", "flash_attention_2" ..., or
             "auto": sdpa where the family has it, else eager.
+        adapters: what is trained in place of the parameters; None: these are.
 
     Attributes:
         num_layers: blocks + 2.
@@ -64,6 +66,7 @@ class PipelineModel:
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
         weights: PretrainedWeights | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         structure = find_structure(config, attention)
         if structure.refusal:
@@ -82,6 +85,7 @@ class PipelineModel:
         self._shared: dict[str, nn.Parameter] = {}
         self._built: set[int] = set()
         self._loader = self._open(weights) if weights else None
+        self._adapters = adapters
         self.after_build: Callable[[nn.Module], None] = lambda layer: None
 
     def build(self, index: int) -> nn.Module:
@@ -91,7 +95,8 @@ class PipelineModel:
         copy in other processes. No global random state is touched.
 
         Returns:
-            ``EmbedLayer``, ``BlockLayer`` or ``HeadLayer``; its parameters are named as in Hugging Face.
+            ``EmbedLayer``, ``BlockLayer`` or ``HeadLayer``; its parameters are named as in Hugging Face, and with
+        adapters as in PEFT.
 
         Raises:
             DstrainError: the family defines no initial value for one of the layer's parameters, or the
@@ -106,9 +111,20 @@ class PipelineModel:
         for path, module in modules.items():
             self._fill(path, module)
         self._tie(index, modules)
+        if self._adapters is not None:
+            modules = self._adapters.add(modules)
+            self._structure.replace_modules(modules)
         layer = self._layer(index, modules)
         self.after_build(layer)
         return layer
+
+    def shapes_of(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's own parameters in a layer that is not built yet, by Hugging Face name."""
+        return {
+            f"{path}.{name}": tuple(parameter.shape)
+            for path, module in self._structure.layer_modules(index).items()
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
 
     def _layer(self, index: int, modules: dict[str, nn.Module]) -> Layer:
         if index == 0:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstrain.errors import DstrainError
+from dstrain.model.adapters import Adapters
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.initialise import Initialiser, cast, initialise, initialisers, materialise
@@ -29,7 +30,7 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
     Parameters have their Hugging Face names and the initial values that ``PipelineModel`` gives them.
 
     Args:
-        config, seed, dtype, attention, weights: as for ``PipelineModel``.
+        config, seed, dtype, attention, weights, adapters: as for ``PipelineModel``.
         after_build: called with each block as soon as its parameters have their values, and at the end with the
             whole model, for the others.
 
@@ -48,14 +49,16 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
         weights: PretrainedWeights | None = None,
+        adapters: Adapters | None = None,
         after_build: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
         super().__init__()
         model = empty_model(config, attention)
+        finish = _Finish(model, adapters, after_build)
         if weights:
-            _load_unsplit(model, weights.loader(model, dtype), after_build)
+            _load_unsplit(model, weights.loader(model, dtype), finish)
         else:
-            initialise_unsplit(model, seed, dtype, after_build)
+            initialise_unsplit(model, seed, dtype, finish)
         self.config = model.config
         # The very dictionaries of the Hugging Face model: what is moved, cast or replaced here is so there.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
@@ -119,11 +122,31 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         return keep_buffer_types(self, lambda: apply(fn, recurse))
 
 
+class _Finish:
+    """What is done with each block of a model as soon as its parameters have their values, and at last with all."""
+
+    def __init__(
+        self, model: PreTrainedModel, adapters: Adapters | None, after_build: Callable[[nn.Module], None]
+    ) -> None:
+        self._model = model
+        self._adapters = adapters
+        self._after_build = after_build
+        self._done: list[str] = []
+
+    def block(self, path: str, block: nn.Module) -> None:
+        if self._adapters is not None:
+            self._adapters.add({path: block})
+            self._done.append(path)
+        self._after_build(block)
+
+    def rest(self) -> None:
+        if self._adapters is not None:
+            self._adapters.add_to_model(self._model, without=self._done)
+        self._after_build(self._model)
+
+
 def initialise_unsplit(
-    model: PreTrainedModel,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    after_build: Callable[[nn.Module], None] = lambda module: None,
+    model: PreTrainedModel, seed: int, dtype: torch.dtype = torch.float32, finish: _Finish | None = None
 ) -> None:
     """Materialise and initialise all weights of ``model`` (parameters on meta) as its layers would be."""
     owners = initialisers(model)
@@ -136,7 +159,8 @@ def initialise_unsplit(
         materialise(block)
         missed += initialise(path, block, owners, seed)
         cast(block, dtype)
-        after_build(block)
+        if finish is not None:
+            finish.block(path, block)
     materialise(model)
     missed += initialise("", model, owners, seed, without=set(blocks))
     # A tied weight was just drawn once by each of its owners; the last word is the canonical one's.
@@ -148,7 +172,8 @@ def initialise_unsplit(
             hint="use another model family",
         )
     cast(model, dtype)
-    after_build(model)
+    if finish is not None:
+        finish.rest()
 
 
 @torch.no_grad()
@@ -167,17 +192,15 @@ def _set_from_outside(
     return before != [parameter._version for parameter in model.parameters()]
 
 
-def _load_unsplit(
-    model: PreTrainedModel, loader: WeightLoader, after_build: Callable[[nn.Module], None]
-) -> None:
+def _load_unsplit(model: PreTrainedModel, loader: WeightLoader, finish: _Finish) -> None:
     names = set(model.state_dict())
     for path, block in _lonely_blocks(model).items():
         own = set(block.state_dict(prefix=f"{path}."))
         loader.load(own)
-        after_build(block)
+        finish.block(path, block)
         names -= own
     loader.load(names)
-    after_build(model)
+    finish.rest()
 
 
 def _lonely_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:

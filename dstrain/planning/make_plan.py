@@ -107,6 +107,7 @@ def make_plan(
             layers=tuple(layer.name for layer in shape.layers),
             tied=tuple(tied.key for tied in shape.tied),
             pipelines=shape.pipeline_refusal is None,
+            adapter_parameters=shape.adapter_parameters,
         ),
         data=data,
         stage_parameters=decided.stage_parameters,

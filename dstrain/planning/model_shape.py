@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
+from dstrain.lora import is_adapter_parameter
 from dstrain.planning.layout import Layout
 
 FORMAT = 12
@@ -41,6 +43,10 @@ class Layer:
     working_bytes_per_token: tuple[int, int] = (0, 0)
     working_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
     given_bytes_per_token: tuple[int, int] = (0, 0)
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(number for name, number in self.tensors.items() if is_adapter_parameter(name))
 
     def forward_flops(self, seq_len: int, attended: float = 1.0) -> float:
         """FLOPs of the forward pass of one sample of ``seq_len`` tokens.
@@ -157,6 +163,15 @@ class ModelShape:
             attention_refusals=record["attention_refusals"],
         )
 
+    @cached_property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained in place of the model's own parameters."""
+        return self.adapter_parameters > 0
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(layer.adapter_parameters for layer in self.layers)
+
     @classmethod
     def read(cls, path: Path) -> ModelShape:
         return cls.from_record(json.loads(path.read_text(encoding="utf-8")))
@@ -184,9 +199,18 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
 
 
 def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
-    """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all."""
+    """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all.
+
+    Of a model with adapters nothing else is trained.
+    """
+    if not patterns and not shape.has_adapters:
+        return set()
     names = (name for layer in shape.layers for name in layer.tensors)
-    frozen = {name for name in names if is_frozen(name, patterns)} if patterns else set()
+    frozen = {
+        name
+        for name in names
+        if is_frozen(name, patterns) or (shape.has_adapters and not is_adapter_parameter(name))
+    }
     for tied in shape.tied:
         if not frozen.isdisjoint(tied.names):
             frozen.update(tied.names)
@@ -199,7 +223,14 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
     Raises DstrainError.
     """
     names = [name for layer in shape.layers for name in layer.tensors]
-    where = str(resolved.origin("freeze"))
+    where = str(resolved.origin("adapter" if shape.has_adapters else "freeze"))
+    if shape.has_adapters and resolved.config.freeze:
+        raise DstrainError(
+            "a run with an adapter trains none of the model's own weights: there is nothing else to freeze",
+            where=str(resolved.origin("freeze")),
+            hint="remove freeze; adapter.exclude leaves modules without an adapter",
+        )
+    less = "adapter.targets: all-linear" if shape.has_adapters else "freeze less"
     for pattern in resolved.config.freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
@@ -217,7 +248,7 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
             raise DstrainError(
                 f"stage {stage} would have only frozen parameters, and DeepSpeed needs a trainable one on each stage",
                 where=where,
-                hint="fewer --pipeline stages, so that each has a trainable layer, or freeze less",
+                hint=f"fewer --pipeline stages, so that each has a trainable layer, or {less}",
             )
     # No gradient arrives at what comes first from anywhere else. With DualPipeV the same rank has the last layers too.
     first = [name for layer in layout.chunks(0)[0] for name in shape.layers[layer].tensors]
@@ -226,5 +257,5 @@ def check_frozen(resolved: ResolvedConfig, shape: ModelShape, layout: Layout) ->
             "the first layers of stage 0 would have only frozen parameters, and the schedule"
             f" {layout.schedule} computes their gradients apart from those of its last layers",
             where=where,
-            hint="--schedule 1f1b, fewer --pipeline stages, or freeze less",
+            hint=f"--schedule 1f1b, fewer --pipeline stages, or {less}",
         )

@@ -79,6 +79,7 @@ class PlannedModel:
         layers: names of [embed, block 0, ..., head].
         tied: weights that several layers use.
         pipelines: whether it can be split into stages.
+        adapter_parameters: of its adapters, which are trained in place of all others; 0 where there are none.
     """
 
     file: str
@@ -91,6 +92,7 @@ class PlannedModel:
     layers: tuple[str, ...]
     tied: tuple[str, ...]
     pipelines: bool
+    adapter_parameters: int = 0
 
     @property
     def weights_folder(self) -> str:
@@ -332,6 +334,7 @@ class Plan:
             "optimizer": self.config["optimizer"],
             **own,
             **{key: self.config[key] for key in (*option_keys(), "freeze")},
+            **({"adapter": adapter} if (adapter := self.config.get("adapter")) else {}),
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,

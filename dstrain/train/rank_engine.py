@@ -13,6 +13,7 @@ from dstrain.engine.build import build_engine
 from dstrain.engine.client_optimizer import ClientOptimizer
 from dstrain.engine.interface import DTYPES, Engine
 from dstrain.engine.zero3 import zero3_init
+from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config as load_model_config
 from dstrain.model.loss import BUILT_IN, OwnLoss, TokenLoss
 from dstrain.model.pipeline_model import PipelineModel
@@ -36,6 +37,8 @@ def make_model(plan: Plan) -> PipelineModel | UnsplitModel:
         "weights": PretrainedWeights(plan.model.weights_folder) if config.init == "pretrained" else None,
     }
     model_config = load_model_config(plan.model.file)
+    if config.adapter is not None:
+        options["adapters"] = Adapters(model_config, config.adapter, seed=config.seed)
     if plan.model.pipelines:
         return PipelineModel(model_config, **options)
     return UnsplitModel(model_config, **options, after_build=zero3_init(plan.deepspeed))

@@ -65,6 +65,7 @@ def test_a_whole_answer_can_be_written_into_a_config(answer: str, tmp_path: Path
     path = tmp_path / "c.yaml"
     assert _errors(path, answer + "\n") == []
     got = getattr(load_config(config_file=str(path)).config, key)
+    got = getattr(got, "type", got)  # of an adapter, which is named by it
     assert value in (str(got), json.dumps(got), f"[{', '.join(got)}]" if isinstance(got, list) else "")
 
 

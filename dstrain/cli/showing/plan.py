@@ -79,6 +79,15 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     console.print(
         headed("model", f"{model.type}, {model.parameters:,} parameters, {len(model.layers)} layers")
     )
+    adapter = plan.run_config.adapter
+    if adapter is not None:
+        share = model.adapter_parameters / model.parameters
+        words = f"{adapter.type}, r {adapter.r}, alpha {adapter.alpha:g}"
+        console.print(
+            headed(
+                "adapter", f"{words}: {model.adapter_parameters:,} parameters are trained, {share:.2%} of all"
+            )
+        )
     if data.sources:
         _show_sources(data, console)
         console.print(headed("batch", plan.batch.describe()))

@@ -50,6 +50,15 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class MeasuredLayer:
+    """What a plan needs to know of a layer beside its parameters: see `dstrain.planning.model_shape.Layer`."""
+
+    flops: int
+    flops_of_position: float
+    activations: Activations
+
+
+@dataclass(frozen=True)
 class _Bytes:
     """Of one sequence."""
 

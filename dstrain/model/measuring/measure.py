@@ -1,6 +1,6 @@
 """Measures a model's shape: parameters and FLOPs of each layer, without its weights.
 
-``python -m dstrain.model.measuring.measure SOURCE OUT.json`` writes what the plan reads.
+``python -m dstrain.model.measuring.measure SOURCE OUT.json [ADAPTER.json]`` writes what the plan reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers import PretrainedConfig
 from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
 from dstrain.files import write_atomically
+from dstrain.lora import Adapter, base_name
+from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.attention_support import attention_refusals
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
@@ -25,12 +27,13 @@ from dstrain.model.capability.randomness import largest_dropout, randomness_besi
 from dstrain.model.measuring.activations import (
     DTYPES,
     Activations,
+    MeasuredLayer,
     block_activations,
     outer_activations,
     saved_of_experts,
 )
 from dstrain.model.measuring.flops import block_flops, expert_flops, loops_over_experts, outer_flops_per_token
-from dstrain.model.measuring.whole_model import MeasuredLayer, measure_whole_model
+from dstrain.model.measuring.whole_model import measure_whole_model
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 from dstrain.model.router import router_coefficient
@@ -39,8 +42,11 @@ from dstrain.strict_json import to_json
 FORMAT = 12
 
 
-def measure(config: PretrainedConfig) -> dict[str, Any]:
+def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
     """Measure a causal language model.
+
+    Args:
+        adapter: what is trained in place of its parameters: these are in the layers then, by PEFT's names.
 
     Returns:
         ``format``, ``model_type``, ``hidden_size``, ``vocab_size``, ``max_positions`` (or None), ``layers``
@@ -65,7 +71,10 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         DstrainError: the model cannot be built.
     """
     structure = find_structure(config)
-    layers = _layers(structure)
+    adapters = Adapters(structure.config, adapter) if adapter is not None else None
+    if adapters is not None:
+        structure.add_adapters(adapters)
+    layers = _layers(structure, adapters)
     packing = judge_packing(config)
     tied = [
         {
@@ -88,7 +97,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
         "tied": tied,
         "total_parameters": structure.total_parameters,
         "pipeline_refusal": structure.refusal,
-        "dropout": largest_dropout(structure.config),
+        "dropout": max(largest_dropout(structure.config), adapter.dropout if adapter is not None else 0.0),
         "randomness": randomness_beside_dropout(config),
         "layerdrop": _layerdrop(structure.config),
         "router_loss": _has_router_loss(config, structure),
@@ -101,7 +110,7 @@ def measure(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
+def _layers(structure: ModelStructure, adapters: Adapters | None) -> list[dict[str, Any]]:
     if not structure.blocks:
         total = structure.total_parameters
         return [
@@ -114,13 +123,13 @@ def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
             )
         ]
     # What belongs to no layer, in models that can't be split: counted with the embedding.
-    stranded = {name: param.numel() for name, param in structure.model.named_parameters()}
-    measured = _measured_layers(structure)
+    stranded = {base_name(name): param.numel() for name, param in structure.model.named_parameters()}
+    measured = _measured_layers(structure, adapters)
     entries = []
     for index in range(structure.num_blocks + 2):
         modules = structure.layer_modules(index)
         tensors = {
-            f"{path}.{name}" if name else path: param.numel()
+            base_name(f"{path}.{name}"): param.numel()
             for path, module in modules.items()
             for name, param in module.named_parameters()
         }
@@ -133,11 +142,11 @@ def _layers(structure: ModelStructure) -> list[dict[str, Any]]:
     return entries
 
 
-def _measured_layers(structure: ModelStructure) -> list[MeasuredLayer]:
+def _measured_layers(structure: ModelStructure, adapters: Adapters | None) -> list[MeasuredLayer]:
     """Of [embed, each block, head]: layer by layer, or all together where they can't be separated."""
     if structure.refusal is not None:
         with suppress(Refused):
-            whole = measure_whole_model(structure.config)
+            whole = measure_whole_model(structure.config, adapters)
             if len(whole) == structure.num_blocks + 2:
                 blocks = zip(whole[1:-1], structure.blocks, strict=True)
                 return [
@@ -180,7 +189,7 @@ def _tensors_in_one(structure: ModelStructure) -> dict[str, int]:
     """Elements of each parameter by name; 0 under every name but the first of a tied weight."""
     first = {name for name, _ in structure.model.named_parameters()}
     return {
-        name: param.numel() if name in first else 0
+        base_name(name): param.numel() if name in first else 0
         for name, param in structure.model.named_parameters(remove_duplicate=False)
     }
 
@@ -189,7 +198,7 @@ def _tied_in_one(structure: ModelStructure) -> list[dict[str, Any]]:
     """The weights with several names in a model that is measured as one layer."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in structure.model.named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(name)
+        names.setdefault(param, []).append(base_name(name))
     return [
         {"key": alike[0], "parameters": param.numel(), "layers": [0], "names": alike}
         for param, alike in names.items()
@@ -234,18 +243,22 @@ def _signature(block: nn.Module) -> Any:
 
 def _at(structure: ModelStructure, owner: tuple[int, str]) -> torch.Tensor:
     index, name = owner
-    modules = structure.layer_modules(index)
-    root = next(path for path in modules if name.startswith(path + "."))
-    return modules[root].get_parameter(name[len(root) + 1 :])
+    return next(
+        param
+        for path, module in structure.layer_modules(index).items()
+        for within, param in module.named_parameters(remove_duplicate=False)
+        if base_name(f"{path}.{within}") == name
+    )
 
 
 @child_main
 def main(arguments: list[str]) -> int:
     """Measure ``SOURCE`` and write ``OUT.json``; the exit code."""
-    if len(arguments) != 2:
-        raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json")
-    source, out = arguments
-    text = to_json(measure(load_config(source)), indent=1)
+    if len(arguments) not in (2, 3):
+        raise DstrainError("usage: python -m dstrain.model.measuring.measure SOURCE OUT.json [ADAPTER.json]")
+    source, out, *others = arguments
+    adapter = Adapter.model_validate_json(Path(others[0]).read_bytes()) if others else None
+    text = to_json(measure(load_config(source), adapter), indent=1)
     write_atomically(Path(out), text + "\n")
     return 0
 

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstrain.model.adapters import Adapters
 from dstrain.model.initialise import cast
 from dstrain.model.measuring.activations import (
     DTYPES,
-    Activations,
     AliveStorages,
     GpuKernels,
+    MeasuredLayer,
     both_types,
     length_apart,
     storage_of,
@@ -31,25 +32,22 @@ from dstrain.model.pipeline_split.structure import Refused, find_blocks
 from dstrain.model.skeleton import empty_model
 
 
-@dataclass(frozen=True)
-class MeasuredLayer:
-    """What a plan needs to know of a layer beside its parameters: see `dstrain.planning.model_shape.Layer`."""
-
-    flops: int
-    flops_of_position: float
-    activations: Activations
-
-
-def measure_whole_model(config: PretrainedConfig) -> list[MeasuredLayer]:
+def measure_whole_model(config: PretrainedConfig, adapters: Adapters | None = None) -> list[MeasuredLayer]:
     """Of [what runs before the blocks, each block, what runs behind them].
+
+    Args:
+        adapters: to be measured with it.
 
     Raises:
         Refused: the model has no list of blocks, or does not run without its weights.
     """
-    length = length_apart(empty_model(config))
+    length = length_apart(_empty_model(config, adapters))
     found = []
     for dtype in DTYPES:
-        runs = [_Run(config, tokens, dtype).measured() for tokens in (length, 2 * length)]
+        runs = [
+            _Run(config, adapters, tokens, dtype).measured(with_flops=dtype is DTYPES[0])
+            for tokens in (length, 2 * length)
+        ]
         found.append(list(zip(*runs, strict=True)))
     layers = []
     for of_types in zip(*found, strict=True):
@@ -67,6 +65,13 @@ def measure_whole_model(config: PretrainedConfig) -> list[MeasuredLayer]:
     return layers
 
 
+def _empty_model(config: PretrainedConfig, adapters: Adapters | None) -> PreTrainedModel:
+    model = empty_model(config)
+    if adapters is not None:
+        adapters.add_to_model(model, without_data=True)
+    return model
+
+
 @dataclass
 class _Layer:
     """Of one sequence: bytes as in `Activations`, and FLOPs of the forward pass."""
@@ -82,12 +87,14 @@ class _Run:
     """A forward and a backward pass of the model on meta."""
 
     config: PretrainedConfig
+    adapters: Adapters | None
     length: int
     dtype: torch.dtype
     kept: dict[int, Tensor] = field(default_factory=dict)
     given: dict[int, weakref.ref[torch.UntypedStorage]] = field(default_factory=dict)
 
-    def measured(self) -> list[_Layer]:
+    def measured(self, *, with_flops: bool) -> list[_Layer]:
+        """``with_flops``: they are the same in each type."""
         model, blocks = self._model()
         # Without positions, which would be taken for those of several documents: these need a mask.
         ids = torch.zeros(1, self.length, dtype=torch.int64, device="meta")
@@ -97,7 +104,8 @@ class _Run:
         self.alive = AliveStorages({parameter.shape for parameter in model.parameters()})
         self.alive.leave_out((*model.parameters(), *model.buffers(), ids))
         try:
-            self._count_flops(model, blocks, ids)
+            if with_flops:
+                self._count_flops(model, blocks, ids)
             with torch.enable_grad(), NoData(), GpuKernels(), self.alive:
                 with self._at_blocks(blocks), saved_tensors_hooks(self._keep(own), lambda tensor: tensor):
                     logits = model(input_ids=ids, use_cache=False).logits
@@ -113,7 +121,7 @@ class _Run:
 
     def _model(self) -> tuple[PreTrainedModel, list[nn.Module]]:
         """The model on meta, in training, and its blocks. Raises Refused."""
-        model = empty_model(self.config)
+        model = _empty_model(self.config, self.adapters)
         _, blocks = find_blocks(model, model.config)
         nn.Module.to(model, "meta")
         cast(model, self.dtype)

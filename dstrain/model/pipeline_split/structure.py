@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dstrain.model.adapters import Adapters
 from dstrain.model.initialise import Initialiser, initialisers, uninitialised
-from dstrain.model.pipeline_split.partial_forward import BlockStub, ModuleStub, PartialForward
+from dstrain.model.pipeline_split.partial_forward import BlockStub, ModuleStub, PartialForward, meta_twin
 from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng
 
@@ -119,6 +120,22 @@ class ModelStructure:
         finally:
             for parent, name, stand_in in self._places:
                 parent._modules[name] = stand_in
+
+    def replace_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Let other modules be the real ones at these paths: they compute the same shapes."""
+        for path, module in modules.items():
+            if path in self.module_stubs:
+                self.module_stubs[path].__dict__["stub_real"] = module
+
+    def add_adapters(self, adapters: Adapters) -> None:
+        """Put adapters without data into the whole model, to measure it."""
+        with self.restored():
+            adapters.add_to_model(self.model, without_data=True)
+            for parent, name, stand_in in self._places:
+                stand_in.__dict__["stub_real"] = parent._modules[name]
+                if isinstance(stand_in, ModuleStub):
+                    stand_in.__dict__["stub_twin"] = meta_twin(stand_in.stub_real)
+            self.total_parameters = sum(p.numel() for p in self.model.parameters())
 
     @torch.no_grad()
     def _outer_initialisers(self, spine: list[str]) -> str | None:

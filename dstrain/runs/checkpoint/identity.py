@@ -17,8 +17,8 @@ _NAMED = ("zero", "pipeline", "data_parallel", "schedule", "offload")
 _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
-# They stand in an identity only where they are the user's own.
-_OWN_ALONE = ("loss", "loss_options")
+# They stand in an identity only where they are the user's own, or there is one.
+_OWN_ALONE = ("loss", "loss_options", "adapter")
 
 _WHY = {
     "global_batch": " (the next samples and the learning rate are counted in its steps)",
@@ -65,7 +65,8 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 def _refuse_another(key: str, value: Any, saved: Mapping[str, Any], checkpoint: Path) -> None:
     if saved.get(key) != value:
-        before, now = ("built-in" if v is None and key in _OWN_ALONE else v for v in (saved.get(key), value))
+        absent = "none" if key == "adapter" else "built-in"
+        before, now = (absent if v is None and key in _OWN_ALONE else v for v in (saved.get(key), value))
         raise DstrainError(
             f"the checkpoint was made with {key} = {before}, but this run has {now}",
             where=str(checkpoint),

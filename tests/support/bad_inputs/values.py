@@ -9,6 +9,7 @@ _WRONG_TYPES = [
     ("model", "5", "a string", 'quotes: model: "5"'),
     ("init", "zeros", "'random' or 'pretrained'", "initial weights: random"),
     ("freeze", "model.layers.0", "a list", "parameters to freeze"),
+    ("adapter", "qlora", "'lora', 'rslora' or 'dora'", "train low-rank adapters"),
     ("tokenizer", "true", "a string", "quotes"),
     ("data", "null", "a string", "hub data set"),
     ("data_weight_by", "rows", "'tokens' or 'documents'", "weights of several sources"),

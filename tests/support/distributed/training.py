@@ -29,6 +29,38 @@ LR = {"adamw": 1e-3, "sgd": 0.3, OWN: 0.3}
 # Of an optimizer from outside.
 OWN_CODE = Path(__file__).parents[1] / "own_code"
 OWN_OPTIONS = {"beta": 0.8}
+# By the name of a case's `adapter`: the config's section. All but two begin with matrices that are not zero: what is
+# rounded otherwise in a step would be a larger part of a matrix that is only as large as its steps.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "r": 4, "alpha": 16},
+    "rslora": {"type": "rslora", "r": 8, "alpha": 8, "init": "gaussian"},
+    "full": {"type": "lora", "r": 4, "alpha": 16, "init": "orthogonal"},
+    "dora": {"type": "dora", "r": 4, "alpha": 16, "init": "orthogonal"},
+    "few": {
+        "type": "lora",
+        "r": 4,
+        "alpha": 64,
+        "targets": ["q_proj", "v_proj"],
+        "exclude": ["0.self_attn.v_proj"],
+        "init": "orthogonal",
+    },
+    "outer": {
+        "type": "lora",
+        "r": 4,
+        "alpha": 16,
+        "targets": ["embed_tokens", "lm_head", "down_proj"],
+        "init": "orthogonal",
+    },
+    "head": {"type": "lora", "r": 4, "alpha": 16, "modules_to_save": ["lm_head"], "init": "orthogonal"},
+    "ranks": {
+        "type": "lora",
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+        "alpha_pattern": {"q_proj": 32},
+        "init": "orthogonal",
+    },
+}
+BEGIN_WITH_ZERO = ("lora", "rslora")
+ADAPTER_LR = {"adamw": 3e-3, "sgd": 0.3}
 OWN_LOSS = "own_losses:smoothed"
 OWN_LOSS_OPTIONS = {"smoothing": 0.2, "z": 0.02}
 OWN_SCHEDULE = "own_schedules:wsd"
@@ -52,6 +84,7 @@ class Case(LayoutCase):
     experts: int = 0  # a Mixtral with so many experts and its router loss, in place of a Llama
     attention: str = "sdpa"
     fused: bool = False  # AdamW in one kernel, as on GPUs
+    adapter: str = ""  # of `ADAPTERS`; empty: the weights themselves are trained
     longrope: bool = False  # the longer documents of `samples` get other rotary tables than the shorter ones
 
     ALWAYS_NAMED: ClassVar[tuple[str, ...]] = (
@@ -69,6 +102,8 @@ class Case(LayoutCase):
 
     @property
     def lr(self) -> float:
+        if self.adapter:
+            return ADAPTER_LR[self.optimizer]
         return LR[self.optimizer if self.optimizer in LR else OWN]
 
     def in_one_process(self) -> Case:
@@ -108,6 +143,8 @@ def model_config(case: Case, **sizes: int) -> Any:
             "router_aux_loss_coef": 0.3,
         }
         family = MixtralConfig
+    if case.adapter:
+        options["initializer_range"] = 0.2  # through a frozen head of small weights nothing could be learned
     if case.longrope:
         pairs = 4
         options["rope_parameters"] = {
@@ -149,6 +186,8 @@ def make_case_plan(case: Case) -> Plan:
         "loss": case.loss,
         "code_dirs": [str(OWN_CODE)],
     }
+    if case.adapter:
+        flags["adapter"] = ADAPTERS[case.adapter]
     if is_code(case.optimizer):
         flags["optimizer_options"] = OWN_OPTIONS
     if case.loss == OWN_LOSS:
@@ -161,22 +200,30 @@ def make_case_plan(case: Case) -> Plan:
         flags["nvme_path"] = case.nvme_path
     if case.precision == "fp16":
         flags["deepspeed"] = {"fp16": {"initial_scale_power": case.loss_scale_power, "hysteresis": 1}}
-    shape = ModelShape.from_record(measured(model_config(case)))
+    shape = ModelShape.from_record(measured(model_config(case), adapter_of(case)))
     plan = plan_on_this_machine(flags, shape, VOCABULARY)
     if case.fused:
         plan.deepspeed["optimizer"]["params"]["fused"] = True
     return plan
 
 
-def measured(config: Any) -> dict[str, Any]:
+def adapter_of(case: Case) -> Any:
+    """The config's section `adapter`, or None."""
+    from dstrain.lora import Adapter
+
+    return Adapter.model_validate(ADAPTERS[case.adapter]) if case.adapter else None
+
+
+def measured(config: Any, adapter: Any = None) -> dict[str, Any]:
     """The model in numbers. The first rank that asks measures it, and the others read what it found: a fifth of the
     work of many a case is saved."""
     from dstrain.model.measuring.measure import measure
 
-    found = Path(os.environ["DSTRAIN_CACHE"]) / f"{sha256(config.to_json_string().encode()).hexdigest()}.json"
+    name = sha256(f"{config.to_json_string()} {adapter}".encode()).hexdigest()
+    found = Path(os.environ["DSTRAIN_CACHE"]) / f"{name}.json"
     if not found.exists():
         aside = found.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(measure(config)))
+        aside.write_text(json.dumps(measure(config, adapter)))
         aside.rename(found)
     return json.loads(found.read_text())
 
@@ -260,6 +307,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     from deepspeed.accelerator import get_accelerator
 
     from dstrain.engine.build import build_engine, start_communication
+    from dstrain.model.adapters import Adapters
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.train.rank_engine import client_optimizer, token_loss
 
@@ -267,8 +315,9 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     get_accelerator().is_fp16_supported = lambda: True
     start_communication()
     plan = plan or make_case_plan(case)
+    adapters = Adapters(model_config(case), adapter_of(case), seed=7) if case.adapter else None
     engine = build_engine(
-        PipelineModel(model_config(case), seed=7, attention=case.attention),
+        PipelineModel(model_config(case), seed=7, attention=case.attention, adapters=adapters),
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dstrain.plugins import is_code
 from tests.support.distributed.training import (
+    ADAPTERS,
     EPS,
     GLOBAL_BATCH,
     HELD_OUT,
@@ -26,6 +27,7 @@ from tests.support.distributed.training import (
     WEIGHT_DECAY,
     Case,
     Outcome,
+    adapter_of,
     model_config,
     samples,
 )
@@ -122,11 +124,53 @@ def _hugging_face_model(case: Case) -> torch.nn.Module:
     for index in range(layers.num_layers):
         initial |= dict(layers.build(index).named_parameters())
     hf.load_state_dict(initial, strict=not case.tied)
+    if case.adapter:
+        hf = _adapted(hf, case)
     for name, parameter in hf.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(DTYPES[case.precision])
         if any(fnmatchcase(name, pattern) for pattern in case.freeze):
             parameter.requires_grad_(False)
     return hf.train()
+
+
+def _adapted(hf: torch.nn.Module, case: Case) -> torch.nn.Module:
+    """The same in PEFT's hands, with the initial values that dstrain gives the adapters."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    from dstrain.lora import is_adapter_parameter, saved_name
+    from dstrain.model.adapters import Adapters
+    from dstrain.model.pipeline_model import PipelineModel
+
+    section = {"r": 8, "alpha": 8, "targets": "all-linear", "init": "default", **ADAPTERS[case.adapter]}
+    adapted = get_peft_model(
+        hf,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=section["r"],
+            lora_alpha=section["alpha"],
+            target_modules=section["targets"],
+            exclude_modules=section.get("exclude"),
+            modules_to_save=section.get("modules_to_save"),
+            rank_pattern=section.get("rank_pattern", {}),
+            alpha_pattern=section.get("alpha_pattern", {}),
+            use_rslora=section["type"] == "rslora",
+            use_dora=section["type"] == "dora",
+            init_lora_weights={"default": True}.get(section["init"], section["init"]),
+        ),
+    )
+    config = model_config(case)
+    layers = PipelineModel(config, seed=7, adapters=Adapters(config, adapter_of(case), seed=7))
+    initial = {
+        saved_name(name): parameter.detach().clone()
+        for index in range(layers.num_layers)
+        for name, parameter in layers.build(index).named_parameters()
+        if is_adapter_parameter(name)
+    }
+    loaded = set_peft_model_state_dict(adapted, initial)
+    assert not loaded.unexpected_keys, loaded.unexpected_keys
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(initial) == len(trained), trained
+    return adapted
 
 
 def _optimizer_of(
@@ -187,6 +231,8 @@ def _finished(hf: torch.nn.Module, outcome: Outcome) -> Outcome:
         rows = torch.arange(GLOBAL_BATCH).split(1 if alone else GLOBAL_BATCH)
         outcome.validation = sum(_loss_of(hf, part, samples(HELD_OUT)).item() for part in rows)
     outcome.weights = {
-        name: p.detach().float().clone() for name, p in hf.named_parameters(remove_duplicate=False)
+        name.removeprefix("base_model.model."): p.detach().float().clone()
+        for name, p in hf.named_parameters(remove_duplicate=False)
+        if p.requires_grad or not hasattr(hf, "peft_config")
     }
     return outcome

@@ -1,0 +1,168 @@
+"""An adapter in a folder as PEFT writes it: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from dstrain.engine.checkpoint_state import SavedState
+from dstrain.errors import DstrainError
+from dstrain.lora import base_name, is_adapter_parameter, saved_name
+from dstrain.model.adapters import Adapters
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class ExportedAdapter:
+    """An adapter's tensors in a checkpoint, in one precision.
+
+    Attributes:
+        files: name in the file -> tensor on meta.
+
+    Raises:
+        DstrainError: the checkpoint holds no adapter.
+    """
+
+    def __init__(self, state: SavedState, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._saved = {
+            saved_name(name): parameter
+            for name, parameter in state.parameters.items()
+            if is_adapter_parameter(name)
+        }
+        if not self._saved:
+            raise DstrainError("this checkpoint holds no adapter", where=str(state.folder.parent))
+        self.files = {
+            name: torch.empty(parameter.weight.shape, dtype=dtype, device="meta")
+            for name, parameter in self._saved.items()
+        }
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.files.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.files.values())
+
+    def value(self, name: str) -> torch.Tensor:
+        """By its name in the file."""
+        saved = self._saved[name]
+        exact = saved.weight.dtype == self.dtype
+        return (saved.weight if exact else saved.most_precise).read().to(self.dtype)
+
+
+def write_adapter(exported: ExportedAdapter, adapters: Adapters, base: str, folder: Path) -> str:
+    """Write both files; returns the name of that with the weights.
+
+    Args:
+        base: the model that it was trained for, as ``from_pretrained`` takes it.
+
+    Raises:
+        DstrainError: the disk does not take them.
+    """
+    tensors = {name: exported.value(name).clone() for name in exported.files}
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # the library leaves it to its owner alone
+        adapters.config_to_save(base).save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        raise DstrainError(f"the adapter can't be written: {error}", where=str(folder)) from error
+    return WEIGHTS
+
+
+def check_adapter(folder: Path, exported: ExportedAdapter) -> None:
+    """Compare every tensor on disk with the checkpoint's. Raises DstrainError (exit code 1)."""
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        if set(opened.keys()) != exported.files.keys():
+            raise _wrong("the file contains other tensors than the adapter", folder)
+        for name in exported.files:
+            if not torch.equal(opened.get_tensor(name), exported.value(name)):
+                raise _wrong(f"{name} differs from the checkpoint", folder)
+
+
+def load_with_peft(model: PreTrainedModel, folder: Path, exported: ExportedAdapter) -> torch.nn.Module:
+    """The model with its adapter, as a user of PEFT loads it. Raises DstrainError where weights were left out."""
+    adapted = load_adapter(model, folder)
+    loaded = {
+        saved_name(name.removeprefix("base_model.model.")): parameter
+        for name, parameter in adapted.named_parameters()
+        if is_adapter_parameter(name)
+    }
+    if odd := sorted(loaded.keys() ^ exported.files.keys()):
+        raise _wrong(f"PEFT does not load {odd[0]}", folder)
+    for name, parameter in loaded.items():
+        if not torch.equal(parameter.detach(), exported.value(name).to(parameter.dtype)):
+            raise _wrong(f"PEFT loads {name} with other values than the checkpoint's", folder)
+    return adapted.eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """The model with its adapter, in the precision of the files. The model itself is changed."""
+    from peft import PeftModel
+
+    adapted: torch.nn.Module = PeftModel.from_pretrained(
+        model, str(folder), autocast_adapter_dtype=False, local_files_only=True
+    )
+    return adapted
+
+
+class AdapterFile:
+    """An adapter's tensors in a folder that PEFT or dstrain wrote, by the names of a model's parameters.
+
+    Raises:
+        DstrainError: there is no such file, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / WEIGHTS
+        if not self._path.is_file():
+            raise DstrainError(
+                f"{folder} is not an adapter folder (it has no {WEIGHTS})",
+                where=str(folder),
+                hint="name a folder that PEFT's save_pretrained or `dstrain export` wrote",
+            )
+        try:
+            with safe_open(self._path, framework="pt") as opened:
+                self._shapes = {
+                    name: tuple(opened.get_slice(name).get_shape())
+                    for name in opened.keys()  # noqa: SIM118 - no mapping
+                }
+        except (SafetensorError, OSError) as error:
+            raise DstrainError(
+                f"the adapter's weights can't be read: {error}",
+                where=str(self._path),
+                hint="download or copy the adapter again",
+            ) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """fp32, by a parameter's name in the model. Raises DstrainError where the file lacks it."""
+        wanted = saved_name(name)
+        if wanted not in self._shapes:
+            raise DstrainError(
+                f"the adapter lacks {wanted}",
+                where=str(self._path),
+                hint="its configuration and its weights do not belong together",
+            )
+        with safe_open(self._path, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(wanted)
+            return tensor.float()
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a parameter by its name in the model; None where it is not there."""
+        return self._shapes.get(saved_name(name))
+
+    def unexpected(self, names: Mapping[str, object]) -> list[str]:
+        """What it holds beside the parameters of these names; a copy of the base model's embeddings aside."""
+        wanted = {saved_name(name) for name in names}
+        return sorted(name for name in self._shapes.keys() - wanted if base_name(name) == name)
+
+
+def _wrong(message: str, where: Path) -> DstrainError:
+    return DstrainError(message, where=str(where), exit_code=1)

@@ -1,0 +1,265 @@
+"""LoRA, rsLoRA and DoRA in a model's layers: PEFT's own modules, put into each layer as soon as it has its weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from dstrain.errors import DstrainError
+from dstrain.lora import ADAPTER, Adapter, is_adapter_parameter
+from dstrain.model.initialise import module_seed
+from dstrain.model.skeleton import empty_model, untouched_rng
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+class Adapters:
+    """The adapters of one model. PEFT finds their places in a model without weights.
+
+    Args:
+        config: of the model.
+        adapter: the config's section, or a folder that PEFT or dstrain wrote an adapter to.
+        seed: of the initial values, which depend on it and on a module's name only.
+
+    Attributes:
+        modules, parameters: Hugging Face names of what is adapted.
+        trained: the shape of each of their parameters, by name.
+        tied_modules: those of the modules that share a weight with another.
+        whole: those of the modules that are trained as a whole.
+
+    Raises:
+        DstrainError: PEFT is not installed, or can't adapt this model so: the reason.
+    """
+
+    def __init__(self, config: PretrainedConfig, adapter: Adapter | Path, *, seed: int = 0) -> None:
+        self._seed = seed
+        model = empty_model(config)
+        tied = getattr(model, "all_tied_weights_keys", {})
+        self.tied_modules = {name.rpartition(".")[0] for name in (*tied, *tied.values())}
+        self._lora = lora = _lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
+        with _understood(config.model_type):
+            tuner = _tuner(model, lora)
+            self.modules = tuple(tuner.targeted_module_names)
+            self.parameters = tuple(tuner.targeted_parameter_names)
+            # For some families PEFT rewrites what was asked for.
+            self._lora = tuner.peft_config[ADAPTER]
+            self.whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
+            if self.whole:
+                _train_whole(model, self._lora)
+        self.trained = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if is_adapter_parameter(name)
+        }
+
+    def config_to_save(self, base: str) -> LoraConfig:
+        """PEFT's own record of the adapters, for the model that ``from_pretrained(base)`` gives."""
+        lora = copy.deepcopy(self._lora)
+        lora.base_model_name_or_path = base
+        lora.inference_mode = True
+        return lora
+
+    def add(
+        self, modules: Mapping[str, nn.Module], *, without: Collection[str] = (), without_data: bool = False
+    ) -> dict[str, nn.Module]:
+        """Put the adapters into these modules, whose weights have their values, and freeze those.
+
+        No global random state is touched.
+
+        Args:
+            modules: by Hugging Face path.
+            without: paths in them of what has its adapters.
+            without_data: the weights are on meta, and the adapters shall be.
+
+        Returns:
+            The same, with another module in the place of one that is adapted itself.
+        """
+        root = _tree(modules)
+        done = tuple(f"{path}." for path in without)
+        names = {name for name, _ in root.named_modules() if not f"{name}.".startswith(done or ("/",))}
+        lora = copy.deepcopy(self._lora)
+        lora.target_modules = [name for name in self.modules if name in names]
+        lora.target_parameters = [name for name in self.parameters if name.rpartition(".")[0] in names]
+        lora.exclude_modules = None
+        lora.modules_to_save = [name for name in self.whole if name in names]
+        freeze(root)
+        with untouched_rng(), _quiet():
+            if lora.target_modules or lora.target_parameters:
+                _tuner(root, lora, without_data=without_data)
+            if lora.modules_to_save:
+                _train_whole(root, lora)
+            if not without_data:
+                self._initialise(root, names)
+        return {path: root.get_submodule(path) for path in modules}
+
+    def add_to_model(
+        self, model: PreTrainedModel, *, without: Collection[str] = (), without_data: bool = False
+    ) -> None:
+        """The same for a whole model, in place."""
+        children = dict(model.named_children())
+        for path, module in self.add(children, without=without, without_data=without_data).items():
+            setattr(model, path, module)
+        freeze(model)
+
+    @torch.no_grad()
+    def _initialise(self, root: nn.Module, names: Collection[str]) -> None:
+        """As PEFT does, with numbers that depend on the module's name."""
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in root.named_modules():
+            if isinstance(module, LoraLayer) and _place(name) in names:
+                layer: Any = module  # without types
+                torch.default_generator.manual_seed(module_seed(self._seed, name))
+                if self._lora.init_lora_weights == "orthogonal" and ADAPTER in layer.lora_A:
+                    layer.orthogonal_init(ADAPTER)
+                else:  # embeddings have no orthogonal values
+                    values = self._lora.init_lora_weights
+                    layer.reset_lora_parameters(ADAPTER, True if values == "orthogonal" else values)
+                if ADAPTER in layer.lora_variant:  # DoRA takes its magnitudes from both
+                    layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER, config=self._lora)
+
+
+def freeze(module: nn.Module) -> None:
+    """Let nothing but adapters be trained."""
+    for name, parameter in module.named_parameters():
+        if not is_adapter_parameter(f".{name}"):
+            parameter.requires_grad_(False)
+
+
+def _place(name: str) -> str:
+    """Where a module of PEFT's stands: that for a second parameter of one module is around that for the first."""
+    return name.removesuffix(".base_layer")
+
+
+def _lora_config(adapter: Adapter) -> LoraConfig:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise _no_peft(error) from None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        exclude_modules=adapter.exclude or None,
+        target_parameters=adapter.target_parameters or None,
+        modules_to_save=adapter.modules_to_save or None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        use_rslora=adapter.type == "rslora",
+        use_dora=adapter.type == "dora",
+        init_lora_weights=_INITS[adapter.init],  # type: ignore[arg-type]
+    )
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """Raises DstrainError: there is none, or none of LoRA."""
+    where = str(folder / "adapter_config.json")
+    try:
+        from peft import LoraConfig, PeftConfig
+
+        with _quiet():
+            found = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    except ImportError as error:
+        raise _no_peft(error) from None
+    except Exception as error:  # a damaged file raises what it likes
+        raise DstrainError(
+            f"{folder} has no adapter_config.json that PEFT can read: {' '.join(str(error).split())}",
+            where=where,
+            hint="name a folder that PEFT's save_pretrained or `dstrain export` wrote",
+        ) from error
+    if not isinstance(found, LoraConfig):
+        raise DstrainError(
+            f"this is an adapter of PEFT's type {found.peft_type}, and dstrain knows LoRA, rsLoRA and DoRA",
+            where=where,
+            hint="merge it with PEFT, and train on with the merged model",
+        )
+    found.inference_mode = False
+    return found
+
+
+def _no_peft(error: ImportError) -> DstrainError:
+    return DstrainError(
+        f"adapters need PEFT, which can't be imported: {error}", hint="pip install 'dstrain[lora]'"
+    )
+
+
+def _tuner(model: nn.Module, lora: LoraConfig, *, without_data: bool = True) -> Any:
+    from peft import LoraModel
+
+    return LoraModel(model, lora, ADAPTER, low_cpu_mem_usage=without_data)
+
+
+def _train_whole(root: nn.Module, lora: LoraConfig) -> None:
+    from peft.utils.other import set_additional_trainable_modules
+
+    set_additional_trainable_modules(root, lora, {}, ADAPTER)
+
+
+def _whole_modules(model: PreTrainedModel, asked: Iterable[str], family: str) -> Iterator[str]:
+    """The modules that are trained as a whole. Raises DstrainError for a name that no module has."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in asked:
+        found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            raise DstrainError(
+                f"no module of {family} is named {wanted!r}",
+                where="adapter.modules_to_save",
+                hint=f"names look like {next((n for n in names if n.count('.') > 2), names[-1])}",
+            )
+        yield from found
+
+
+def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Modules at their paths, in containers without a forward pass."""
+    root = nn.Module()
+    for path, module in modules.items():
+        parent = root
+        *parts, last = path.split(".")
+        for part in parts:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, module)
+    return root
+
+
+@contextmanager
+def _understood(family: str) -> Iterator[None]:
+    """Turns what PEFT raises for a config that does not fit the model into an error of ours."""
+    try:
+        with _quiet():
+            yield
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise DstrainError(
+            f"PEFT can't adapt this {family} model: {text}",
+            where="adapter",
+            hint="adapter.targets: all-linear, or a list of the last parts of module names, such as [q_proj, v_proj]",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings are for who calls PEFT; what matters of them is checked."""
+    level = logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
