@@ -54,7 +54,7 @@ class ExportResult:
     no_loss_because: str | None
     run_loss: float | None
     run_loss_step: int | None
-    adapter_for: str | None
+    adapter_for: str | None = None
 
 
 def export(

@@ -213,7 +213,7 @@ def _version_of_peft() -> str:
         return importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise DstrainError(
-            "adapters need PEFT, which is not installed", hint="pip install 'dstrain[lora]'"
+            "adapters need PEFT, which is not installed", hint="pip install peft"
         ) from None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dstrain.errors import DstrainError
-from dstrain.lora import ADAPTER, Adapter, is_adapter_parameter
+from dstrain.lora import ADAPTER, Adapter, base_name, is_adapter_parameter
 from dstrain.model.initialise import module_seed
 from dstrain.model.skeleton import empty_model, untouched_rng
 
@@ -58,11 +60,40 @@ class Adapters:
             self.whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
             if self.whole:
                 _train_whole(model, self._lora)
+        if isinstance(adapter, Adapter):
+            self._refuse_idle_names(adapter, model, config.model_type)
         self.trained = {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters()
             if is_adapter_parameter(name)
         }
+
+    def _refuse_idle_names(self, adapter: Adapter, model: nn.Module, family: str) -> None:
+        """Refuse what PEFT passes over: a name that means nothing in this model. Raises DstrainError."""
+        adapted = [*self.modules, *self.parameters]
+        every = [base_name(name) for name, _ in model.named_modules()]
+        rewritten = isinstance(adapter.targets, list) and set(self._lora.target_modules or ()) != set(
+            adapter.targets
+        )
+        for key, names, among in (
+            (
+                "targets",
+                [] if isinstance(adapter.targets, str) or rewritten else adapter.targets,
+                self.modules,
+            ),
+            ("target_parameters", adapter.target_parameters, self.parameters),
+            ("exclude", [] if isinstance(adapter.exclude, str) else adapter.exclude, every),
+        ):
+            for name in names:
+                if not any(f".{known}".endswith(f".{name}") for known in among):
+                    raise _idle(key, name, family, every)
+        for key, pattern in (
+            ("rank_pattern", adapter.rank_pattern),
+            ("alpha_pattern", adapter.alpha_pattern),
+        ):
+            for name in pattern:
+                if not any(re.match(rf"(.*\.)?({name})$", known) for known in adapted):
+                    raise _idle(key, name, family, adapted)
 
     def config_to_save(self, base: str) -> LoraConfig:
         """PEFT's own record of the adapters, for the model that ``from_pretrained(base)`` gives."""
@@ -143,6 +174,17 @@ def _place(name: str) -> str:
     return name.removesuffix(".base_layer")
 
 
+def _idle(key: str, name: str, family: str, known: Sequence[str]) -> DstrainError:
+    like = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return DstrainError(
+        f"nothing that is adapted in this {family} model is named {name!r}"
+        if key != "exclude"
+        else f"no module of this {family} model is named {name!r}",
+        where=f"adapter.{key}",
+        hint=f"names look like {like[0]}; {key} takes their last parts",
+    )
+
+
 def _lora_config(adapter: Adapter) -> LoraConfig:
     try:
         from peft import LoraConfig
@@ -193,7 +235,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 def _no_peft(error: ImportError) -> DstrainError:
     return DstrainError(
-        f"adapters need PEFT, which can't be imported: {error}", hint="pip install 'dstrain[lora]'"
+        f"adapters need PEFT, which can't be imported: {error}", hint="pip install peft"
     )
 
 

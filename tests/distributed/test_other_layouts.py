@@ -37,6 +37,10 @@ TIED_PART = replace(FP32, freeze=("model.embed_tokens.weight", "model.layers.1.m
 BF16 = Case(precision="bf16")  # as many steps as the bounds of 16 bits are known for
 FP16 = Case(precision="fp16")
 MIXTURE = replace(FP32, experts=4)
+ADAPTER = replace(FP32, adapter="full")
+DORA = replace(FP32, adapter="dora")
+OUTER_ADAPTERS = replace(FP32, adapter="outer")
+HEAD_BESIDE_ADAPTERS = replace(FP32, adapter="head")
 
 ZERO2_DP4: Layout = {"zero": 2, "data_parallel": 4, "accumulation": 2}
 ZERO2_PP2: Layout = {"zero": 2, "pipeline": 2}
@@ -62,6 +66,13 @@ SAMPLE: list[Pair] = [
     (PART, ZERO3_DP2, ONE),
     (TIED_PART, ZERO1_PP2, ZERO3_DP2),
     (MIXTURE, ZERO1_PP2, {"zero": 3, "data_parallel": 2, "accumulation": 2}),
+    (ADAPTER, ZERO1_PP2, ZERO3_DP2),
+    (OUTER_ADAPTERS, ZERO3_DP2, ZERO1_2X2),
+]
+ADAPTERS: list[Pair] = [
+    (DORA, ONE, ZERO1_2X2),
+    (HEAD_BESIDE_ADAPTERS, ZERO1_2X2, ONE),
+    (ADAPTER, ZERO1_PP2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
 ]
 COMPILING: list[Pair] = [
     (FP32, OFFLOADED, {"zero": 1}),
@@ -93,6 +104,11 @@ MORE: list[Pair] = [
     (BF16, ZERO3_DP2, {"zero": 1, "pipeline": 2, "schedule": "dualpipev"}),
     (FP16, ZERO1_PP2, ZERO3_DP2),
     (FP16, ZERO3_DP2, ZERO2_PP2),
+    (ADAPTER, ZERO2_DP2, ZERO3_2X2),
+    (ADAPTER, {"zero": 0, "pipeline": 2}, ZERO2_PP2),
+    (DORA, ZERO3_2X2, ZERO2_PP2),
+    (HEAD_BESIDE_ADAPTERS, ZERO3_DP2, ZERO1_PP2),
+    (replace(BF16, adapter="full"), ZERO1_PP2, ZERO3_DP2),
 ]
 
 
@@ -108,7 +124,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("common", "before", "after"), [*SAMPLE, *heavy(*COMPILING), *full(*MORE)], ids=short_name
+    ("common", "before", "after"), [*SAMPLE, *heavy(*COMPILING, *ADAPTERS), *full(*MORE)], ids=short_name
 )
 def test_the_training_goes_on(
     common: Case, before: Layout, after: Layout, trained: Trained, tmp_path: Path

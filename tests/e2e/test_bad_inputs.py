@@ -13,6 +13,7 @@ import pytest
 
 from dstrain.config.loader import load_config
 from dstrain.config.schema import field_names
+from tests.support.bad_inputs.adapters import ADAPTERS
 from tests.support.bad_inputs.files import DEEPSPEED, HOSTFILES, JSON, NO_FILES, YAML
 from tests.support.bad_inputs.layouts import LAYOUTS
 from tests.support.bad_inputs.row import FIFO, GOOD, BadInput
@@ -22,6 +23,7 @@ from tests.support.bad_inputs.values import KEYS_WITH_A_WRONG_TYPE, VALUES
 from tests.support.e2e import Child, Said, one_message
 
 TABLES = (
+    ADAPTERS,
     COMMANDS,
     VALUES,
     YAML,

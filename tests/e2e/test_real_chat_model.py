@@ -98,3 +98,23 @@ def test_it_is_fine_tuned_in_one_process_and_in_two_stages_and_answers(
     assert answer.code == 0, answer.err
     assert answer.out.strip() and "<|im_" not in answer.out
     assert (place / "out" / "chat_template.jinja").exists()
+
+
+def test_an_adapter_is_trained_in_two_stages_and_answers(
+    wheels: Path, smollm2: Path, dstrain: Callable[..., Said], place: Path
+) -> None:
+    write_conversations(wheels, place / "chitchat.jsonl", 400)
+    chosen = ("--recipe", "sft-lora", "--model", str(smollm2), "--data", "chitchat.jsonl", "--name", "two")
+    layout = ("--pipeline", "2", "--micro-batch", "2")
+    said = dstrain("run", *chosen, *layout, *SMALLER, *FEWER, timeout=900)
+    assert said.code == 0, said.out + said.err
+    records = read_metrics(RunFolder(place / "runs" / "two").metrics)
+    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert validation[-1] < validation[0], validation
+    exported = dstrain("export", "two", "out", timeout=900)  # PEFT loads it, for its validation loss
+    assert exported.code == 0, exported.out + exported.err
+    [loss] = [float(line.split()[1]) for line in exported.out.splitlines() if line.startswith("validation")]
+    assert loss == pytest.approx(validation[-1], rel=1e-3)
+    answer = dstrain("generate", "out", "Hello! How are you?", "--chat", "--tokens", "12", timeout=300)
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() and "<|im_" not in answer.out

@@ -19,7 +19,17 @@ RENAMED: dict[str, str] = {
 indices left out (``layout.ranks.spans``), and stands for all below it. Only the first entry that fits is applied."""
 
 NEW: set[str] = {
-    *("max_document_bytes", "access", "pass_env", "code_dirs", "hooks", "trackers", "profile", "not_covered", "adapter"),
+    *(
+        "max_document_bytes",
+        "access",
+        "pass_env",
+        "code_dirs",
+        "hooks",
+        "trackers",
+        "profile",
+        "not_covered",
+        "adapter",
+    ),
     "model.adapter_parameters",
     *("begin_token", "data.begins_with", "data.ends_with", "data.kinds", "data.left_out", "data.commit"),
     *("data_weight_by", "data_phases", "data.sources", "data.phases", "data.limit_until", "config.data.path"),

@@ -69,10 +69,10 @@ def reference(case: Case) -> Outcome:
 def bound(case: Case, groupings: int = FEW) -> Difference:
     """How far a layout may be from the plain loop.
 
-    fp32: 1e-5; but for the weights of adapters that are zero at first, and only as large as their steps, what 16 bits
-    have. bf16 and fp16: a layout sums in an order of its own, and so does the plain loop when its samples are grouped
-    and shuffled otherwise. Twice the largest distance between any two of such single-process runs is allowed: the
-    plain loop itself, and those of so many ``groupings``. The validation loss is one number a run, too few to know
+    fp32: 1e-5; but for norm and weights of adapters that are zero at first, and only as large as their steps, what 16
+    bits have. bf16 and fp16: a layout sums in an order of its own, and so does the plain loop when its samples are
+    grouped and shuffled otherwise. Twice the largest distance between any two of such single-process runs is allowed:
+    the plain loop itself, and those of so many ``groupings``. The validation loss is one number a run, too few to know
     its spread by: it is a mean token loss like a step's, and may be as far off.
     """
     strict = Difference(FP32_BOUND, FP32_BOUND, FP32_BOUND, FP32_BOUND)
@@ -84,7 +84,7 @@ def bound(case: Case, groupings: int = FEW) -> Difference:
     spreads = [astuple(difference([a], b)) for a, b in combinations(runs, 2)]
     loss, norm, weights, validation = (2 * max(column) for column in zip(*spreads, strict=True))
     if case.precision == "fp32":
-        return replace(strict, weights=max(FP32_BOUND, weights))
+        return replace(strict, norm=max(FP32_BOUND, norm), weights=max(FP32_BOUND, weights))
     return Difference(loss, norm, weights, max(loss, validation))
 
 

@@ -59,7 +59,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "init": "orthogonal",
     },
 }
-BEGIN_WITH_ZERO = ("lora", "rslora")
+BEGIN_WITH_ZERO = ("lora", "rslora", "outer")  # an embedding has no other values
 ADAPTER_LR = {"adamw": 3e-3, "sgd": 0.3}
 OWN_LOSS = "own_losses:smoothed"
 OWN_LOSS_OPTIONS = {"smoothing": 0.2, "z": 0.02}
