@@ -51,7 +51,8 @@ def refuse_other(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     Another layout is none, but where DeepSpeed keeps states in files of its own. Raises DstrainError.
     """
     saved = identity_of(checkpoint)
-    for key in (*identity, *(key for key in _OWN_ALONE if key in saved and key not in identity)):
+    own = (key for key in _OWN_ALONE if key in saved or key in identity)  # others follow from these
+    for key in dict.fromkeys((*own, *identity)):
         if key not in _MAY_CHANGE:
             _refuse_another(key, identity.get(key), saved, checkpoint)
     if _another_layout(saved, identity) and "nvme" in (saved.get("offload"), identity.get("offload")):
