@@ -212,9 +212,7 @@ def _version_of_peft() -> str:
     try:
         return importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
-        raise DstrainError(
-            "adapters need PEFT, which is not installed", hint="pip install peft"
-        ) from None
+        raise DstrainError("adapters need PEFT, which is not installed", hint="pip install peft") from None
 
 
 def load_config(

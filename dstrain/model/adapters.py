@@ -37,6 +37,7 @@ class Adapters:
 
     Attributes:
         modules, parameters: Hugging Face names of what is adapted.
+        asked: PEFT's configuration, before it was looked for in the model.
         trained: the shape of each of their parameters, by name.
         tied_modules: those of the modules that share a weight with another.
         whole: those of the modules that are trained as a whole.
@@ -51,6 +52,7 @@ class Adapters:
         tied = getattr(model, "all_tied_weights_keys", {})
         self.tied_modules = {name.rpartition(".")[0] for name in (*tied, *tied.values())}
         self._lora = lora = _lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
+        self.asked = copy.deepcopy(lora)
         with _understood(config.model_type):
             tuner = _tuner(model, lora)
             self.modules = tuple(tuner.targeted_module_names)
@@ -234,9 +236,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _no_peft(error: ImportError) -> DstrainError:
-    return DstrainError(
-        f"adapters need PEFT, which can't be imported: {error}", hint="pip install peft"
-    )
+    return DstrainError(f"adapters need PEFT, which can't be imported: {error}", hint="pip install peft")
 
 
 def _tuner(model: nn.Module, lora: LoraConfig, *, without_data: bool = True) -> Any:
@@ -287,10 +287,13 @@ def _understood(family: str) -> Iterator[None]:
             yield
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
+        hint = "adapter.targets: all-linear, or a list of the last parts of module names, such as [q_proj, v_proj]"
+        if found := re.search(r"Incompatible modules: \{(.*?)\}", text):  # in families with a state space
+            text, hint = text.partition(" Please")[0], f"adapter.exclude: [{found[1].replace(chr(39), '')}]"
         raise DstrainError(
             f"PEFT can't adapt this {family} model: {text}",
             where="adapter",
-            hint="adapter.targets: all-linear, or a list of the last parts of module names, such as [q_proj, v_proj]",
+            hint=hint,
         ) from error
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from dstrain.lora import base_name, is_adapter_parameter
 from dstrain.model.measuring.flops import LENGTH, expert_parameters_met, loops_over_experts, per_token
 from dstrain.model.pipeline_split.meta_run import NoData, to_meta_kwargs
 from dstrain.model.pipeline_split.partial_forward import Call, ModuleStub, to_meta
@@ -84,6 +85,26 @@ def block_activations(structure: ModelStructure, index: int) -> Activations:
             part += saved_of_experts(structure.blocks[index][1], config) * dtype.itemsize
         found.append((part, part_of_position, *per_token(short.working, long.working, length), given))
     return both_types(found)
+
+
+def blocks_that_run(structure: ModelStructure) -> dict[int, str | None]:
+    """By the number of the first block of each kind: None where it runs on meta, else why not."""
+    found: dict[int, str | None] = {}
+    kinds = set()
+    for index, (_, block) in enumerate(structure.blocks if structure.refusal is None else ()):
+        kind = tuple(
+            (base_name(name), tuple(parameter.shape))
+            for name, parameter in block.named_parameters()
+            if not is_adapter_parameter(name)
+        )
+        if kind not in kinds:
+            kinds.add(kind)
+            try:
+                _of_block(structure, index, length_apart(block), torch.float32)
+                found[index] = None
+            except Refused as refused:
+                found[index] = str(refused.__cause__ or refused)
+    return found
 
 
 def saved_of_experts(block: nn.Module, config: Any) -> float:

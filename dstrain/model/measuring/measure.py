@@ -29,6 +29,7 @@ from dstrain.model.measuring.activations import (
     Activations,
     MeasuredLayer,
     block_activations,
+    blocks_that_run,
     outer_activations,
     saved_of_experts,
 )
@@ -73,7 +74,15 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
     structure = find_structure(config)
     adapters = Adapters(structure.config, adapter) if adapter is not None else None
     if adapters is not None:
+        run = blocks_that_run(structure)
         structure.add_adapters(adapters)
+        for index, why in blocks_that_run(structure).items():
+            if why is not None and run[index] is None:
+                raise DstrainError(
+                    f"PEFT's modules do not run in block {index} of this {config.model_type} model: {why}",
+                    where="adapter",
+                    hint="adapter.exclude takes modules out that return more than a tensor, such as [router]",
+                )
     layers = _layers(structure, adapters)
     packing = judge_packing(config)
     tied = [
