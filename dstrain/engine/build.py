@@ -15,13 +15,13 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import distributed, nn
 
 from dstrain.control_group import barrier, control_group
-from dstrain.engine.adapters import OneStageAdapter, PipelineAdapter
 from dstrain.engine.client_optimizer import ClientOptimizer, group_parameters, hugging_face_name
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
 from dstrain.engine.loopback_store import init_method
 from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.pipeline_module import DualPipeVStagedModule, SingleStageModel, StagedModule
+from dstrain.engine.rank_engines import OneStageEngine, PipelinedEngine
 from dstrain.engine.safe_unpickling import read_safely
 from dstrain.engine.zero3 import zero3_init
 from dstrain.model.head_output import HeadOutputRequest
@@ -78,7 +78,7 @@ def build_engine(
             staged.head.set_loss(loss, loss_chunk)
         _freeze(staged, is_frozen, ties)
         groups = group_parameters(staged.named_parameters(), weight_decay=weight_decay, tied=tied)
-        return PipelineAdapter(
+        return PipelinedEngine(
             _make(engine_class, staged, groups, deepspeed, staged.mpu(), optimizer), optimizer
         )
     whole: SingleStageModel | UnsplitModel
@@ -95,7 +95,7 @@ def build_engine(
     head.set_loss(loss, loss_chunk)
     _freeze(whole, is_frozen, ties)
     groups = group_parameters(whole.named_parameters(), weight_decay=weight_decay, tied=tied)
-    return OneStageAdapter(_make(PatchedEngine, whole, groups, deepspeed, None, optimizer), head, optimizer)
+    return OneStageEngine(_make(PatchedEngine, whole, groups, deepspeed, None, optimizer), head, optimizer)
 
 
 def _freeze(module: nn.Module, is_frozen: Callable[[str], bool], tied: Sequence[TiedWeight]) -> None:

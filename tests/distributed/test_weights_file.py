@@ -27,7 +27,7 @@ CASES = [
 
 def save(rank: int, case: Case, folder: str) -> tuple[int, dict[str, Any], int, int]:
     """The stage, its weights, and the most bytes and calls of the host's that copies of them took at once."""
-    from dstrain.engine import adapters
+    from dstrain.engine import rank_engines
     from dstrain.train.final_output import save_weights
 
     engine, plan = build_case_engine(case)
@@ -35,7 +35,7 @@ def save(rank: int, case: Case, folder: str) -> tuple[int, dict[str, Any], int, 
     wanted = dict(engine.weights())
     alive: list[int] = []
     copies: list[torch.Tensor] = []
-    give = adapters._DeepSpeedAdapter.weights
+    give = rank_engines._RankEngine.weights
 
     def watched(self: Any) -> Iterator[tuple[str, torch.Tensor]]:
         import weakref
@@ -49,7 +49,7 @@ def save(rank: int, case: Case, folder: str) -> tuple[int, dict[str, Any], int, 
             yield name, tensor
             del tensor
 
-    adapters._DeepSpeedAdapter.weights = watched  # type: ignore[method-assign]
+    rank_engines._RankEngine.weights = watched  # type: ignore[method-assign]
     save_weights(engine, Path(folder) / "weights", stage, replica)
     return stage, wanted, max(alive, default=0), len(copies)
 

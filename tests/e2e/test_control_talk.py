@@ -63,7 +63,7 @@ class Listing:
         frame, within = sys._getframe(2), "nothing"
         while frame is not None:
             file, function = frame.f_code.co_filename, frame.f_code.co_name
-            if file.endswith(("dstrain/engine/adapters.py", "dstrain/engine/build.py")):
+            if file.endswith(("dstrain/engine/rank_engines.py", "dstrain/engine/build.py")):
                 within = function
             frame = frame.f_back
         self.seen.add((name, groups.get(id(group), "part"), ",".join(sorted(devices)), within))

@@ -47,7 +47,7 @@ def test_each_section_is_shown(materials: Path) -> None:
     for kind in ("all_reduce", "send", "recv", "all_gather_into_tensor"):
         assert f" {kind} " in out, kind
     assert "1 wait for the GPU in a step" in out
-    assert " dstrain/engine/adapters.py:" in out
+    assert " dstrain/engine/rank_engines.py:" in out
     assert "flash (varlen)" in out
     assert "made by" in out
     for limit in LIMITS:

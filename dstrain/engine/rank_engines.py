@@ -1,4 +1,4 @@
-"""Adapters of the two DeepSpeed engines to one interface."""
+"""DeepSpeed's two engines behind one interface."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from dstrain.model.document_lengths import note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 
 
-class _DeepSpeedAdapter(Engine):
-    """What both adapters share."""
+class _RankEngine(Engine):
+    """What both share."""
 
     engine: PatchedEngine
     optimizer: ClientOptimizer | None
@@ -126,7 +126,7 @@ class _DeepSpeedAdapter(Engine):
         return state
 
 
-class PipelineAdapter(_DeepSpeedAdapter):
+class PipelinedEngine(_RankEngine):
     """Two stages or more."""
 
     def __init__(
@@ -177,7 +177,7 @@ class PipelineAdapter(_DeepSpeedAdapter):
         return chosen.cpu()
 
 
-class OneStageAdapter(_DeepSpeedAdapter):
+class OneStageEngine(_RankEngine):
     """One stage: DeepSpeed's plain engine, which overlaps communication and knows ZeRO-3."""
 
     def __init__(
