@@ -192,6 +192,8 @@ _32K = {"model": "llama3.1-8b", "seq_len": 32768}
 _MIXTRAL = {"model": "mixtral-8x7b", "seq_len": 4096, "global_batch": 128, "micro_batch": 1, "nodes": 8}
 _QWEN = {"model": "qwen3-30b-a3b", "seq_len": 4096, "global_batch": 128, "micro_batch": 1, "nodes": 8}
 _DUAL = {"schedule": "dualpipev"}
+_LORA = {"adapter": {"type": "lora", "r": 16}}
+_DORA = {"adapter": {"type": "dora", "r": 16}}
 
 
 def rehearse_cell(cell: RehearsedCell, folder: Path) -> RehearsalResult:
@@ -314,6 +316,12 @@ CELLS = [
     _cell("1b-zero2-pp2-offload", _1B, zero=2, pipeline=2, offload="cpu", waits=42),
     _cell("1b-zero3-pp1-offload", _1B, zero=3, offload="cpu", waits=8, effort="heavy"),
     _cell("1b-zero3-pp1-nvme", _1B, zero=3, offload="nvme", nvme_path=".", waits=125),
+    _cell("1b-zero1-pp2-lora", _1B, _LORA, zero=1, pipeline=2, stages=(0, 1), effort="heavy"),
+    _cell("1b-zero1-pp1-lora", _1B, _LORA, zero=1),
+    _cell("1b-zero3-pp1-lora", _1B, _LORA, zero=3),
+    _cell("1b-zero2-pp1-lora-recomputing", _1B_4K, _LORA, _RECOMPUTE, zero=2),
+    _cell("1b-zero1-pp2-dora", _1B, _DORA, zero=1, pipeline=2),
+    _cell("8b-zero1-pp2-lora-recomputing", _8B, _LORA, _RECOMPUTE, zero=1, pipeline=2, stages=(0, 1)),
     _cell("8b-zero1-pp4", _8B, zero=1, pipeline=4, stages=(0, 3), effort="heavy"),
     _cell("8b-zero1-pp4-packed", _8B, _PACKED, zero=1, pipeline=4, stages=(1,)),
     _cell("8b-zero2-pp1-recomputing", _8B, _RECOMPUTE, zero=2),
