@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -59,13 +60,17 @@ class Adapter(BaseModel):
         names = [value] if isinstance(value, str) else value
         if any(not name.strip() for name in names):
             raise ValueError(_EMPTY)
+        if isinstance(value, str):
+            _refuse_no_expression(value)
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _name_something(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        if any(not name.strip() for name in value):
-            raise ValueError(_EMPTY)
+        for name in value:
+            if not name.strip():
+                raise ValueError(_EMPTY)
+            _refuse_no_expression(name)
         return value
 
     @model_validator(mode="after")
@@ -77,6 +82,13 @@ class Adapter(BaseModel):
         if self.target_parameters and self.dropout:
             raise ValueError("target_parameters has no dropout: set dropout: 0")
         return self
+
+
+def _refuse_no_expression(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
 
 
 def check_adapter(value: Any) -> Any:
@@ -96,13 +108,13 @@ ADAPTER = "default"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter's."""
 
-_TRAINED = (".lora_", f".modules_to_save.{ADAPTER}.")
+_TRAINED = re.compile(rf"\.(lora_\w+|modules_to_save)\.{ADAPTER}(\.|$)")
 _WRAPPED = ("base_layer", "original_module")
 
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter belongs to an adapter: it is trained, and the model's own parameters are not."""
-    return any(part in name for part in _TRAINED)
+    return _TRAINED.search(name) is not None
 
 
 def base_name(name: str) -> str:

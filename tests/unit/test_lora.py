@@ -21,6 +21,7 @@ _EXPERTS = "model.layers.0.mlp.experts"
         (f"{_Q}.base_layer.weight", f"{_Q}.weight"),
         (f"{_EXPERTS}.base_layer.base_layer.down_proj", f"{_EXPERTS}.down_proj"),
         ("lm_head.original_module.weight", "lm_head.weight"),
+        ("model.layers.0.lora_A.speech.weight", "model.layers.0.lora_A.speech.weight"),  # a family's own
     ],
 )
 def test_a_base_parameter_has_its_hugging_face_name(name: str, base: str) -> None:

@@ -34,6 +34,8 @@ _WRONG = [
     ("{modules_to_save: lm_head}", "modules_to_save: must be a list"),
     ("{rank_pattern: {q_proj: 0}}", "rank_pattern"),
     ("{alpha_pattern: {q_proj: big}}", "alpha_pattern"),
+    ("{targets: '(q_proj'}", "is no regular expression"),
+    ("{rank_pattern: {'*q': 3}}", "is no regular expression"),
     ("{init: pissa}", "init: must be 'default', 'gaussian' or 'orthogonal'"),
     ("{init: orthogonal, r: 3}", "init: orthogonal needs an even r"),
     ("{type: dora, target_parameters: [x]}", "dora adapts linear layers alone"),
