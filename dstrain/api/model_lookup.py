@@ -15,6 +15,7 @@ from dstrain.config.text_file import read_text
 from dstrain.data.tokenizing.tokenizer_files import VOCABULARY_FILES
 from dstrain.errors import DstrainError
 from dstrain.model_config_bounds import refuse_sizes
+from dstrain.runs.record.environment import weights_fingerprint
 from dstrain.shared_caches import is_own, write_own
 
 _SHOWN = 3  # names in one line
@@ -126,6 +127,37 @@ def _fetch(name: str, what: str, where: str, events: Events) -> Path:
         return Path(json.loads(answer.read_text(encoding="utf-8"))["folder"])
 
 
+def _state_of_weights(folder: Path) -> str:
+    """Where the weight files lie, with their names, sizes and times."""
+    state = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for pattern in ("*.safetensors", "*.bin", "*.index.json")
+        for path in folder.glob(pattern)
+    )
+    return f"{folder.absolute()} {state}"
+
+
+def fingerprint_of_base(model: FoundModel) -> str:
+    """A hash of the weights that an adapter is for, which its checkpoints do not hold. Kept, for files that stay.
+
+    Raises DstrainError.
+    """
+    assert model.folder is not None
+    state = hashlib.sha256(_state_of_weights(model.folder).encode()).hexdigest()[:24]
+    kept = cache_folder() / "weights" / f"{state}.fingerprint.json"
+    if not is_own(kept):
+        try:
+            write_own(kept, json.dumps(weights_fingerprint(model.folder)))
+        except OSError as error:
+            raise DstrainError(
+                f"the weights can't be read: {error.strerror}",
+                where=str(model.folder),
+                hint="check its files",
+            ) from error
+    fingerprint: str = json.loads(kept.read_text(encoding="utf-8"))
+    return fingerprint
+
+
 def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     """Refuse weights that are not whole or not this model's, before anything is launched; no data are read.
 
@@ -133,12 +165,7 @@ def check_pretrained(model: FoundModel, events: Events = SILENT) -> None:
     """
     assert model.folder is not None
     version = importlib.metadata.version("transformers")
-    state = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for pattern in ("*.safetensors", "*.bin", "*.index.json")
-        for path in model.folder.glob(pattern)
-    )
-    content = f"2 {version} {model.folder.absolute()} {state}".encode() + model.config_file.read_bytes()
+    content = f"2 {version} {_state_of_weights(model.folder)}".encode() + model.config_file.read_bytes()
     kept = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
     if not is_own(kept):
         import tempfile

@@ -15,7 +15,7 @@ from typing import Any
 from dstrain.api.events import SILENT, Events, progress_to
 from dstrain.api.hub_data import Commits
 from dstrain.api.machines import Elsewhere, elsewhere, find_machines
-from dstrain.api.model_lookup import check_pretrained, find_model, find_tokenizer
+from dstrain.api.model_lookup import check_pretrained, find_model, find_tokenizer, fingerprint_of_base
 from dstrain.api.prepare_data import check_plugin_here, prepare_data
 from dstrain.config import loader
 from dstrain.config.files import cache_folder
@@ -166,10 +166,12 @@ def prepare(
     data = prepare_data(resolved, tokenizer, events, commits=commits)
     fingerprint = hashlib.sha256(model.config_file.read_bytes()).hexdigest()[:16]
     folder = str(model.folder) if model.folder else None
+    adapts_files = config.adapter is not None and config.init == "pretrained"
+    base = fingerprint_of_base(model) if adapts_files else None
 
     def make(resolved: ResolvedConfig, hosts: tuple[Host, ...]) -> Plan:
         on = replace(machines, hosts=hosts)
-        return make_plan(resolved, on, shape, data, str(model.config_file), fingerprint, folder)
+        return make_plan(resolved, on, shape, data, str(model.config_file), fingerprint, folder, base)
 
     return Prepared(devices, placement, shape, machines, make)
 

@@ -63,6 +63,7 @@ def make_plan(
     model_file: str,
     model_fingerprint: str = "",
     model_folder: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> Plan:
     """Decide everything. A pure function of its arguments.
 
@@ -74,6 +75,7 @@ def make_plan(
         model_file: the Hugging Face config file that ``shape`` was measured from.
         model_fingerprint: hash of that file's content.
         model_folder: where the model's weights and tokenizer lie; None for a built-in shape.
+        base_fingerprint: hash of the pretrained weights that an adapter is for.
 
     Raises:
         DstrainError: whatever can't work, with its origin, its reason and the nearest thing that does.
@@ -108,6 +110,7 @@ def make_plan(
             tied=tuple(tied.key for tied in shape.tied),
             pipelines=shape.pipeline_refusal is None,
             adapter_parameters=shape.adapter_parameters,
+            base_fingerprint=base_fingerprint,
         ),
         data=data,
         stage_parameters=decided.stage_parameters,

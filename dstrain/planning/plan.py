@@ -80,6 +80,7 @@ class PlannedModel:
         tied: weights that several layers use.
         pipelines: whether it can be split into stages.
         adapter_parameters: of its adapters, which are trained in place of all others; 0 where there are none.
+        base_fingerprint: hash of the pretrained weights that these are for; else None.
     """
 
     file: str
@@ -93,6 +94,7 @@ class PlannedModel:
     tied: tuple[str, ...]
     pipelines: bool
     adapter_parameters: int = 0
+    base_fingerprint: str | None = None
 
     @property
     def weights_folder(self) -> str:
@@ -335,6 +337,7 @@ class Plan:
             **own,
             **{key: self.config[key] for key in (*option_keys(), "freeze")},
             **({"adapter": adapter} if (adapter := self.config.get("adapter")) else {}),
+            **({"base": self.model.base_fingerprint} if self.model.base_fingerprint else {}),
             "seed": self.config["seed"],
             "global_batch": self.batch.global_batch,
             "seq_len": self.batch.seq_len,

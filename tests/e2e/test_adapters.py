@@ -177,3 +177,16 @@ def test_an_adapter_of_random_weights_can_only_be_merged(place: Path, dstrain: C
     assert merged.code == 0, merged
     plain = dstrain("resume", "x", "--set", "adapter=none", "--steps", "2")
     one_message(plain, ["the checkpoint was made with adapter"])
+
+
+def test_a_run_does_not_go_on_with_an_adapter_for_other_weights(
+    base: Path, place: Path, dstrain: Callable[..., Said]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = dstrain("run", *GOOD, *CALM, "--adapter", "lora", "--steps", "2", "--name", "x")
+    assert run.code == 0, run
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 0.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    one_message(dstrain("resume", "x", "--steps", "4"), ["base = ", "which no checkpoint holds"])

@@ -18,9 +18,10 @@ _LAYOUT = (*_NAMED, "cut")
 _MAY_CHANGE = (*_LAYOUT, "micro_batch")
 
 # They stand in an identity only where they are the user's own, or there is one.
-_OWN_ALONE = ("loss", "loss_options", "adapter")
+_OWN_ALONE = ("loss", "loss_options", "adapter", "base")
 
 _WHY = {
+    "base": " (the pretrained weights that the adapter is for, which no checkpoint holds)",
     "global_batch": " (the next samples and the learning rate are counted in its steps)",
     "data": " (the same files, tokenizer and validation split; of several sources the same weights and phases)",
 }
