@@ -16,7 +16,7 @@ from dstrain.errors import DstrainError
 from dstrain.lora import is_adapter_parameter
 from dstrain.planning.layout import Layout
 
-FORMAT = 12
+FORMAT = 13
 
 
 @dataclass(frozen=True)

@@ -255,25 +255,30 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
     """Of a module that is run with ``hidden``. ``shared``: what else it is given, which is not counted."""
     others = [x for x in tree_flatten(shared)[0] if isinstance(x, Tensor)]
     not_counted = {storage_of(tensor) for tensor in (*module.parameters(), *module.buffers(), *others)}
-    kept: dict[int, Tensor] = {}
+    packed: list[weakref.ref[_Packed]] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.setdefault(storage_of(tensor), tensor)
-        return tensor
+    def note(tensor: Tensor) -> _Packed:
+        held = _Packed(tensor)
+        packed.append(weakref.ref(held))
+        return held
 
     alive = AliveStorages({parameter.shape for parameter in module.parameters()})
     alive.leave_out((*module.parameters(), *module.buffers(), *others, hidden))
     own = hidden.untyped_storage().nbytes()
     try:
         with torch.enable_grad(), NoData(), GpuKernels(), alive:
-            with saved_tensors_hooks(note, lambda tensor: tensor):
+            with saved_tensors_hooks(note, lambda held: held.tensor):
                 output = run(hidden)
+            # What belongs to a part of the graph that is gone, since nobody uses its result, is not kept.
+            there = [held.tensor for ref in packed if (held := ref()) is not None]
+            kept = {storage_of(tensor): tensor for tensor in there}
             saved = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in not_counted)
             keeps_input = storage_of(hidden) in kept
             forward = alive.most + own  # the input is there, kept or not
             output = output if isinstance(output, Tensor) else output[0]
             stays = storage_of(output) in kept
             kept.clear()
+            del there
             # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.
             alive.most = alive.now
             output.backward(torch.empty_like(output))
@@ -281,6 +286,13 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
     except Exception as error:  # whatever a family's code runs into without values
         raise Refused(f"its block does not run without its weights ({type(error).__name__})") from error
     return _Bytes(saved, max(0, forward - saved, backward - saved))
+
+
+class _Packed:
+    """What autograd keeps in place of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Outer(ProbeRun):

@@ -40,7 +40,7 @@ from dstrain.model.pipeline_split.structure import ModelStructure, Refused
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 12
+FORMAT = 13
 
 
 def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
