@@ -17,6 +17,7 @@ from dstrain.errors import DstrainError
 from dstrain.model_config_bounds import refuse_sizes
 from dstrain.runs.record.environment import weights_fingerprint
 from dstrain.shared_caches import is_own, write_own
+from dstrain.strict_json import to_json
 
 _SHOWN = 3  # names in one line
 
@@ -147,7 +148,7 @@ def fingerprint_of_base(model: FoundModel) -> str:
     kept = cache_folder() / "weights" / f"{state}.fingerprint.json"
     if not is_own(kept):
         try:
-            write_own(kept, json.dumps(weights_fingerprint(model.folder)))
+            write_own(kept, to_json(weights_fingerprint(model.folder)))
         except OSError as error:
             raise DstrainError(
                 f"the weights can't be read: {error.strerror}",
