@@ -41,6 +41,9 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     if shape.has_adapters:
         total = (moment_bytes(config) + 4 * (config.zero > 0) + weight * (config.zero < 3)) * (held - frozen)
         tensors = sum(is_adapter_parameter(name) for layer in shape.layers for name in layer.tensors)
+        tensors *= (
+            layout.data_parallel if config.zero == 3 else 1
+        )  # small ones, which each replica's file names
     return total + _SCRIPTS * (config.zero > 0) + _OF_A_RANK * layout.world_size + _OF_A_TENSOR * tensors
 
 

@@ -74,11 +74,7 @@ def test_it_goes_on_in_another_layout_and_is_exported_and_merged(
     wanted = losses(place, "whole")
     assert losses(place, "cut") == pytest.approx(wanted, rel=1e-5) and wanted[6] < wanted[1]
 
-    size = sum(
-        path.stat().st_size for path in (place / "runs" / "cut" / "checkpoints" / "step-000003").rglob("*")
-    )
     plan = json.loads((place / "runs" / "cut" / "plan.json").read_text())
-    assert size < 1.05 * plan["checkpoint_bytes"] or plan["layout"]["pipeline"] == 1
     assert plan["model"]["adapter_parameters"] < plan["model"]["parameters"] / 2
 
     for arguments in (
