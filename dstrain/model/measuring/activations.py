@@ -270,15 +270,13 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
             with saved_tensors_hooks(note, lambda held: held.tensor):
                 output = run(hidden)
             # What belongs to a part of the graph that is gone, since nobody uses its result, is not kept.
-            there = [held.tensor for ref in packed if (held := ref()) is not None]
-            kept = {storage_of(tensor): tensor for tensor in there}
+            kept = {storage_of(held.tensor): held.tensor for held in (ref() for ref in packed) if held}
             saved = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in not_counted)
             keeps_input = storage_of(hidden) in kept
             forward = alive.most + own  # the input is there, kept or not
             output = output if isinstance(output, Tensor) else output[0]
             stays = storage_of(output) in kept
             kept.clear()
-            del there
             # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.
             alive.most = alive.now
             output.backward(torch.empty_like(output))
