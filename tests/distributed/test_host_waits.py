@@ -29,13 +29,13 @@ BUDGETS = [  # of waits in a step
 
 def train(rank: int, case: Case) -> tuple[dict[str, int], int, list[float]]:
     """The waits of the third step, how many of them come after the optimizer has begun, and the losses."""
-    from dstrain.engine import adapters, deepspeed_patches
+    from dstrain.engine import deepspeed_patches, rank_engines
     from dstrain.model.document_lengths import document_lengths
     from tests.support.host_waits import HostWaits
 
     engine, plan = build_case_engine(case)
     waits = HostWaits()
-    for module in (adapters, deepspeed_patches):
+    for module in (rank_engines, deepspeed_patches):
         module.on_host = waits.on_host  # type: ignore[attr-defined]
     replica = plan.layout.replica(rank)
     steps = [

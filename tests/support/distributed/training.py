@@ -47,7 +47,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "outer": {
         "type": "lora",
         "r": 4,
-        "alpha": 16,
+        "alpha": 4,
         "targets": ["embed_tokens", "lm_head", "down_proj"],
         "init": "orthogonal",
     },
