@@ -1,6 +1,6 @@
 """Every family that can be split: adapters in two stages are to the bit those of PEFT's own model.
 
-``make test`` tries each eighth family, ``make test-heavy`` all.
+``make test`` tries each eighth family, ``make verify-all`` all.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_some_families_are_trained_as_by_peft() -> None:
     assert tried(families()[::8]) >= 15
 
 
-@pytest.mark.heavy
+@pytest.mark.full
 def test_all_families_are_trained_as_by_peft() -> None:
     assert tried(families()) >= FLOOR
 
