@@ -316,7 +316,7 @@ CELLS = [
     _cell("1b-zero2-pp2-offload", _1B, zero=2, pipeline=2, offload="cpu", waits=42),
     _cell("1b-zero3-pp1-offload", _1B, zero=3, offload="cpu", waits=8, effort="heavy"),
     _cell("1b-zero3-pp1-nvme", _1B, zero=3, offload="nvme", nvme_path=".", waits=125),
-    _cell("1b-zero1-pp2-lora", _1B, _LORA, zero=1, pipeline=2, stages=(0, 1), effort="heavy"),
+    _cell("1b-zero1-pp2-lora", _1B, _LORA, zero=1, pipeline=2, stages=(0, 1)),
     _cell("1b-zero1-pp1-lora", _1B, _LORA, zero=1),
     _cell("1b-zero3-pp1-lora", _1B, _LORA, zero=3),
     _cell("1b-zero2-pp1-lora-recomputing", _1B_4K, _LORA, _RECOMPUTE, zero=2),
