@@ -84,7 +84,7 @@ def _merge(
 
 ADAPTERS: dict[str, BadInput] = {
     **{
-        f"adapter: {section}": config(f"adapter: {section}\n", 1, reason, "train low-rank adapters")
+        f"adapter section: {section}": config(f"adapter: {section}\n", 1, reason, "train low-rank adapters")
         for section, reason in _WRONG
     },
     "adapter: targets that match nothing": _measured("{targets: [nope]}", "'nope'", "all-linear"),
