@@ -90,7 +90,7 @@ def export(
     folder, target = find_run(run), Path(out)
     _refuse_occupied(target)
     _look_at_owner(folder, _checkpoint(folder, step), with_loss=with_loss, trust=trust, events=events)
-    aside = target.absolute().with_name(f".{target.absolute().name}.partial")
+    aside = _aside(target)
     request = {
         "run": str(folder.path),
         "out": str(target.absolute()),
@@ -164,7 +164,7 @@ def merge(
         "adapter": str(source),
         "base": str(find_base(named, where, events)),
         "out": str(target.absolute()),
-        "aside": str(target.absolute().with_name(f".{target.absolute().name}.partial")),
+        "aside": str(_aside(target)),
         "dtype": dtype,
     }
     return MergeResult(folder=target, base=named, **_ask("dstrain.exporting.merge_adapter", request, events))
@@ -298,6 +298,11 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
         where=str(folder.checkpoints),
         hint=f"`dstrain resume {folder.name}` continues it to its end and saves one",
     )
+
+
+def _aside(out: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return out.absolute().with_name(f".{out.absolute().name}.partial")
 
 
 def _refuse_occupied(out: Path) -> None:

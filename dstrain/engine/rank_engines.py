@@ -22,6 +22,7 @@ from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
 from dstrain.engine.replica_consistency import check_replicas
 from dstrain.engine.restore import restore
 from dstrain.lora import is_adapter_parameter
+from dstrain.model.adapters import has_adapters
 from dstrain.model.document_lengths import note_lengths
 from dstrain.model.head_output import HeadOutputRequest
 
@@ -81,7 +82,7 @@ class _RankEngine(Engine):
 
     @cached_property
     def _has_adapters(self) -> bool:
-        return any(is_adapter_parameter(name) for name, _ in self.engine.module.named_parameters())
+        return has_adapters(self.engine.module)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """By Hugging Face name; a tied weight under each of its names. Of a model with adapters these alone."""

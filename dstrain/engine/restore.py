@@ -30,7 +30,7 @@ from dstrain.engine.checkpoint_files import SavedTensor
 from dstrain.engine.checkpoint_state import MASTER, SavedParameter
 from dstrain.engine.client_optimizer import hugging_face_name
 from dstrain.errors import DstrainError
-from dstrain.lora import is_adapter_parameter
+from dstrain.model.adapters import has_adapters
 from dstrain.optimizers import facts_of_type, kept_states
 
 Matched = dict[nn.Parameter, SavedParameter]
@@ -106,7 +106,7 @@ def restore(engine: DeepSpeedEngine, saved: Restorable, say: Say) -> dict[str, A
 def _match(module: nn.Module, saved: Restorable) -> Matched:
     """This rank's parameters and what the checkpoint holds of them. Raises DstrainError."""
     matched = {}
-    adapted = any(is_adapter_parameter(name) for name, _ in module.named_parameters())
+    adapted = has_adapters(module)
     for name, parameter in module.named_parameters():
         held = saved.parameters.get(hugging_face_name(name))
         if held is None and adapted and not parameter.requires_grad:

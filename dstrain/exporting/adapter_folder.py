@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
+from dstrain.exporting.writing import TensorsOfFiles
 from dstrain.lora import base_name, is_adapter_parameter, saved_name
 from dstrain.model.adapters import Adapters
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-class ExportedAdapter:
+class ExportedAdapter(TensorsOfFiles):
     """An adapter's tensors in a checkpoint, in one precision.
 
     Attributes:
@@ -41,14 +42,6 @@ class ExportedAdapter:
             name: torch.empty(parameter.weight.shape, dtype=dtype, device="meta")
             for name, parameter in self._saved.items()
         }
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.files.values())
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.files.values())
 
     def value(self, name: str) -> torch.Tensor:
         """By its name in the file."""

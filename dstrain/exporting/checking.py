@@ -69,15 +69,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model as a user loads it. Raises DstrainError (exit code 1) if weights were left out."""
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **options,
-    )
+    loaded = _from_pretrained(folder, dtype, attention, output_loading_info=True)
     model: PreTrainedModel
     model, told = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -89,12 +81,16 @@ def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTraine
 
 def load_base(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model that an adapter is for, as a user loads it."""
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = _from_pretrained(folder, dtype, attention).eval()
+    return model
+
+
+def _from_pretrained(folder: str | Path, dtype: torch.dtype, attention: str, **options: Any) -> Any:
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
     )
-    model: PreTrainedModel = loaded.eval()
-    return model
 
 
 def check_loaded(model: PreTrainedModel, tensors: ExportedTensors) -> None:

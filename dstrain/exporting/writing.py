@@ -69,7 +69,25 @@ def write_weights(tensors: ExportedTensors, folder: Path) -> list[str]:
     return list(split.filename_to_tensors)
 
 
-class ExportedTensors:
+class TensorsOfFiles:
+    """Tensors on meta that stand for those in files.
+
+    Attributes:
+        files: name on disk -> tensor on meta.
+    """
+
+    files: dict[str, torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.files.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.files.values())
+
+
+class ExportedTensors(TensorsOfFiles):
     """Reads, converts and rounds block by block: no more than one block is in memory.
 
     Args:
@@ -117,14 +135,6 @@ class ExportedTensors:
             for module in model.modules()
             if not isinstance(module, PreTrainedModel) and module is not model.get_input_embeddings()
         )
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.files.values())
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.files.values())
 
     def parts(self) -> Iterator[dict[str, torch.Tensor]]:
         """Name on disk -> tensor, a block at a time."""

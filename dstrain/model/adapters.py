@@ -19,7 +19,7 @@ from transformers.utils import logging
 from dstrain.errors import DstrainError
 from dstrain.lora import ADAPTER, Adapter, base_name, is_adapter_parameter
 from dstrain.model.initialise import module_seed
-from dstrain.model.skeleton import empty_model, untouched_rng
+from dstrain.model.skeleton import empty_model, put_at_paths, untouched_rng
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,7 +37,6 @@ class Adapters:
 
     Attributes:
         modules, parameters: Hugging Face names of what is adapted.
-        asked: PEFT's configuration, before it was looked for in the model.
         trained: the shape of each of their parameters, by name.
         tied_modules: those of the modules that share a weight with another.
         whole: those of the modules that are trained as a whole.
@@ -51,8 +50,7 @@ class Adapters:
         model = empty_model(config)
         tied = getattr(model, "all_tied_weights_keys", {})
         self.tied_modules = {name.rpartition(".")[0] for name in (*tied, *tied.values())}
-        self._lora = lora = _lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
-        self.asked = copy.deepcopy(lora)
+        self._lora = lora = lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
         with _understood(config.model_type):
             tuner = _tuner(model, lora)
             self.modules = tuple(tuner.targeted_module_names)
@@ -119,7 +117,8 @@ class Adapters:
         Returns:
             The same, with another module in the place of one that is adapted itself.
         """
-        root = _tree(modules)
+        root = nn.Module()
+        put_at_paths(root, modules)
         done = tuple(f"{path}." for path in without)
         names = {name for name, _ in root.named_modules() if not f"{name}.".startswith(done or ("/",))}
         lora = copy.deepcopy(self._lora)
@@ -152,7 +151,7 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         for name, module in root.named_modules():
-            if isinstance(module, LoraLayer) and _place(name) in names:
+            if isinstance(module, LoraLayer) and base_name(name) in names:
                 layer: Any = module  # without types
                 torch.default_generator.manual_seed(module_seed(self._seed, name))
                 if self._lora.init_lora_weights == "orthogonal" and ADAPTER in layer.lora_A:
@@ -164,16 +163,16 @@ class Adapters:
                     layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER, config=self._lora)
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether anything below has adapters, so that nothing else is trained."""
+    return any(is_adapter_parameter(name) for name, _ in module.named_parameters())
+
+
 def freeze(module: nn.Module) -> None:
     """Let nothing but adapters be trained."""
     for name, parameter in module.named_parameters():
         if not is_adapter_parameter(f".{name}"):
             parameter.requires_grad_(False)
-
-
-def _place(name: str) -> str:
-    """Where a module of PEFT's stands: that for a second parameter of one module is around that for the first."""
-    return name.removesuffix(".base_layer")
 
 
 def _idle(key: str, name: str, family: str, known: Sequence[str]) -> DstrainError:
@@ -187,7 +186,8 @@ def _idle(key: str, name: str, family: str, known: Sequence[str]) -> DstrainErro
     )
 
 
-def _lora_config(adapter: Adapter) -> LoraConfig:
+def lora_config(adapter: Adapter) -> LoraConfig:
+    """What is asked of PEFT. Raises DstrainError where there is none."""
     try:
         from peft import LoraConfig
     except ImportError as error:
@@ -263,20 +263,6 @@ def _whole_modules(model: PreTrainedModel, asked: Iterable[str], family: str) ->
                 hint=f"names look like {next((n for n in names if n.count('.') > 2), names[-1])}",
             )
         yield from found
-
-
-def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Modules at their paths, in containers without a forward pass."""
-    root = nn.Module()
-    for path, module in modules.items():
-        parent = root
-        *parts, last = path.split(".")
-        for part in parts:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, module)
-    return root
 
 
 @contextmanager

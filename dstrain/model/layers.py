@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.pipeline_split.partial_forward import Call, PartialForward
 from dstrain.model.router import RouterLogitsRecorder, RouterLoss
-from dstrain.model.skeleton import keep_buffer_types
+from dstrain.model.skeleton import keep_buffer_types, put_at_paths
 
 State = tuple[Tensor, ...]
 """What one layer hands to the next: (hidden [B, S, H], position_ids int64 [B, S]), and with a router loss its sums
@@ -28,14 +28,7 @@ class Layer(nn.Module):
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
-        for path, module in modules.items():
-            parent: nn.Module = self
-            *parts, name = path.split(".")
-            for part in parts:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.Module())
-                parent = parent._modules[part]  # type: ignore[assignment]
-            parent.add_module(name, module)
+        put_at_paths(self, modules)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         apply: Callable[..., Layer] = super()._apply

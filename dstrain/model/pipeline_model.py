@@ -96,7 +96,7 @@ class PipelineModel:
 
         Returns:
             ``EmbedLayer``, ``BlockLayer`` or ``HeadLayer``; its parameters are named as in Hugging Face, and with
-        adapters as in PEFT.
+            adapters as in PEFT.
 
         Raises:
             DstrainError: the family defines no initial value for one of the layer's parameters, or the

@@ -5,7 +5,7 @@ A plain ``torch.device("meta")`` would lose the rotary tables and embedding scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -124,6 +124,18 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
     model.tie_weights()
     model.train()
     return model
+
+
+def put_at_paths(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Register modules below ``root`` at their paths, in containers without a forward pass."""
+    for path, module in modules.items():
+        parent = root
+        *parts, name = path.split(".")
+        for part in parts:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        parent.add_module(name, module)
 
 
 Result = TypeVar("Result")

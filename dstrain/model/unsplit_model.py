@@ -145,9 +145,7 @@ class _Finish:
         self._after_build(self._model)
 
 
-def initialise_unsplit(
-    model: PreTrainedModel, seed: int, dtype: torch.dtype = torch.float32, finish: _Finish | None = None
-) -> None:
+def initialise_unsplit(model: PreTrainedModel, seed: int, dtype: torch.dtype, finish: _Finish) -> None:
     """Materialise and initialise all weights of ``model`` (parameters on meta) as its layers would be."""
     owners = initialisers(model)
     tied = set(getattr(model, "all_tied_weights_keys", {}).values())
@@ -159,8 +157,7 @@ def initialise_unsplit(
         materialise(block)
         missed += initialise(path, block, owners, seed)
         cast(block, dtype)
-        if finish is not None:
-            finish.block(path, block)
+        finish.block(path, block)
     materialise(model)
     missed += initialise("", model, owners, seed, without=set(blocks))
     # A tied weight was just drawn once by each of its owners; the last word is the canonical one's.
@@ -172,8 +169,7 @@ def initialise_unsplit(
             hint="use another model family",
         )
     cast(model, dtype)
-    if finish is not None:
-        finish.rest()
+    finish.rest()
 
 
 @torch.no_grad()

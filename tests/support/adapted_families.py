@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dstrain.lora import Adapter, base_name, is_adapter_parameter, saved_name
-from dstrain.model.adapters import Adapters
+from dstrain.model.adapters import Adapters, lora_config
 from dstrain.model.loss import TokenLoss
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.structure import takes_positions
@@ -40,7 +40,7 @@ def difference_to_peft(config: PretrainedConfig, adapter: Adapter) -> float:
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.copy_(weights[name])
-    adapted = get_peft_model(model, adapters.asked)
+    adapted = get_peft_model(model, lora_config(adapter))
     trained = {name: value for name, value in ours.items() if is_adapter_parameter(name)}
     loaded = set_peft_model_state_dict(
         adapted, {saved_name(n): v.detach().clone() for n, v in trained.items()}
