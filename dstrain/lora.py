@@ -6,11 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 _Positive = Annotated[int, Field(gt=0, le=10**12)]
 _Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[list[str], Field(min_length=1)]
+Bits = Literal["4bit", "8bit"]
+"""What the model that an adapter is for can be quantized to."""
 _EMPTY = "has an empty name"
 
 
@@ -46,6 +56,22 @@ class Adapter(BaseModel):
         "default",
         description="initial values: default: Kaiming-uniform A and B = 0; gaussian: normal A and B = 0; orthogonal",
     )
+    base: Bits | None = Field(
+        None,
+        description="quantize the model's own weights with bitsandbytes: 4bit (NF4, double quantization), or 8bit",
+    )
+
+    start: str | None = Field(
+        None,
+        alias="from",
+        description="folder of an adapter to start from, which PEFT or `dstrain export` wrote; its options are taken",
+    )
+
+    @model_serializer(mode="wrap")
+    def _by_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        values["from"] = values.pop("start")
+        return values
 
     @field_validator("r", "alpha", mode="before")
     @classmethod
@@ -77,6 +103,12 @@ class Adapter(BaseModel):
     def _fits(self) -> Adapter:
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("init: orthogonal needs an even r")
+        if self.start is not None and not self.start.strip():
+            raise ValueError("from: must name a folder")
+        if self.init == "orthogonal" and self.base is not None:
+            raise ValueError(
+                "PEFT makes no orthogonal values beside quantized weights: leave out init, or base"
+            )
         if self.target_parameters and self.type == "dora":
             raise ValueError("dora adapts linear layers alone: leave out target_parameters, or take lora")
         if self.target_parameters and self.dropout:
@@ -107,6 +139,9 @@ ADAPTER = "default"
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter's."""
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The file with its weights."""
 
 _TRAINED = re.compile(rf"\.(lora_\w+|modules_to_save)\.{ADAPTER}(\.|$)")
 _WRAPPED = ("base_layer", "original_module")

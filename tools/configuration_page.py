@@ -132,7 +132,7 @@ def _entry(key: str, field: FieldInfo, flags: Mapping[str, click.Option], depth:
     section = field.annotation
     if isinstance(section, type) and issubclass(section, BaseModel):
         for inner, inner_field in section.model_fields.items():
-            yield from _entry(f"{key}.{inner}", inner_field, flags, depth + 1)
+            yield from _entry(f"{key}.{inner_field.alias or inner}", inner_field, flags, depth + 1)
 
 
 def _sentence(text: str | None) -> str:

@@ -14,6 +14,7 @@ from dstrain.config.loader import ResolvedConfig, override, replace_values
 from dstrain.config.origins import as_flags
 from dstrain.errors import DstrainError
 from dstrain.estimate.memory import memory_needed
+from dstrain.planning.adapter_start import follow_adapter
 from dstrain.planning.checks import refusals_in_any_layout
 from dstrain.planning.fitting.candidates import Candidate, fixed_choices
 from dstrain.planning.fitting.search import Fit, Scored
@@ -109,6 +110,7 @@ def fit_for(
     """
     for mistake in refusals_in_any_layout(resolved):  # before the model and the data are looked at
         raise mistake
+    resolved = follow_adapter(resolved)
     prepared = prepare(resolved, described, events)
     machines = _counted(prepared.machines, resolved)
     name = machines.device_names[0] if machines.device_names else machines.accelerator

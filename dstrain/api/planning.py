@@ -24,6 +24,7 @@ from dstrain.errors import DstrainError
 from dstrain.launch.devices import Devices
 from dstrain.launch.placement import Placement
 from dstrain.lora import Adapter
+from dstrain.planning.adapter_start import check_start, follow_adapter
 from dstrain.planning.checks import refuse
 from dstrain.planning.deepspeed.user_keys import check_packages_here
 from dstrain.planning.hook_specs import check_trackers_here
@@ -51,7 +52,7 @@ class Planned:
 
     def settled(self, resolved: ResolvedConfig) -> ResolvedConfig:
         """The config that was planned for, without what gave way in the plan: a run folder keeps it so."""
-        fitting = fit_recipe(resolved, self.shape, self.plan.layout.world_size)
+        fitting = fit_recipe(follow_adapter(resolved), self.shape, self.plan.layout.world_size)
         return follow_data(fitting, self.plan.data)
 
 
@@ -112,6 +113,7 @@ def plan_for(
         DstrainError: whatever can't work; nothing of the run has been started then.
     """
     refuse(resolved)  # before the model and the data are looked at: this needs neither
+    resolved = follow_adapter(resolved)
     if earlier is not None:
         return replace(earlier, plan=earlier.make(resolved, earlier.hosts))
     if described is None:
@@ -159,6 +161,7 @@ def prepare(
     devices, placement, machines = find_machines(resolved, described)
     model = find_model(resolved, events)
     shape = _measure_model(model.config_file, config.adapter, events)
+    check_start(resolved, shape)
     resolved = within_positions(resolved, shape)
     if config.init == "pretrained":
         check_pretrained(model, events)
@@ -182,7 +185,8 @@ def _measure_model(model_file: Path, adapter: Adapter | None, events: Events) ->
     adapters = ""
     if adapter is not None:
         made_of.append(_version_of_peft())
-        adapters = adapter.model_dump_json()
+        # What the values are does not matter here.
+        adapters = adapter.model_copy(update={"start": None}).model_dump_json()
     content = " ".join(map(str, made_of)) + f" {adapters}"
     key = hashlib.sha256(content.encode() + model_file.read_bytes()).hexdigest()[:24]
     kept = cache_folder() / "shapes" / f"{key}.json"

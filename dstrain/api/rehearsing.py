@@ -124,6 +124,12 @@ def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
             where="--device",
             hint="add --device NAME, for example h100-80g, to rehearse GPUs that are not here",
         )
+    if plan.model.bits is not None:
+        raise DstrainError(
+            "weights that bitsandbytes holds have no form without values, and can't be rehearsed",
+            where="adapter.base",
+            hint="rehearse without adapter.base; `dstrain plan` counts its memory",
+        )
     attention = plan.config["attention"]
     package = FLASH_PACKAGES.get(attention)
     if package is not None and not is_installed(package):

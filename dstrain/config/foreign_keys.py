@@ -212,11 +212,16 @@ _ACCUMULATION = "remove it: it follows from global_batch / (micro_batch x replic
 _NOT_SPLIT = (
     "remove it: dstrain splits a model by pipeline (stages of layers) and zero (states and parameters)"
 )
-_NO_QUANTIZED_BASE = "remove it: an adapter is trained on weights of 16 or 32 bits, as precision says"
 
 
 def _in_adapter(key: str) -> Callable[[Any], str]:
     return lambda value: f"adapter: {{{key}: {_json(value)}}}"
+
+
+def _quantization_bit(value: Any) -> str:
+    if value in (4, 8):
+        return f"adapter: {{base: {value}bit}}"
+    return "remove it: adapter.base can be 4bit or 8bit"
 
 
 def _targets(value: Any) -> str:
@@ -444,8 +449,9 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "lora_modules_to_save": (_in_adapter("modules_to_save"), ["lm_head"]),
             "peft_use_dora": (_switch("adapter: dora", "remove it"), True),
             "peft_use_rslora": (_switch("adapter: rslora", "remove it"), True),
-            "load_in_4bit": (_note(_NO_QUANTIZED_BASE), True),
-            "load_in_8bit": (_note(_NO_QUANTIZED_BASE), True),
+            "load_in_4bit": (_switch("adapter: {base: 4bit}", "remove it"), True),
+            "load_in_8bit": (_switch("adapter: {base: 8bit}", "remove it"), True),
+            "lora_model_dir": (_in_adapter("from"), "my-adapter"),
             "unfrozen_parameters": (
                 _note("freeze: [patterns], the parameters that are not trained"),
                 ["model.*"],
@@ -490,7 +496,8 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "additional_target": (_in_adapter("modules_to_save"), ["lm_head"]),
             "use_dora": (_switch("adapter: dora", "remove it"), True),
             "use_rslora": (_switch("adapter: rslora", "remove it"), True),
-            "quantization_bit": (_note(_NO_QUANTIZED_BASE), 4),
+            "quantization_bit": (_quantization_bit, 4),
+            "adapter_name_or_path": (_in_adapter("from"), "my-adapter"),
             "template": (
                 _note("remove it: the tokenizer's own is taken; or chat_template: chatml, or a Jinja file"),
                 "llama3",

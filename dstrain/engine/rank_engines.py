@@ -203,6 +203,7 @@ class OneStageEngine(_RankEngine):
             loss = self._loss(micro_batch)
             self.engine.backward(loss)
             total += loss.detach()
+            del loss  # its graph, and what layers keep in it past autograd's hooks
             if number == len(micro_batches):
                 self.engine.step_loss = _mean_over_replicas(total / number)
             self.engine.step()

@@ -12,7 +12,6 @@ DeepSpeed 0.19.8 refuses ZeRO-3. What stands in the way, and what is done about 
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import nn
 from dstrain.engine.interface import DTYPES
 from dstrain.json_collectives import all_gather_json
 from dstrain.model.initialise import cast
+from dstrain.model.skeleton import return_freed_memory
 
 
 def zero3_init(deepspeed: dict[str, Any], mpu: Any = None) -> Callable[[nn.Module], None]:
@@ -44,19 +44,9 @@ def zero3_init(deepspeed: dict[str, Any], mpu: Any = None) -> Callable[[nn.Modul
         cast(module, _type_of(deepspeed))  # the engine casts only what is not sharded yet
         document = copy.deepcopy(deepspeed)
         Init(module=module, data_parallel_group=group, config_dict_or_path=document, mpu=mpu)
-        _give_back_freed_memory()
+        return_freed_memory()
 
     return share_out
-
-
-def _give_back_freed_memory() -> None:
-    """Whole layers were freed between shares that stay: without this, most of their pages would stay too.
-
-    Source: malloc_trim(3), of the GNU C library; others manage without.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _type_of(deepspeed: dict[str, Any]) -> torch.dtype:

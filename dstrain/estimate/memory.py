@@ -25,7 +25,13 @@ from dstrain.estimate.memory_activations import (
 from dstrain.estimate.memory_backward import Pass, arriving, beside_activations, growing
 from dstrain.estimate.memory_peaks import Moments
 from dstrain.estimate.memory_states import StateBytes, state_bytes, states
-from dstrain.estimate.stage_parameters import GatheredWeights, Stage, stage_parameters, weight_bytes
+from dstrain.estimate.stage_parameters import (
+    GatheredWeights,
+    Stage,
+    quantized_parameters,
+    stage_parameters,
+    weight_bytes,
+)
 from dstrain.estimate.zero3_gathering import Gathering, gathering
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LARGEST_BUCKET, bucket_size
@@ -302,7 +308,10 @@ def estimate(
 
 def _states(layer: Layer, per_parameter: StateBytes, frozen: Set[str]) -> int:
     still = sum(number for name, number in layer.tensors.items() if name in frozen)
-    return round((layer.parameters - still) * per_parameter.trained + still * per_parameter.frozen)
+    quantized = sum(layer.quantized.values()) - quantized_parameters(layer) * per_parameter.frozen
+    return round(
+        (layer.parameters - still) * per_parameter.trained + still * per_parameter.frozen + quantized
+    )
 
 
 def memory_needed(layout: Layout, needs: Sequence[StageMemory], accelerator: str) -> tuple[int, int]:

@@ -127,12 +127,16 @@ def layer_kept(config: RunConfig, layer: Layer, micro_batch: int, hidden: int) -
 
 
 def layer_working(config: RunConfig, layer: Layer, micro_batch: int) -> int:
-    """What a layer's passes take beside what it keeps; with recomputation all that it would have kept."""
+    """What a layer's passes take beside what it keeps; with recomputation all that it would have kept.
+
+    A quantized weight is unpacked while it is used.
+    """
     working = micro_batch * layer.working_bytes(config.seq_len, config.precision)
     if config.activation_checkpointing and layer.kind == "block":
         working += micro_batch * layer.saved_bytes(config.seq_len, config.precision)
         working += layer_mask(config, layer, micro_batch)
-    return max(0, working)
+    unpacked = max((layer.tensors[name] for name in layer.quantized), default=0)
+    return max(0, working) + weight_bytes(config) * unpacked
 
 
 def loss_rows(config: RunConfig, shape: ModelShape, micro_batch: int) -> int:

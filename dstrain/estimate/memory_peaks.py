@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dstrain.config.schema import RunConfig
-from dstrain.estimate.stage_parameters import Stage, weight_bytes
+from dstrain.estimate.stage_parameters import PACKED_BYTES, Stage, weight_bytes
 from dstrain.optimizers import optimizer_facts
 from dstrain.planning.buffer_sizes import PREFETCH_BUCKET, SUB_GROUP
 
@@ -255,7 +255,9 @@ def _zero_3(config: RunConfig, stage: Stage, terms: _Terms, zero_options: Mappin
             stage.gathered.most if stage.trained <= stage.bucket else stage.gathered.at_end
         )
     # What is gathered at a time arrives in one piece, and is copied out of it.
-    arriving = terms.weight * min(stage.trained + stage.frozen, ahead) if stage.replicas > 1 else 0
+    unpacked = stage.trained + stage.frozen - stage.quantized
+    arriving = round(min(terms.weight * unpacked + PACKED_BYTES * stage.quantized, terms.weight * ahead))
+    arriving *= stage.replicas > 1
     sub_group = min(terms.share, int(zero_options.get("sub_group_size", SUB_GROUP)))
     step = min(terms.step, _step_of(config, sub_group, terms.on_cpu))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_peaks import Moments, host_beside_optimizer, moments_of_step
-from dstrain.estimate.stage_parameters import Stage, moment_bytes, weight_bytes
+from dstrain.estimate.stage_parameters import PACKED_BYTES, Stage, moment_bytes, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,14 @@ def states(
         zero_options: ``zero_optimization`` of the composed JSON, as far as it is known.
     """
     held = stage.trained + stage.frozen
-    parameters = weight_bytes(config) * (-(-held // stage.replicas) if config.zero == 3 else held)
+    shards = stage.replicas if config.zero == 3 else 1
+    # ZeRO-3 shards packed weights too, but not their scales, which are no parameters.
+    packed = PACKED_BYTES * stage.quantized if config.zero == 3 else 0
+    parameters = (
+        weight_bytes(config) * -(-(held - stage.quantized) // shards)
+        + round(packed / shards - packed)
+        + stage.quantized_bytes
+    )
     share = stage.trained if config.zero == 0 else -(-stage.trained // stage.replicas)
     optimizer = (moment_bytes(config) + 4 * (config.zero > 0)) * share
     host = 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from dstrain.config.schema import RunConfig
 from dstrain.optimizers import kept_states, optimizer_facts
-from dstrain.planning.model_shape import ModelShape, Tied, frozen_names
+from dstrain.planning.model_shape import Layer, ModelShape, Tied, frozen_names
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one number, by precision."""
+
+
+PACKED_BYTES = 0.5
+"""Of a weight in 4 bits, which ZeRO-3 can shard; without its scales."""
 
 
 def weight_bytes(config: RunConfig) -> int:
@@ -38,6 +43,17 @@ def frozen_parameters(shape: ModelShape, chunks: Sequence[range], patterns: Sequ
     return sum(sizes.values())
 
 
+def quantized_parameters(layer: Layer) -> int:
+    """How many of a layer's parameters are quantized."""
+    return sum(layer.tensors[name] for name in layer.quantized)
+
+
+def gathered_elements(config: RunConfig, layer: Layer, name: str) -> int:
+    """What ZeRO-3 gathers of a parameter, in elements of the precision that is computed with."""
+    number = layer.tensors[name]
+    return math.ceil(number * PACKED_BYTES / weight_bytes(config)) if name in layer.quantized else number
+
+
 @dataclass(frozen=True)
 class GatheredWeights:
     """What ZeRO-3 has gathered, as numbers of elements.
@@ -63,6 +79,8 @@ class Stage:
 
     Attributes:
         trained, frozen: all of them; a weight that two of its layers tie counts once.
+        quantized: of the frozen ones, those that are.
+        quantized_bytes: what these take.
         tensor: the largest trained one.
         block: those of the largest block.
         in_blocks: the largest one of a block, whose gradient comes in the midst of a backward pass.
@@ -94,6 +112,8 @@ class Stage:
     replicas: int
     loss: bool
     alone: bool
+    quantized: int = 0
+    quantized_bytes: int = 0
     gathered: GatheredWeights = GatheredWeights()
 
     @property
@@ -148,6 +168,8 @@ def stage_parameters(
         replicas=replicas,
         loss=len(shape.layers) - 1 in layers,
         alone=alone,
+        quantized=sum(quantized_parameters(shape.layers[index]) for index in layers),
+        quantized_bytes=sum(sum(shape.layers[index].quantized.values()) for index in layers),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from dstrain.config.schema import RunConfig
 from dstrain.estimate.memory_activations import loss_rows
+from dstrain.estimate.stage_parameters import PACKED_BYTES, gathered_elements, weight_bytes
 from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import LIVE_PARAMETERS, PREFETCH_BUCKET, persistence_threshold
 from dstrain.planning.layout import Layout
@@ -67,8 +68,10 @@ def gathering(
         most_live=int(options.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
         reuse=int(options.get("stage3_max_reuse_distance", LIVE_PARAMETERS)),
         persistent=persistent,
+        packed=frozenset(name for index in chunk for name in shape.layers[index].quantized),
+        packing=round(weight_bytes(config) / PACKED_BYTES / 2),
     )
-    layers = tuple(_modules(shape, index, persistent) for index in chunk)
+    layers = tuple(_modules(config, shape, index, limits) for index in chunk)
     kinds = tuple(shape.layers[index].kind for index in chunk)
     # In the midst of a schedule each micro-batch is like the one before it.
     enough = in_flight + 4
@@ -87,22 +90,30 @@ def gathering(
 
 @dataclass(frozen=True)
 class _Limits:
-    """Numbers of elements: of what is gathered ahead, may be there at a time, is soon met again, and always stays."""
+    """Numbers of elements: of what is gathered ahead, may be there at a time, is soon met again, and always stays.
+
+    Of a parameter that is ``packed``, an element here is ``packing`` bytes of its own.
+    """
 
     bucket: int
     most_live: int
     reuse: int
     persistent: int
+    packed: frozenset[str] = frozenset()
+    packing: int = 1
+
+    def stays(self, name: str, size: int) -> bool:
+        return size * (self.packing if name in self.packed else 1) <= self.persistent
 
 
-def _modules(shape: ModelShape, index: int, persistent: int) -> tuple[Module, ...]:
+def _modules(config: RunConfig, shape: ModelShape, index: int, limits: _Limits) -> tuple[Module, ...]:
     """A layer's, about in the order of their use: as they are registered, with small ones, as norms are, before each
     part of it."""
     layer = shape.layers[index]
     tied = {name: (tied.key, tied.parameters) for tied in shape.tied for name in tied.names}
     found: dict[str, dict[str, int]] = {}
-    for name, number in layer.tensors.items():
-        key, size = tied.get(name, (name, number))
+    for name in layer.tensors:
+        key, size = tied.get(name, (name, gathered_elements(config, layer, name)))
         found.setdefault(name.rpartition(".")[0], {})[key] = size
     if not found:
         found[layer.name] = {layer.name: layer.parameters}
@@ -112,7 +123,7 @@ def _modules(shape: ModelShape, index: int, persistent: int) -> tuple[Module, ..
     parts: dict[str, list[Module]] = {}
     for name, parameters in found.items():
         module = tuple(parameters.items())
-        if max(parameters.values()) <= persistent:
+        if all(limits.stays(*each) for each in module):
             small.append(module)
         else:
             parts.setdefault(".".join(name.split(".")[: depth + 1]), []).append(module)
@@ -218,7 +229,7 @@ class _Coordinator:
                     self._held -= size
 
     def _gather(self, name: str, size: int) -> bool:
-        if size <= self._limits.persistent or name in self._there:
+        if self._limits.stays(name, size) or name in self._there:
             return False
         self._there[name] = size
         self._available += size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +12,8 @@ from transformers import PreTrainedModel
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
 from dstrain.exporting.writing import TensorsOfFiles
-from dstrain.lora import base_name, is_adapter_parameter, saved_name
-from dstrain.model.adapters import Adapters
-
-WEIGHTS = "adapter_model.safetensors"
+from dstrain.lora import ADAPTER_WEIGHTS, is_adapter_parameter, saved_name
+from dstrain.model.adapters import Adapters, import_peft
 
 
 class ExportedAdapter(TensorsOfFiles):
@@ -61,17 +58,17 @@ def write_adapter(exported: ExportedAdapter, adapters: Adapters, base: str, fold
     """
     tensors = {name: exported.value(name).clone() for name in exported.files}
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # the library leaves it to its owner alone
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (folder / ADAPTER_WEIGHTS).chmod(0o644)  # the library leaves it to its owner alone
         adapters.config_to_save(base).save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
         raise DstrainError(f"the adapter can't be written: {error}", where=str(folder)) from error
-    return WEIGHTS
+    return ADAPTER_WEIGHTS
 
 
 def check_adapter(folder: Path, exported: ExportedAdapter) -> None:
     """Compare every tensor on disk with the checkpoint's. Raises DstrainError (exit code 1)."""
-    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
         if set(opened.keys()) != exported.files.keys():
             raise _wrong("the file contains other tensors than the adapter", folder)
         for name in exported.files:
@@ -97,64 +94,10 @@ def load_with_peft(model: PreTrainedModel, folder: Path, exported: ExportedAdapt
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """The model with its adapter, in the precision of the files. The model itself is changed."""
-    from peft import PeftModel
-
-    adapted: torch.nn.Module = PeftModel.from_pretrained(
+    adapted: torch.nn.Module = import_peft().PeftModel.from_pretrained(
         model, str(folder), autocast_adapter_dtype=False, local_files_only=True
     )
     return adapted
-
-
-class AdapterFile:
-    """An adapter's tensors in a folder that PEFT or dstrain wrote, by the names of a model's parameters.
-
-    Raises:
-        DstrainError: there is no such file, or it is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._path = folder / WEIGHTS
-        if not self._path.is_file():
-            raise DstrainError(
-                f"{folder} is not an adapter folder (it has no {WEIGHTS})",
-                where=str(folder),
-                hint="name a folder that PEFT's save_pretrained or `dstrain export` wrote",
-            )
-        try:
-            with safe_open(self._path, framework="pt") as opened:
-                self._shapes = {
-                    name: tuple(opened.get_slice(name).get_shape())
-                    for name in opened.keys()  # noqa: SIM118 - no mapping
-                }
-        except (SafetensorError, OSError) as error:
-            raise DstrainError(
-                f"the adapter's weights can't be read: {error}",
-                where=str(self._path),
-                hint="download or copy the adapter again",
-            ) from error
-
-    def read(self, name: str) -> torch.Tensor:
-        """fp32, by a parameter's name in the model. Raises DstrainError where the file lacks it."""
-        wanted = saved_name(name)
-        if wanted not in self._shapes:
-            raise DstrainError(
-                f"the adapter lacks {wanted}",
-                where=str(self._path),
-                hint="its configuration and its weights do not belong together",
-            )
-        with safe_open(self._path, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(wanted)
-            return tensor.float()
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a parameter by its name in the model; None where it is not there."""
-        return self._shapes.get(saved_name(name))
-
-    def unexpected(self, names: Mapping[str, object]) -> list[str]:
-        """What it holds beside the parameters of these names; a copy of the base model's embeddings aside."""
-        wanted = {saved_name(name) for name in names}
-        return sorted(name for name in self._shapes.keys() - wanted if base_name(name) == name)
 
 
 def _wrong(message: str, where: Path) -> DstrainError:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dstrain.data.progress import Progress
 from dstrain.data.rows.packing import Rows
@@ -20,6 +20,7 @@ from dstrain.exporting.writing import ExportedTensors
 from dstrain.model.architecture import load_config
 from dstrain.model.document_masks import Documents
 from dstrain.model.pipeline_split.structure import takes_positions
+from dstrain.model.quantization import keep_packing, no_fetched_kernels
 from dstrain.model.weights.on_disk import refused_keys
 
 _TEXT = "def f(x):\n\treturn 'é 中 🙂'  # \x00 and 12.5 %"
@@ -79,9 +80,21 @@ def load_exported(folder: Path, dtype: torch.dtype, attention: str) -> PreTraine
     return model
 
 
-def load_base(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model that an adapter is for, as a user loads it."""
-    model: PreTrainedModel = _from_pretrained(folder, dtype, attention).eval()
+def load_base(
+    folder: str | Path,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """The model that an adapter is for, as a user loads it.
+
+    Args:
+        quantization: what it is to be quantized to.
+    """
+    options = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    with no_fetched_kernels():
+        model: PreTrainedModel = _from_pretrained(folder, dtype, attention, **options).eval()
+    keep_packing(model)
     return model
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.child_process import child_main
@@ -36,7 +36,7 @@ from dstrain.exporting.checking import (
     load_exported,
     validation_loss,
 )
-from dstrain.exporting.merging import MergedState, model_maker, untied, unties
+from dstrain.exporting.merging import MergedState, model_maker, unquantized, untied, unties
 from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
 from dstrain.files import write_json
 from dstrain.model.adapters import Adapters
@@ -96,7 +96,8 @@ def export(
             hint="leave out --merge",
         )
     if adapter is not None:
-        adapters = Adapters(config, adapter, seed=plan.run_config.seed)
+        unpacked = DTYPES[identity["precision"]] if merge else None
+        adapters = Adapters(config, adapter, seed=plan.run_config.seed, unpacked=unpacked)
     if adapter is not None and not merge:
         tensors = ExportedAdapter(SavedState(checkpoint), DTYPES[dtype])
     else:
@@ -123,7 +124,8 @@ def export(
             files = write_weights(tensors, aside)
             check_files(aside, files, tensors)
         check_tokenizer(aside, tokenizer)
-        loss, no_loss_because = _loss(aside, plan, tensors) if with_loss else (None, None)
+        quantization = adapters.quantization_config(tensors.dtype) if adapter is not None else None
+        loss, no_loss_because = _loss(aside, plan, tensors, quantization) if with_loss else (None, None)
         with _writing(out):
             aside.replace(out)
     except BaseException:
@@ -179,7 +181,7 @@ def _merged(
         return saved.parameters[name].most_precise.read()
 
     state = MergedState(make, value, saved.folder)
-    return state, untied(config) if unties(config, adapters) else config
+    return state, unquantized(untied(config) if unties(config, adapters) else config)
 
 
 @contextmanager
@@ -231,6 +233,10 @@ def _files_at_the_start(plan: Plan) -> dict[str, torch.Tensor] | None:
     try:
         stored = WeightFiles(plan.model.weights_folder).tensors
     except DstrainError:  # deleted since then, all or some of them
+        return None
+    if any(
+        name.endswith((".quant_map", ".SCB")) for name in stored
+    ):  # packed weights, which are not written so
         return None
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
 
@@ -304,7 +310,10 @@ def _same_folder(one: str, other: str) -> bool:
 
 
 def _loss(
-    folder: Path, plan: Plan, tensors: ExportedTensors | ExportedAdapter
+    folder: Path,
+    plan: Plan,
+    tensors: ExportedTensors | ExportedAdapter,
+    quantization: BitsAndBytesConfig | None,
 ) -> tuple[float | None, str | None]:
     """The exported model's validation loss, or why the run's data do not give one any more; the model is checked."""
     sets: tuple[ValidationSet, ...] = ()
@@ -315,7 +324,7 @@ def _loss(
         reason = f"{error.where}: {error.message}" if error.where else error.message
     attention = plan.run_config.attention
     if isinstance(tensors, ExportedAdapter):
-        model = load_base(plan.model.weights_folder, tensors.dtype, attention)
+        model = load_base(plan.model.weights_folder, tensors.dtype, attention, quantization)
         load_with_peft(model, folder, tensors)
     else:
         model = load_exported(folder, tensors.dtype, attention)

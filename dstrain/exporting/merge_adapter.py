@@ -20,11 +20,11 @@ from dstrain.child_process import child_main
 from dstrain.data.tokenizing.tokenizer_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES
 from dstrain.engine.interface import DTYPES
 from dstrain.errors import DstrainError, way_out
-from dstrain.exporting.adapter_folder import WEIGHTS, AdapterFile
 from dstrain.exporting.checking import check_files
-from dstrain.exporting.merging import MergedState, model_maker, untied, unties
+from dstrain.exporting.merging import MergedState, model_maker, unquantized, untied, unties
 from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
 from dstrain.files import write_json
+from dstrain.model.adapter_file import AdapterFile
 from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config
 from dstrain.model.pipeline_split.probe import why_not_pipelined
@@ -47,17 +47,18 @@ def merge(adapter: Path, base: Path, out: Path, *, aside: Path, dtype: str | Non
         DstrainError: the adapter is of another model or no adapter, a file is damaged, or the disk is full.
     """
     config = load_config(base)
-    adapters = Adapters(config, adapter)
+    adapters = Adapters(config, adapter, unpacked=torch.float32)
     file = AdapterFile(adapter)
-    refuse_other_parameters(file, adapters)
+    file.refuse_others(adapters.trained)
     weights = PretrainedWeights(base)
     make = model_maker(config, adapters, weights, seed=0, splits=why_not_pipelined(config) is None)
-    written = untied(config) if unties(config, adapters) else config
+    written = unquantized(untied(config) if unties(config, adapters) else config)
     dtype = dtype or _dtype_of(config)
     stored = {
         name: torch.empty(tensor.shape, device="meta") for name, tensor in weights.files.tensors.items()
     }
-    tensors = ExportedTensors(MergedState(make, file.read, adapter), written, DTYPES[dtype], like=stored)
+    like = None if adapters.bits else stored  # packed weights are not written so
+    tensors = ExportedTensors(MergedState(make, file.read, adapter), written, DTYPES[dtype], like=like)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(out.parent, tensors.bytes)
@@ -85,21 +86,6 @@ def merge(adapter: Path, base: Path, out: Path, *, aside: Path, dtype: str | Non
         "parameters": tensors.parameters,
         "bytes": tensors.bytes,
     }
-
-
-def refuse_other_parameters(file: AdapterFile, adapters: Adapters) -> None:
-    """Raises DstrainError where the file holds what the model has no place for, or lacks what it needs."""
-    where = str(file.folder / WEIGHTS)
-    hint = "the adapter is of another model, or its configuration and its weights do not belong together"
-    if odd := file.unexpected(adapters.trained):
-        raise DstrainError(f"the model has no place for the adapter's {odd[0]}", where=where, hint=hint)
-    for name, shape in adapters.trained.items():
-        found = file.shape(name)
-        if found != shape:
-            have = "is missing" if found is None else f"is {list(found)}"
-            raise DstrainError(
-                f"the adapter's {name} {have}, and the model needs {list(shape)}", where=where, hint=hint
-            )
 
 
 def _dtype_of(config: PretrainedConfig) -> str:

@@ -167,6 +167,13 @@ def unties(config: PretrainedConfig, adapters: Adapters) -> bool:
     return not changed.isdisjoint(adapters.tied_modules)
 
 
+def unquantized(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the same model with weights that are not quantized in its files."""
+    other = copy.deepcopy(config)
+    other.__dict__.pop("quantization_config", None)
+    return other
+
+
 def untied(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration of the same model with two weights of their own."""
     other = copy.deepcopy(config)

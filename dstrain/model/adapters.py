@@ -17,13 +17,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dstrain.errors import DstrainError
-from dstrain.lora import ADAPTER, Adapter, base_name, is_adapter_parameter
-from dstrain.model.initialise import module_seed
+from dstrain.lora import ADAPTER, Adapter, Bits, base_name, is_adapter_parameter
+from dstrain.model.adapter_file import AdapterFile
+from dstrain.model.initialise import cast, module_seed
+from dstrain.model.quantization import (
+    StoredWeights,
+    bits_on_disk,
+    bitsandbytes_config,
+    import_bitsandbytes,
+    linear_modules,
+    no_fetched_kernels,
+    quantize,
+    quantized_modules,
+)
 from dstrain.model.skeleton import empty_model, put_at_paths, untouched_rng
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
+_OF_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.")
 _INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
@@ -34,23 +47,50 @@ class Adapters:
         config: of the model.
         adapter: the config's section, or a folder that PEFT or dstrain wrote an adapter to.
         seed: of the initial values, which depend on it and on a module's name only.
+        unpacked: to be merged: what is quantized is so in this precision, and then unpacked again.
 
     Attributes:
         modules, parameters: Hugging Face names of what is adapted.
         trained: the shape of each of their parameters, by name.
         tied_modules: those of the modules that share a weight with another.
         whole: those of the modules that are trained as a whole.
+        bits: of the model's own linear layers; None: as they are.
+        quantized: the paths of those that have so many bits.
 
     Raises:
-        DstrainError: PEFT is not installed, or can't adapt this model so: the reason.
+        DstrainError: PEFT or bitsandbytes is not installed, or PEFT can't adapt this model so: the reason.
     """
 
-    def __init__(self, config: PretrainedConfig, adapter: Adapter | Path, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        adapter: Adapter | Path,
+        *,
+        seed: int = 0,
+        unpacked: torch.dtype | None = None,
+    ) -> None:
         self._seed = seed
+        self._unpacked = unpacked
+        start = adapter.start if isinstance(adapter, Adapter) else None
+        self._start = AdapterFile(Path(start)) if start is not None else None
+        self._on_disk = bool(getattr(config, "quantization_config", None))
         model = empty_model(config)
         tied = getattr(model, "all_tied_weights_keys", {})
         self.tied_modules = {name.rpartition(".")[0] for name in (*tied, *tied.values())}
         self._lora = lora = lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
+        self.bits = _bits(config, adapter)
+        self.quantized: tuple[str, ...] = ()
+        if self.bits is not None:
+            import_bitsandbytes()
+            whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
+            self.quantized = quantized_modules(model, whole)
+            self._unquantized = linear_modules(model).difference(self.quantized)
+            if fixed := sorted(set(whole).intersection(self.quantized)):
+                raise DstrainError(
+                    f"{fixed[0]} is quantized in the model's files, and can't be trained as a whole",
+                    where="adapter.modules_to_save",
+                    hint="leave it out, or start from the model's unquantized weights with adapter.base",
+                )
         with _understood(config.model_type):
             tuner = _tuner(model, lora)
             self.modules = tuple(tuner.targeted_module_names)
@@ -67,6 +107,8 @@ class Adapters:
             for name, parameter in model.named_parameters()
             if is_adapter_parameter(name)
         }
+        if self._start is not None:
+            self._start.refuse_others(self.trained)
 
     def _refuse_idle_names(self, adapter: Adapter, model: nn.Module, family: str) -> None:
         """Refuse what PEFT passes over: a name that means nothing in this model. Raises DstrainError."""
@@ -95,6 +137,12 @@ class Adapters:
                 if not any(re.match(rf"(.*\.)?({name})$", known) for known in adapted):
                     raise _idle(key, name, family, adapted)
 
+    def quantization_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        """What ``from_pretrained`` needs to quantize the model likewise; None: nothing, or its own config says so."""
+        if self.bits is None or self._on_disk:
+            return None
+        return bitsandbytes_config(self.bits, dtype, self._unquantized)
+
     def config_to_save(self, base: str) -> LoraConfig:
         """PEFT's own record of the adapters, for the model that ``from_pretrained(base)`` gives."""
         lora = copy.deepcopy(self._lora)
@@ -103,9 +151,14 @@ class Adapters:
         return lora
 
     def add(
-        self, modules: Mapping[str, nn.Module], *, without: Collection[str] = (), without_data: bool = False
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        without: Collection[str] = (),
+        without_data: bool = False,
+        stored: StoredWeights | None = None,
     ) -> dict[str, nn.Module]:
-        """Put the adapters into these modules, whose weights have their values, and freeze those.
+        """Put the adapters into these modules, whose weights have their values, and freeze those; quantize them first.
 
         No global random state is touched.
 
@@ -113,6 +166,7 @@ class Adapters:
             modules: by Hugging Face path.
             without: paths in them of what has its adapters.
             without_data: the weights are on meta, and the adapters shall be.
+            stored: weights that are quantized in the model's files: they have no values yet.
 
         Returns:
             The same, with another module in the place of one that is adapted itself.
@@ -126,22 +180,44 @@ class Adapters:
         lora.target_parameters = [name for name in self.parameters if name.rpartition(".")[0] in names]
         lora.exclude_modules = None
         lora.modules_to_save = [name for name in self.whole if name in names]
+        if self.bits is not None:
+            dtype = next(
+                (
+                    parameter.dtype
+                    for parameter in root.parameters()
+                    if parameter.is_floating_point() and (without_data or not parameter.is_meta)
+                ),
+                torch.float32,
+            )
+            here = [name for name in self.quantized if name in names]
+            quantize(
+                root, here, self.bits, self._unpacked or dtype, stored, unpacked=self._unpacked is not None
+            )
+            setattr(root, f"is_loaded_in_{self.bits}", True)  # where PEFT looks for it
         freeze(root)
         with untouched_rng(), _quiet():
             if lora.target_modules or lora.target_parameters:
                 _tuner(root, lora, without_data=without_data)
             if lora.modules_to_save:
                 _train_whole(root, lora)
+            if self.bits is not None:
+                cast(root, dtype)  # PEFT takes fp32 beside a weight that has no precision
             if not without_data:
                 self._initialise(root, names)
         return {path: root.get_submodule(path) for path in modules}
 
     def add_to_model(
-        self, model: PreTrainedModel, *, without: Collection[str] = (), without_data: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        without: Collection[str] = (),
+        without_data: bool = False,
+        stored: StoredWeights | None = None,
     ) -> None:
         """The same for a whole model, in place."""
         children = dict(model.named_children())
-        for path, module in self.add(children, without=without, without_data=without_data).items():
+        added = self.add(children, without=without, without_data=without_data, stored=stored)
+        for path, module in added.items():
             setattr(model, path, module)
         freeze(model)
 
@@ -161,6 +237,23 @@ class Adapters:
                     layer.reset_lora_parameters(ADAPTER, True if values == "orthogonal" else values)
                 if ADAPTER in layer.lora_variant:  # DoRA takes its magnitudes from both
                     layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER, config=self._lora)
+        if self._start is not None:
+            for name, parameter in root.named_parameters():
+                if is_adapter_parameter(name) and base_name(_OF_ADAPTER.split(name)[0]) in names:
+                    parameter.copy_(self._start.read(name))
+
+
+def _bits(config: PretrainedConfig, adapter: Adapter | Path) -> Bits | None:
+    """Of the model's own weights. Raises DstrainError where they have others on disk than they shall have."""
+    asked = adapter.base if isinstance(adapter, Adapter) else None
+    found = bits_on_disk(config, config.name_or_path or config.model_type)
+    if asked and found and asked != found:
+        raise DstrainError(
+            f"the model's weights are quantized to {found} in its files, which {asked} can't be made of",
+            where="adapter.base",
+            hint=f"adapter.base: {found}, or name a folder with the model's unquantized weights",
+        )
+    return asked or found
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -188,14 +281,10 @@ def _idle(key: str, name: str, family: str, known: Sequence[str]) -> DstrainErro
 
 def lora_config(adapter: Adapter) -> LoraConfig:
     """What is asked of PEFT. Raises DstrainError where there is none."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise _no_peft(error) from None
-    return LoraConfig(
+    lora: LoraConfig = import_peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
         exclude_modules=adapter.exclude or None,
@@ -205,38 +294,45 @@ def lora_config(adapter: Adapter) -> LoraConfig:
         alpha_pattern=dict(adapter.alpha_pattern),
         use_rslora=adapter.type == "rslora",
         use_dora=adapter.type == "dora",
-        init_lora_weights=_INITS[adapter.init],  # type: ignore[arg-type]
+        init_lora_weights=_INITS[adapter.init],
     )
+    return lora
 
 
 def _read_config(folder: Path) -> LoraConfig:
     """Raises DstrainError: there is none, or none of LoRA."""
     where = str(folder / "adapter_config.json")
+    peft = import_peft()
     try:
-        from peft import LoraConfig, PeftConfig
-
         with _quiet():
-            found = PeftConfig.from_pretrained(str(folder), local_files_only=True)
-    except ImportError as error:
-        raise _no_peft(error) from None
+            found = peft.PeftConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged file raises what it likes
         raise DstrainError(
             f"{folder} has no adapter_config.json that PEFT can read: {' '.join(str(error).split())}",
             where=where,
             hint="name a folder that PEFT's save_pretrained or `dstrain export` wrote",
         ) from error
-    if not isinstance(found, LoraConfig):
+    if not isinstance(found, peft.LoraConfig):
         raise DstrainError(
             f"this is an adapter of PEFT's type {found.peft_type}, and dstrain knows LoRA, rsLoRA and DoRA",
             where=where,
             hint="merge it with PEFT, and train on with the merged model",
         )
     found.inference_mode = False
-    return found
+    lora: LoraConfig = found
+    return lora
 
 
-def _no_peft(error: ImportError) -> DstrainError:
-    return DstrainError(f"adapters need PEFT, which can't be imported: {error}", hint="pip install peft")
+def import_peft() -> Any:
+    """PEFT, which imports bitsandbytes where that is installed. Raises DstrainError where it can't be imported."""
+    try:
+        with no_fetched_kernels():
+            import peft
+    except ImportError as error:
+        raise DstrainError(
+            f"adapters need PEFT, which can't be imported: {error}", hint="pip install peft"
+        ) from None
+    return peft
 
 
 def _tuner(model: nn.Module, lora: LoraConfig, *, without_data: bool = True) -> Any:

@@ -112,7 +112,7 @@ class PipelineModel:
             self._fill(path, module)
         self._tie(index, modules)
         if self._adapters is not None:
-            modules = self._adapters.add(modules)
+            modules = self._adapters.add(modules, stored=self._loader.quantized if self._loader else None)
             self._structure.replace_modules(modules)
         layer = self._layer(index, modules)
         self.after_build(layer)

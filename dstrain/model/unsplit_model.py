@@ -21,6 +21,7 @@ from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_p
 from dstrain.model.router import router_coefficient
 from dstrain.model.skeleton import empty_model, keep_buffer_types, untouched_rng
 from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
+from dstrain.model.weights.quantized_weights import QuantizedWeights
 
 
 class UnsplitModel(HeadOutputRequest, nn.Module):
@@ -54,11 +55,11 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
     ) -> None:
         super().__init__()
         model = empty_model(config, attention)
-        finish = _Finish(model, adapters, after_build)
         if weights:
-            _load_unsplit(model, weights.loader(model, dtype), finish)
+            loader = weights.loader(model, dtype)
+            _load_unsplit(model, loader, _Finish(model, adapters, after_build, loader.quantized))
         else:
-            initialise_unsplit(model, seed, dtype, finish)
+            initialise_unsplit(model, seed, dtype, _Finish(model, adapters, after_build))
         self.config = model.config
         # The very dictionaries of the Hugging Face model: what is moved, cast or replaced here is so there.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
@@ -126,22 +127,27 @@ class _Finish:
     """What is done with each block of a model as soon as its parameters have their values, and at last with all."""
 
     def __init__(
-        self, model: PreTrainedModel, adapters: Adapters | None, after_build: Callable[[nn.Module], None]
+        self,
+        model: PreTrainedModel,
+        adapters: Adapters | None,
+        after_build: Callable[[nn.Module], None],
+        stored: QuantizedWeights | None = None,
     ) -> None:
         self._model = model
+        self._stored = stored
         self._adapters = adapters
         self._after_build = after_build
         self._done: list[str] = []
 
     def block(self, path: str, block: nn.Module) -> None:
         if self._adapters is not None:
-            self._adapters.add({path: block})
+            self._adapters.add({path: block}, stored=self._stored)
             self._done.append(path)
         self._after_build(block)
 
     def rest(self) -> None:
         if self._adapters is not None:
-            self._adapters.add_to_model(self._model, without=self._done)
+            self._adapters.add_to_model(self._model, without=self._done, stored=self._stored)
         self._after_build(self._model)
 
 

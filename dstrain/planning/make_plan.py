@@ -35,6 +35,7 @@ from dstrain.planning.model_checks import (
     check_model,
     check_partition,
     check_precision,
+    check_quantized,
     check_rows,
 )
 from dstrain.planning.model_shape import ModelShape, check_frozen
@@ -110,6 +111,7 @@ def make_plan(
             tied=tuple(tied.key for tied in shape.tied),
             pipelines=shape.pipeline_refusal is None,
             adapter_parameters=shape.adapter_parameters,
+            bits=shape.bits,
             base_fingerprint=base_fingerprint,
         ),
         data=data,
@@ -180,6 +182,7 @@ def _decide(resolved: ResolvedConfig, machines: Machines, shape: ModelShape) -> 
     check_rows(resolved, shape, batch)
     check_layerdrop(resolved, shape, layout)
     check_frozen(resolved, shape, layout)
+    check_quantized(resolved, shape)
     check_profiled_ranks(resolved, layout)
     return _Decided(
         layout=layout,

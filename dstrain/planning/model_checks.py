@@ -71,6 +71,35 @@ def check_batch(resolved: ResolvedConfig, batch: Batch) -> None:
         )
 
 
+def check_quantized(resolved: ResolvedConfig, shape: ModelShape) -> None:
+    """Refuse to train quantized weights themselves, and what bitsandbytes' 8-bit layers can't do. Raises DstrainError.
+
+    Source: ``MatMul8bitLt`` and ``Linear8bitLt`` of bitsandbytes 0.50.
+    """
+    config = resolved.config
+    if shape.bits is not None and not shape.has_adapters and config.init == "pretrained":
+        raise DstrainError(
+            f"the model's weights are quantized to {shape.bits} in its files: only an adapter can be trained",
+            where=str(resolved.origin("model")),
+            hint="--adapter lora, or name a folder with the model's unquantized weights",
+        )
+    if shape.bits != "8bit":
+        return
+    if config.zero == 3:
+        raise DstrainError(
+            "bitsandbytes holds 8-bit weights where ZeRO-3 can't shard them",
+            where=str(resolved.origin("zero")),
+            hint="adapter.base: 4bit, --zero 2, or --pipeline, which cuts the model's layers apart",
+        )
+    if config.activation_checkpointing:
+        raise DstrainError(
+            "bitsandbytes keeps the inputs of 8-bit layers until the backward pass, so that recomputation would save"
+            " none of them",
+            where=str(resolved.origin("activation_checkpointing")),
+            hint="adapter.base: 4bit, or --no-activation-checkpointing",
+        )
+
+
 def _refuse_unseparated(shape: ModelShape, resolved: ResolvedConfig) -> None:
     """Refuse models whose tokens see others that they must not see. Raises DstrainError."""
     config = resolved.config

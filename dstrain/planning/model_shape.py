@@ -13,10 +13,10 @@ from typing import Any
 
 from dstrain.config.loader import ResolvedConfig
 from dstrain.errors import DstrainError
-from dstrain.lora import is_adapter_parameter
+from dstrain.lora import Bits, is_adapter_parameter
 from dstrain.planning.layout import Layout
 
-FORMAT = 13
+FORMAT = 14
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Layer:
     ``working`` beside these for a moment. Logits are not among them. ``given_bytes_per_token``: of what the layer
     before hands to it, which it keeps where it is to run again; 0 for the hidden state alone.
     ``tensors`` has the elements of each parameter by its Hugging Face name; 0 under the further names of a
-    weight that this layer ties to itself.
+    weight that this layer ties to itself. ``quantized`` has the bytes of those that are quantized, scales included.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Layer:
     working_bytes_per_token: tuple[int, int] = (0, 0)
     working_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
     given_bytes_per_token: tuple[int, int] = (0, 0)
+    quantized: dict[str, int] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -93,6 +94,7 @@ class ModelShape:
     after them, or is None, and ``row_leak`` that samples of one micro-batch depend on each other. ``randomness`` has
     what makes training random beside dropout: keys of the config with their values, or nothing where no key turns it
     off; None where nothing does. ``attention_refusals`` says why it can't have an attention implementation, by name.
+    ``bits`` says to what its linear layers are quantized, 4bit or 8bit, or is None.
     """
 
     model_type: str
@@ -113,6 +115,7 @@ class ModelShape:
     layerdrop: float = 0.0
     router_loss: bool = False
     attention_refusals: dict[str, str] = field(default_factory=dict)
+    bits: Bits | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelShape:
@@ -137,6 +140,7 @@ class ModelShape:
                     working_bytes_per_token=tuple(layer["working_bytes_per_token"]),
                     working_bytes_per_token_and_position=tuple(layer["working_bytes_per_token_and_position"]),
                     given_bytes_per_token=tuple(layer["given_bytes_per_token"]),
+                    quantized=layer["quantized"],
                 )
                 for layer in record["layers"]
             ),
@@ -161,6 +165,7 @@ class ModelShape:
             layerdrop=record["layerdrop"],
             router_loss=record["router_loss"],
             attention_refusals=record["attention_refusals"],
+            bits=record["bits"],
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from dstrain.estimate.memory import StageMemory
 from dstrain.estimate.time import StepTime
 from dstrain.estimate.traffic import Traffic
 from dstrain.files import read_json
+from dstrain.lora import Bits
 from dstrain.mixture_shares import MixturePhase
 from dstrain.optimizers import option_keys
 from dstrain.planning.attention import VARLEN
@@ -80,6 +81,7 @@ class PlannedModel:
         tied: weights that several layers use.
         pipelines: whether it can be split into stages.
         adapter_parameters: of its adapters, which are trained in place of all others; 0 where there are none.
+        bits: to what the others are quantized.
         base_fingerprint: hash of the pretrained weights that these are for; else None.
     """
 
@@ -94,6 +96,7 @@ class PlannedModel:
     tied: tuple[str, ...]
     pipelines: bool
     adapter_parameters: int = 0
+    bits: Bits | None = None
     base_fingerprint: str | None = None
 
     @property

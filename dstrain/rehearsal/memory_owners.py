@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule
 
+from dstrain.model.quantization import quantized_parts
 from dstrain.rehearsal.memory_count import MemoryCount
 
 
@@ -45,6 +46,7 @@ def held_parameters(engine: Any) -> Iterator[torch.Tensor]:
     yield from engine.module.buffers()
     for parameter in engine.module.parameters():
         yield parameter.data
+        yield from quantized_parts(parameter)
         if hasattr(parameter, "ds_tensor"):
             yield parameter.ds_tensor.data
 

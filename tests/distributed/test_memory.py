@@ -40,6 +40,11 @@ CASES = [
     MemoryCase(zero=1, precision="bf16", loss_chunk=64),
     MemoryCase(zero=2, data_parallel=2, optimizer="sgd", offload="cpu"),
     MemoryCase(zero=3, data_parallel=2, precision="bf16", optimizer="sgd", offload="cpu"),
+    MemoryCase(zero=1, pipeline=2, precision="bf16", adapter="none", seq_len=256),
+    MemoryCase(zero=1, pipeline=2, precision="bf16", adapter="4bit", seq_len=256),
+    MemoryCase(zero=3, data_parallel=2, precision="bf16", adapter="4bit", seq_len=256),
+    MemoryCase(zero=2, checkpointing=True, adapter="4bit", seq_len=256),
+    MemoryCase(zero=1, precision="bf16", adapter="8bit", seq_len=256),
     # what is assumed of a loss from outside
     MemoryCase(zero=1, loss="own_losses:unreduced"),
     MemoryCase(zero=1, precision="bf16", loss_chunk=64, loss="own_losses:unreduced"),

@@ -186,3 +186,103 @@ def test_a_run_does_not_go_on_with_an_adapter_for_other_weights(
     weights["model.norm.weight"] += 0.1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     one_message(dstrain("resume", "x", "--steps", "4"), ["base = ", "which no checkpoint holds"])
+
+
+def test_a_run_starts_from_an_adapter(base: Path, place: Path, dstrain: Callable[..., Said]) -> None:
+    """One that dstrain wrote, and one that PEFT wrote; in each layout with the same loss as the run before it had."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    first = dstrain(
+        "run", *GOOD, *CALM, "--adapter", "dora", "--adapter-r", "4", "--steps", "4", "--name", "x"
+    )
+    assert first.code == 0, first
+    exported = dstrain("export", "x", "mine")
+    assert exported.code == 0, exported
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(target_modules=["q_proj"], r=2, lora_alpha=6, modules_to_save=["lm_head"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(place / "pefts")
+    for folder, words in (("mine", "dora, r 4, alpha 8"), ("pefts", "lora, r 2, alpha 6")):
+        start = ["--recipe", "sft-lora", f"--set=adapter.from={folder}", "--set=precision=fp32"]
+        found = []
+        for name, layout in (("a", []), ("b", ["--pipeline", "2", "--zero", "1"])):
+            options = ["--steps", "2", "--name", f"{folder}-{name}", "--set=micro_batch=null", *layout]
+            said = dstrain("run", *start, *GOOD, *CALM, *options)
+            assert said.code == 0, said
+            assert words in said.out
+            found.append(losses(place, f"{folder}-{name}"))
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+        if folder == "mine":  # it goes on where the run before it ended
+            assert found[0][1] < losses(place, "x")[1]
+    resumed = dstrain("resume", "pefts-b", "--pipeline", "1", "--steps", "4")
+    assert resumed.code == 0, resumed
+    one_message(
+        dstrain("run", *start, *GOOD, *CALM, "--adapter-r", "16"),
+        ["adapter.r is 16, but 2 in the adapter to start from"],
+    )
+
+
+def test_an_adapter_to_start_from_is_refused_where_it_does_not_belong(
+    base: Path, place: Path, dstrain: Callable[..., Said]
+) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    def write(name: str, config: object) -> Path:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)  # type: ignore[arg-type]
+        model.save_pretrained(place / name)
+        return place / name
+
+    def refused(name: str, *options: str) -> Said:
+        return dstrain("run", *GOOD, *CALM, "--adapter", "lora", f"--set=adapter.from={name}", *options)
+
+    good = write("good", LoraConfig(target_modules=["q_proj"], r=2))
+    config = json.loads((good / "adapter_config.json").read_text())
+    write("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    write("bias", LoraConfig(target_modules=["q_proj"], bias="all"))
+    for name, change in (
+        ("pissa", {"init_lora_weights": "pissa_niter_4"}),
+        ("some", {"layers_to_transform": [0]}),
+        ("both", {"use_dora": True, "use_rslora": True}),
+        ("more", {"target_modules": ["q_proj", "v_proj"]}),
+        ("other", {"target_modules": ["query_key_value"]}),
+        ("rank", {"r": 3}),
+    ):
+        shutil.copytree(good, place / name)
+        (place / name / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    shutil.copytree(good, place / "empty")
+    (place / "empty" / "adapter_model.safetensors").unlink()
+    shutil.copytree(good, place / "cut")
+    weights = (place / "cut" / "adapter_model.safetensors").read_bytes()
+    (place / "cut" / "adapter_model.safetensors").write_bytes(weights[:40])
+    shutil.copytree(good, place / "wider")
+    tensors = load_file(good / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = next(
+        iter(tensors.values())
+    ).clone()
+    save_file(tensors, place / "wider" / "adapter_model.safetensors")
+    for name, words in (
+        ("nowhere", "is not an adapter folder"),
+        ("base", "is not an adapter folder"),
+        ("ia3", "PEFT's type IA3"),
+        ("bias", 'its bias is "all"'),
+        ("pissa", "its initial values (pissa_niter_4) have changed the model's own weights"),
+        ("some", "its layers_to_transform is [0]"),
+        ("both", "an adapter of DoRA that is scaled as rsLoRA's"),
+        ("more", "is missing, and the model needs"),
+        ("other", "PEFT can't adapt this llama model"),
+        ("rank", "and the model needs"),
+        ("empty", "has no adapter_model.safetensors"),
+        ("cut", "the adapter's weights can't be read"),
+        ("wider", "the model has no place for the adapter's"),
+    ):
+        one_message(refused(name), [words])
+    one_message(refused("good", "--set=adapter.targets=[v_proj]"), ["adapter.targets is"])

@@ -30,7 +30,7 @@ NEW: set[str] = {
         "not_covered",
         "adapter",
     ),
-    *("model.adapter_parameters", "model.base_fingerprint"),
+    *("model.adapter_parameters", "model.base_fingerprint", "model.bits"),
     *("begin_token", "data.begins_with", "data.ends_with", "data.kinds", "data.left_out", "data.commit"),
     *("data_weight_by", "data_phases", "data.sources", "data.phases", "data.limit_until", "config.data.path"),
     *("data_stream", "data.streamed", "data.held_until"),

@@ -58,13 +58,25 @@ def small(family: str) -> PretrainedConfig | None:
         return None
 
 
-def tried(names: list[str]) -> int:
+COMPUTE_WITH_WEIGHTS = {
+    "4bit": ("falcon_mamba", "jamba", "mamba", "longcat_flash"),
+    "8bit": ("falcon_mamba", "jamba", "mamba", "dots3_note", "dots3_note_text"),
+}
+"""Families that take the weight of a linear layer for itself, which transformers can't quantize either."""
+
+
+def tried(names: list[str], base: Any = None) -> int:
     count = 0
     for family in names:
         if (config := small(family)) is not None:
-            adapter = Adapter(r=4, exclude=[name for name in EXCLUDE.get(family, []) if has(config, name)])
-            if isinstance(EXCLUDE.get(family), str):
-                adapter = Adapter(r=4, exclude=EXCLUDE[family])
+            left_out = EXCLUDE.get(family, [])
+            if isinstance(left_out, list):
+                left_out = [name for name in left_out if has(config, name)]
+            adapter = Adapter(r=4, exclude=left_out, base=base)
+            if base is not None and family in COMPUTE_WITH_WEIGHTS[base]:
+                with pytest.raises(DstrainError, match=f"does not run with {base} weights"):
+                    measure(config, adapter)
+                continue
             assert difference_to_peft(config, adapter) == 0, family
             count += 1
     return count
@@ -83,6 +95,17 @@ def test_some_families_are_trained_as_by_peft() -> None:
 @pytest.mark.full
 def test_all_families_are_trained_as_by_peft() -> None:
     assert tried(families()) >= FLOOR
+
+
+@pytest.mark.parametrize("base", ["4bit", "8bit"])
+def test_some_families_are_trained_as_by_peft_on_quantized_weights(base: str) -> None:
+    assert tried(families()[::32], base) >= 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("base", ["4bit", "8bit"])
+def test_all_families_are_trained_as_by_peft_on_quantized_weights(base: str) -> None:
+    assert tried(families(), base) >= FLOOR - 5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ def difference_to_peft(config: PretrainedConfig, adapter: Adapter) -> float:
         ours |= dict(layer.named_parameters(remove_duplicate=False))
     torch.manual_seed(SEED)
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    weights = {base_name(name): value for name, value in ours.items() if not is_adapter_parameter(name)}
+    weights = _weights(config) if adapter.base else ours
+    weights = {base_name(name): value for name, value in weights.items() if not is_adapter_parameter(name)}
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.copy_(weights[name])
+    if adapter.base:
+        model = _quantized(model, adapters)
     adapted = get_peft_model(model, lora_config(adapter))
     trained = {name: value for name, value in ours.items() if is_adapter_parameter(name)}
     loaded = set_peft_model_state_dict(
@@ -68,6 +72,30 @@ def difference_to_peft(config: PretrainedConfig, adapter: Adapter) -> float:
         largest = max(float(theirs[name].abs().max()), 1e-3)
         apart = max(apart, float((value - theirs[name]).abs().max()) / largest)
     return apart
+
+
+def _weights(config: PretrainedConfig) -> dict[str, Tensor]:
+    model = PipelineModel(config, seed=SEED, attention="auto")
+    return {
+        name: value
+        for index in range(model.num_layers)
+        for name, value in model.build(index).named_parameters(remove_duplicate=False)
+    }
+
+
+def _quantized(model: Any, adapters: Adapters) -> Any:
+    """The same as transformers loads it with bitsandbytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+            quantization_config=adapters.quantization_config(torch.float32),
+        )
+    for module in loaded.modules():
+        module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -83,6 +83,7 @@ def _show_arithmetic(plan: Plan, console: Console) -> None:
     if adapter is not None:
         share = model.adapter_parameters / model.parameters
         words = f"{adapter.type}, r {adapter.r}, alpha {adapter.alpha:g}"
+        words += f", on {model.bits[:-3]}-bit weights" if model.bits else ""
         console.print(
             headed(
                 "adapter", f"{words}: {model.adapter_parameters:,} parameters are trained, {share:.2%} of all"

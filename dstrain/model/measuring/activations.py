@@ -22,6 +22,7 @@ from dstrain.model.pipeline_split.meta_run import NoData, to_meta_kwargs
 from dstrain.model.pipeline_split.partial_forward import Call, ModuleStub, to_meta
 from dstrain.model.pipeline_split.probe import ProbeRun
 from dstrain.model.pipeline_split.structure import ModelStructure, Refused
+from dstrain.model.quantization import compute_in, keeps_inputs, unpacked_shapes
 
 DTYPES = (torch.bfloat16, torch.float32)
 """The bytes are found in 16 bits and in fp32: what a family raises to fp32 itself is not halved."""
@@ -247,6 +248,7 @@ def _of_block(structure: ModelStructure, index: int, length: int, dtype: torch.d
     ).run()[index]
     args, kwargs = _cast(to_meta(call.args), dtype), _cast(to_meta_kwargs(call.kwargs), dtype)
     block = copy.deepcopy(structure.blocks[index][1]).to("meta", dtype).train()
+    compute_in(block, dtype)
     hidden = torch.empty(1, length, *structure.hidden, device="meta", dtype=dtype, requires_grad=True)
     return _of_module(block, lambda given: Call(args, kwargs).apply(block, given), hidden, (args, kwargs))
 
@@ -262,7 +264,7 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
         packed.append(weakref.ref(held))
         return held
 
-    alive = AliveStorages({parameter.shape for parameter in module.parameters()})
+    alive = AliveStorages(unpacked_shapes(module))
     alive.leave_out((*module.parameters(), *module.buffers(), *others, hidden))
     own = hidden.untyped_storage().nbytes()
     try:
@@ -276,6 +278,9 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
             forward = alive.most + own  # the input is there, kept or not
             output = output if isinstance(output, Tensor) else output[0]
             stays = storage_of(output) in kept
+            if keeps_inputs(module):
+                saved = alive.now + own - output.untyped_storage().nbytes() * (not stays)
+                keeps_input = True
             kept.clear()
             # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.
             alive.most = alive.now
@@ -313,6 +318,7 @@ class _Outer(ProbeRun):
 
     def _measured(self, stub: ModuleStub, first: Tensor, args: Any, kwargs: Any, output: Tensor) -> _Bytes:
         module = copy.deepcopy(stub.stub_twin).to(self.dtype).train()
+        compute_in(module, self.dtype)
         hidden = torch.empty(first.shape, device="meta", dtype=self.dtype, requires_grad=True)
         others = _cast((to_meta(args), to_meta(kwargs)), self.dtype)
         if output.shape[-1] == getattr(self.structure.config, "vocab_size", None):

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.model.pipeline_split.meta_run import run_on_meta
 from dstrain.model.pipeline_split.probe import ProbeRun
 from dstrain.model.pipeline_split.structure import ModelStructure, Refused
+from dstrain.model.quantization import elements
 
 LENGTH = 256
 """A block is measured at this length and at twice it; recurrent families work in chunks that divide it."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the products with quantized weights too."""
+    products: dict[Any, Any] = {}
+    if "bitsandbytes" in sys.modules:
+        operators = torch.ops.bitsandbytes
+        products = {operators.gemm_4bit: _of_packed_product, operators.int8_scaled_mm: _of_product}
+    return FlopCounterMode(display=False, custom_mapping=products)
+
+
+def _of_packed_product(given: Sequence[int], packed: Any, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(given) * shape[0]
+
+
+def _of_product(given: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(given) * weight[0]
 
 
 def per_token(at_length: float, at_double: float, length: int = LENGTH) -> tuple[float, float]:
@@ -49,7 +71,7 @@ def _count(structure: ModelStructure, index: int, length: int) -> int:
     call = ProbeRun(
         structure, extras=structure.partial_forward.extras, rows=1, length=length, stop_at=index
     ).run()[index]
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with counter:
         run_on_meta(copy.deepcopy(block), call, structure.hidden, 1, length)
     return counter.get_total_flops()
@@ -62,7 +84,7 @@ def outer_flops_per_token(structure: ModelStructure) -> tuple[int, int]:
         trial.run()
     except Refused:
         parameters = sum(
-            p.numel()
+            elements(p)
             for m in structure.layer_modules(structure.num_blocks + 1).values()
             for p in m.parameters()
         )
@@ -78,7 +100,7 @@ class _Counted(ProbeRun):
 
     def on_meta(self, *args: Any) -> Any:
         # Around the stand-in only: around the whole trial the counter's hooks would get between its stand-ins.
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             output = super().on_meta(*args)
         self.flops["after" if self.calls else "before"] += counter.get_total_flops()
         return output
@@ -101,7 +123,7 @@ def expert_flops(block: nn.Module, config: Any) -> int:
 
 
 def _by_parameters(block: nn.Module, config: Any) -> int:
-    matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+    matrices = sum(elements(p) for p in block.parameters() if p.dim() > 1)
     return 2 * (matrices - _expert_parameters(block)) + expert_flops(block, config)
 
 

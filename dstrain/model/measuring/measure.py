@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +38,11 @@ from dstrain.model.measuring.flops import block_flops, expert_flops, loops_over_
 from dstrain.model.measuring.whole_model import measure_whole_model
 from dstrain.model.pipeline_split.probe import find_structure
 from dstrain.model.pipeline_split.structure import ModelStructure, Refused
+from dstrain.model.quantization import bits_of_bitsandbytes, elements, quantized_bytes
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 13
+FORMAT = 14
 
 
 def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -52,14 +54,14 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
     Returns:
         ``format``, ``model_type``, ``hidden_size``, ``vocab_size``, ``max_positions`` (or None), ``layers``
         (each with ``name``, ``kind``, ``parameters``: a tied weight counts in every owner, ``tensors``:
-        elements of each parameter by its Hugging Face name,
+        elements of each parameter by its Hugging Face name, ``quantized``: bytes of those that are,
         ``forward_flops_per_token``: multiply and add are two, ``saved_bytes_per_token``: what the backward pass
         needs, ``working_bytes_per_token``: what the layer takes beside that for a moment, ``given_bytes_per_token``:
         what it is given by the layer before it, in 16 bits and in fp32,
         and all with ``_and_position``: attention's part, to be multiplied by the
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
-        ``pipeline_refusal`` (or None),
+        ``bits`` (4bit, 8bit or None: to what the model is quantized), ``pipeline_refusal`` (or None),
         ``dropout`` (the largest probability in the config), ``randomness`` (see
         ``dstrain.model.capability.randomness``), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
@@ -77,6 +79,12 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
         run = blocks_that_run(structure)
         structure.add_adapters(adapters)
         for index, why in blocks_that_run(structure).items():
+            if why is not None and run[index] is None and adapters.bits is not None:
+                raise DstrainError(
+                    f"block {index} of this {config.model_type} model does not run with {adapters.bits} weights: {why}",
+                    where="adapter.base",
+                    hint="leave out adapter.base: the family computes with its weights in a way of its own",
+                )
             if why is not None and run[index] is None:
                 raise DstrainError(
                     f"PEFT's modules do not run in block {index} of this {config.model_type} model: {why}",
@@ -105,6 +113,7 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
         "layers": layers,
         "tied": tied,
         "total_parameters": structure.total_parameters,
+        "bits": adapters.bits if adapters is not None else bits_of_bitsandbytes(config),
         "pipeline_refusal": structure.refusal,
         "dropout": max(largest_dropout(structure.config), adapter.dropout if adapter is not None else 0.0),
         "randomness": randomness_beside_dropout(config),
@@ -127,28 +136,40 @@ def _layers(structure: ModelStructure, adapters: Adapters | None) -> list[dict[s
                 "whole",
                 "block",
                 _tensors_in_one(structure),
+                _quantized_in({"": structure.model}),
                 total,
                 MeasuredLayer(2 * total, 0.0, Activations()),
             )
         ]
     # What belongs to no layer, in models that can't be split: counted with the embedding.
-    stranded = {base_name(name): param.numel() for name, param in structure.model.named_parameters()}
+    stranded = {base_name(name): elements(param) for name, param in structure.model.named_parameters()}
     measured = _measured_layers(structure, adapters)
     entries = []
     for index in range(structure.num_blocks + 2):
         modules = structure.layer_modules(index)
         tensors = {
-            base_name(f"{path}.{name}"): param.numel()
+            base_name(f"{path}.{name}"): elements(param)
             for path, module in modules.items()
             for name, param in module.named_parameters()
         }
-        count = sum({id(p): p.numel() for m in modules.values() for p in m.parameters()}.values())
+        count = sum({id(p): elements(p) for m in modules.values() for p in m.parameters()}.values())
         if index == 0:
             count += sum(stranded.values())
             tensors |= stranded
         name = {0: "embed", structure.num_blocks + 1: "head"}.get(index, f"block {index - 1}")
-        entries.append(_entry(name, name.split()[0], tensors, count, measured[index]))
+        quantized = _quantized_in(modules)
+        entries.append(_entry(name, name.split()[0], tensors, quantized, count, measured[index]))
     return entries
+
+
+def _quantized_in(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Bytes of each quantized weight in modules, which stand at these paths, by its Hugging Face name."""
+    return {
+        base_name(f"{path}.{name}".lstrip(".")): held
+        for path, module in modules.items()
+        for name, param in module.named_parameters()
+        if (held := quantized_bytes(param)) is not None
+    }
 
 
 def _measured_layers(structure: ModelStructure, adapters: Adapters | None) -> list[MeasuredLayer]:
@@ -198,7 +219,7 @@ def _tensors_in_one(structure: ModelStructure) -> dict[str, int]:
     """Elements of each parameter by name; 0 under every name but the first of a tied weight."""
     first = {name for name, _ in structure.model.named_parameters()}
     return {
-        base_name(name): param.numel() if name in first else 0
+        base_name(name): elements(param) if name in first else 0
         for name, param in structure.model.named_parameters(remove_duplicate=False)
     }
 
@@ -227,7 +248,12 @@ def _has_router_loss(config: PretrainedConfig, structure: ModelStructure) -> boo
 
 
 def _entry(
-    name: str, kind: str, tensors: dict[str, int], parameters: int, measured: MeasuredLayer
+    name: str,
+    kind: str,
+    tensors: dict[str, int],
+    quantized: dict[str, int],
+    parameters: int,
+    measured: MeasuredLayer,
 ) -> dict[str, Any]:
     activations = measured.activations
     return {
@@ -235,6 +261,7 @@ def _entry(
         "kind": kind,
         "parameters": parameters,
         "tensors": tensors,
+        "quantized": quantized,
         "forward_flops_per_token": measured.flops,
         "forward_flops_per_token_and_position": measured.flops_of_position,
         "saved_bytes_per_token": list(activations.saved),

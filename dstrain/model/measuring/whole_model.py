@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstrain.model.adapters import Adapters
@@ -26,9 +25,10 @@ from dstrain.model.measuring.activations import (
     length_apart,
     storage_of,
 )
-from dstrain.model.measuring.flops import per_token
+from dstrain.model.measuring.flops import flop_counter, per_token
 from dstrain.model.pipeline_split.meta_run import NoData
 from dstrain.model.pipeline_split.structure import Refused, find_blocks
+from dstrain.model.quantization import compute_in, unpacked_shapes
 from dstrain.model.skeleton import empty_model
 
 
@@ -101,7 +101,7 @@ class _Run:
         self.layers = [_Layer() for _ in range(len(blocks) + 2)]
         self.place = self.beside = 0
         own = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers(), ids)}
-        self.alive = AliveStorages({parameter.shape for parameter in model.parameters()})
+        self.alive = AliveStorages(unpacked_shapes(model))
         self.alive.leave_out((*model.parameters(), *model.buffers(), ids))
         try:
             if with_flops:
@@ -125,11 +125,12 @@ class _Run:
         _, blocks = find_blocks(model, model.config)
         nn.Module.to(model, "meta")
         cast(model, self.dtype)
+        compute_in(model, self.dtype)
         return model.train(), list(blocks)
 
     def _count_flops(self, model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor) -> None:
         """Of each layer, in a forward pass of its own: the stand-in of `GpuKernels` for attention has none."""
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
 
         def pass_to(index: int) -> Any:
             def note(*_: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dstrain.model.adapters import Adapters
 from dstrain.model.initialise import Initialiser, initialisers, uninitialised
 from dstrain.model.pipeline_split.partial_forward import BlockStub, ModuleStub, PartialForward, meta_twin
+from dstrain.model.quantization import elements
 from dstrain.model.router import RouterLoss
 from dstrain.model.skeleton import empty_model, untouched_rng
 
@@ -135,7 +136,7 @@ class ModelStructure:
                 stand_in.__dict__["stub_real"] = parent._modules[name]
                 if isinstance(stand_in, ModuleStub):
                     stand_in.__dict__["stub_twin"] = meta_twin(stand_in.stub_real)
-            self.total_parameters = sum(p.numel() for p in self.model.parameters())
+            self.total_parameters = sum(elements(p) for p in self.model.parameters())
 
     @torch.no_grad()
     def _outer_initialisers(self, spine: list[str]) -> str | None:

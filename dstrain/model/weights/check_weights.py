@@ -18,6 +18,7 @@ from dstrain.child_process import child_main
 from dstrain.errors import DstrainError
 from dstrain.files import write_json
 from dstrain.model.architecture import load_config
+from dstrain.model.quantization import quantized_modules
 from dstrain.model.skeleton import empty_model
 from dstrain.model.weights.pretrained import PretrainedWeights
 
@@ -31,12 +32,13 @@ def check_weights(config_file: str | Path, folder: str | Path) -> dict[str, Any]
 
     Raises:
         DstrainError: what loading would fail at: files missing, damaged or cut off, a tensor missing or of another
-            shape, quantized weights, two values for one tied weight, a value that is no number.
+            shape, quantized weights that can't be trained, two values for one tied weight, a value that is no number.
     """
     weights = PretrainedWeights(folder)
     model = empty_model(load_config(config_file))
     loader = weights.loader(model, torch.float32, without_data=True)
     loader.check_ties()
+    loader.quantized.check(quantized_modules(model))
     absent = loader.load(list(model.state_dict()))
     if weights.files.bytes <= CHECKED_BYTES:
         loader.check_numbers()

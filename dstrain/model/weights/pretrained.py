@@ -27,6 +27,8 @@ from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dstrain.errors import DstrainError
+from dstrain.model.quantization import bits_on_disk
+from dstrain.model.weights.quantized_weights import QuantizedWeights
 from dstrain.model.weights.weight_files import StoredTensor, WeightFiles
 
 _TEXT_PART = {
@@ -62,31 +64,31 @@ class WeightLoader:
 
     Attributes:
         unexpected: tensors of the files that the model has no place for.
+        quantized: weights that are not loaded, but taken as they are.
 
     Raises:
-        DstrainError: the weights are quantized.
+        DstrainError: the weights are quantized otherwise than by bitsandbytes.
     """
 
     def __init__(
         self, files: WeightFiles, model: PreTrainedModel, dtype: torch.dtype, *, without_data: bool
     ) -> None:
-        if getattr(model.config, "quantization_config", None):
-            raise DstrainError(
-                "these weights are quantized, and only 16-bit and 32-bit weights can be trained",
-                where=str(files.folder),
-                hint="name a folder with the model's unquantized weights, or --init random",
-            )
+        bits_on_disk(model.config, str(files.folder))
         self._files = files
         self._model = model
         self._dtype = dtype
         self._device = "meta" if without_data else "cpu"
         self._conversions = get_model_conversion_mapping(model, self._key_mapping())
         self._sources, self.unexpected = self._assign()
+        self.quantized = QuantizedWeights(
+            files, {key: name for name, keys in self._sources.items() for key in keys}
+        )
+        self.unexpected = [key for key in self.unexpected if key not in self.quantized.keys]
 
     def load(self, names: Collection[str]) -> list[str]:
         """Give the parameters and buffers of these Hugging Face names their values, and memory of their own.
 
-        What is one parameter before is one afterwards; it is read once.
+        Quantized weights are passed over. What is one parameter before is one afterwards; it is read once.
 
         Returns:
             Buffers that the files do not hold; they keep their first value.
@@ -94,6 +96,7 @@ class WeightLoader:
         Raises:
             DstrainError: a tensor is missing or of another shape, or can't be read.
         """
+        names = [name for name in names if name not in self.quantized.names]
         aliases = self._aliases(names)
         wanted = {name: _held(self._model, name) for name in names if name not in aliases}
         for tensor in wanted.values():

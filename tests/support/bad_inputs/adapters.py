@@ -38,6 +38,11 @@ _WRONG = [
     ("{rank_pattern: {'*q': 3}}", "is no regular expression"),
     ("{init: pissa}", "init: must be 'default', 'gaussian' or 'orthogonal'"),
     ("{init: orthogonal, r: 3}", "init: orthogonal needs an even r"),
+    ("{init: orthogonal, base: 4bit}", "PEFT makes no orthogonal values beside quantized weights"),
+    ("{base: 2bit}", "base: must be '4bit' or '8bit'"),
+    ("{base: true}", "base: must be '4bit' or '8bit'"),
+    ("{from: ''}", "from: must name a folder"),
+    ("{from: 3}", "from: must be a string"),
     ("{type: dora, target_parameters: [x]}", "dora adapts linear layers alone"),
     ("{dropout: 0.1, target_parameters: [x]}", "target_parameters has no dropout"),
 ]

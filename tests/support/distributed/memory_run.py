@@ -35,6 +35,7 @@ class MemoryCase(LayoutCase):
     seq_len: int = 96
     pack: bool = True
     loss: str = "cross-entropy"
+    adapter: str = ""  # to what its base is quantized: none, 4bit, 8bit; empty: the weights are trained
     bucket: int = (
         0  # elements of DeepSpeed's buckets; 0: as the plan says, which is all that a stage here has
     )
@@ -84,6 +85,12 @@ def model_config(case: MemoryCase) -> Any:
     )
 
 
+def adapter_of(case: MemoryCase) -> Any:
+    from dstrain.lora import Adapter
+
+    return Adapter(r=8, base=None if case.adapter == "none" else case.adapter) if case.adapter else None  # type: ignore[arg-type]
+
+
 def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
     flags = {
         **case.flags(),
@@ -102,7 +109,9 @@ def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
     }
     if case.bucket:
         flags["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": case.bucket}}
-    shape = ModelShape.from_record(measured(model_config(case)))
+    if case.adapter:
+        flags["adapter"] = adapter_of(case).model_dump()
+    shape = ModelShape.from_record(measured(model_config(case), adapter_of(case)))
     with case.chunks():
         return plan_on_this_machine(flags, shape, VOCABULARY), shape
 
@@ -110,7 +119,8 @@ def plan_of(case: MemoryCase) -> tuple[Plan, ModelShape]:
 def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     """This rank's tensors in the second step of a training, when the optimizer has its state."""
     from dstrain.engine.build import build_engine, start_communication
-    from dstrain.engine.interface import MicroBatch
+    from dstrain.engine.interface import DTYPES, MicroBatch
+    from dstrain.model.adapters import Adapters
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.train.rank_engine import token_loss
 
@@ -118,9 +128,17 @@ def count(rank: int, case: MemoryCase, traced: bool = False) -> Counted:
     plan, _ = plan_of(case)
     counter = MemoryCount(VOCABULARY, traced=traced)
     random = torch.Generator().manual_seed(rank)
+    section = adapter_of(case)
+    model = PipelineModel(
+        model_config(case),
+        seed=7,
+        dtype=DTYPES[case.precision],
+        attention=case.attention,
+        adapters=Adapters(model_config(case), section, seed=7) if section is not None else None,
+    )
     with counter, released_when_done():
         adapter = build_engine(
-            PipelineModel(model_config(case), seed=7, attention=case.attention),
+            model,
             deepspeed=plan.deepspeed,
             cut=plan.layout.cut,
             pipeline=plan.layout.pipeline,

@@ -58,8 +58,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"q_proj": 32},
         "init": "orthogonal",
     },
+    "4bit": {"type": "lora", "r": 4, "alpha": 16, "init": "gaussian", "base": "4bit"},
+    "8bit": {"type": "lora", "r": 4, "alpha": 16, "init": "gaussian", "base": "8bit"},
 }
-BEGIN_WITH_ZERO = ("lora", "rslora", "outer")  # an embedding has no other values
+BEGIN_WITH_ZERO = ("lora", "rslora", "outer", "4bit", "8bit")  # an embedding has no other values
 ADAPTER_LR = {"adamw": 3e-3, "sgd": 0.3}
 OWN_LOSS = "own_losses:smoothed"
 OWN_LOSS_OPTIONS = {"smoothing": 0.2, "z": 0.02}
@@ -307,6 +309,7 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     from deepspeed.accelerator import get_accelerator
 
     from dstrain.engine.build import build_engine, start_communication
+    from dstrain.engine.interface import DTYPES
     from dstrain.model.adapters import Adapters
     from dstrain.model.pipeline_model import PipelineModel
     from dstrain.train.rank_engine import client_optimizer, token_loss
@@ -316,8 +319,15 @@ def build_case_engine(case: Case, plan: Plan | None = None) -> tuple[Any, Plan]:
     start_communication()
     plan = plan or make_case_plan(case)
     adapters = Adapters(model_config(case), adapter_of(case), seed=7) if case.adapter else None
+    model = PipelineModel(
+        model_config(case),
+        seed=7,
+        dtype=DTYPES[case.precision],
+        attention=case.attention,
+        adapters=adapters,
+    )
     engine = build_engine(
-        PipelineModel(model_config(case), seed=7, attention=case.attention, adapters=adapters),
+        model,
         deepspeed=plan.deepspeed,
         cut=plan.layout.cut,
         pipeline=plan.layout.pipeline,

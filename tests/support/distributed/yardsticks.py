@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
 from contextlib import nullcontext
 from typing import Any
 
@@ -125,12 +126,37 @@ def _hugging_face_model(case: Case) -> torch.nn.Module:
         initial |= dict(layers.build(index).named_parameters())
     hf.load_state_dict(initial, strict=not case.tied)
     if case.adapter:
-        hf = _adapted(hf, case)
+        hf = _adapted(_quantized(hf, case), case)
     for name, parameter in hf.named_parameters(remove_duplicate=False):
-        parameter.data = parameter.data.to(DTYPES[case.precision])
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[case.precision])
         if any(fnmatchcase(name, pattern) for pattern in case.freeze):
             parameter.requires_grad_(False)
     return hf.train()
+
+
+def _quantized(hf: torch.nn.Module, case: Case) -> torch.nn.Module:
+    """The same as transformers loads it with bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bits = ADAPTERS[case.adapter].get("base")
+    if bits is None:
+        return hf
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    four["bnb_4bit_compute_dtype"] = DTYPES[case.precision]
+    options = {"load_in_4bit": True, **four} if bits == "4bit" else {"load_in_8bit": True}
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[case.precision],
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(**options, llm_int8_threshold=0.0),
+        )
+    for module in loaded.modules():
+        # In a validation on a CPU with bfloat16 it would pack the weights anew for good, and round their scales.
+        module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def _adapted(hf: torch.nn.Module, case: Case) -> torch.nn.Module:
