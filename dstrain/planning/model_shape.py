@@ -44,7 +44,12 @@ class Layer:
     working_bytes_per_token_and_position: tuple[float, float] = (0.0, 0.0)
     given_bytes_per_token: tuple[int, int] = (0, 0)
 
-    @property
+    @cached_property
+    def frozen_by(self) -> dict[tuple[str, ...], frozenset[str]]:
+        """What `frozen_names` has found, by its patterns: a search asks a hundred times and more."""
+        return {}
+
+    @cached_property
     def adapter_parameters(self) -> int:
         return sum(number for name, number in self.tensors.items() if is_adapter_parameter(name))
 
@@ -168,6 +173,11 @@ class ModelShape:
         """Whether adapters are trained in place of the model's own parameters."""
         return self.adapter_parameters > 0
 
+    @cached_property
+    def frozen_by(self) -> dict[tuple[str, ...], frozenset[str]]:
+        """What `frozen_names` has found, by its patterns: a search asks a hundred times and more."""
+        return {}
+
     @property
     def adapter_parameters(self) -> int:
         return sum(layer.adapter_parameters for layer in self.layers)
@@ -198,11 +208,18 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
+def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> frozenset[str]:
     """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all.
 
     Of a model with adapters nothing else is trained.
     """
+    key = tuple(patterns)
+    if key not in shape.frozen_by:
+        shape.frozen_by[key] = frozenset(_frozen_names(shape, key))
+    return shape.frozen_by[key]
+
+
+def _frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
     if not patterns and not shape.has_adapters:
         return set()
     names = (name for layer in shape.layers for name in layer.tensors)
