@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstrain.errors import DstrainError
+from dstrain.model.adapter_dropout import dropping_by_rows
 from dstrain.model.adapters import Adapters
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
@@ -80,7 +81,7 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         routed = self._router_coefficient is not None and self.target is not None and self.training
         if routed:
             options["output_router_logits"] = True
-        with self._documents.apart(position_ids) as lengths:
+        with self._documents.apart(position_ids) as lengths, dropping_by_rows(position_ids):
             output = self._model(input_ids=input_ids, use_cache=False, **options, **lengths)
         logits: Tensor = output.logits
         if self.target is None:
@@ -109,8 +110,13 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         model.disable_input_require_grads()
 
     def _contexts_of_recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """A block that makes its own mask keeps documents apart in the second forward pass too."""
-        return nullcontext(), self._documents.apart(self._position_ids)
+        """A block that makes its own mask keeps documents apart in the second forward pass too, and drops the same."""
+        return nullcontext(), self._again(self._position_ids)
+
+    @contextmanager
+    def _again(self, position_ids: Tensor) -> Iterator[None]:
+        with self._documents.apart(position_ids), dropping_by_rows(position_ids):
+            yield
 
     def train(self, mode: bool = True) -> UnsplitModel:
         super().train(mode)

@@ -16,7 +16,7 @@ from dstrain.errors import DstrainError
 from dstrain.lora import is_adapter_parameter
 from dstrain.planning.layout import Layout
 
-FORMAT = 13
+FORMAT = 14
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class ModelShape:
     """What the plan needs to know of a model.
 
     ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
-    largest probability in its config, ``layerdrop`` the one with which it drops whole layers. ``router_loss``
+    largest probability in its config, ``layerdrop`` the one with which it drops whole layers; what an adapter's
+    dropout drops depends on the layout if ``adapter_drops_by_layout``. ``router_loss``
     says whether its experts' routers add to the loss. ``packing_leak`` says why documents can't share a sample,
     or is None, ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those
     after them, or is None, and ``row_leak`` that samples of one micro-batch depend on each other. ``randomness`` has
@@ -116,6 +117,7 @@ class ModelShape:
     row_leak: str | None = None
     randomness: str | None = None
     layerdrop: float = 0.0
+    adapter_drops_by_layout: bool = False
     router_loss: bool = False
     attention_refusals: dict[str, str] = field(default_factory=dict)
 
@@ -164,6 +166,7 @@ class ModelShape:
             row_leak=record["row_leak"],
             randomness=record["randomness"],
             layerdrop=record["layerdrop"],
+            adapter_drops_by_layout=record["adapter_drops_by_layout"],
             router_loss=record["router_loss"],
             attention_refusals=record["attention_refusals"],
         )

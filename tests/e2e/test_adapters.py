@@ -59,7 +59,7 @@ def test_it_goes_on_in_another_layout_and_is_exported_and_merged(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter = ["--adapter", "dora", "--adapter-r", "4", "--adapter-alpha", "16"]
+    adapter = ["--adapter", "dora", "--adapter-r", "4", "--adapter-alpha", "16", "--set=adapter.dropout=0.1"]
     whole = dstrain("run", *GOOD, *CALM, *adapter, "--steps", "6", "--name", "whole")
     assert whole.code == 0, whole
     assert "dora, r 4, alpha 16" in whole.out
