@@ -229,7 +229,8 @@ def _refuse_incomparable(config: ResolvedConfig, shape: ModelShape) -> None:
         )
     if shape.adapter_drops_by_layout:
         raise DstrainError(
-            "this model's experts are run one by one, and what the adapter drops there depends on the layout",
+            "modules of this model are given tokens of unknown samples, and what the adapter drops there depends on"
+            " the layout",
             where=str(config.origin("adapter")),
             hint="set adapter.dropout to 0 to compare layouts",
         )

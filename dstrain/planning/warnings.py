@@ -51,8 +51,9 @@ def warnings_about(
         )
     if shape.adapter_drops_by_layout:
         found.append(
-            "this model's experts are run one by one, and what the adapter drops there depends on the layout: layouts"
-            " agree only on average; set adapter.dropout to 0 to make them equal"
+            "modules of this model are given tokens of unknown samples, such as experts that are run one by one, and"
+            " what the adapter drops there depends on the layout: layouts agree only on average; set adapter.dropout"
+            " to 0 to make them equal"
         )
     if shape.randomness is not None:
         found.append(

@@ -24,6 +24,9 @@ from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.train.batches import row_seeds
 from tools.models_page import families
 
+TOKENS_FIRST = ("xlnet",)
+"""Families whose modules are given tokens x rows. (This one sees what comes behind, and is not trained.)"""
+
 FLOOR = 140
 """Families that can be tried: never fewer than this."""
 
@@ -128,9 +131,8 @@ def test_all_families_drop_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             found = adapter_drops_by_layout(config, Adapter(dropout=P))
         except DstrainError:  # there is no small one, or it does not run with PEFT's modules or their dropout
             continue
-        assert not found, family
+        assert found == (family in TOKENS_FIRST), family
         count += 1
-    print(count)
     assert count >= FLOOR
 
 

@@ -74,7 +74,7 @@ def adapter_drops_by_layout(config: PretrainedConfig, adapter: Adapter) -> bool:
     """Whether what an adapter's dropout drops depends on the layout.
 
     It does where a module is given tokens, and it can't be told of which rows they are: as with experts that are run
-    one by one. So it is taken to be where no small copy of the model can be tried.
+    one by one. It is taken to do so where no small copy of the model can be tried.
     """
     if not adapter.dropout:
         return False
