@@ -227,6 +227,13 @@ def _refuse_incomparable(config: ResolvedConfig, shape: ModelShape) -> None:
             where=str(config.origin("model")),
             hint="set the dropout probabilities in its config.json to 0 to compare layouts",
         )
+    if shape.adapter_drops_by_layout:
+        raise DstrainError(
+            "modules of this model are given tokens of unknown samples, and what the adapter drops there depends on"
+            " the layout",
+            where=str(config.origin("adapter")),
+            hint="set adapter.dropout to 0 to compare layouts",
+        )
     if shape.randomness is not None:
         raise DstrainError(
             f"the model draws random numbers in training ({describe_randomness(shape)}), which depend on the layout",

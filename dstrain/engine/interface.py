@@ -24,7 +24,8 @@ class MicroBatch:
         weight: what the sum of the token losses is multiplied with, float32 [1]. Engines average
             over micro-batches and replicas, so with accumulation x replicas / (label tokens of the
             global batch) the result is the mean over all of these.
-        documents: where they lie, so that nobody needs to ask the device; None where that is not known.
+        documents: where they lie, so that nobody needs to ask the device, and the seeds of rows; None where that is not
+            known.
     """
 
     input_ids: torch.Tensor

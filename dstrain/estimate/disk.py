@@ -12,9 +12,11 @@ from dstrain.lora import is_adapter_parameter
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import ModelShape
 
-# Beside the numbers themselves, measured with DeepSpeed 0.19.8: two scripts that it lays beside the state,
-# each rank's files, and the name and place of each tensor.
-_SCRIPTS, _OF_A_RANK, _OF_A_TENSOR = 41_000, 12_000, 500
+# Beside the numbers themselves, measured with DeepSpeed 0.19.8: two scripts that it lays beside the state, each rank's
+# files, and the name, shape and place of each tensor. A weight's take more in a file of all layers than in one of a
+# single layer; the optimizer's tensors have some where they are not laid flat, as they are with ZeRO.
+_SCRIPTS, _OF_A_RANK = 41_000, 12_000
+_OF_A_WEIGHT, _OF_A_WEIGHT_IN_STAGES, _OF_A_STATE = 640, 420, 320
 
 
 def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accelerator: str) -> int:
@@ -38,13 +40,17 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, layout: Layout, accel
     if config.zero and (config.zero == 3 or layout.pipeline > 1 or accelerator != "cpu"):
         total += weight * frozen
     tensors = sum(len(layer.tensors) for layer in shape.layers)
+    ranks = layout.world_size if config.zero else layout.pipeline
     if shape.has_adapters:
         total = (moment_bytes(config) + 4 * (config.zero > 0) + weight * (config.zero < 3)) * (held - frozen)
         tensors = sum(is_adapter_parameter(name) for layer in shape.layers for name in layer.tensors)
         tensors *= (
             layout.data_parallel if config.zero == 3 else 1
         )  # small ones, which each replica's file names
-    return total + _SCRIPTS * (config.zero > 0) + _OF_A_RANK * layout.world_size + _OF_A_TENSOR * tensors
+    of_a_tensor = _OF_A_WEIGHT if layout.pipeline == 1 else _OF_A_WEIGHT_IN_STAGES
+    if not config.zero:
+        of_a_tensor += _OF_A_STATE * (moment_bytes(config) // 4 + 1)  # and a count of steps
+    return total + _SCRIPTS * (config.zero > 0) + _OF_A_RANK * ranks + of_a_tensor * tensors
 
 
 def disk_bytes(config: RunConfig, one: int, parameters: int) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.errors import DstrainError
-from dstrain.exporting.writing import TensorsOfFiles
+from dstrain.exporting.writing import TensorsOfFiles, rounded
 from dstrain.lora import ADAPTER_WEIGHTS, is_adapter_parameter, saved_name
 from dstrain.model.adapters import Adapters, import_peft
 
@@ -41,10 +41,11 @@ class ExportedAdapter(TensorsOfFiles):
         }
 
     def value(self, name: str) -> torch.Tensor:
-        """By its name in the file."""
+        """By its name in the file. Raises DstrainError where it is too large for fp16."""
         saved = self._saved[name]
-        exact = saved.weight.dtype == self.dtype
-        return (saved.weight if exact else saved.most_precise).read().to(self.dtype)
+        if saved.weight.dtype == self.dtype:
+            return saved.weight.read()
+        return rounded(name, saved.most_precise.read(), self.dtype)
 
 
 def write_adapter(exported: ExportedAdapter, adapters: Adapters, base: str, folder: Path) -> str:

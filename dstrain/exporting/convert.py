@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from dstrain.child_process import child_main
 from dstrain.config.files import is_hub_name
-from dstrain.data.tokenizing.tokenizer_files import BYTES, speaks_of_other_files
+from dstrain.data.tokenizing.tokenizer_files import BYTES
 from dstrain.data.tokenizing.tokenizers import Tokenizer, load_tokenizer
 from dstrain.data.training_data import ValidationSet
 from dstrain.engine.checkpoint_state import SavedState
 from dstrain.engine.interface import DTYPES
-from dstrain.errors import DstrainError, way_out
+from dstrain.errors import DstrainError
 from dstrain.exporting.adapter_folder import ExportedAdapter, check_adapter, load_with_peft, write_adapter
 from dstrain.exporting.checking import (
     check_files,
@@ -36,8 +34,9 @@ from dstrain.exporting.checking import (
     load_exported,
     validation_loss,
 )
+from dstrain.exporting.folder import describe, own_generation_config, writing, written_aside
 from dstrain.exporting.merging import MergedState, model_maker, unquantized, untied, unties
-from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
+from dstrain.exporting.writing import ExportedTensors, write_weights
 from dstrain.files import write_json
 from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config
@@ -106,13 +105,8 @@ def export(
         tensors = ExportedTensors(state, config, DTYPES[dtype], like=_files_at_the_start(plan))
     tokenizer = load_tokenizer(_tokenizer(plan, run))
     aside = aside or out.with_name(f".{out.name}.partial")
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        refuse_full_disk(out.parent, tensors.bytes)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    try:
-        with _writing(out):
+    with written_aside(out, aside, tensors.bytes):
+        with writing(out):
             if isinstance(tensors, ExportedAdapter):
                 _write_tokenizer(aside, plan, tokenizer)
             else:
@@ -126,11 +120,6 @@ def export(
         check_tokenizer(aside, tokenizer)
         quantization = adapters.quantization_config(tensors.dtype) if adapter is not None else None
         loss, no_loss_because = _loss(aside, plan, tensors, quantization) if with_loss else (None, None)
-        with _writing(out):
-            aside.replace(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     step = step_of(checkpoint)
     run_loss_step, run_loss = _loss_of_run(run, step)
     return {
@@ -184,20 +173,6 @@ def _merged(
     return state, unquantized(untied(config) if unties(config, adapters) else config)
 
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """What the disk refuses becomes a message with its place and reason."""
-    try:
-        yield
-    except OSError as error:
-        what = f" ({error.filename})" if error.filename else ""
-        raise DstrainError(
-            f"this folder can't be written: {error.strerror or error}{what}",
-            where=str(out),
-            hint=way_out(error, "name a folder that can be created"),
-        ) from error
-
-
 def _model_file(plan: Plan, run: RunFolder) -> Path:
     """The model's config, or the copy in the run folder where it is gone: the run was moved to another machine."""
     path, kept = Path(plan.model.file), run.model / "config.json"
@@ -245,10 +220,7 @@ def _write_descriptions(
     folder: Path, plan: Plan, config: PretrainedConfig, tensors: ExportedTensors, tokenizer: Tokenizer
 ) -> None:
     """config.json, generation_config.json and the tokenizer."""
-    config.architectures = [tensors.architecture]
-    config.dtype = str(tensors.dtype).removeprefix("torch.")
-    for name in [name for name in vars(config) if speaks_of_other_files(name) and name[:1] != "_"]:
-        delattr(config, name)  # transformers leaves its own `_name_or_path` out by itself
+    describe(config, tensors)
     # Where the tokenizer has none, the model's own stays only if it means a token of this tokenizer.
     keep = plan.model.folder is not None and _same_folder(plan.data.tokenizer, plan.model.folder)
     ids = {
@@ -261,7 +233,7 @@ def _write_descriptions(
             if name != "pad_token_id" or not tensors.padding_moves_positions:
                 setattr(part, name, _agreeing(getattr(part, name, None), wanted, keep=keep))
     config.save_pretrained(folder)
-    generation = _own_generation_config(Path(plan.model.file).parent / GENERATION_CONFIG_NAME)
+    generation = own_generation_config(Path(plan.model.file).parent / GENERATION_CONFIG_NAME)
     if generation is None:
         generation = json.loads(GenerationConfig.from_model_config(config).to_json_string())
     for name, wanted in ids.items():
@@ -292,17 +264,6 @@ def _agreeing(now: int | list[int] | None, wanted: int | None, *, keep: bool) ->
     if wanted is None:
         return now if keep else None
     return now if isinstance(now, list) and wanted in now else wanted
-
-
-def _own_generation_config(path: Path) -> dict[str, Any] | None:
-    """What lies beside the model's config; None where nothing readable does."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return (
-        {name: value for name, value in found.items() if not speaks_of_other_files(name)} if found else None
-    )
 
 
 def _same_folder(one: str, other: str) -> bool:

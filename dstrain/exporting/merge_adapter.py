@@ -19,10 +19,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from dstrain.child_process import child_main
 from dstrain.data.tokenizing.tokenizer_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES
 from dstrain.engine.interface import DTYPES
-from dstrain.errors import DstrainError, way_out
 from dstrain.exporting.checking import check_files
+from dstrain.exporting.folder import describe, own_generation_config, writing, written_aside
 from dstrain.exporting.merging import MergedState, model_maker, unquantized, untied, unties
-from dstrain.exporting.writing import ExportedTensors, refuse_full_disk, write_weights
+from dstrain.exporting.writing import ExportedTensors, write_weights
 from dstrain.files import write_json
 from dstrain.model.adapter_file import AdapterFile
 from dstrain.model.adapters import Adapters
@@ -59,26 +59,13 @@ def merge(adapter: Path, base: Path, out: Path, *, aside: Path, dtype: str | Non
     }
     like = None if adapters.bits else stored  # packed weights are not written so
     tensors = ExportedTensors(MergedState(make, file.read, adapter), written, DTYPES[dtype], like=like)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        refuse_full_disk(out.parent, tensors.bytes)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        written.architectures = [tensors.architecture]
-        written.dtype = str(tensors.dtype).removeprefix("torch.")
-        written.save_pretrained(aside)
-        _copy_descriptions(adapter, base, aside)
+    with written_aside(out, aside, tensors.bytes):
+        with writing(out):
+            describe(written, tensors)
+            written.save_pretrained(aside)
+            _copy_descriptions(adapter, base, aside)
         files = write_weights(tensors, aside)
         check_files(aside, files, tensors)
-        aside.replace(out)
-    except OSError as error:
-        raise DstrainError(
-            f"this folder can't be written: {error.strerror or error}",
-            where=str(out),
-            hint=way_out(error, "name a folder that can be created"),
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return {
         "dtype": dtype,
         "files": len(files),
@@ -100,8 +87,9 @@ def _copy_descriptions(adapter: Path, base: Path, out: Path) -> None:
         source = (adapter if own else base) / name
         if source.is_file():
             shutil.copyfile(source, out / name)
-    if (base / GENERATION_CONFIG_NAME).is_file():
-        shutil.copyfile(base / GENERATION_CONFIG_NAME, out / GENERATION_CONFIG_NAME)
+    generation = own_generation_config(base / GENERATION_CONFIG_NAME)
+    if generation is not None:
+        write_json(out / GENERATION_CONFIG_NAME, generation)
 
 
 @child_main

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from dstrain.engine.checkpoint_files import SavedTensor
 from dstrain.errors import DstrainError
 from dstrain.lora import ADAPTER, base_name, is_adapter_parameter
 from dstrain.model.adapters import Adapters
+from dstrain.model.model_parts import ModelParts
 from dstrain.model.pipeline_model import PipelineModel
-from dstrain.model.unsplit_model import UnsplitModel
 from dstrain.model.weights.pretrained import PretrainedWeights
 
-Model = PipelineModel | UnsplitModel
+Model = PipelineModel | ModelParts
 _WHOLE = f".modules_to_save.{ADAPTER}."
 
 
@@ -52,7 +52,7 @@ class MergedParameter:
 class MergedState:
     """The parameters of a model with its adapter merged, as a `SavedState` has those of a checkpoint.
 
-    A block, the embedding and the head are in memory at a time; of a model that can't be split into layers, the whole.
+    A block, the embedding and the head are in memory at a time.
 
     Args:
         make: gives the model with its adapters, nothing of it built yet.
@@ -79,18 +79,9 @@ class MergedState:
         """By Hugging Face name. A tied weight is there under each of its names."""
         return {
             name: MergedParameter(MergedTensor(shape, partial(self._read, index, name)))
-            for index, shapes in enumerate(self._shapes())
-            for name, shape in shapes.items()
+            for index in range(self._model.num_layers)
+            for name, shape in self._model.shapes_of(index).items()
         }
-
-    def _shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
-        """Of each layer's parameters, by name."""
-        if isinstance(self._model, UnsplitModel):
-            self._merge(0, self._model)
-            yield {name: tuple(tensor.shape) for name, tensor in self._layers[0].items()}
-        else:
-            for index in range(self._model.num_layers):
-                yield self._model.shapes_of(index)
 
     def _read(self, index: int, name: str) -> torch.Tensor:
         if index not in self._layers:
@@ -99,15 +90,14 @@ class MergedState:
                 self._model = self._make()
                 self._built.clear()
                 self._layers.clear()
-            assert isinstance(self._model, PipelineModel)
             self._built[index] = layer = self._model.build(index)
             self._merge(index, layer)
         return self._layers[index][name]
 
     def _release(self) -> None:
         """Give back the memory of blocks."""
-        assert isinstance(self._model, PipelineModel)
-        for index in [i for i in self._layers if 0 < i < self._model.num_layers - 1]:
+        kept = {0, self._model.num_layers - 1} if isinstance(self._model, PipelineModel) else {0}
+        for index in self._layers.keys() - kept:
             self._built[index].to("meta")
             del self._layers[index]
 
@@ -155,7 +145,7 @@ def model_maker(
         weights: None: they are drawn.
         splits: the model can be split into layers.
     """
-    model_class = PipelineModel if splits else UnsplitModel
+    model_class = PipelineModel if splits else ModelParts
     return lambda: model_class(config, seed=seed, weights=weights, adapters=adapters)
 
 

@@ -159,11 +159,16 @@ class ExportedTensors(TensorsOfFiles):
         parameter = self._state.parameters[name]
         exact = parameter.weight.dtype == wanted.dtype
         value = (parameter.weight if exact else parameter.most_precise).read()
-        rounded = value.to(wanted.dtype)
-        if rounded.dtype == torch.float16 and not exact and (rounded.isinf() & value.isfinite()).any():
-            raise DstrainError(
-                f"{name} contains the value {value.abs().max():.3g}, and the largest fp16 value is 65504",
-                where="--dtype",
-                hint="--dtype bf16",
-            )
-        return rounded
+        return value if exact else rounded(name, value, wanted.dtype)
+
+
+def rounded(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value`` in the precision in which it is written. Raises DstrainError where it is too large for fp16."""
+    found = value.to(dtype)
+    if dtype == torch.float16 and (found.isinf() & value.isfinite()).any():
+        raise DstrainError(
+            f"{name} contains the value {value.abs().max():.3g}, and the largest fp16 value is 65504",
+            where="--dtype",
+            hint="--dtype bf16",
+        )
+    return found

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from dstrain.errors import DstrainError
 from dstrain.lora import ADAPTER, Adapter, Bits, base_name, is_adapter_parameter
+from dstrain.model.adapter_dropout import DropoutByRows
 from dstrain.model.adapter_file import AdapterFile
 from dstrain.model.initialise import cast, module_seed
 from dstrain.model.quantization import (
@@ -198,6 +199,7 @@ class Adapters:
         with untouched_rng(), _quiet():
             if lora.target_modules or lora.target_parameters:
                 _tuner(root, lora, without_data=without_data)
+                self._drop_by_rows(root, names)
             if lora.modules_to_save:
                 _train_whole(root, lora)
             if self.bits is not None:
@@ -220,6 +222,14 @@ class Adapters:
         for path, module in added.items():
             setattr(model, path, module)
         freeze(model)
+
+    def _drop_by_rows(self, root: nn.Module, names: Collection[str]) -> None:
+        """Let dropout draw from numbers that no layout changes."""
+        for name, dropout in list(root.named_modules()):
+            path, _, adapter = name.rpartition(".lora_dropout.")
+            if adapter == ADAPTER and isinstance(dropout, nn.Dropout) and base_name(path) in names:
+                by_rows = DropoutByRows(dropout.p, module_seed(self._seed, f"{path}.dropout"))
+                root.get_submodule(f"{path}.lora_dropout")._modules[ADAPTER] = by_rows
 
     @torch.no_grad()
     def _initialise(self, root: nn.Module, names: Collection[str]) -> None:

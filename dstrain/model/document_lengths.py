@@ -6,7 +6,7 @@ then the host waits for the device, once a micro-batch and stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,11 +22,13 @@ class DocumentLengths:
         packed: whether a row holds more than one document.
         edges: int32 [documents + 1], where each document begins, and the end of the last.
         longest: tokens of the longest document.
+        seeds: of each row, 63 bits: what is drawn for its tokens (`dstrain.model.adapter_dropout`). Empty: nothing is.
     """
 
     packed: bool
     edges: Tensor
     longest: int
+    seeds: tuple[int, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> DocumentLengths:
         """With the tensor changed: moved, or pinned."""
@@ -43,12 +45,12 @@ def document_begins(position_ids: Tensor) -> Tensor:
     return begins
 
 
-def document_lengths(position_ids: Tensor) -> DocumentLengths:
+def document_lengths(position_ids: Tensor, seeds: Sequence[int] = ()) -> DocumentLengths:
     """Of int64 [B, S]. On a GPU the host waits for it."""
     begins = document_begins(position_ids)
     places = begins.flatten().nonzero().flatten()
     edges = torch.cat([places, places.new_tensor([begins.numel()])]).to(torch.int32)
-    return DocumentLengths(len(places) > len(begins), edges, int(edges.diff().max()))
+    return DocumentLengths(len(places) > len(begins), edges, int(edges.diff().max()), tuple(seeds))
 
 
 _Key = tuple[StorageWeakRef, int, torch.Size, tuple[int, ...]]

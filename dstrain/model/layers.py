@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dstrain.model.adapter_dropout import DropoutOfParts, dropping_by_rows
 from dstrain.model.head_output import HeadOutputRequest
 from dstrain.model.pipeline_split.partial_forward import Call, PartialForward
 from dstrain.model.router import RouterLogitsRecorder, RouterLoss
@@ -47,7 +48,8 @@ class EmbedLayer(Layer):
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> State:
         input_ids, position_ids = inputs
-        hidden = self._partial_forward.prologue(input_ids, position_ids, training=self.training)
+        with dropping_by_rows(position_ids):
+            hidden = self._partial_forward.prologue(input_ids, position_ids, training=self.training)
         sums = self._router.start(hidden.device) if self._router else ()
         return hidden, position_ids, *sums
 
@@ -72,8 +74,9 @@ class BlockLayer(Layer):
         hidden, position_ids, *sums = state
         call = self._arguments(hidden, position_ids)[self._number]
         if self._router is None or self._router_logits is None:
-            return _hidden_of(call.apply(self._block, hidden)), position_ids
-        with self._router_logits.capture() as logits:
+            with dropping_by_rows(position_ids):
+                return _hidden_of(call.apply(self._block, hidden)), position_ids
+        with self._router_logits.capture() as logits, dropping_by_rows(position_ids):
             output = call.apply(self._block, hidden)
         return _hidden_of(output), position_ids, *self._router.add((sums[0], sums[1]), logits)
 
@@ -99,7 +102,8 @@ class HeadLayer(HeadOutputRequest, Layer):
     def forward(self, state: State) -> Tensor:
         hidden, position_ids, *sums = state
         if self.target is not None:
-            loss = self._token_loss(hidden, position_ids, *self.target)
+            with dropping_by_rows(position_ids):
+                loss = self._token_loss(hidden, position_ids, *self.target)
             return loss + self._router.loss((sums[0], sums[1])) if self._router and self.training else loss
         if self.position is not None:
             row, place = self.position
@@ -118,13 +122,17 @@ class HeadLayer(HeadOutputRequest, Layer):
         if not 0 < self.loss_chunk < labels.numel():
             return self.loss_of(self._logits(hidden, position_ids), (labels, weight))
 
-        def part(hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-            return self.loss_of(self._logits(hidden, position_ids), (labels, weight))
+        dropout = DropoutOfParts(position_ids)
+
+        def part(first: int, hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+            with dropout.given(first, labels.numel()):
+                return self.loss_of(self._logits(hidden, position_ids), (labels, weight))
 
         rows = (tensor.flatten(0, 1).split(self.loss_chunk) for tensor in (hidden, position_ids, labels))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for chunk in zip(*rows, strict=True):
-            total = total + checkpoint(part, *(tensor[None] for tensor in chunk), use_reentrant=False)
+        for number, chunk in enumerate(zip(*rows, strict=True)):
+            inputs = (tensor[None] for tensor in chunk)
+            total = total + checkpoint(part, number * self.loss_chunk, *inputs, use_reentrant=False)
         return total
 
 

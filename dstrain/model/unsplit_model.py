@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dstrain.errors import DstrainError
+from dstrain.model.adapter_dropout import dropping_by_rows
 from dstrain.model.adapters import Adapters
 from dstrain.model.document_masks import Documents
 from dstrain.model.head_output import HeadOutputRequest
-from dstrain.model.initialise import Initialiser, cast, initialise, initialisers, materialise
-from dstrain.model.pipeline_split.structure import Refused, find_blocks, takes_positions
+from dstrain.model.model_parts import values_of
+from dstrain.model.pipeline_split.structure import takes_positions
 from dstrain.model.router import router_coefficient
-from dstrain.model.skeleton import empty_model, keep_buffer_types, untouched_rng
-from dstrain.model.weights.pretrained import PretrainedWeights, WeightLoader
+from dstrain.model.skeleton import empty_model, keep_buffer_types
+from dstrain.model.weights.pretrained import PretrainedWeights
 from dstrain.model.weights.quantized_weights import QuantizedWeights
 
 
@@ -55,11 +55,13 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
     ) -> None:
         super().__init__()
         model = empty_model(config, attention)
-        if weights:
-            loader = weights.loader(model, dtype)
-            _load_unsplit(model, loader, _Finish(model, adapters, after_build, loader.quantized))
-        else:
-            initialise_unsplit(model, seed, dtype, _Finish(model, adapters, after_build))
+        values = values_of(model, seed, dtype, weights)
+        finish = _Finish(model, adapters, after_build, values.quantized)
+        for path, block in values.blocks.items():
+            values.fill_block(path)
+            finish.block(path, block)
+        values.fill_rest()
+        finish.rest()
         self.config = model.config
         # The very dictionaries of the Hugging Face model: what is moved, cast or replaced here is so there.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
@@ -81,7 +83,7 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         routed = self._router_coefficient is not None and self.target is not None and self.training
         if routed:
             options["output_router_logits"] = True
-        with self._documents.apart(position_ids) as lengths:
+        with self._documents.apart(position_ids) as lengths, dropping_by_rows(position_ids):
             output = self._model(input_ids=input_ids, use_cache=False, **options, **lengths)
         logits: Tensor = output.logits
         if self.target is None:
@@ -110,8 +112,13 @@ class UnsplitModel(HeadOutputRequest, nn.Module):
         model.disable_input_require_grads()
 
     def _contexts_of_recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """A block that makes its own mask keeps documents apart in the second forward pass too."""
-        return nullcontext(), self._documents.apart(self._position_ids)
+        """A block that makes its own mask keeps documents apart in the second forward pass too, and drops the same."""
+        return nullcontext(), self._again(self._position_ids)
+
+    @contextmanager
+    def _again(self, position_ids: Tensor) -> Iterator[None]:
+        with self._documents.apart(position_ids), dropping_by_rows(position_ids):
+            yield
 
     def train(self, mode: bool = True) -> UnsplitModel:
         super().train(mode)
@@ -149,72 +156,3 @@ class _Finish:
         if self._adapters is not None:
             self._adapters.add_to_model(self._model, without=self._done, stored=self._stored)
         self._after_build(self._model)
-
-
-def initialise_unsplit(model: PreTrainedModel, seed: int, dtype: torch.dtype, finish: _Finish) -> None:
-    """Materialise and initialise all weights of ``model`` (parameters on meta) as its layers would be."""
-    owners = initialisers(model)
-    tied = set(getattr(model, "all_tied_weights_keys", {}).values())
-    blocks = _lonely_blocks(model)
-    if _set_from_outside(model, owners, blocks):
-        blocks = {}
-    missed = []
-    for path, block in blocks.items():
-        materialise(block)
-        missed += initialise(path, block, owners, seed)
-        cast(block, dtype)
-        finish.block(path, block)
-    materialise(model)
-    missed += initialise("", model, owners, seed, without=set(blocks))
-    # A tied weight was just drawn once by each of its owners; the last word is the canonical one's.
-    for path in sorted({key.rpartition(".")[0] for key in tied}):
-        initialise(path, model.get_submodule(path), owners, seed)
-    if missed:
-        raise DstrainError(
-            f"the {model.config.model_type} family defines no initial value for {missed[0]}",
-            hint="use another model family",
-        )
-    cast(model, dtype)
-    finish.rest()
-
-
-@torch.no_grad()
-def _set_from_outside(
-    model: PreTrainedModel, owners: dict[str, Initialiser], blocks: dict[str, nn.Module]
-) -> bool:
-    """Whether the family sets values in a block when a container of all of them is initialised."""
-    before = [parameter._version for parameter in model.parameters()]
-    above = {path.rsplit(".", cut)[0] for path in blocks for cut in range(1, path.count(".") + 1)} | {""}
-    try:
-        with untouched_rng():
-            for path in above:
-                owners[path]._init_weights(model.get_submodule(path))
-    except (RuntimeError, NotImplementedError):  # it needs values, so it sets some
-        return True
-    return before != [parameter._version for parameter in model.parameters()]
-
-
-def _load_unsplit(model: PreTrainedModel, loader: WeightLoader, finish: _Finish) -> None:
-    names = set(model.state_dict())
-    for path, block in _lonely_blocks(model).items():
-        own = set(block.state_dict(prefix=f"{path}."))
-        loader.load(own)
-        finish.block(path, block)
-        names -= own
-    loader.load(names)
-    finish.rest()
-
-
-def _lonely_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The blocks that share no parameter with anything outside them, by path: they can be built one by one."""
-    try:
-        path, blocks = find_blocks(model, model.config)
-    except Refused:
-        return {}
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = {}
-    for index, block in enumerate(blocks):
-        inside = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
-        if all(uses[key] == count for key, count in inside.items()):
-            found[f"{path}.{index}"] = block
-    return found

@@ -16,7 +16,7 @@ from dstrain.errors import DstrainError
 from dstrain.lora import Bits, is_adapter_parameter
 from dstrain.planning.layout import Layout
 
-FORMAT = 14
+FORMAT = 15
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Layer:
     given_bytes_per_token: tuple[int, int] = (0, 0)
     quantized: dict[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def frozen_by(self) -> dict[tuple[str, ...], frozenset[str]]:
+        """What `frozen_names` has found, by its patterns: a search asks a hundred times and more."""
+        return {}
+
+    @cached_property
     def adapter_parameters(self) -> int:
         return sum(number for name, number in self.tensors.items() if is_adapter_parameter(name))
 
@@ -88,7 +93,8 @@ class ModelShape:
     """What the plan needs to know of a model.
 
     ``pipeline_refusal`` says why its layers can't be split into stages, or is None. ``dropout`` is the
-    largest probability in its config, ``layerdrop`` the one with which it drops whole layers. ``router_loss``
+    largest probability in its config, ``layerdrop`` the one with which it drops whole layers; what an adapter's
+    dropout drops depends on the layout if ``adapter_drops_by_layout``. ``router_loss``
     says whether its experts' routers add to the loss. ``packing_leak`` says why documents can't share a sample,
     or is None, ``flash_packing_leak`` the same with flash attention. ``looks_ahead`` says that tokens see those
     after them, or is None, and ``row_leak`` that samples of one micro-batch depend on each other. ``randomness`` has
@@ -113,6 +119,7 @@ class ModelShape:
     row_leak: str | None = None
     randomness: str | None = None
     layerdrop: float = 0.0
+    adapter_drops_by_layout: bool = False
     router_loss: bool = False
     attention_refusals: dict[str, str] = field(default_factory=dict)
     bits: Bits | None = None
@@ -163,6 +170,7 @@ class ModelShape:
             row_leak=record["row_leak"],
             randomness=record["randomness"],
             layerdrop=record["layerdrop"],
+            adapter_drops_by_layout=record["adapter_drops_by_layout"],
             router_loss=record["router_loss"],
             attention_refusals=record["attention_refusals"],
             bits=record["bits"],
@@ -172,6 +180,11 @@ class ModelShape:
     def has_adapters(self) -> bool:
         """Whether adapters are trained in place of the model's own parameters."""
         return self.adapter_parameters > 0
+
+    @cached_property
+    def frozen_by(self) -> dict[tuple[str, ...], frozenset[str]]:
+        """What `frozen_names` has found, by its patterns: a search asks a hundred times and more."""
+        return {}
 
     @property
     def adapter_parameters(self) -> int:
@@ -203,11 +216,18 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
+def frozen_names(shape: ModelShape, patterns: Sequence[str]) -> frozenset[str]:
     """The names of all frozen parameters. A tied weight has several: frozen by one, it is frozen by all.
 
     Of a model with adapters nothing else is trained.
     """
+    key = tuple(patterns)
+    if key not in shape.frozen_by:
+        shape.frozen_by[key] = frozenset(_frozen_names(shape, key))
+    return shape.frozen_by[key]
+
+
+def _frozen_names(shape: ModelShape, patterns: Sequence[str]) -> set[str]:
     if not patterns and not shape.has_adapters:
         return set()
     names = (name for layer in shape.layers for name in layer.tensors)

@@ -45,12 +45,15 @@ def warnings_about(
     if config.zero and layout.data_parallel == 1:
         found.append(f"ZeRO-{config.zero} shards memory across replicas, but there is only one")
     if shape.dropout:
-        adapter = config.adapter is not None and config.adapter.dropout == shape.dropout
         found.append(
-            f"the {'adapter' if adapter else 'model'} uses dropout (up to {shape.dropout:g}), which depends on the"
-            " layout: layouts agree only on average; set"
-            + (" adapter.dropout to 0" if adapter else " dropout to 0 in its config.json")
-            + " to make them equal"
+            f"the model uses dropout (up to {shape.dropout:g}), which depends on the layout: layouts agree only on"
+            " average; set dropout to 0 in its config.json to make them equal"
+        )
+    if shape.adapter_drops_by_layout:
+        found.append(
+            "modules of this model are given tokens of unknown samples, such as experts that are run one by one, and"
+            " what the adapter drops there depends on the layout: layouts agree only on average; set adapter.dropout"
+            " to 0 to make them equal"
         )
     if shape.randomness is not None:
         found.append(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from dstrain.data.rows.mixture import Order
-from dstrain.data.rows.order import dealt
+from dstrain.data.rows.order import dealt, hash_words
 from dstrain.data.rows.packing import Rows
 from dstrain.engine.interface import MicroBatch
 from dstrain.model.document_lengths import document_lengths
@@ -18,24 +19,28 @@ from dstrain.planning.batch import Batch
 class TrainBatches:
     """The micro-batches of each step: which samples they hold depends on config, seed and step alone."""
 
-    def __init__(self, rows: Rows, batch: Batch, *, order: Order, replica: int) -> None:
+    def __init__(self, rows: Rows, batch: Batch, *, order: Order, replica: int, seed: int = 0) -> None:
         self.rows = rows
         self.batch = batch
         self.replica = replica
         self.order = order
+        self.seed = seed
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of ``step`` (from 1)."""
         samples = self.order.sample_ids(step)
         label_tokens = int(self.rows.label_tokens(samples).sum())
         weight = self.batch.accumulation * self.batch.data_parallel / max(1, label_tokens)
-        parts = dealt(
-            samples,
+        places = dealt(
+            np.arange(samples.size),
             replica=self.replica,
             replicas=self.batch.data_parallel,
             micro_batch=self.batch.micro_batch,
         )
-        return [make_micro_batch(self.rows, ids, weight) for ids in parts]
+        return [
+            make_micro_batch(self.rows, samples[part], weight, row_seeds(self.seed, step, part))
+            for part in places
+        ]
 
 
 class ValidationBatches:
@@ -62,8 +67,17 @@ class ValidationBatches:
         return self._micro_batches
 
 
-def make_micro_batch(rows: Rows, ids: np.ndarray, weight: float) -> MicroBatch:
-    """The samples ``ids`` as tensors; a negative id is a row without labels."""
+def row_seeds(seed: int, step: int, places: Iterable[int]) -> tuple[int, ...]:
+    """What is drawn in a step for the rows at these places of its global batch is drawn from: 63 bits each."""
+    return tuple(hash_words(seed, step, int(place)) >> 1 for place in places)
+
+
+def make_micro_batch(rows: Rows, ids: np.ndarray, weight: float, seeds: Sequence[int] = ()) -> MicroBatch:
+    """The samples ``ids`` as tensors; a negative id is a row without labels.
+
+    Args:
+        seeds: of the rows; empty where nothing is drawn for them.
+    """
     batch = rows.rows(np.maximum(ids, 0))
     labels = np.where((ids < 0)[:, None], -100, batch.labels)
     position_ids = torch.from_numpy(np.ascontiguousarray(batch.position_ids))
@@ -72,5 +86,5 @@ def make_micro_batch(rows: Rows, ids: np.ndarray, weight: float) -> MicroBatch:
         position_ids=position_ids,
         labels=torch.from_numpy(np.ascontiguousarray(labels)),
         weight=torch.tensor([weight], dtype=torch.float32),
-        documents=document_lengths(position_ids),
+        documents=document_lengths(position_ids, seeds),
     )

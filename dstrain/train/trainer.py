@@ -118,7 +118,7 @@ def _train(
 
     order = data.order(plan.batch.global_batch, config.seed)
     streams = Streams(data, order, cache_folder() / "streams")
-    batches = TrainBatches(data.rows, plan.batch, order=order, replica=replica)
+    batches = TrainBatches(data.rows, plan.batch, order=order, replica=replica, seed=plan.run_config.seed)
     validation = Validation(
         data.validation_sets,
         engine,

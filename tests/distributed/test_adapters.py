@@ -17,14 +17,14 @@ from tests.support.distributed.training import ADAPTERS, Case, train_in_layout
 from tests.support.distributed.workers import run
 from tests.support.sampling import full, heavy
 
+PEFTS = [name for name, section in ADAPTERS.items() if "dropout" not in section and "base" not in section]
 LORA = Case(adapter="lora", zero=1)
-PLAIN = tuple(name for name, section in ADAPTERS.items() if "base" not in section)
 FACTORS: dict[str, tuple[Any, ...]] = {
     "zero": (0, 1, 2, 3),
     "pipeline": (1, 2, 4),
     "data_parallel": (1, 2),
     "precision": ("fp32", "bf16"),
-    "adapter": PLAIN,
+    "adapter": tuple(PEFTS),
     "tied": (True, False),
     "checkpointing": (True, False),
     "schedule": ("1f1b", "dualpipev"),
@@ -76,8 +76,8 @@ OTHERS = [
     replace(LORA, loss_chunk=16, pipeline=2, adapter="outer"),
     replace(LORA, longrope=True, pipeline=2, adapter="dora"),
     replace(LORA, precision="fp16", zero=2, data_parallel=2),
-    *(replace(LORA, adapter=name, zero=2, pipeline=2, data_parallel=2) for name in PLAIN),
-    *(replace(LORA, adapter=name, zero=3, data_parallel=2, checkpointing=True) for name in PLAIN),
+    *(replace(LORA, adapter=name, zero=2, pipeline=2, data_parallel=2) for name in PEFTS),
+    *(replace(LORA, adapter=name, zero=3, data_parallel=2, checkpointing=True) for name in PEFTS),
 ]
 LATER = [case for case in dict.fromkeys([*COVERING, *OTHERS]) if case not in SOME]
 

@@ -192,6 +192,21 @@ def test_a_weight_beyond_fp16_is_refused(
         tensors.value("model.norm.weight")
 
 
+def test_an_adapters_weight_beyond_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dstrain.engine.checkpoint_files import SavedTensor
+    from dstrain.engine.checkpoint_state import SavedState
+    from dstrain.exporting.adapter_folder import ExportedAdapter
+
+    run(1, training.train_in_layout, replace(SHORT, zero=1, adapter="lora"), str(tmp_path))
+    adapter = ExportedAdapter(SavedState(tmp_path), torch.float16)
+    name = next(name for name in adapter.files if name.endswith(".lora_A.weight"))
+    assert adapter.value(name).dtype == torch.float16
+    read = SavedTensor.read
+    monkeypatch.setattr(SavedTensor, "read", lambda self: read(self) * 1e6)
+    with pytest.raises(DstrainError, match=r"lora_A\.weight contains .* the largest fp16 value is 65504"):
+        adapter.value(name)
+
+
 def test_a_full_disk_is_said_before_and_while_writing(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,7 +175,13 @@ SIZED = [
     replace(SHORT, zero=3, pipeline=2, data_parallel=2, precision="bf16"),
     replace(SHORT, zero=1, pipeline=2, data_parallel=2, adapter="head"),
     replace(SHORT, zero=3, data_parallel=2, precision="bf16", adapter="dora"),
-    *heavy(replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu")),
+    replace(SHORT, zero=0, data_parallel=2, adapter="lora"),
+    *heavy(
+        replace(SHORT, zero=2, data_parallel=2, precision="bf16", offload="cpu"),
+        replace(SHORT, zero=1, adapter="lora"),
+        replace(SHORT, zero=2, pipeline=2, precision="bf16", adapter="dora"),
+        replace(SHORT, zero=3, pipeline=2, adapter="lora"),
+    ),
 ]
 
 
@@ -185,4 +191,4 @@ def test_the_plan_knows_what_a_checkpoint_takes(case: Case, tmp_path: Path) -> N
     real = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     part = case.freeze or case.adapter or case.optimizer == "sgd"
     assert part or real > 4 * parameters, "a whole state was written"
-    assert abs(estimate - real) < 0.1 * real, (estimate, real)
+    assert abs(estimate - real) < 0.03 * real, (estimate, real)

@@ -59,7 +59,7 @@ def test_it_goes_on_in_another_layout_and_is_exported_and_merged(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter = ["--adapter", "dora", "--adapter-r", "4", "--adapter-alpha", "16"]
+    adapter = ["--adapter", "dora", "--adapter-r", "4", "--adapter-alpha", "16", "--set=adapter.dropout=0.1"]
     whole = dstrain("run", *GOOD, *CALM, *adapter, "--steps", "6", "--name", "whole")
     assert whole.code == 0, whole
     assert "dora, r 4, alpha 16" in whole.out
@@ -160,6 +160,34 @@ def test_an_adapter_is_refused_where_it_does_not_belong(
     one_message(refused("none"), ["has no adapter_model.safetensors"])
     other = dstrain("merge", "good", "out2", "--base", str(place / "model"))
     assert other.code != 0
+
+
+def test_a_merged_folder_speaks_of_its_own_files_alone_and_appears_whole(base: Path, place: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dstrain.errors import DstrainError
+    from dstrain.exporting import merge_adapter
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2)
+    )
+    adapted.save_pretrained(place / "good")
+    for name in ("config.json", "generation_config.json"):
+        known = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**known, "auto_map": {"x": "own.X"}, "assistant_model": "x"}))
+    good, out, aside = place / "good", place / "out", place / "aside"
+    assert merge_adapter.merge(good, base, out, aside=aside, dtype="bf16")["dtype"] == "bf16"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+    for name in ("config.json", "generation_config.json"):
+        assert not {"auto_map", "assistant_model"} & json.loads((out / name).read_text()).keys()
+    before = set(place.iterdir())
+    below_a_file = place / "text.jsonl" / "out"
+    with pytest.raises(DstrainError, match=r"can't be written: File exists .*text.jsonl") as caught:
+        merge_adapter.merge(good, base, below_a_file, aside=aside)
+    assert caught.value.where == str(below_a_file)
+    assert set(place.iterdir()) == before
 
 
 def test_an_adapter_of_random_weights_can_only_be_merged(place: Path, dstrain: Callable[..., Said]) -> None:

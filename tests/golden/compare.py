@@ -91,6 +91,8 @@ ESTIMATED: dict[str, tuple[float, float]] = {
     "time.optimizer": (0.35, 1.0),
     "time.data_parallel": (0.95, 1.05),
     "time.traffic.bytes": (0.95, 1.05),
+    "checkpoint_bytes": (0.99, 1.01),
+    "disk_bytes": (0.99, 1.01),
 }
 """What 0.1 estimated less well: the least and the most that it may be now, as a fraction. It knew no fused AdamW, which
 takes no memory beside the states, and not what ZeRO-3 keeps; ``memory_verdict`` says the total."""

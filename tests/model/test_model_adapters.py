@@ -15,6 +15,7 @@ from dstrain.errors import DstrainError
 from dstrain.lora import Adapter, is_adapter_parameter
 from dstrain.model.adapters import Adapters
 from dstrain.model.capability.small_model import small_family
+from dstrain.model.initialise import module_seed
 from dstrain.model.measuring.measure import measure
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.pipeline_split.probe import why_not_pipelined
@@ -139,6 +140,36 @@ def test_first_values_depend_on_seed_and_name_alone(config: PretrainedConfig, ki
     assert not torch.equal(dict(again.named_parameters())[name], found[0][name])
     trained = {name for name, parameter in whole.named_parameters() if parameter.requires_grad}
     assert trained == set(found[0])
+
+
+def test_four_parameters_of_one_module_are_adapted_and_drawn_by_their_own_names() -> None:
+    """PEFT wraps the module once for each, so that their wrappers are called ``base_layer.base_layer``, and so on."""
+    config = small_family(CONFIG_MAPPING["gpt_oss"])
+    names = ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"]
+    found = []
+    for order in (1, -1):  # of the layers, and of the names in the config
+        adapter = Adapter(
+            r=4, targets=["q_proj"], target_parameters=[f"mlp.experts.{name}" for name in names[::order]]
+        )
+        assert difference_to_peft(config, adapter) == 0
+        model = PipelineModel(config, seed=5, attention="auto", adapters=Adapters(config, adapter, seed=5))
+        values: dict[str, torch.Tensor] = {}
+        for index in range(model.num_layers)[::order]:
+            values |= {n: p for n, p in model.build(index).named_parameters() if is_adapter_parameter(n)}
+        found.append(values)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    drawn = {
+        name: value
+        for name, value in found[0].items()
+        if name.startswith("model.layers.0.mlp.experts.") and ".lora_A." in name
+    }
+    assert len(drawn) == len(names)
+    for name, value in drawn.items():
+        torch.manual_seed(module_seed(5, name.partition(".lora_A.")[0]))
+        again = torch.empty_like(value)
+        torch.nn.init.kaiming_uniform_(again, a=5**0.5)
+        assert torch.equal(value, again), name
 
 
 def test_a_model_in_which_pefts_modules_do_not_run_is_refused() -> None:

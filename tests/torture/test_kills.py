@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sampling import heavy
 from tests.support.torture.moments import Moments
 from tests.support.torture.runs import SAVE_EVERY, STEPS, Layout, Run, assert_ends_as_unbroken
 
@@ -17,7 +18,10 @@ MORE = [
     Layout(zero=2, pipeline=2, data_parallel=1),
     Layout(zero=1, pipeline=1, data_parallel=2, precision="bf16"),
     Layout(zero=3, pipeline=2, data_parallel=1),
+    Layout(zero=2, pipeline=2, data_parallel=2, adapter="lora"),
+    Layout(zero=3, pipeline=1, data_parallel=2, adapter="dora"),
 ]
+ADAPTED = Layout(zero=1, pipeline=2, data_parallel=1, adapter="lora")
 
 
 def kill_again_and_again(run: Run, kills: int, seed: str) -> None:
@@ -35,7 +39,7 @@ def kill_again_and_again(run: Run, kills: int, seed: str) -> None:
     assert left_half >= kills // 8, "too few kills have met a save"
 
 
-@pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=str)
+@pytest.mark.parametrize("layout", [PIPELINE, SHARDED, *heavy(ADAPTED)], ids=str)
 def test_eight_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
     run = Run(place, f"killed-{layout}", layout)
     kill_again_and_again(run, 8, seed)

@@ -13,6 +13,7 @@ from dstrain.errors import DstrainError
 from dstrain.estimate.device import Device, Link, find_device
 from dstrain.estimate.memory import USABLE, memory_needed
 from dstrain.estimate.traffic import traffic
+from dstrain.planning import model_shape
 from dstrain.planning.fitting.candidates import Candidate, find_candidates, fixed_choices
 from dstrain.planning.fitting.scores import Scores
 from dstrain.planning.fitting.search import NEAR, Scored, choose, fit
@@ -122,6 +123,22 @@ def test_most_candidates_are_never_timed() -> None:
     found = fit(resolved, model(32, 4096, 128_256), on, device)
     assert found.fits and found.looked_at > 4000
     assert found.timed < found.looked_at / 10
+
+
+def test_what_is_frozen_is_found_once_and_not_for_each_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape_, on = model(), machines(1, 4, 60)
+    adapted = replace(shape_.layers[1], tensors={**shape_.layers[1].tensors, "q.lora_A.default.weight": 4096})
+    shape_ = replace(shape_, layers=(shape_.layers[0], adapted, *shape_.layers[2:]))
+    asked: list[str] = []
+    monkeypatch.setattr(
+        model_shape, "is_adapter_parameter", lambda name: bool(asked.append(name)) or "lora" in name
+    )
+    assert on.device is not None
+    found = fit(config(global_batch=16, freeze=["nothing"]), shape_, on, on.device)
+    assert found.timed > 5
+    names = [name for layer in shape_.layers for name in layer.tensors]
+    assert set(asked) == set(names)
+    assert len(asked) == 2 * len(names)  # whether each is frozen, and how many each layer's adapter has
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

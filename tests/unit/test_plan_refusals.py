@@ -68,6 +68,15 @@ def test_randomness_under_other_names_is_told() -> None:
     assert not told()
 
 
+def test_what_an_adapter_drops_by_the_layout_is_told() -> None:
+    def told(**choices: Any) -> list[str]:
+        return [w for w in plan(model=shape(**choices)).warnings if "layouts agree only" in w]
+
+    assert "adapter.dropout to 0" in told(adapter_drops_by_layout=True)[0]
+    assert "in its config.json" in told(dropout=0.1)[0]
+    assert not told()
+
+
 # --- the router loss
 
 

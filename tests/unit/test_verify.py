@@ -147,6 +147,7 @@ def test_a_layout_that_differs_is_an_error(
     ("changes", "words"),
     [
         ({"dropout": 0.1}, ["dropout", "config.json"]),
+        ({"adapter_drops_by_layout": True}, ["the adapter drops", "set adapter.dropout to 0"]),
         ({"randomness": "router_jitter_noise 0.01"}, ["router_jitter_noise 0.01", "set it to 0"]),
         ({"randomness": ""}, ["no single value"]),
         ({"router_loss": True}, ["router loss", "--micro-batch"]),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ import torch
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
+from dstrain.lora import Adapter
+from dstrain.model.adapters import Adapters
 from dstrain.model.capability.small_model import RANDOM
 from dstrain.model.capability.trial_model import small_trial, trial_model
+from dstrain.model.document_lengths import document_lengths, note_lengths
 from dstrain.model.skeleton import untouched_rng
 from dstrain.model.unsplit_model import UnsplitModel
 
@@ -25,8 +28,11 @@ Path = tuple[str, ...]
 """Where a value stands in a configuration: its key, or that of a part of it and its key there."""
 
 
-def is_random(model: UnsplitModel) -> bool:
+def is_random(model: UnsplitModel, seeds: Sequence[int] = ()) -> bool:
     """Whether the model, in the mode that it is in, computes something else after other draws of random numbers.
+
+    Args:
+        seeds: of the `ROWS` rows, where they are known.
 
     Raises:
         DstrainError: the family's code does not run.
@@ -35,6 +41,7 @@ def is_random(model: UnsplitModel) -> bool:
         3, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
     )
     positions = torch.arange(LENGTH).repeat(ROWS, 1)
+    note_lengths(positions, document_lengths(positions, seeds))
     results = []
     for seed in range(2):
         with _seeded(seed), torch.no_grad():
@@ -61,6 +68,24 @@ def randomness_beside_dropout(config: PretrainedConfig) -> str | None:
     return ", ".join(
         f"{'.'.join(path)} {value:g}" for path, value in _numbers(small) if _is_cause(small, path)
     )
+
+
+def adapter_drops_by_layout(config: PretrainedConfig, adapter: Adapter) -> bool:
+    """Whether what an adapter's dropout drops depends on the layout.
+
+    It does where a module is given tokens, and it can't be told of which rows they are: as with experts that are run
+    one by one. It is taken to do so where no small copy of the model can be tried.
+    """
+    if not adapter.dropout:
+        return False
+    # Names and patterns may mean layers that a small copy has not; `all-linear` is what most of them are a part of.
+    plain = adapter.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
+    for tried in (plain, plain.model_copy(update={"targets": "all-linear"})):
+        with suppress(DstrainError):
+            small = calm(small_trial(config))
+            model = trial_model(small, adapters=Adapters(small, tried)).train()
+            return is_random(model, seeds=range(ROWS))
+    return True
 
 
 def largest_dropout(config: PretrainedConfig) -> float:

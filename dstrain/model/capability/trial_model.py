@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dstrain.errors import DstrainError
+from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import canonical_config
 from dstrain.model.capability.small_model import small_config
 from dstrain.model.skeleton import empty_model
@@ -34,9 +35,11 @@ LARGEST = 300_000_000
 
 
 @torch.no_grad()
-def trial_model(config: PretrainedConfig, attention: str = "auto") -> UnsplitModel:
+def trial_model(
+    config: PretrainedConfig, attention: str = "auto", adapters: Adapters | None = None
+) -> UnsplitModel:
     """A model whose every weight tells: initial values are small, and gates often 0."""
-    model = UnsplitModel(config, seed=0, attention=attention).eval()
+    model = UnsplitModel(config, seed=0, attention=attention, adapters=adapters).eval()
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)

@@ -24,7 +24,11 @@ from dstrain.model.adapters import Adapters
 from dstrain.model.architecture import load_config
 from dstrain.model.capability.attention_support import attention_refusals
 from dstrain.model.capability.independence import head_is_tokenwise, judge_packing
-from dstrain.model.capability.randomness import largest_dropout, randomness_beside_dropout
+from dstrain.model.capability.randomness import (
+    adapter_drops_by_layout,
+    largest_dropout,
+    randomness_beside_dropout,
+)
 from dstrain.model.measuring.activations import (
     DTYPES,
     Activations,
@@ -42,7 +46,7 @@ from dstrain.model.quantization import bits_of_bitsandbytes, elements, quantized
 from dstrain.model.router import router_coefficient
 from dstrain.strict_json import to_json
 
-FORMAT = 14
+FORMAT = 15
 
 
 def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
         length of the sequence), ``tied`` (``key``,
         ``parameters``, ``layers``: its owners, ``names``: in them), ``total_parameters`` (a tied weight counts once),
         ``bits`` (4bit, 8bit or None: to what the model is quantized), ``pipeline_refusal`` (or None),
-        ``dropout`` (the largest probability in the config), ``randomness`` (see
+        ``dropout`` (the largest probability in the config), ``adapter_drops_by_layout`` and ``randomness`` (see
         ``dstrain.model.capability.randomness``), ``layerdrop`` (with which whole layers are dropped at
         random), ``router_loss`` (whether the loss of its experts' routers is asked for, and the family has one),
         ``tokenwise_head`` (see ``dstrain.model.capability.independence``), ``packing_leak``, ``flash_packing_leak``,
@@ -115,7 +119,8 @@ def measure(config: PretrainedConfig, adapter: Adapter | None = None) -> dict[st
         "total_parameters": structure.total_parameters,
         "bits": adapters.bits if adapters is not None else bits_of_bitsandbytes(config),
         "pipeline_refusal": structure.refusal,
-        "dropout": max(largest_dropout(structure.config), adapter.dropout if adapter is not None else 0.0),
+        "dropout": largest_dropout(structure.config),
+        "adapter_drops_by_layout": adapter is not None and adapter_drops_by_layout(config, adapter),
         "randomness": randomness_beside_dropout(config),
         "layerdrop": _layerdrop(structure.config),
         "router_loss": _has_router_loss(config, structure),

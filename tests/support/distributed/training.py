@@ -61,6 +61,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "4bit": {"type": "lora", "r": 4, "alpha": 16, "init": "gaussian", "base": "4bit"},
     "8bit": {"type": "lora", "r": 4, "alpha": 16, "init": "gaussian", "base": "8bit"},
 }
+# What it drops is drawn otherwise than by PEFT: it is compared among layouts.
+ADAPTERS["dropout"] = {"type": "lora", "r": 4, "alpha": 16, "dropout": 0.2, "init": "orthogonal"}
+ADAPTERS["dropout of the head"] = {**ADAPTERS["dropout"], "targets": ["lm_head", "down_proj"]}
+ADAPTERS["dropout, dora"] = {**ADAPTERS["dropout"], "type": "dora"}
 BEGIN_WITH_ZERO = ("lora", "rslora", "outer", "4bit", "8bit")  # an embedding has no other values
 ADAPTER_LR = {"adamw": 3e-3, "sgd": 0.3}
 OWN_LOSS = "own_losses:smoothed"
@@ -101,6 +105,11 @@ class Case(LayoutCase):
     @property
     def micro_batch(self) -> int:
         return GLOBAL_BATCH // (self.accumulation * self.data_parallel)
+
+    @property
+    def drops(self) -> bool:
+        """Whether its adapter has dropout."""
+        return bool(self.adapter) and "dropout" in ADAPTERS[self.adapter]
 
     @property
     def lr(self) -> float:
@@ -265,6 +274,8 @@ def train_in_layout(
     ``other_layout``: another layout than this case's has saved there.
     """
     from dstrain.engine.interface import MicroBatch
+    from dstrain.model.document_lengths import document_lengths
+    from dstrain.train.batches import row_seeds
     from dstrain.train.lr_schedule import LearningRate
 
     engine, plan = build_case_engine(case)
@@ -279,7 +290,11 @@ def train_in_layout(
         for index in range(case.accumulation):
             start = (index * case.data_parallel + replica) * case.micro_batch
             rows = slice(start, start + case.micro_batch)
-            parts.append(MicroBatch(ids[rows], positions[rows], labels[rows], torch.tensor([weight])))
+            seeds = row_seeds(7, step, range(rows.start, rows.stop)) if case.drops else ()
+            documents = document_lengths(positions[rows], seeds) if case.drops else None
+            parts.append(
+                MicroBatch(ids[rows], positions[rows], labels[rows], torch.tensor([weight]), documents)
+            )
         return parts
 
     def validation_batches() -> list[MicroBatch]:

@@ -54,13 +54,15 @@ class Layout:
     pipeline: int
     data_parallel: int
     precision: str = "fp32"
+    adapter: str = "none"
 
     @property
     def world_size(self) -> int:
         return self.pipeline * self.data_parallel
 
     def __str__(self) -> str:
-        return f"zero{self.zero}-pp{self.pipeline}-dp{self.data_parallel}-{self.precision}"
+        name = f"zero{self.zero}-pp{self.pipeline}-dp{self.data_parallel}-{self.precision}"
+        return name if self.adapter == "none" else f"{name}-{self.adapter}"
 
 
 def write_materials(place: Path) -> None:
@@ -88,6 +90,7 @@ class Run:
             "pipeline": layout.pipeline,
             "data_parallel": layout.data_parallel,
             "precision": layout.precision,
+            "adapter": layout.adapter,
         }
         self._config.write_text(yaml.safe_dump(record))
 
