@@ -64,7 +64,7 @@ YAML = {
     "UTF-16": config("steps: 3\n".encode("utf-16"), 1, "UTF-16, not UTF-8", "iconv -f UTF-16"),
     "UTF-16, the other way round": config(b"\xfe\xff\0s\0t", 1, "UTF-16, not UTF-8", "iconv"),
     "UTF-32": config("steps: 3\n".encode("utf-32"), 1, "UTF-32, not UTF-8", "iconv -f UTF-32"),
-    "Latin-1": config("steps: 3\nprompt: caf\xe9\n".encode("latin-1"), 2, "byte 0xe9", "iconv -f ISO-8859-1"),
+    "Latin-1": config("steps: 3\nprompt: caf\xe9\n".encode("latin-1"), 2, "byte 0xe9", "iconv -f WINDOWS-1252"),
     "a NUL": config(b"steps: 3\nprompt: a\x00b\n", 2, "binary", "the right file"),
     "a program": config(b"\x7fELF\x02\x01\x01\0\0", 1, "binary", "the right file"),
     "half a character": config("prompt: é".encode()[:-1], 1, "not UTF-8", "save it as UTF-8"),
