@@ -166,7 +166,19 @@ JSON = {
     "ds-config: brackets in brackets": _json('{"a": ' + "[" * 100_000, "d.json", "nested too deeply", "JSON"),
     "ds-config: a number of 5,000 digits": _json('{"a": ' + "9" * 5000 + "}", "d.json", "digits", "number"),
     "ds-config: a contradiction": _json(
-        {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero="
+        {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero=2"
+    ),
+    "ds-config: an optimizer's learning rate": _json(
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}', "d.json:1", "which follows from lr = ",
+        "set lr instead (--set lr=3e-05"
+    ),
+    "ds-config: an optimizer's betas": _json(
+        '{"optimizer": {"params": {"betas": [0.9, 0.98]}}}', "d.json:1", "which follows from betas = ",
+        "--set betas=[0.9, 0.98]"
+    ),
+    "ds-config: a scheduler's warm-up": _json(
+        '{"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 10}}}', "d.json:1",
+        "warmup_steps = ", "--set warmup_steps="
     ),
     "ds-config: a block replaced": _json(
         {"zero_optimization": None}, "d.json", "zero_optimization must be a block of keys, not null",
