@@ -164,7 +164,9 @@ JSON = {
     "ds-config: UTF-16": _json("{}".encode("utf-16"), "d.json", "UTF-16", "iconv"),
     "ds-config: binary": _json(b"\x89PNG\r\n\0", "d.json", "not UTF-8", "UTF-8"),
     "ds-config: brackets in brackets": _json('{"a": ' + "[" * 100_000, "d.json", "nested too deeply", "JSON"),
-    "ds-config: a number of 5,000 digits": _json('{"a": ' + "9" * 5000 + "}", "d.json", "digits", "number"),
+    "ds-config: a number of 5,000 digits": _json(
+        '{"a": ' + "9" * 5000 + "}", "d.json", "a number with 5,000 digits", "a number"
+    ),
     "ds-config: a contradiction": _json(
         {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero=2"
     ),

@@ -325,6 +325,21 @@ NAMES = {
     "generate: nothing there": bare(
         "generate", "none", "Hello", place="FOLDER", reason="not a model folder", hint="dstrain export"
     ),
+    "generate: an address": bare(
+        "generate", "https://huggingface.co/org/name", "x", place="FOLDER",
+        reason="https://huggingface.co/org/name is an address", hint="hf download org/name"
+    ),
+    "resume: an address": bare(
+        "resume", "s3://bucket/run", place="RUN", reason="s3://bucket/run is an address", hint="aws s3 cp"
+    ),
+    "validation: an address": run(
+        "--set", "validation=[https://a.org/v.jsonl]", place="--set validation",
+        reason="https://a.org/v.jsonl is an address", hint="curl -LO https://a.org/v.jsonl"
+    ),
+    "validation: options of a file": run(
+        "--set", "validation=[{path: text.jsonl, options: {a: 1}}]", place="--set validation",
+        reason="are for a dataset of your own", hint="remove them"
+    ),
     "generate: no prompt": bare(
         "generate", "model", place="PROMPT", reason="Missing argument", hint="generate --help"
     ),
