@@ -30,6 +30,17 @@ def describe_foreign_weights(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def describe_foreign_file(path: Path) -> tuple[str, str] | None:
+    """What a file is that is named in place of a model folder, and what to do.
+
+    None where its name tells nothing, or what it holds needs only a config.json beside it.
+    """
+    for pattern, describe in _OTHER_FORMATS:
+        if re.fullmatch(pattern, path.name):
+            return describe(path.parent, [path.name])
+    return None
+
+
 def _adapter(folder: Path, found: Sequence[str]) -> tuple[str, str]:
     base = "its base model"
     try:
@@ -109,3 +120,4 @@ _KINDS: tuple[tuple[str, Callable[[Path, Sequence[str]], tuple[str, str]]], ...]
     ),
 )
 """A pattern of file names, and what is said of those that it fits; the first that fits any is taken."""
+_OTHER_FORMATS = [kind for kind in _KINDS if re.search(r"gguf|msgpack|h5|onnx|consolidated", kind[0])]

@@ -5,6 +5,7 @@ The largest models in the open have 10^2 layers, a width of 10^5, 10^3 experts a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,13 +32,18 @@ _BOUNDS = (
     (_COUNTS, 2**16),
     (re.compile(r""), 2**63),
 )
+# Whole numbers below zero, which stand for "none" or "from the end" at other keys, build a model of another size here.
+_SIZES = re.compile(
+    r"(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks?|heads?)|num_(attention|key_value)_heads"
+    r"|(hidden|vocab|intermediate)_size|n_embd|d_model|head_dim"
+)
 _MOST_EXPERTS = 2**16
 """Of all layers together."""
 _MOST_VALUES = 200_000
 
 
 def refuse_sizes(values: Mapping[str, Any], *, where: str) -> None:
-    """Refuse whole numbers that no model has. Nothing is built for it.
+    """Refuse numbers that no model has. Nothing is built for it.
 
     Args:
         values: of config.json, with those of its parts (``text_config``).
@@ -46,7 +52,7 @@ def refuse_sizes(values: Mapping[str, Any], *, where: str) -> None:
         DstrainError: names the key.
     """
     layers = experts = 1
-    for number, (path, value) in enumerate(_leaves(values)):
+    for number, (path, value) in enumerate(leaves_of(values)):
         if number > _MOST_VALUES:
             raise DstrainError(
                 f"the model's configuration has more than {_MOST_VALUES:,} values",
@@ -54,12 +60,22 @@ def refuse_sizes(values: Mapping[str, Any], *, where: str) -> None:
                 hint="check that this is a model's config.json",
             )
         name = path.rpartition(".")[2].lower()
+        if isinstance(value, float) and math.isnan(value):
+            raise DstrainError(
+                f"{path} is NaN, which is not a number", where=where, hint="check the model's config.json"
+            )
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         pattern, most = next(bound for bound in _BOUNDS if bound[0].search(name))
         if abs(value) > most:
             raise DstrainError(
                 f"{path} is {_number(value)}, and no model has more than {most:,}",
+                where=where,
+                hint="check the model's config.json",
+            )
+        if value < 0 and _SIZES.fullmatch(name):
+            raise DstrainError(
+                f"{path} is {_number(value)}, and no model has less than none",
                 where=where,
                 hint="check the model's config.json",
             )
@@ -76,7 +92,7 @@ def refuse_sizes(values: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def leaves_of(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every value that is neither an object nor a list, with its path; without recursion, however deep they lie."""
     left: list[tuple[str, Any]] = list(values.items())
     while left:

@@ -215,6 +215,7 @@ def generate(
     Raises:
         DstrainError: the model or its tokenizer can't be loaded, or the prompt fills all positions.
     """
+    refuse_address(str(folder), "FOLDER")
     place = Path(folder)
     if not any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise DstrainError(

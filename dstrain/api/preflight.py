@@ -95,9 +95,19 @@ def _refuse_no_folder(runs: Path, where: str) -> None:
     """Refuse a place for run folders that is none and can't become one. Raises DstrainError."""
     hint = "choose another folder with --set runs_dir=FOLDER"
     try:
-        above = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+        whole = runs.absolute()
+    except FileNotFoundError:
+        raise DstrainError(
+            f"{shown(runs)} can't be created: the current folder has been removed",
+            where=where,
+            hint="change to another",
+        ) from None
+    try:
+        above = next(path for path in (whole, *whole.parents) if path.exists())
     except OSError as error:  # a name that is too long
-        raise DstrainError(f"can't create such a folder: {error.strerror}", where=where, hint=hint) from None
+        raise DstrainError(
+            f"{shown(runs)} can't be created: {error.strerror}", where=where, hint=hint
+        ) from None
     if not above.is_dir():
         raise DstrainError(f"{shown(above)} is a file, not a folder", where=where, hint=hint)
 

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from dstrain.addresses import refuse_address
 from dstrain.api.events import SILENT, Events
 from dstrain.api.hub_data import planned_commits
 from dstrain.api.outcome import RunResult
@@ -134,6 +135,7 @@ def find_run(run: str | PathLike[str]) -> RunFolder:
                 folder = RunFolder(path)
                 refuse_links(folder)
                 return folder
+    refuse_address(name, "RUN")
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
     hint = f"run folders in runs/: {', '.join(known[-8:])}" if known else "`dstrain run` creates one"
     raise DstrainError(f"{shown(name)!r} is not a run folder (it has no config.yaml)", where="RUN", hint=hint)

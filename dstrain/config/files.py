@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dstrain.addresses import refuse_address
 from dstrain.errors import DstrainError
-from dstrain.foreign_weights import describe_foreign_weights
+from dstrain.foreign_weights import describe_foreign_file, describe_foreign_weights
 from dstrain.shared_caches import own_place
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -106,7 +106,14 @@ def model_config_file(model: str, *, where: str) -> Path:
             f"{folder} has no config.json{f'; there is {what}' if what else ''}", where=where, hint=hint
         )
     if folder.exists():
-        raise DstrainError(f"{folder} is a file", where=where, hint=f"name its folder: {folder.parent}")
+        hint = f"name its folder: {folder.parent}"
+        if not (folder.parent / "config.json").is_file():
+            what, hint = describe_foreign_file(folder) or (
+                "",
+                "name a folder with a Hugging Face config.json",
+            )
+            raise DstrainError(f"{folder} is a file{what and f': {what}'}", where=where, hint=hint)
+        raise DstrainError(f"{folder} is a file", where=where, hint=hint)
     raise DstrainError(
         f"{model!r} is neither a folder nor a built-in shape, nor a hub name such as org/name",
         where=where,

@@ -359,6 +359,20 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             ),
             "remove_unused_columns": (_note("remove it: only the text is read"), False),
             "group_by_length": (_note("pack: true, which leaves no padding to save"), True),
+            "label_smoothing_factor": (
+                _note("loss: module:name, a loss of your own (docs/extending.md)"),
+                0.1,
+            ),
+            "neftune_noise_alpha": (_note("remove it: no noise is added to embeddings"), 5.0),
+            "use_liger_kernel": (
+                _note("remove it: the loss of a model that can be split is computed in parts of its logits"),
+                True,
+            ),
+            "use_cache": (_note("remove it: training keeps no cache of earlier tokens"), False),
+            "eval_on_start": (
+                _note("remove it: the validation loss is computed before the first step"),
+                True,
+            ),
             "push_to_hub": (_note(_HUB), True),
             "hub_model_id": (_note(_HUB), "me/model"),
             "hub_strategy": (_note(_HUB), "end"),

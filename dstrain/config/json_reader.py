@@ -22,7 +22,7 @@ def read_json(path: Path, *, where: str) -> Document:
     text = read_text(path, where=where)
     name = shown(path)
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         raise DstrainError(
             f"not valid JSON: {error.msg}",
@@ -40,6 +40,13 @@ def read_json(path: Path, *, where: str) -> Document:
 
 def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
+
+
+def _whole_number(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number with {len(digits.lstrip('-')):,} digits") from None
 
 
 def _lines_of_keys(text: str, name: str) -> dict[tuple[str, ...], int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dstrain.addresses import refuse_address
 from dstrain.errors import DstrainError
+from dstrain.text_encoding import way_to_utf8
 
 LARGEST = 1_000_000
 """Bytes. What a person writes is far less, and reading more than this as YAML would take minutes."""
@@ -104,7 +105,7 @@ def _decoded(content: bytes, name: str) -> str:
         raise DstrainError(
             f"not UTF-8 text: byte 0x{content[error.start]:02x} ({error.reason})",
             where=f"{name}:{_line(content, error.start)}",
-            hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
+            hint=way_to_utf8(content, error.start),
         ) from None
     if "\0" in text:
         raise DstrainError(

@@ -18,6 +18,7 @@ from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from dstrain.errors import DstrainError
 from dstrain.model.architecture import canonical_config
+from dstrain.model_config_bounds import leaves_of
 
 KEPT = 65_536
 """Elements up to which a parameter's value from the constructor is kept."""
@@ -125,16 +126,25 @@ def empty_model(config: PretrainedConfig, attention: str | None = None) -> PreTr
                 config, dtype=torch.float32, trust_remote_code=False, **options
             )
     except Exception as error:  # families raise what they like for values that do not fit together
-        text = " ".join(str(error).split())
+        text = _unknown_value(config, error) or " ".join(str(error).split())
+        hint = f"compare its config.json with that of a {config.model_type} model on the hub"
         if options and "attention" in text.lower():
             text = text.split(". ")[0]
             hint = "attention: auto takes sdpa where the family has it, else eager"
-        else:
-            hint = None
         raise DstrainError(f"the {config.model_type} model cannot be built: {text}", hint=hint) from error
     model.tie_weights()
     model.train()
     return model
+
+
+def _unknown_value(config: PretrainedConfig, error: Exception) -> str | None:
+    """A word of the configuration that is in none of the family's tables, whose error is the word alone."""
+    if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], str):
+        return None
+    for path, value in leaves_of(config.to_dict()):
+        if value == error.args[0]:
+            return f"{path} is {value!r}, which transformers does not know"
+    return None
 
 
 def put_at_paths(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from dstrain.addresses import refuse_address
-from dstrain.config.data_sources import steps_of_phases, weights_by_phase
+from dstrain.config.data_sources import ValidationSource, steps_of_phases, weights_by_phase
 from dstrain.config.loader import DEFAULT_RECIPE, ResolvedConfig
 from dstrain.errors import DstrainError
 from dstrain.plugins import is_code
@@ -28,7 +28,14 @@ def _refuse_data_options(resolved: ResolvedConfig) -> None:
 
 def _refuse_addresses_of_data(resolved: ResolvedConfig) -> None:
     for source in resolved.config.read_sources:
-        refuse_address(source.path, str(resolved.origin("data")))
+        refuse_address(source.path, _place_of(source, resolved))
+
+
+def _place_of(source: ValidationSource, resolved: ResolvedConfig) -> str:
+    """What names it: the validation sets have a key of their own."""
+    sets = resolved.config.validation
+    named = isinstance(sets, list) and any(entry is source for entry in sets)
+    return str(resolved.origin("validation" if named else "data"))
 
 
 def _refuse_sources(resolved: ResolvedConfig) -> None:
@@ -47,13 +54,13 @@ def _refuse_sources(resolved: ResolvedConfig) -> None:
         if source.limit is not None and is_code(source.path):
             raise DstrainError(
                 f"{source.path} can't have a limit: a dataset of your own gives all that it gives",
-                where=str(resolved.origin("data")),
+                where=_place_of(source, resolved),
                 hint="make it an option of your function: options: {limit: 1000}",
             )
         if source.options and not is_code(source.path):
             raise DstrainError(
                 f"options ({', '.join(source.options)}) are for a dataset of your own, and {source.path} is none",
-                where=str(resolved.origin("data")),
+                where=_place_of(source, resolved),
                 hint="remove them, or name a dataset of your own: path: my_module:my_documents",
             )
 

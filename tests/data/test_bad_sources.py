@@ -180,7 +180,28 @@ TABLES = {
     ),
     "csv: text behind a quote": one("a.csv", b'id,text\n1,"a"b\n', ":2", "not one of a table", "written twice"),
     "csv: two columns of a name": one("a.csv", b"text,text\na,b\n", ":1", "two columns are called", "its own"),
-    "csv: Latin-1": one("a.csv", b"id,text\n1,a\n2,\xe9\n", ":3", "not UTF-8", "iconv"),
+    "csv: Latin-1": one("a.csv", b"id,text\n1,a\n2,\xe9\n", ":3", "not UTF-8", "iconv -f WINDOWS-1252"),
+    "csv: Japanese": one("a.csv", "text\n日本語の文章\n".encode("shift-jis"), ":2", "not UTF-8", "iconv -f ENCODING"),
+    "json lines: Chinese": one(
+        "a.jsonl", '{"text": "中文文本"}\n'.encode("gb18030"), ":1", "not UTF-8", "iconv -f ENCODING"
+    ),
+    "json lines: a damaged byte": one(
+        "a.jsonl", '{"text": "größe"}\n{"text": "a'.encode() + b'\xe9"}\n', ":2", "not UTF-8", "iconv -c -f UTF-8"
+    ),
+    "text: a damaged byte behind the first block": one(
+        "a.txt", ("größe\n" * 2**18).encode() + b"caf\xe9\n", f":{2**18 + 1}", "not UTF-8", "iconv -c -f UTF-8"
+    ),
+    "json: an object over several lines": one("a.json", b'{\n  "text": "a"\n}\n', ":1", "not JSON", "jq -c . FILE"),
+    "json: objects without line ends": one(
+        "a.jsonl", b'{"text": "a"}{"text": "b"}', ":1", "Extra data", "jq -c . FILE"
+    ),
+    "json: records inside of an object": one(
+        "a.json", lines({"version": "1.1", "data": [TEXT, TEXT]}), ":1", "'version', 'data'", "jq -c '.data[]' FILE"
+    ),
+    "json: an array of nothing": one("a.json", b"[]", "", "holds no document", "name one with text"),
+    "json lines: nested too deeply": one(
+        "a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ":1", "nested too deeply", "each line"
+    ),
     "csv: a cell that is no JSON": one(
         "a.csv", b'messages\n"[{""role"""\n', ":2", "the cell 'messages' is not JSON", "written as JSON"
     ),

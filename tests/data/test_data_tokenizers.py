@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -125,6 +126,36 @@ def test_folders_that_hold_no_usable_tokenizer_are_refused(hf_folder, tmp_path):
     error = refused(tmp_path)
     assert "no end-of-sequence token" in error.message
     assert error.where == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "eos"),
+    [
+        (("vocab.json", "merges.txt"), "GPT2Tokenizer", "<|endoftext|>"),
+        (("vocab.txt",), "BertTokenizer", "[SEP]"),
+    ],
+)
+def test_a_vocabulary_without_its_class_says_how_to_name_it(files, kind, eos, tmp_path):
+    content = {
+        "vocab.json": '{"a": 0, "<|endoftext|>": 1}',
+        "merges.txt": "#version: 0.2\n",
+        "vocab.txt": "a\n[UNK]\n[CLS]\n[SEP]\n",
+    }
+    for name in files:
+        (tmp_path / name).write_text(content[name])
+    error = refused(tmp_path)
+    assert "nor the class of its vocabulary" in error.message and f'"tokenizer_class": "{kind}"' in error.hint
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{kind}", "eos_token": "{eos}"}}')
+    assert 0 in load_tokenizer(str(tmp_path)).encode("a")
+
+
+def test_a_package_that_a_tokenizer_needs_is_what_to_install(tmp_path):
+    if find_spec("mistral_common"):
+        pytest.skip("mistral-common is installed")
+    (tmp_path / "tekken.json").write_text('{"config": {"pattern": "x"}, "vocab": []}')
+    error = refused(tmp_path)
+    assert "needs mistral-common, which is not installed" in error.message
+    assert "pip install mistral-common" in error.hint
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])

@@ -184,7 +184,8 @@ TAMPERING: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "no length": lambda sent: [sent[0], bytes(4), *sent[1:]],
     "another length": lambda sent: [sent[0], b"\xff\xff\xff\xff", *sent[1:]],
     "joined": lambda sent: [sent[0], b"\0\0\0\x14" + sent[1][4:14] + sent[2][4:]],
-    "cut inside": lambda sent: [sent[0], sent[1][:-1], *sent[2:]],
+    # Not of the code at its end: each 256th of them ends with what the next record begins with.
+    "cut inside": lambda sent: [sent[0], sent[1][:5] + sent[1][6:], *sent[2:]],
 }
 
 

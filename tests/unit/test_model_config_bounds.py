@@ -57,7 +57,27 @@ def test_no_model_is_so_large(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "values",
     [
+        *(
+            {name: -1}
+            for name in ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "hidden_size")
+        ),
+        {"text_config": {"num_key_value_heads": -2}},
+        {"rms_norm_eps": float("nan")},
+        {"rope_parameters": {"factor": float("nan")}},
+    ],
+    ids=str,
+)
+def test_no_model_has_less_than_none(values: dict[str, Any]) -> None:
+    with pytest.raises(DstrainError, match=r"no model has less than none|is NaN") as refused:
+        refuse_sizes(config(**values), where="config.json")
+    assert refused.value.hint and refused.value.where == "config.json"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
         config(max_position_embeddings=10_485_760, rope_theta=10**9, bos_token_id=-1),
+        config(pad_token_id=-1, vision_feature_layer=-2, sliding_window=-1),
         config(num_hidden_layers=61, n_routed_experts=384, num_experts_per_tok=8),
         config(use_cache=True, sliding_window=2**31 - 1, time_step_limit=[0.0, float("inf")]),
     ],

@@ -49,3 +49,20 @@ def test_tables_of_verify(tmp_path: Path) -> None:
         "verify-2",
         "verify-3",
     ]
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(
+        DstrainError, match=r"runs can't be created: the current folder has been removed"
+    ) as caught:
+        new_run_folder(load_config(), resume=False)
+    assert caught.value.hint
+
+
+def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
+    with pytest.raises(DstrainError, match=r"n+\.\.\. can't be created: File name too long"):
+        new_run_folder(load_config(flags={"runs_dir": str(tmp_path / ("n" * 500))}), resume=False)

@@ -137,12 +137,21 @@ def recognise(record: Mapping[str, Any]) -> str:
         if isinstance(value, str) and field not in _FIELDS_OF_FORMATS:
             return TEXT
     strings = [key for key, value in record.items() if isinstance(value, str)]
-    more = f"; or name the field that holds the text: --set data_fields.text={strings[0]}" if strings else ""
+    records = [key for key, value in record.items() if _is_list_of_objects(value) and key.isidentifier()]
+    more = ""
+    if records:
+        more = f"; if the records are the elements of {records[0]!r}: jq -c '.{records[0]}[]' FILE > NEW"
+    elif strings:
+        more = f"; or name the field that holds the text: --set data_fields.text={strings[0]}"
     raise DstrainError(
         "this line has no field 'text', 'messages', 'conversations', 'instruction', 'prompt' or 'input_ids'; its"
         f" fields are {fields}",
         hint=f"each line is one object: {_TRY[TEXT]}, or {_TRY[MESSAGES]}{more}",
     )
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value[:100])
 
 
 def _is_sharegpt(record: Mapping[str, Any]) -> bool:

@@ -124,7 +124,7 @@ def errors_of(file: SourceFile) -> Iterator[None]:
 def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
     """The parts of a text file, read block by block."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    read, lines = 0, 1
+    read, lines, beyond_ascii = 0, 1, False
     with open(file.path, "rb") as stream:
         block = stream.read(min(limit + 1, _BLOCK))
         refuse_other_kinds(block, file.path)
@@ -147,7 +147,8 @@ def _read_text(file: SourceFile, limit: int) -> Iterator[DocumentPart]:
                     block.removeprefix(_BYTE_ORDER_MARK) if read == 0 else block, final=not following
                 )
             except UnicodeDecodeError as error:
-                raise not_utf8(error, file.path, lines) from None
+                raise not_utf8(error, file.path, lines, more_is_utf8=beyond_ascii) from None
+            beyond_ascii = beyond_ascii or not text.isascii()
             read += len(block)
             lines += block.count(b"\n")
             yield DocumentPart(text, read, last=not following)
@@ -259,7 +260,7 @@ def _texts_of_records(
 def _json_records(file: SourceFile, limit: int, skip: int) -> Iterator[JsonRecord]:
     with open(file.path, "rb") as raw:
         lines = open_lines(raw, file.path)
-        plain_bytes, begun = 0, False
+        plain_bytes, begun, beyond_ascii = 0, False, False
         for number, line in enumerate(iter(lambda: lines.readline(limit + 1), b""), start=1):
             where = f"{file.path}:{number}"
             plain_bytes += len(line)
@@ -284,18 +285,27 @@ def _json_records(file: SourceFile, limit: int, skip: int) -> Iterator[JsonRecor
             elif line.strip():
                 # In a packed file it is the packed bytes that add up to the file's size.
                 bytes_read = plain_bytes if lines is raw else raw.tell()
-                text = _decode(line, file.path, first_line=number)
+                text = _decode(line, file.path, number, beyond_ascii)
+                beyond_ascii = beyond_ascii or not text.isascii()
                 try:
                     value = _parsed(text)
                 except json.JSONDecodeError as error:
                     message = f"this line is not JSON: {error.msg} at column {error.colno}"
-                    wrong = DstrainError(message, hint=_LINE, where=where)
+                    wrong = DstrainError(message, hint=_way_to_lines(text, error), where=where)
                     yield JsonRecord({}, where, bytes_read, error=wrong)
                 except RecursionError:
-                    wrong = DstrainError("this line's JSON is nested too deeply to be read", where=where)
+                    message = "this line's JSON is nested too deeply to be read"
+                    wrong = DstrainError(message, hint=_LINE, where=where)
                     yield JsonRecord({}, where, bytes_read, error=wrong)
                 else:
                     yield _record(value, "line", where, bytes_read)
+
+
+def _way_to_lines(line: str, error: json.JSONDecodeError) -> str:
+    """The hint for a line that is not JSON: an object that goes on, or is followed by another, is JSON all the same."""
+    goes_on = error.pos >= len(line.rstrip()) and line.rstrip().endswith(("{", "[", ","))
+    followed = error.msg == "Extra data" and line[error.pos] == "{"
+    return f"{_LINE}; jq -c . FILE > NEW writes it so" if goes_on or followed else _LINE
 
 
 def _record(value: Any, what: str, where: str, bytes_read: int) -> JsonRecord:
@@ -324,8 +334,8 @@ def whole_number(digits: str) -> int | float:
         return float(digits)
 
 
-def _decode(content: bytes, path: str, *, first_line: int) -> str:
+def _decode(content: bytes, path: str, first_line: int, more_is_utf8: bool) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(error, path, first_line) from None
+        raise not_utf8(error, path, first_line, more_is_utf8=more_is_utf8) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dstrain.errors import DstrainError
+from dstrain.text_encoding import way_to_utf8
 
 _COMPRESSED = "; of compressed files only .jsonl.gz and .jsonl.zst are read"
 _OTHER_KINDS = (
@@ -76,11 +77,18 @@ def _unmarked_encoding(content: bytes) -> str | None:
     return _ZEROS.get(zeros) if few else None
 
 
-def not_utf8(error: UnicodeDecodeError, path: str, first_line: int) -> DstrainError:
-    """The error for a byte that is none of UTF-8; ``first_line``: the number of the line that the bytes begin on."""
+def not_utf8(
+    error: UnicodeDecodeError, path: str, first_line: int, *, more_is_utf8: bool = False
+) -> DstrainError:
+    """The error for a byte that is none of UTF-8.
+
+    Args:
+        first_line: the number of the line that the bytes begin on.
+        more_is_utf8: as of `way_to_utf8`.
+    """
     line = first_line + error.object.count(b"\n", 0, error.start)
     return DstrainError(
         f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})",
-        hint="save it as UTF-8, for example: iconv -f ISO-8859-1 -t UTF-8",
+        hint=way_to_utf8(error.object, error.start, more_is_utf8=more_is_utf8),
         where=f"{path}:{line}",
     )

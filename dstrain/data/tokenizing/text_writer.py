@@ -107,6 +107,7 @@ def _write_texts(
             f"no text in this source: {documents.empty:,} documents, all of them empty"
             if documents.empty
             else "no text in this source: it holds no document",
+            hint="name one with text",
             where=source.place,
         )
     list_skipped(folder, documents.places)

@@ -58,6 +58,8 @@ def tokenizer_folder(name: str) -> Path:
     """
     refuse_address(name, "tokenizer", hub=True)
     folder = Path(name).expanduser()
+    if folder.is_file() and folder.name in VOCABULARY_FILES:
+        raise DstrainError("this is a file", hint=f"name its folder: {folder.parent}", where=str(folder))
     if not name.strip() or not folder.is_dir():
         raise DstrainError(
             f"there is no tokenizer folder {name!r}",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -416,13 +418,30 @@ def load_pretrained(folder: Path, alone: str = "") -> Any:
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines and not isinstance(error, KeyError) else repr(error)
         what = f"; its vocabulary is a {alone} model, which may be cut off" if alone else ""
+        hint = "download or copy it again; `tokenizer.save_pretrained(folder)` writes a complete one"
+        if (package := re.search(r"requires the ([\w.-]+) library", reason)) is not None:
+            reason = f"it needs {package[1]}, which is not installed"
+            hint = f"pip install {package[1]}; or name a folder with a tokenizer.json"
+        elif not alone and (kind := _without_class(folder)):
+            reason = "neither a tokenizer.json nor the class of its vocabulary is there"
+            hint = f'say the class in its tokenizer_config.json: {{"tokenizer_class": "{kind}"}}'
         raise DstrainError(
-            f"transformers can't load this tokenizer: {reason}{what}",
-            hint="download or copy it again; `tokenizer.save_pretrained(folder)` writes a complete one",
-            where=str(folder),
+            f"transformers can't load this tokenizer: {reason}{what}", hint=hint, where=str(folder)
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _without_class(folder: Path) -> str | None:
+    """For a folder with a vocabulary in files of its own and no word about its class: the class that has such files."""
+    if (folder / "tokenizer.json").exists() or (folder / "config.json").exists():
+        return None
+    with suppress(OSError, ValueError):
+        if "tokenizer_class" in json.loads((folder / "tokenizer_config.json").read_bytes()):
+            return None
+    if (folder / "vocab.txt").exists():
+        return "BertTokenizer"
+    return "GPT2Tokenizer" if (folder / "merges.txt").exists() else None
 
 
 def _whole_places(offsets: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:

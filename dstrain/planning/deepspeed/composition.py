@@ -229,8 +229,12 @@ def _is_decided(
         reason = (
             f"{dotted} = {json.dumps(value)} contradicts {json.dumps(decided)}, which follows from {choice}"
         )
+    derived = KEYS[path].derived if path in KEYS else None
+    wanted = json.dumps(value) if derived is not None and derived.name == owner else "..."
     raise DstrainError(
-        reason, where=origin, hint=f"remove {dotted} and set {owner} instead (--set {owner}=..., or in YAML)"
+        reason,
+        where=origin,
+        hint=f"remove {dotted} and set {owner} instead (--set {owner}={wanted}, or in YAML)",
     )
 
 

@@ -101,8 +101,8 @@ class Key:
 
 
 def owner_of(path: KeyPath) -> str | None:
-    """The run-config key that decides this key of DeepSpeed's, if one does."""
-    for depth in range(1, len(path) + 1):
+    """The run-config key that decides this key of DeepSpeed's, if one does: its own, or that of the nearest block."""
+    for depth in range(len(path), 0, -1):
         key = KEYS.get(path[:depth])
         if key is not None and key.owner is not None:
             return key.owner
@@ -233,7 +233,7 @@ _TABLE: dict[str, Key] = {
     ),
     "optimizer": Key(owner="optimizer"),
     "optimizer.type": Key(why="set by optimizer"),
-    **{f"optimizer.params.{key}": Key(derived=_chosen(key)) for key in ("lr", *option_keys())},
+    **{f"optimizer.params.{key}": Key(owner=key, derived=_chosen(key)) for key in ("lr", *option_keys())},
     "optimizer.params.adam_w_mode": Key(
         why=('DeepSpeed treats even "Adam" as AdamW, so this is set explicitly')
     ),
@@ -244,6 +244,10 @@ _TABLE: dict[str, Key] = {
         derived=_on_cuda("fused"), why="torch's kernel for all of AdamW takes no memory beside the states"
     ),
     "scheduler": Key(owner="lr_schedule"),
+    "scheduler.params.warmup_max_lr": Key(owner="lr"),
+    "scheduler.params.warmup_num_steps": Key(owner="warmup_steps"),
+    "scheduler.params.total_num_steps": Key(owner="steps"),
+    "scheduler.params.cos_min_ratio": Key(owner="lr_final"),
     "zero_allow_untested_optimizer": Key(
         why="without it ZeRO refuses optimizers that are not on DeepSpeed's list, like SGD"
     ),

@@ -64,7 +64,7 @@ YAML = {
     "UTF-16": config("steps: 3\n".encode("utf-16"), 1, "UTF-16, not UTF-8", "iconv -f UTF-16"),
     "UTF-16, the other way round": config(b"\xfe\xff\0s\0t", 1, "UTF-16, not UTF-8", "iconv"),
     "UTF-32": config("steps: 3\n".encode("utf-32"), 1, "UTF-32, not UTF-8", "iconv -f UTF-32"),
-    "Latin-1": config("steps: 3\nprompt: caf\xe9\n".encode("latin-1"), 2, "byte 0xe9", "iconv -f ISO-8859-1"),
+    "Latin-1": config("steps: 3\nprompt: caf\xe9\n".encode("latin-1"), 2, "byte 0xe9", "iconv -f WINDOWS-1252"),
     "a NUL": config(b"steps: 3\nprompt: a\x00b\n", 2, "binary", "the right file"),
     "a program": config(b"\x7fELF\x02\x01\x01\0\0", 1, "binary", "the right file"),
     "half a character": config("prompt: é".encode()[:-1], 1, "not UTF-8", "save it as UTF-8"),
@@ -164,9 +164,23 @@ JSON = {
     "ds-config: UTF-16": _json("{}".encode("utf-16"), "d.json", "UTF-16", "iconv"),
     "ds-config: binary": _json(b"\x89PNG\r\n\0", "d.json", "not UTF-8", "UTF-8"),
     "ds-config: brackets in brackets": _json('{"a": ' + "[" * 100_000, "d.json", "nested too deeply", "JSON"),
-    "ds-config: a number of 5,000 digits": _json('{"a": ' + "9" * 5000 + "}", "d.json", "digits", "number"),
+    "ds-config: a number of 5,000 digits": _json(
+        '{"a": ' + "9" * 5000 + "}", "d.json", "a number with 5,000 digits", "a number"
+    ),
     "ds-config: a contradiction": _json(
-        {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero="
+        {"zero_optimization": {"stage": 2}}, "d.json", "zero_optimization.stage = 2 contradicts 1", "--set zero=2"
+    ),
+    "ds-config: an optimizer's learning rate": _json(
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}', "d.json:1", "which follows from lr = ",
+        "set lr instead (--set lr=3e-05"
+    ),
+    "ds-config: an optimizer's betas": _json(
+        '{"optimizer": {"params": {"betas": [0.9, 0.98]}}}', "d.json:1", "which follows from betas = ",
+        "--set betas=[0.9, 0.98]"
+    ),
+    "ds-config: a scheduler's warm-up": _json(
+        '{"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 10}}}', "d.json:1",
+        "warmup_steps = ", "--set warmup_steps="
     ),
     "ds-config: a block replaced": _json(
         {"zero_optimization": None}, "d.json", "zero_optimization must be a block of keys, not null",

@@ -24,7 +24,18 @@ MODELS = {
     ),
     "model: no name": run("--model", "", place="--model", reason="no model given", hint="quickstart"),
     "model: a file": run(
-        "--model", "m", files={"m": "x"}, place="--model", reason="m is a file", hint="name its folder"
+        "--model", "m", files={"m": "x"}, place="--model", reason="m is a file", hint="name a folder with"
+    ),
+    "model: a file in its folder": run(
+        "--model", "model/config.json", place="--model", reason="config.json is a file", hint="name its folder: model"
+    ),
+    "model: a file for llama.cpp": run(
+        "--model", "m.gguf", files={"m.gguf": "GGUF"}, place="--model", reason="a file: weights for llama.cpp",
+        hint="gguf_file='m.gguf'"
+    ),
+    "model: a file of weights alone": run(
+        "--model", "m.safetensors", files={"m.safetensors": "x"}, place="--model", reason="m.safetensors is a file",
+        hint="name a folder with a Hugging Face config.json"
     ),
     "model: a built-in shape mistyped": run(
         "--model", "quickstrat", place="--model", reason="'quickstrat'", hint="did you mean quickstart?"
@@ -58,6 +69,16 @@ MODELS = {
     "config.json: sizes that do not fit together": _model(
         LLAMA | {"num_attention_heads": 5}, "m/config.json", "not a multiple", "of a llama model", looked=True
     ),
+    "config.json: no number": _model(
+        LLAMA | {"rms_norm_eps": float("nan")}, "m/config.json", "rms_norm_eps is NaN", "check the model's config.json"
+    ),
+    "config.json: fewer layers than none": _model(
+        LLAMA | {"num_hidden_layers": -1}, "m/config.json", "num_hidden_layers is -1", "check the model's config.json"
+    ),
+    "config.json: a rotary embedding that there is not": _model(
+        LLAMA | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "spiral"}}, "the llama model",
+        "rope_parameters.rope_type is 'spiral'", "of a llama model", looked=True
+    ),
     "config.json: a size in words": _model(
         LLAMA | {"hidden_size": "large"}, "m/config.json", "'hidden_size' expected int", "of a llama model",
         looked=True
@@ -79,6 +100,10 @@ MODELS = {
     ),
     "tokenizer: a folder without one": run(
         "--tokenizer", "t", files={"t": None}, place="t", reason="there is no tokenizer", hint="tokenizer.json"
+    ),
+    "tokenizer: a file in its folder": run(
+        "--tokenizer", "t/tokenizer.json", files={"t/tokenizer.json": "{}"}, place="t/tokenizer.json",
+        reason="this is a file", hint="name its folder: t"
     ),
     "tokenizer: broken": run(
         "--tokenizer", "t", files={"t/tokenizer.json": "{"}, looked=READ,
@@ -299,6 +324,21 @@ NAMES = {
     ),
     "generate: nothing there": bare(
         "generate", "none", "Hello", place="FOLDER", reason="not a model folder", hint="dstrain export"
+    ),
+    "generate: an address": bare(
+        "generate", "https://huggingface.co/org/name", "x", place="FOLDER",
+        reason="https://huggingface.co/org/name is an address", hint="hf download org/name"
+    ),
+    "resume: an address": bare(
+        "resume", "s3://bucket/run", place="RUN", reason="s3://bucket/run is an address", hint="aws s3 cp"
+    ),
+    "validation: an address": run(
+        "--set", "validation=[https://a.org/v.jsonl]", place="--set validation",
+        reason="https://a.org/v.jsonl is an address", hint="curl -LO https://a.org/v.jsonl"
+    ),
+    "validation: options of a file": run(
+        "--set", "validation=[{path: text.jsonl, options: {a: 1}}]", place="--set validation",
+        reason="are for a dataset of your own", hint="remove them"
     ),
     "generate: no prompt": bare(
         "generate", "model", place="PROMPT", reason="Missing argument", hint="generate --help"
