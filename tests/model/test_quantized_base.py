@@ -101,8 +101,11 @@ def test_the_shape_tells_what_is_held(family: str, bits: str) -> None:
         }
         assert layer["quantized"] == held
         assert bool(held) == (layer["kind"] == "block")
-        for key in ("parameters", "tensors", "forward_flops_per_token", "saved_bytes_per_token"):
+        for key in ("parameters", "tensors", "forward_flops_per_token"):
             assert layer[key] == before[key], (layer["name"], key)
+        # In 8 bits all that is alive behind the forward pass is counted, not what autograd's hooks are told of.
+        bound = 0 if bits == "4bit" else 0.1
+        assert layer["saved_bytes_per_token"] == pytest.approx(before["saved_bytes_per_token"], rel=bound)
     assert found["total_parameters"] == plain["total_parameters"]
     assert (plain["bits"], found["bits"]) == (None, bits)
 

@@ -144,7 +144,7 @@ def outer_activations(structure: ModelStructure) -> tuple[Activations, Activatio
 def length_apart(module: nn.Module) -> int:
     """A length to measure at, as `LENGTH` and a multiple of it: no weight is as wide as it, or as twice it, since
     gradients of weights are told from other tensors by their shapes."""
-    widths = {width for parameter in module.parameters() for width in parameter.shape}
+    widths = {width for shape in unpacked_shapes(module) for width in shape}
     return next(n for n in range(LENGTH, 64 * LENGTH, 2 * LENGTH) if not widths & {n, 2 * n})
 
 
