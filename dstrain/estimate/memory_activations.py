@@ -14,6 +14,7 @@ from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
+from dstrain.planning.schedules.messages import FEWEST_UNDER_WAY
 
 LOSS_PIECE = 1 << 24
 """Logits that the loss function has in fp32 at a time, as a number of elements: ``PIECE`` in dstrain.model.loss."""
@@ -202,16 +203,17 @@ def stage_activations(
             and stage == layout.pipeline - 1
             and chunk.start < layout.chunks(stage)[-1].start
         )
-        if chunk.stop < len(shape.layers) and not turns:
+        if layout.schedule == "dualpipev" and chunk.stop < len(shape.layers) and not turns:
             output = hidden  # waits for its gradient
         kept += flying * (of_one + output)
         waiting += (flying - 1) * (of_one + output)
         outputs = max(outputs, output)
         passes.append(passed_layers(shape, chunk, config.freeze, of_layers, working_of))
+    passing = _passing(layout, batch, stage) * hidden
     held = any(chunk.stop == len(shape.layers) for chunk in layout.chunks(stage))
     return StageActivations(
-        kept=kept,
-        waiting=waiting,
+        kept=kept + passing,
+        waiting=waiting + passing,
         outputs=outputs,
         passes=tuple(passes),
         working=working,
@@ -219,7 +221,10 @@ def stage_activations(
         head=head,
         summed=summed,
         pipeline=_pipeline_buffers(layout, stage) * hidden,
-        received=(flights[0] + 1) * hidden * (0 < stage < layout.pipeline - 1),
+        received=(flights[0] + 1)
+        * hidden
+        * (0 < stage < layout.pipeline - 1)
+        * (layout.schedule == "dualpipev"),
         masks=masks_held(
             config, (shape.layers[i] for chunk in layout.chunks(stage) for i in chunk), micro_batch
         ),
@@ -237,13 +242,30 @@ def frozen_layers(shape: ModelShape, patterns: Sequence[str]) -> int:
     return len(shape.layers)
 
 
-def _pipeline_buffers(layout: Layout, stage: int) -> int:
-    """How many hidden states a stage holds all the time: one to receive into, and on the last stage the last inputs.
+RECEIVED_AHEAD = 2
+"""Receives that a rank has posted beyond the one it waits for: ``AHEAD`` in dstrain.engine.pipeline_messages."""
 
-    Source: PipelineEngine._exec_recv_activations, and dualpipev.py for the two directions of that schedule.
+
+def _passing(layout: Layout, batch: Batch, stage: int) -> int:
+    """How many hidden states, and gradients of them, are on their way to and from a stage in the midst of a step.
+
+    What it has received for a forward pass is part of what its layers keep.
     """
-    if layout.pipeline == 1:
+    if layout.pipeline == 1 or layout.schedule == "dualpipev":
         return 0
-    if layout.schedule == "dualpipev":
-        return 3
-    return 3 if stage == layout.pipeline - 1 else 1
+    m, flying = batch.accumulation, min(layout.pipeline - stage, batch.accumulation)
+    found = 0
+    if stage > 0:
+        found += min(RECEIVED_AHEAD, m - flying)
+        found += m - flying > 1  # a gradient that goes back
+    if stage < layout.pipeline - 1:
+        found += min(FEWEST_UNDER_WAY, flying) + min(RECEIVED_AHEAD, m)
+    return found
+
+
+def _pipeline_buffers(layout: Layout, stage: int) -> int:
+    """How many hidden states a stage holds all the time.
+
+    Source: dualpipev.py, for the two directions of that schedule. The others hold none between steps.
+    """
+    return 3 if layout.pipeline > 1 and layout.schedule == "dualpipev" else 0

@@ -337,9 +337,11 @@ def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str
         else:
             found.append("communication between replicas does not overlap with computation")
     if layout.pipeline > 1:
-        found.append("a stage does not compute while it sends to or receives from adjacent stages")
         if layout.schedule == "dualpipev":
+            found.append("a stage does not compute while it sends to or receives from adjacent stages")
             found.append("with dualpipev, a simultaneous send and receive takes the time of one")
+        else:
+            found.append("messages between stages are counted as if no computing hid them")
     if len(layout.hosts) > 1:
         found.append(
             f"each device has {device.between.bandwidth / 1e9:,.3g} GB/s of network bandwidth between hosts to itself"

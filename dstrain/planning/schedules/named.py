@@ -16,6 +16,7 @@ from dstrain.planning.schedules.table import (
     Action,
     Table,
     TableError,
+    held_by,
     in_a_circle,
     in_a_row,
     in_a_v,
@@ -61,6 +62,19 @@ def zero_bubble_h1(ranks: int, micro_batches: int) -> Table:
             actions += itertools.islice(forward, 1)
         rows.append((*actions, *weights))
     return Table(tuple(rows), in_a_row(ranks), micro_batches)
+
+
+def forward_only(placement: Sequence[int], micro_batches: int) -> Table:
+    """An evaluation: each micro-batch through all chunks of a rank as it comes. It has no backward passes to check."""
+    rows = [
+        tuple(
+            Action(FORWARD, chunk, number)
+            for number in range(micro_batches)
+            for chunk in held_by(placement, rank)
+        )
+        for rank in range(max(placement) + 1)
+    ]
+    return Table(tuple(rows), tuple(placement), micro_batches)
 
 
 def interleaved(ranks: int, micro_batches: int, chunks: int = 2) -> Table:
