@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,9 +23,19 @@ from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import MicroBatch
 from dstrain.engine.pipeline_messages import Key, Mailbox
 from dstrain.engine.pipeline_module import recompute
+from dstrain.engine.weight_gradients import PutOffGradients, install, putting_off
 from dstrain.engine.zero3 import check_orders_among, partition_of_gradient
-from dstrain.planning.schedules.named import forward_only, one_forward_one_backward
-from dstrain.planning.schedules.table import BACKWARD, FORWARD, Action, Table, in_a_row
+from dstrain.model.layers import BlockLayer
+from dstrain.planning.schedules.named import forward_only, one_forward_one_backward, zero_bubble_h1
+from dstrain.planning.schedules.table import (
+    BACKWARD,
+    FORWARD,
+    INPUTS,
+    WEIGHTS,
+    Action,
+    Table,
+    in_a_row,
+)
 
 
 @contextmanager
@@ -68,9 +77,11 @@ class _StagedMends(PatchedEngine):
         self.enable_backward_allreduce = self._partitions_gradients
         self._backward_passes = 0
 
-    # How many backward passes a rank runs for one micro-batch, and the fewest micro-batches of a batch.
-    passes_per_micro_batch = 1
-    fewest_micro_batches = 1
+    fewest_micro_batches = 1  # of a batch
+
+    def _backward_passes_of_a_step(self) -> int:
+        """Of this rank; those that are run in two parts count twice."""
+        raise NotImplementedError
 
     def train_batch(self, data_iter: Any = None) -> torch.Tensor:
         self._backward_passes = 0
@@ -116,8 +127,7 @@ class _StagedMends(PatchedEngine):
 
     def _exec_backward_pass(self, buffer_id: int, **kwargs: Any) -> None:
         self._backward_passes += 1
-        last = self.micro_batches * self.passes_per_micro_batch
-        self._force_grad_boundary = self._backward_passes == last
+        self._force_grad_boundary = self._backward_passes == self._backward_passes_of_a_step()
         if self.zero_optimization_partition_weights():
             # The first backward pass of a step overwrites gradients, the later ones add. Upstream counts
             # at each forward pass, of which there may be none between two backward passes.
@@ -189,6 +199,14 @@ _MENDED = {
 }
 
 
+class InputGradients(schedule.BackwardPass):  # type: ignore[misc]
+    """The first part of a backward pass."""
+
+
+class WeightGradients(schedule.BackwardPass):  # type: ignore[misc]
+    """The second one."""
+
+
 class _TableSchedule(schedule.PipeSchedule):  # type: ignore[misc]
     """A rank's part of a table in DeepSpeed's instructions, and the optimizer's step behind it in training."""
 
@@ -201,7 +219,12 @@ class _TableSchedule(schedule.PipeSchedule):  # type: ignore[misc]
         return 0  # DeepSpeed's own are not used
 
     def steps(self) -> Iterator[list[Any]]:
-        passes = {FORWARD: schedule.ForwardPass, BACKWARD: schedule.BackwardPass}
+        passes = {
+            FORWARD: schedule.ForwardPass,
+            BACKWARD: schedule.BackwardPass,
+            INPUTS: InputGradients,
+            WEIGHTS: WeightGradients,
+        }
         for kind, chunk, micro_batch in self.table.ranks[self.stage_id]:
             yield [passes[kind](micro_batch, chunk=chunk)]
         if self.trains:
@@ -232,9 +255,11 @@ class _Pass:
         received: from the chunk before; the backward pass leaves their gradients there.
         sent: where the gradients of what was handed on come in. The tensors themselves may be gone.
         loss: of the last chunk.
+        weights: where a backward pass in two parts leaves the gradients of the weights; None: it is run at once.
     """
 
     received: list[torch.Tensor]
+    weights: PutOffGradients | None
     sent: list[GradientEdge] = field(default_factory=list)
     loss: torch.Tensor | None = None
 
@@ -254,8 +279,15 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
       or partitioned.)
     """
 
+    make_table: Callable[[int, int], Table] = staticmethod(one_forward_one_backward)
+    """The table for so many ranks and micro-batches."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._tables: dict[int, Table] = {}
+        # Not the head's: what its weight's gradient is made of is as wide as the vocabulary, and would wait as well.
+        blocks = (layer for layer in self.module.children() if isinstance(layer, BlockLayer))
+        self._of_blocks = frozenset(parameter for block in blocks for parameter in block.parameters())
         self._in_flight: dict[tuple[int, int], _Pass] = {}
         self._mailbox = Mailbox(
             self.stage_id, self.grid.stage_to_global, self.device, *self._groups_of_directions()
@@ -280,7 +312,15 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
         return self._mailbox.table
 
     def _train_schedule(self) -> _TableSchedule:
-        return _TableSchedule(_one_f_one_b(self.num_stages, self.micro_batches), self.stage_id, trains=True)
+        count = self.micro_batches
+        if count not in self._tables:
+            table = self._tables[count] = self.make_table(self.num_stages, count)
+            if table.splits_backward:
+                install()
+        return _TableSchedule(self._tables[count], self.stage_id, trains=True)
+
+    def _backward_passes_of_a_step(self) -> int:
+        return sum(action.kind != FORWARD for action in self.table.ranks[self.stage_id])
 
     def _inference_schedule(self, micro_batches: int) -> _TableSchedule:
         table = forward_only(in_a_row(self.num_stages), micro_batches)
@@ -304,9 +344,12 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
         if received:
             hidden, *sums = _arrive(*received)
             inputs = (hidden, micro_batch.position_ids, *sums)
+        splits = torch.is_grad_enabled() and self.table.splits_backward
+        weights = PutOffGradients(self._of_blocks) if splits else None
+        step = self._in_flight[chunk, buffer_id] = _Pass(received, weights)
         self.tput_timer.start()
-        outputs = super(pipe_engine.PipelineEngine, self).forward(inputs)
-        step = self._in_flight[chunk, buffer_id] = _Pass(received)
+        with putting_off(step.weights):
+            outputs = super(pipe_engine.PipelineEngine, self).forward(inputs)
         if self._starts_at_loss(chunk):
             self._keep_result(outputs, step)
         else:
@@ -334,47 +377,83 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
                 outputs.detach() if self.total_loss is None else self.total_loss + outputs.detach()
             )
 
-    def _run_backward(self, buffer_id: int, chunk: int) -> None:  # type: ignore[override]
-        action = Action(BACKWARD, chunk, buffer_id)
-        step = self._in_flight.pop((chunk, buffer_id))
-        if step.loss is not None:
-            super(pipe_engine.PipelineEngine, self).backward(step.loss)
-        elif step.sent:
-            after = self.table.waits_for(action)
-            assert after is not None
-            gradients = self._mailbox.take(after)
-            self._running_engine_backward = True  # as engine.backward() says it to DeepSpeed's hooks
-            try:
-                torch.autograd.backward(step.sent, gradients)
-            finally:
-                self._running_engine_backward = False
-        if self.table.message_of(action) is not None:
-            self._mailbox.send(
-                action, [_gradient(tensor) for tensor in step.received if tensor.requires_grad]
-            )
+    def _exec_input_gradients(self, buffer_id: int, chunk: int) -> None:
+        self._exec_backward_pass(buffer_id, chunk=chunk)
 
-    def _starts_at_loss(self, chunk: int) -> bool:  # type: ignore[override]
-        return chunk == len(self.table.placement) - 1
+    def _exec_weight_gradients(self, buffer_id: int, chunk: int) -> None:
+        self._exec_backward_pass(buffer_id, chunk=chunk, weights=True)
+
+    def _run_backward(self, buffer_id: int, chunk: int, weights: bool = False) -> None:  # type: ignore[override]
+        step = self._in_flight[chunk, buffer_id]
+        if weights:
+            assert step.weights is not None
+            with self._in_backward():
+                step.weights.compute()
+        else:
+            self._run_backward_from_outputs(Action(BACKWARD, chunk, buffer_id), step)
+        if weights or step.weights is None:
+            del self._in_flight[chunk, buffer_id]
+
+    def _run_backward_from_outputs(self, action: Action, step: _Pass) -> None:
+        """All of a backward pass, or the gradients of the inputs with those that are not put off."""
+        if step.weights is not None:
+            action = action._replace(kind=INPUTS)
+        sends = self.table.message_of(action) is not None
+        trained = [tensor for tensor in step.received if tensor.requires_grad]
+        if sends and len(trained) == 1:  # as soon as it is there, before other gradients are reduced
+            trained[0].register_post_accumulate_grad_hook(
+                lambda tensor: self._send_gradients(action, trained)
+            )
+        with putting_off(step.weights):  # for what is computed again
+            if step.loss is not None:
+                super(pipe_engine.PipelineEngine, self).backward(step.loss)
+            elif step.sent:
+                after = self.table.waits_for(action)
+                assert after is not None
+                gradients = self._mailbox.take(after)
+                with self._in_backward():
+                    torch.autograd.backward(step.sent, gradients)
+        if sends and (len(trained) != 1 or trained[0].grad is None):
+            self._send_gradients(action, trained)
+        step.loss, step.sent, step.received = None, [], []
+
+    def _send_gradients(self, action: Action, received: list[torch.Tensor]) -> None:
+        """Of what a backward pass has received, zeros where nothing has come of it."""
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in received]
+        self._mailbox.send(action, gradients)
+
+    @contextmanager
+    def _in_backward(self) -> Iterator[None]:
+        """As engine.backward() says it to DeepSpeed's hooks."""
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+
+    def _starts_at_loss(self, chunk: int, weights: bool = False) -> bool:  # type: ignore[override]
+        return chunk == len(self.table.placement) - 1 and not weights
 
     _INSTRUCTION_MAP: ClassVar = {
         **pipe_engine.PipelineEngine._INSTRUCTION_MAP,
         **_MENDED,
+        InputGradients: _exec_input_gradients,
+        WeightGradients: _exec_weight_gradients,
     }
 
 
-_one_f_one_b = cache(one_forward_one_backward)
+class ZeroBubbleEngine(StagedEngine):
+    """With the schedule ZB-H1: the gradients of the weights are put off."""
 
-
-def _gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a received tensor, zeros where nothing has come of it."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    make_table = staticmethod(zero_bubble_h1)
 
 
 class DualPipeVStagedEngine(_StagedMends, dualpipev.DualPipeVEngine):  # type: ignore[misc]
     """``DualPipeVEngine`` with the same changes for ZeRO and tied weights: each rank holds two stages and runs both
     backwards."""
 
-    passes_per_micro_batch = 2
+    def _backward_passes_of_a_step(self) -> int:
+        return 2 * self.micro_batches
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._receive_buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}

@@ -137,20 +137,22 @@ class Mailbox:
     def send(self, action: Action, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to send what an action has made, which must not be written to any more.
 
-        The oldest send to this rank must have arrived when too many are under way. It has, unless the other rank is far
-        behind, and what was sent can go.
+        Where too many sends to a rank are under way then, the oldest must have arrived. It has, unless the other rank
+        is far behind, and what was sent can go. Receives are posted here too, where nobody waits for this rank.
 
         Args:
             tensors: may lie anyhow in memory. Gradients of nothing are no message.
         """
         message = self.table.message_of(action)
         assert message is not None
-        under_way = self._under_way[message.target]
-        while len(under_way) >= self._most_under_way:
-            _wait(under_way.popleft())
         posted = self._announce(message, tensors) if action.kind == FORWARD else []
         posted += [self.post_send(message, tensor.detach().contiguous()) for tensor in tensors]
+        under_way = self._under_way[message.target]
         under_way.append(posted)
+        while len(under_way) > self._most_under_way:
+            _wait(under_way.popleft())
+        for source in self._expected:
+            self._post_ahead(source)
 
     def take(self, action: Action) -> list[torch.Tensor]:
         """What an action of another rank has sent to this one, in new memory. Waits for it."""
@@ -158,11 +160,9 @@ class Mailbox:
         assert message is not None and message.target == self.rank
         while action not in self._arriving:
             self._post(message.source)
-        self._post_ahead(message.source)
         arrived = self._arriving.pop(action)
         self._posted[message.source] -= 1
         _wait(arrived)
-        self._post_ahead(message.source)
         return [tensor for _, tensor in arrived]
 
     def _post_ahead(self, source: int) -> None:

@@ -44,6 +44,7 @@ _PLACES = (
     ("pipeline_messages.py:_irecv", "activations"),
     ("dstrain/model/loss.py", "loss"),
     ("dstrain/model/", "activations"),
+    ("dstrain/engine/weight_gradients.py", "backward"),
     ("dstrain/engine/", "buffers"),
     ("deepspeed/runtime/zero/linear.py:backward", "backward"),  # the matrix multiplications of ZeRO-3
     ("deepspeed/runtime/zero/linear.py", "activations"),

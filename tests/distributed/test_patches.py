@@ -251,7 +251,7 @@ def _only_outside_backward(self: Any) -> bool:
 )
 def test_without_the_mend_another_model_is_trained(undo: str, case: Case) -> None:
     """So that an upgrade of DeepSpeed shows what has changed."""
-    with pytest.raises(AssertionError, match="is not within|ReplicasDifferError"):
+    with pytest.raises(AssertionError, match=r"is not within|ReplicasDifferError"):
         assert_equal(case, run(case.world_size, Stock.train, case, undo))
 
 

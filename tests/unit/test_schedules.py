@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dstrain.estimate.time import stages_waiting
 from dstrain.planning.schedules.list_scheduler import Rules, list_schedule
 from dstrain.planning.schedules.named import (
     fastest_table,
@@ -62,6 +63,16 @@ def test_bubbles_of_theory(ranks: int, micro_batches: int) -> None:
     assert over_ideal(interleaved(p, m)) == pytest.approx(1 + (p - 1) / m / 2)
     if m >= 2 * p and p <= 4:
         assert over_ideal(zero_bubble_v(p, m)) == pytest.approx(1 + (p - 1) / m / 6)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches", "backward"), [(2, 8, 2.0), (4, 8, 2.0), (4, 16, 3.0)])
+def test_the_plan_counts_the_same_waiting(ranks: int, micro_batches: int, backward: float) -> None:
+    """A backward pass over a forward pass; what is computed again comes with the gradients of the inputs."""
+    ones = (1.0,) * ranks
+    costs = Costs(ones, (backward - 1,) * ranks, ones)
+    for name, make in (("1f1b", one_forward_one_backward), ("zb-h1", zero_bubble_h1)):
+        waited = simulate(make(ranks, micro_batches), costs).total - micro_batches * (1 + backward)
+        assert waited / (1 + backward) == pytest.approx(stages_waiting(ranks, name, backward))
 
 
 @pytest.mark.parametrize("make", [zero_bubble_h1, zero_bubble_v])
