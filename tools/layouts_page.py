@@ -15,7 +15,7 @@ from dstrain.planning.checks import Refusal, refusal_of
 
 @dataclass(frozen=True)
 class Row:
-    """One combination. ``stages`` is "one", "1f1b" or "dualpipev"."""
+    """One combination. ``stages`` is "one", or the schedule of several."""
 
     zero: int
     stages: str
@@ -30,19 +30,19 @@ class Row:
 
     @property
     def schedule(self) -> str:
-        return "dualpipev" if self.stages == "dualpipev" else "1f1b"
+        return "1f1b" if self.stages == "one" else self.stages
 
 
 def rows() -> Iterator[Row]:
     """Every combination, accepted or not."""
     for zero, stages, offload, precision in product(
-        (0, 1, 2, 3), ("one", "1f1b", "dualpipev"), ("none", "cpu", "nvme"), ("fp32", "bf16", "fp16")
+        (0, 1, 2, 3), ("one", "1f1b", "zb-h1", "dualpipev"), ("none", "cpu", "nvme"), ("fp32", "bf16", "fp16")
     ):
         refusal = refusal_of(
             zero=zero,
             pipeline=1 if stages == "one" else 2,
             precision=precision,
-            schedule="dualpipev" if stages == "dualpipev" else "1f1b",
+            schedule="1f1b" if stages == "one" else stages,
             offload=offload,
         )
         yield Row(zero, stages, precision, offload, refusal)
@@ -74,10 +74,10 @@ def markdown() -> str:
             key = (row.refusal.reason, row.refusal.instead)
             verdict = f"refused ({notes.setdefault(key, len(notes) + 1)})"
         verdicts.setdefault((row.zero, row.stages, row.offload), {})[row.precision] = verdict
-    names = {"one": "one", "1f1b": "several, 1f1b", "dualpipev": "several, dualpipev"}
     places = {"none": "on the device", "cpu": "in host memory", "nvme": "on disk"}
     for (zero, stages, offload), by_precision in verdicts.items():
-        cells = [str(zero), names[stages], places[offload], *by_precision.values()]
+        name = stages if stages == "one" else f"several, {stages}"
+        cells = [str(zero), name, places[offload], *by_precision.values()]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Why, and what to use instead", ""]
     lines += [f"{number}. {reason}. Use {instead}." for (reason, instead), number in notes.items()]

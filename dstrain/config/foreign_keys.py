@@ -124,7 +124,7 @@ _PIPELINE_SCHEDULES = {"1f1b": "1f1b", "zbvzerobubble": "dualpipev", "zbv": "dua
 
 
 def _pipeline_schedule(value: Any) -> str:
-    return f"schedule: {_PIPELINE_SCHEDULES.get(str(value).lower(), '1f1b or dualpipev')}"
+    return f"schedule: {_PIPELINE_SCHEDULES.get(str(value).lower(), '1f1b, zb-h1 or dualpipev')}"
 
 
 def _too_long(value: Any) -> str:

@@ -243,8 +243,10 @@ class RunConfig(BaseModel):
         " memory), parameters, uniform, or the number of blocks of each stage: 5,5,5,1",
     )
     precision: Precision = Field("fp32", description="data type of parameters and activations")
-    schedule: Literal["1f1b", "dualpipev"] = Field(
-        "1f1b", description="pipeline schedule; dualpipev: two stages per rank, smaller bubble"
+    schedule: Literal["1f1b", "zb-h1", "dualpipev"] = Field(
+        "1f1b",
+        description="pipeline schedule; zb-h1: a third of the bubble, gradients of weights are computed later;"
+        " dualpipev: two stages per rank, smaller bubble",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",

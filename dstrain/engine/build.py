@@ -19,7 +19,7 @@ from dstrain.engine.client_optimizer import ClientOptimizer, group_parameters, h
 from dstrain.engine.deepspeed_patches import PatchedEngine
 from dstrain.engine.interface import Engine
 from dstrain.engine.loopback_store import init_method
-from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine, ZeroBubbleEngine
 from dstrain.engine.pipeline_module import DualPipeVStagedModule, SingleStageModel, StagedModule
 from dstrain.engine.rank_engines import OneStageEngine, PipelinedEngine
 from dstrain.engine.safe_unpickling import read_safely
@@ -69,6 +69,7 @@ def build_engine(
         assert isinstance(model, PipelineModel), "a model in one piece has one stage"
         module_class, engine_class = {
             "1f1b": (StagedModule, StagedEngine),
+            "zb-h1": (StagedModule, ZeroBubbleEngine),
             "dualpipev": (DualPipeVStagedModule, DualPipeVStagedEngine),
         }[schedule]
         staged = module_class(

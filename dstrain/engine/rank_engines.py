@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,28 +142,29 @@ class PipelinedEngine(_RankEngine):
         self._set_lr(lr)
         # Before DeepSpeed, which would copy them to other memory of the host first, and wait for each.
         here = [m.to(self.engine.device) for m in micro_batches]
-        self.engine.documents = [m.documents for m in here]
+        self.engine.batch = here
         self.engine.train_batch(iter([m.as_pipeline_item() for m in here]))
         return self._result()
 
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> float:
         here = [m.to(self.engine.device) for m in micro_batches]
         items = iter([m.as_pipeline_item() for m in here])
-        self.engine.documents = [m.documents for m in here]
+        self.engine.batch = here
         return float(self.engine.eval_batch(items, num_micro_batches=len(micro_batches)))
 
     def next_token_logits(self, micro_batch: MicroBatch, row: int, position: int) -> torch.Tensor:
         engine = self.engine
         head = engine.module.head
-        engine.documents = []
+        here = [replace(micro_batch, documents=None).to(engine.device)] * engine.fewest_micro_batches
+        engine.batch = here
         with head.asked(position=(row, position)) if head is not None else nullcontext():
             _, logits = engine.eval_batch(
-                iter([micro_batch.as_pipeline_item()] * engine.fewest_micro_batches),
+                iter([m.as_pipeline_item() for m in here]),
                 return_logits=True,
                 compute_loss=False,
                 reduce_output=None,
                 bcast_loss=False,
-                num_micro_batches=engine.fewest_micro_batches,
+                num_micro_batches=len(here),
             )
         source = engine._loss_stage_global_rank()
         vocabulary = torch.zeros(1, dtype=torch.int64, device=engine.device)

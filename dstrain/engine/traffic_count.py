@@ -16,6 +16,8 @@ import torch
 from torch import distributed
 
 from dstrain.control_group import all_reduce_max
+from dstrain.engine.pipeline_messages import Mailbox, PostedTensor
+from dstrain.planning.schedules.table import Message
 
 Sent = Counter[tuple[str, str]]
 """Bytes by (operation, type of the elements); messages are ``send``."""
@@ -73,13 +75,19 @@ class TrafficCount:
 
     def _wrap_messages(self) -> None:
         """``isend`` itself stays: torch compares it by identity in a batch."""
-        send, batch = distributed.send, distributed.batch_isend_irecv
+        send, post, batch = distributed.send, Mailbox.post_send, distributed.batch_isend_irecv
 
         @wraps(send)
         def counted_send(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._counts:
                 self._add("send", tensor, 1.0)
             return send(tensor, *args, **kwargs)
+
+        @wraps(post)
+        def counted_post(mailbox: Mailbox, message: Message, tensor: torch.Tensor) -> PostedTensor:
+            if self._counts:
+                self._add("send", tensor, 1.0)
+            return post(mailbox, message, tensor)
 
         @wraps(batch)
         def counted_batch(p2p_op_list: list[distributed.P2POp]) -> list[distributed.Work]:
@@ -89,6 +97,7 @@ class TrafficCount:
             return batch(p2p_op_list)
 
         distributed.send = counted_send
+        Mailbox.post_send = counted_post  # type: ignore[method-assign,assignment]
         distributed.batch_isend_irecv = counted_batch
 
     def _add(self, name: str, tensor: torch.Tensor, share: float) -> None:

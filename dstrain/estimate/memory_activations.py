@@ -14,6 +14,7 @@ from dstrain.planning.batch import Batch
 from dstrain.planning.buffer_sizes import loss_chunk
 from dstrain.planning.layout import Layout
 from dstrain.planning.model_shape import Layer, ModelShape, frozen_names
+from dstrain.planning.schedules.messages import FEWEST_UNDER_WAY
 
 LOSS_PIECE = 1 << 24
 """Logits that the loss function has in fp32 at a time, as a number of elements: ``PIECE`` in dstrain.model.loss."""
@@ -62,17 +63,36 @@ class StageActivations:
         return self.waiting + left + (self.outputs if left else 0)
 
 
+PUT_OFF = {4: 0.8, 2: 0.66}
+"""What a block keeps while only its weights' gradients wait (inputs of its linear layers, gradients of their outputs),
+over what it keeps for its whole backward pass, by the bytes of an element. Measured on blocks of Llama."""
+_COMING = 0.2
+"""The gradients that come to a block's linear layers in the first part of its backward pass, over the same."""
+
+
+def put_off(pipeline: int, stage: int, accumulation: int) -> int:
+    """For how many micro-batches the gradients of the weights wait on a stage of zb-h1, at the fullest moment."""
+    return min(stage, accumulation - min(pipeline - stage, accumulation))
+
+
 @cache
 def micro_batches_in_flight(pipeline: int, schedule: str, accumulation: int) -> tuple[float, ...]:
     """How many micro-batches each stage keeps activations of, for each of its chunks.
 
-    1f1b: stage i has started pipeline - i of them before it ends the first one. dualpipev: 2 x pipeline + 1 chunks'
+    1f1b: stage i has started pipeline - i of them before it ends the first one. zb-h1: and the
+    gradients of the weights of i more of them wait. dualpipev: 2 x pipeline + 1 chunks'
     worth on every rank, which holds two.
 
     Source: Narayanan et al. 2021, section 2.2; DeepSeek's DualPipe, table of its README.
     """
     if schedule == "dualpipev" and pipeline > 1:
         return tuple(min(pipeline + 0.5, accumulation) for _ in range(pipeline))
+    if schedule == "zb-h1":
+        share = sum(PUT_OFF.values()) / len(PUT_OFF)
+        return tuple(
+            min(pipeline - stage, accumulation) + share * put_off(pipeline, stage, accumulation)
+            for stage in range(pipeline)
+        )
     return tuple(float(min(pipeline - stage, accumulation)) for stage in range(pipeline))
 
 
@@ -206,16 +226,20 @@ def stage_activations(
             and stage == layout.pipeline - 1
             and chunk.start < layout.chunks(stage)[-1].start
         )
-        if chunk.stop < len(shape.layers) and not turns:
+        if layout.schedule == "dualpipev" and chunk.stop < len(shape.layers) and not turns:
             output = hidden  # waits for its gradient
         kept += flying * (of_one + output)
         waiting += (flying - 1) * (of_one + output)
         outputs = max(outputs, output)
         passes.append(passed_layers(shape, chunk, config.freeze, of_layers, working_of))
+    if layout.schedule == "zb-h1":
+        later, coming = _put_off(config, shape, layout, batch, stage)
+        kept, waiting, working = kept + later, waiting + later, working + coming
+    passing = _passing(layout, batch, stage) * hidden
     held = any(chunk.stop == len(shape.layers) for chunk in layout.chunks(stage))
     return StageActivations(
-        kept=kept,
-        waiting=waiting,
+        kept=kept + passing,
+        waiting=waiting + passing,
         outputs=outputs,
         passes=tuple(passes),
         working=working,
@@ -223,7 +247,10 @@ def stage_activations(
         head=head,
         summed=summed,
         pipeline=_pipeline_buffers(layout, stage) * hidden,
-        received=(flights[0] + 1) * hidden * (0 < stage < layout.pipeline - 1),
+        received=(flights[0] + 1)
+        * hidden
+        * (0 < stage < layout.pipeline - 1)
+        * (layout.schedule == "dualpipev"),
         masks=masks_held(
             config, (shape.layers[i] for chunk in layout.chunks(stage) for i in chunk), micro_batch
         ),
@@ -241,13 +268,50 @@ def frozen_layers(shape: ModelShape, patterns: Sequence[str]) -> int:
     return len(shape.layers)
 
 
-def _pipeline_buffers(layout: Layout, stage: int) -> int:
-    """How many hidden states a stage holds all the time: one to receive into, and on the last stage the last inputs.
+RECEIVED_AHEAD = 2
+"""Receives that a rank has posted beyond the one it waits for: ``AHEAD`` in dstrain.engine.pipeline_messages."""
 
-    Source: PipelineEngine._exec_recv_activations, and dualpipev.py for the two directions of that schedule.
+
+def _put_off(
+    config: RunConfig, shape: ModelShape, layout: Layout, batch: Batch, stage: int
+) -> tuple[int, int]:
+    """Bytes that wait for the gradients of the weights, and what comes to a block meanwhile.
+
+    Recomputed blocks of the micro-batch that runs backward wait until the last of them is there.
     """
-    if layout.pipeline == 1:
+    width = 4 if config.precision == "fp32" else 2
+    blocks = [
+        batch.micro_batch * layer.saved_bytes(config.seq_len, config.precision)
+        for layer in (shape.layers[index] for chunk in layout.chunks(stage) for index in chunk)
+        if layer.kind == "block"
+    ]
+    largest = max(blocks, default=0)
+    bytes_waiting = put_off(layout.pipeline, stage, batch.accumulation) * sum(blocks)
+    if config.activation_checkpointing:
+        bytes_waiting += sum(blocks) - largest
+    return round(PUT_OFF[width] * bytes_waiting), round(_COMING * largest)
+
+
+def _passing(layout: Layout, batch: Batch, stage: int) -> int:
+    """How many hidden states, and gradients of them, are on their way to and from a stage in the midst of a step.
+
+    What it has received for a forward pass is part of what its layers keep.
+    """
+    if layout.pipeline == 1 or layout.schedule == "dualpipev":
         return 0
-    if layout.schedule == "dualpipev":
-        return 3
-    return 3 if stage == layout.pipeline - 1 else 1
+    m, flying = batch.accumulation, min(layout.pipeline - stage, batch.accumulation)
+    found = 0
+    if stage > 0:
+        found += min(RECEIVED_AHEAD, m - flying)
+        found += m - flying > 1  # a gradient that goes back
+    if stage < layout.pipeline - 1:
+        found += min(FEWEST_UNDER_WAY, flying) + min(RECEIVED_AHEAD, m)
+    return found
+
+
+def _pipeline_buffers(layout: Layout, stage: int) -> int:
+    """How many hidden states a stage holds all the time.
+
+    Source: dualpipev.py, for the two directions of that schedule. The others hold none between steps.
+    """
+    return 3 if layout.pipeline > 1 and layout.schedule == "dualpipev" else 0

@@ -149,16 +149,20 @@ def backward_passes(config: RunConfig) -> float:
 def stages_waiting(pipeline: int, schedule: str, backward: float = 2.0) -> float:
     """For how many micro-batches' time a stage is idle while the pipeline fills and drains, with even stages.
 
-    1f1b: pipeline - 1. dualpipev, whose ranks hold two chunks: each step of filling takes half a forward and a backward
-    pass, since DeepSpeed keeps the weights' gradients inside the backward pass. With them put off, as DeepSeek does
-    it, it would be a third of 1f1b's; here it is 5/6, less half a forward pass.
+    1f1b: pipeline - 1. zb-h1: what the gradients of the weights, a forward pass's time, do not fill of it. dualpipev,
+    whose ranks hold two chunks: each step of filling takes half a forward and a backward pass, since DeepSpeed keeps
+    the weights' gradients inside the backward pass. With them put off, as DeepSeek does it, it would be a third of
+    1f1b's; here it is 5/6, less half a forward pass.
 
     Args:
         backward: the time of a backward pass over that of a forward pass; 3 where blocks are recomputed.
 
-    Source: the table in the README of deepseek-ai/DualPipe, (PP/2 - 1)(F&B + B - 3W) with PP/2 ranks and W = 0; both
-    formulas agree with a simulation of DeepSpeed's own instructions (tests/distributed/test_traffic.py).
+    Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1; the table in the README of deepseek-ai/DualPipe,
+    (PP/2 - 1)(F&B + B - 3W) with PP/2 ranks and W = 0; these agree with a simulation of DeepSpeed's own instructions
+    (tests/distributed/test_traffic.py), and of the tables (tests/unit/test_schedules.py).
     """
+    if schedule == "zb-h1":
+        return (pipeline - 1) * (backward - 1) / (1 + backward)
     if schedule != "dualpipev" or pipeline == 1:
         return pipeline - 1.0
     return ((pipeline - 1) * (0.5 + backward) - 0.5) / (1 + backward)
@@ -337,9 +341,11 @@ def _assumptions(config: RunConfig, layout: Layout, device: Device) -> tuple[str
         else:
             found.append("communication between replicas does not overlap with computation")
     if layout.pipeline > 1:
-        found.append("a stage does not compute while it sends to or receives from adjacent stages")
         if layout.schedule == "dualpipev":
+            found.append("a stage does not compute while it sends to or receives from adjacent stages")
             found.append("with dualpipev, a simultaneous send and receive takes the time of one")
+        else:
+            found.append("messages between stages are counted as if no computing hid them")
     if len(layout.hosts) > 1:
         found.append(
             f"each device has {device.between.bandwidth / 1e9:,.3g} GB/s of network bandwidth between hosts to itself"

@@ -197,12 +197,16 @@ def _holds(layout: Layout, stage: int, layers: Sequence[int]) -> bool:
 def _pipeline(
     config: RunConfig, shape: ModelShape, layout: Layout, batch: Batch, stage: int
 ) -> list[Traffic]:
-    """What goes to the next stage and back for each micro-batch: hidden states with their positions; gradients."""
+    """What goes to the next stage and back for each micro-batch: hidden states, and their gradients.
+
+    DeepSpeed's own dualpipev sends positions with them.
+    """
     if layout.pipeline == 1:
         return []
     tokens = batch.micro_batch * batch.seq_len
     hidden = tokens * shape.hidden_size * BYTES[config.precision]
-    positions = tokens * 8
+    positions = tokens * 8 * (layout.schedule == "dualpipev")
+    beside = " + 8 B of positions" if positions else ""
     out, back = messages_along(layout, stage)
     m = batch.accumulation
     link = "between" if _crosses(layout.slots, layout.pipeline, layout.data_parallel, stage) else "inside"
@@ -211,9 +215,9 @@ def _pipeline(
         found.append(
             Traffic(
                 "activations", link, out * m * (hidden + positions),
-                f"{format_count(m, 'micro-batch')} x {out} x ({tokens:,} tokens x ({shape.hidden_size:,} x"
-                f" {BYTES[config.precision]} B + 8 B of positions))",
-                messages=2 * out * m,
+                f"{format_count(m, 'micro-batch')} x {out} x {tokens:,} tokens x ({shape.hidden_size:,} x"
+                f" {BYTES[config.precision]} B{beside})",
+                messages=(1 + (positions > 0)) * out * m,
             )
         )  # fmt: skip
     if back:

@@ -61,9 +61,9 @@ def refusal_of(
             "--zero 1, which scales both",
             "zero",
         )
-    if schedule == "dualpipev" and pipeline == 1:
+    if schedule != "1f1b" and pipeline == 1:
         return Refusal(
-            "--schedule dualpipev requires --pipeline 2 or more",
+            f"--schedule {schedule} requires --pipeline 2 or more",
             "--pipeline 2 or more, or --schedule 1f1b",
             "schedule",
         )
@@ -73,6 +73,20 @@ def refusal_of(
             " initialises the gradients of both in the first one of a step",
             "--zero 2 with dualpipev, or --schedule 1f1b with --zero 3",
             "schedule",
+        )
+    if schedule == "zb-h1" and zero == 3:
+        return Refusal(
+            "zb-h1 computes the gradients of the weights when DeepSpeed's ZeRO-3 has let go of the weights, whose"
+            " gradients then fit nothing",
+            "--zero 2 with zb-h1, or --schedule 1f1b with --zero 3",
+            "schedule",
+        )
+    if schedule == "zb-h1" and zero == 2 and offload != "none":
+        return Refusal(
+            "DeepSpeed's ZeRO-2 hands offloaded gradients to the optimizer in the last backward pass of a"
+            " step, which with zb-h1 has only those that were put off",
+            "--zero 1 with zb-h1 and offload, or --schedule 1f1b",
+            "offload",
         )
     if schedule == "dualpipev" and zero == 2 and offload != "none":
         return Refusal(

@@ -9,7 +9,7 @@ from dstrain.errors import DstrainError
 from dstrain.planning.checks import Refusal, refusal_of
 
 _NAME = re.compile(
-    r"zero(?P<zero>[0-3])(-pp(?P<pp>[1-9]\d*))?(-dp(?P<dp>[1-9]\d*))?(-(?P<schedule>dualpipev))?(-(?P<offload>cpu))?"
+    r"zero(?P<zero>[0-3])(-pp(?P<pp>[1-9]\d*))?(-dp(?P<dp>[1-9]\d*))?(-(?P<schedule>zb-h1|dualpipev))?(-(?P<offload>cpu))?"
 )
 
 
@@ -31,7 +31,7 @@ class LayoutChoice:
             raise DstrainError(
                 f"{name!r} is not a layout",
                 where="--layouts",
-                hint="write zeroZ-ppP-dpD, for example zero2-pp4 or zero1-pp2-dp2-dualpipev",
+                hint="write zeroZ-ppP-dpD, for example zero2-pp4 or zero1-pp2-dp2-zb-h1",
             )
         return cls(
             zero=int(match["zero"]),

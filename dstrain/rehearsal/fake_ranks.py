@@ -12,7 +12,9 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dstrain import control_group, json_collectives
-from dstrain.engine.pipeline_engine import DualPipeVStagedEngine, StagedEngine
+from dstrain.engine.pipeline_engine import DualPipeVStagedEngine
+from dstrain.engine.pipeline_messages import Mailbox, Specs, TensorSpec
+from dstrain.planning.schedules.table import Message
 from dstrain.rehearsal.replacing import replace, replace_everywhere
 
 Told = Callable[[str, int, str, int], None]
@@ -86,13 +88,25 @@ def receive_from_neighbours(shapes: Tensors) -> None:
     """What the previous stage announces, in place of the numbers that a fake message does not hold.
 
     Args:
-        shapes: of what passes from stage to stage for each micro-batch, with their types.
+        shapes: of what passes from stage to stage for each micro-batch, with their types. All floats have gradients.
     """
-    for engine in (StagedEngine, DualPipeVStagedEngine):
-        replace(engine, "_recv_tensor_meta", _announced(shapes))
+    replace(Mailbox, "_receive_announcement", _announced(shapes))
+    replace(DualPipeVStagedEngine, "_recv_tensor_meta", _announced_in_dualpipev(shapes))
 
 
-def _announced(shapes: Tensors) -> Callable[[Any, int], tuple[torch.Tensor, ...]]:
+def _announced(shapes: Tensors) -> Callable[[Mailbox, Message], Specs]:
+    hidden, _, *sums = shapes  # positions are not sent
+
+    def receive(mailbox: Mailbox, message: Message) -> Specs:
+        return tuple(
+            TensorSpec(tuple(shape), dtype, dtype.is_floating_point and torch.is_grad_enabled())
+            for shape, dtype in (hidden, *sums)
+        )
+
+    return receive
+
+
+def _announced_in_dualpipev(shapes: Tensors) -> Callable[[Any, int], tuple[torch.Tensor, ...]]:
     def receive(engine: Any, sender: int) -> tuple[torch.Tensor, ...]:
         from deepspeed.runtime.pipe import engine as pipe_engine
         from deepspeed.runtime.pipe import p2p

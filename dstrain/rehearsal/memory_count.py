@@ -37,9 +37,14 @@ CLASSES = ("parameters", "gradients", "optimizer", "activations", "loss", "buffe
 _PLACES = (
     (":setup_buckets", "bucket"),
     (":_fill_param_grad_accum_attribute", "gradients"),  # the accumulators of ZeRO-1 in 16 bits
-    (":_exec_forward_pass", "activations"),  # the copy of a stage's input that its first layer works with
+    (
+        ":_exec_forward_pass",
+        "activations",
+    ),  # dualpipev's copy of a stage's input that its first layer works with
+    ("pipeline_messages.py:_irecv", "activations"),
     ("dstrain/model/loss.py", "loss"),
     ("dstrain/model/", "activations"),
+    ("dstrain/engine/weight_gradients.py", "backward"),
     ("dstrain/engine/", "buffers"),
     ("deepspeed/runtime/zero/linear.py:backward", "backward"),  # the matrix multiplications of ZeRO-3
     ("deepspeed/runtime/zero/linear.py", "activations"),

@@ -29,7 +29,8 @@ def watch_gradients(engine: Any, counter: MemoryCount) -> None:
         engine.allreduce_gradients = noting(engine.allreduce_gradients)
     engine._take_model_step = noting(engine._take_model_step)
     if hasattr(engine, "_INSTRUCTION_MAP"):
-        of_interest = (schedule.BackwardPass, schedule.ReduceGrads)
+        passes = (kind for kind in engine._INSTRUCTION_MAP if issubclass(kind, schedule.BackwardPass))
+        of_interest = (*passes, schedule.ReduceGrads)
         noted = {kind: noting(engine._INSTRUCTION_MAP[kind]) for kind in of_interest}
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **noted}
 

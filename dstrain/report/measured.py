@@ -172,7 +172,7 @@ def _traffic(plan: Plan, steps: Sequence[Mapping[str, Any]]) -> list[Row]:
         counted = [record[key] for record in steps if _is_number(record.get(key))]
         parts = [part.bytes for part in plan.time.traffic if part.what in kinds] if plan.time else []
         # Of two stages one sends activations, and the other one their gradients.
-        apart = key == "traffic_stages" and plan.layout.pipeline == 2 and plan.layout.schedule == "1f1b"
+        apart = key == "traffic_stages" and plan.layout.pipeline == 2 and plan.layout.schedule != "dualpipev"
         of_a_rank = max(parts, default=0) if apart else sum(parts)
         if any(counted) or parts:
             rows.append(Row(what, "bytes", of_a_rank if plan.time else None, max(counted, default=None)))

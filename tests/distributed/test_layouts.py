@@ -23,6 +23,24 @@ PAIRS = covering_set(candidates(), 2)
 TRIPLES = covering_set(candidates(), 3, PAIRS)[:12]
 COVERING = PAIRS + TRIPLES
 
+ZERO_BUBBLE = covering_set(
+    [
+        case
+        for case in (replace(case, schedule="zb-h1") for case in candidates() if case.pipeline > 1)
+        if case.zero < 3
+    ],
+    2,
+)
+# Recomputed blocks, the router loss of experts, and a loss in chunks go through other code when gradients are put off.
+PUT_OFF = [
+    Case(zero=1, pipeline=2, schedule="zb-h1", checkpointing=True),
+    Case(zero=1, pipeline=3, schedule="zb-h1", experts=4),
+    Case(zero=2, pipeline=2, schedule="zb-h1", loss_chunk=24, precision="bf16"),
+    Case(zero=1, pipeline=2, schedule="zb-h1", offload="cpu"),
+    Case(zero=1, pipeline=2, schedule="zb-h1", adapter="lora"),
+    Case(zero=1, pipeline=2, schedule="zb-h1", precision="fp16"),
+]
+
 
 def accepted_rows() -> list[Case]:
     """A case for each accepted row of docs/layouts.md that the covering set does not meet."""
@@ -46,6 +64,13 @@ def accepted_rows() -> list[Case]:
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_every_pair_of_choices(case: Case) -> None:
+    assert_equal(case, run(case.world_size, train_in_layout, case))
+
+
+@pytest.mark.parametrize(
+    "case", [*PUT_OFF, *(pytest.param(case, marks=pytest.mark.heavy) for case in ZERO_BUBBLE)], ids=str
+)
+def test_gradients_of_weights_that_are_put_off(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))
 
 

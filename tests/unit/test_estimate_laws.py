@@ -25,6 +25,7 @@ from dstrain.planning.make_plan import make_plan
 from dstrain.planning.model_shape import ModelShape
 from dstrain.planning.partition import cut_by_blocks, even_blocks
 from dstrain.planning.plan import Machines
+from dstrain.planning.schedules.messages import FEWEST_UNDER_WAY
 from tests.support.plans import DATA, transformer
 
 CLASSES = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
@@ -149,7 +150,7 @@ def moments_of_step(case: Case, stage: int) -> Iterator[tuple[str, int]]:
     layers = [shape.layers[index] for index in chunk if shape.layers[index].kind != "head"]
     kept = [layer_kept(config, layer, batch.micro_batch, hidden) for layer in layers]
     working = [layer_working(config, layer, batch.micro_batch) for layer in layers]
-    output = hidden if chunk.stop < len(shape.layers) else 0
+    sends = chunk.stop < len(shape.layers)
     trained = shape.parameters_of((chunk,))
     head = trained - sum(layer.parameters for layer in layers)
     if case.tied and case.layout.pipeline == 1:  # the head's comes first, and the embedding's is added to it
@@ -175,7 +176,8 @@ def moments_of_step(case: Case, stage: int) -> Iterator[tuple[str, int]]:
     begun = flights
     for done in range(batch.accumulation):
         begun = min(batch.accumulation, flights + done)
-        others = (begun - done - 1) * (sum(kept) + output)
+        output = min(FEWEST_UNDER_WAY, begun - done) * hidden * sends  # until they have arrived
+        others = (begun - done - 1) * sum(kept)
         come = head
         for at in reversed(range(len(layers))):
             alive = others + output + sum(kept[: at + 1]) + working[at] + held(come, done)

@@ -66,6 +66,18 @@ LAYOUTS = {
         place="--schedule", reason="requires 4 micro-batches per step, but there are 3",
         hint="--global-batch 8 or more",
     ),
+    "zb-h1 with one stage": run(
+        "--schedule", "zb-h1", place="--schedule", reason="requires --pipeline 2 or more",
+        hint="--pipeline 2 or more, or --schedule 1f1b",
+    ),
+    "zb-h1 with ZeRO-3": run(
+        "--schedule", "zb-h1", "--pipeline", "2", "--zero", "3",
+        place="--schedule", reason="ZeRO-3", hint="--zero 2 with zb-h1",
+    ),
+    "zb-h1 with ZeRO-2 and offload": run(
+        "--schedule", "zb-h1", "--pipeline", "2", "--zero", "2", "--offload", "cpu",
+        place="--offload", reason="ZeRO-2", hint="--zero 1 with zb-h1",
+    ),
     "dualpipev with ZeRO-3": run(
         "--schedule", "dualpipev", "--pipeline", "2", "--zero", "3",
         place="--schedule", reason="ZeRO-3", hint="--zero 2 with dualpipev",

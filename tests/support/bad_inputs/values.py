@@ -49,7 +49,7 @@ _WRONG_TYPES = [
     ("data_parallel", "all", "an integer", "as many as the devices allow"),
     ("partition", "[5, 5]", "a string", "5,5,5,1"),
     ("precision", "fp64", "'fp32', 'bf16' or 'fp16'", "for example precision: fp32"),
-    ("schedule", "gpipe", "'1f1b' or 'dualpipev'", "pipeline schedule"),
+    ("schedule", "gpipe", "'1f1b', 'zb-h1' or 'dualpipev'", "pipeline schedule"),
     ("offload", "true", "'none', 'cpu' or 'nvme'", "for example offload: none"),
     ("nvme_path", "1", "a string", "quotes"),
     ("activation_checkpointing", "yes", "boolean", "for example activation_checkpointing: false"),

@@ -1,0 +1,1 @@
+"""Pipeline schedules as tables: made, checked and simulated without torch."""
