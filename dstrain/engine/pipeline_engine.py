@@ -401,8 +401,9 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
         sends = self.table.message_of(action) is not None
         trained = [tensor for tensor in step.received if tensor.requires_grad]
         if sends and len(trained) == 1:  # as soon as it is there, before other gradients are reduced
+            # What the hook holds must not hold the tensor, which would live on until Python looks for cycles.
             trained[0].register_post_accumulate_grad_hook(
-                lambda tensor: self._send_gradients(action, trained)
+                lambda tensor: self._send_gradients(action, [tensor])
             )
         with putting_off(step.weights):  # for what is computed again
             if step.loss is not None:

@@ -235,7 +235,7 @@ def stage_activations(
     if layout.schedule == "zb-h1":
         later, coming = _put_off(config, shape, layout, batch, stage)
         kept, waiting, working = kept + later, waiting + later, working + coming
-    passing = _passing(layout, batch, stage) * hidden
+    passing = _passing(config, layout, batch, stage) * hidden
     held = any(chunk.stop == len(shape.layers) for chunk in layout.chunks(stage))
     return StageActivations(
         kept=kept + passing,
@@ -292,7 +292,7 @@ def _put_off(
     return round(PUT_OFF[width] * bytes_waiting), round(_COMING * largest)
 
 
-def _passing(layout: Layout, batch: Batch, stage: int) -> int:
+def _passing(config: RunConfig, layout: Layout, batch: Batch, stage: int) -> int:
     """How many hidden states, and gradients of them, are on their way to and from a stage in the midst of a step.
 
     What it has received for a forward pass is part of what its layers keep.
@@ -303,9 +303,9 @@ def _passing(layout: Layout, batch: Batch, stage: int) -> int:
     found = 0
     if stage > 0:
         found += min(RECEIVED_AHEAD, m - flying)
-        found += m - flying > 1  # a gradient that goes back
     if stage < layout.pipeline - 1:
-        found += min(FEWEST_UNDER_WAY, flying) + min(RECEIVED_AHEAD, m)
+        # Blocks that are computed again are fullest later, when one send has arrived.
+        found += min(FEWEST_UNDER_WAY, flying) - config.activation_checkpointing + min(RECEIVED_AHEAD, m)
     return found
 
 
