@@ -12,7 +12,7 @@ import pytest
 from tests.support.distributed.compare import FP32_BOUND, Difference, difference
 from tests.support.distributed.training import Case, Outcome, train_in_layout
 from tests.support.distributed.workers import run
-from tests.support.sampling import heavy
+from tests.support.sampling import full, heavy
 
 DROPOUT = Case(adapter="dropout", zero=1)
 HEAD = replace(DROPOUT, adapter="dropout of the head")
@@ -33,11 +33,13 @@ CASES = [
     replace(DROPOUT, data_parallel=2, zero=3, checkpointing=True, accumulation=2),
     replace(HEAD, pipeline=2, loss_chunk=24, accumulation=8),
     *heavy(
+        replace(DROPOUT, pipeline=4, checkpointing=True),
+        replace(DROPOUT, pipeline=2, schedule="dualpipev", accumulation=4),
+    ),
+    *full(
         replace(DROPOUT, pipeline=4),
         replace(DROPOUT, accumulation=16),
-        replace(DROPOUT, pipeline=4, checkpointing=True),
         replace(DROPOUT, pipeline=2, data_parallel=2, zero=3, checkpointing=True, accumulation=8),
-        replace(DROPOUT, pipeline=2, schedule="dualpipev", accumulation=4),
         replace(DROPOUT, data_parallel=4, zero=2, accumulation=1),
         replace(HEAD, data_parallel=2, loss_chunk=40, checkpointing=True),
         replace(DORA, pipeline=2, zero=2, checkpointing=True),
@@ -67,7 +69,7 @@ def test_what_peft_drops_depends_on_the_layout() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [replace(DROPOUT, pipeline=2, checkpointing=True), *heavy(replace(DORA, data_parallel=2, zero=3))],
+    [replace(DROPOUT, pipeline=2, checkpointing=True), *full(replace(DORA, data_parallel=2, zero=3))],
     ids=str,
 )
 def test_a_training_goes_on_with_what_it_would_have_dropped(case: Case, tmp_path: Path) -> None:

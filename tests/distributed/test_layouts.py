@@ -16,6 +16,7 @@ from tests.support.distributed.covering import candidates, covering_set, tuples_
 from tests.support.distributed.training import Case, train_in_layout
 from tests.support.distributed.workers import run
 from tests.support.distributed.yardsticks import train_in_ddp
+from tests.support.sampling import full, heavy
 from tools.layouts_page import markdown, rows
 
 PAIRS = covering_set(candidates(), 2)
@@ -40,6 +41,10 @@ PUT_OFF = [
     Case(zero=1, pipeline=2, schedule="zb-h1", adapter="lora"),
     Case(zero=1, pipeline=2, schedule="zb-h1", precision="fp16"),
 ]
+
+
+SOME_OF_ZERO_BUBBLE = ZERO_BUBBLE[::3]
+MORE_OF_ZERO_BUBBLE = [case for case in ZERO_BUBBLE if case not in SOME_OF_ZERO_BUBBLE]
 
 
 def accepted_rows() -> list[Case]:
@@ -68,7 +73,9 @@ def test_every_pair_of_choices(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*PUT_OFF, *(pytest.param(case, marks=pytest.mark.heavy) for case in ZERO_BUBBLE)], ids=str
+    "case",
+    [*PUT_OFF, *heavy(*ZERO_BUBBLE[::3]), *full(*(c for c in ZERO_BUBBLE if c not in ZERO_BUBBLE[::3]))],
+    ids=str,
 )
 def test_gradients_of_weights_that_are_put_off(case: Case) -> None:
     assert_equal(case, run(case.world_size, train_in_layout, case))

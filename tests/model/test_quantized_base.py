@@ -17,6 +17,7 @@ from dstrain.model.measuring.measure import measure
 from dstrain.model.pipeline_model import PipelineModel
 from dstrain.model.quantization import quantized_bytes
 from tests.support.materials import LLAMA
+from tests.support.sampling import full, heavy
 
 SHARE = """
 import json, sys
@@ -52,8 +53,7 @@ print(json.dumps({"peak": peak, "share": sum(held)}))
 """
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", [*heavy("4bit"), *full("8bit")])
 def test_a_rank_holds_its_share_and_a_layer_while_it_reads(bits: str, tmp_path: Path) -> None:
     """A model of 500 million parameters in bf16, in two stages."""
     config = LlamaConfig(

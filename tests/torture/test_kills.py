@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sampling import heavy
+from tests.support.sampling import full
 from tests.support.torture.moments import Moments
 from tests.support.torture.runs import SAVE_EVERY, STEPS, Layout, Run, assert_ends_as_unbroken
 
@@ -39,7 +39,7 @@ def kill_again_and_again(run: Run, kills: int, seed: str) -> None:
     assert left_half >= kills // 8, "too few kills have met a save"
 
 
-@pytest.mark.parametrize("layout", [PIPELINE, SHARDED, *heavy(ADAPTED)], ids=str)
+@pytest.mark.parametrize("layout", [PIPELINE, SHARDED, *full(ADAPTED)], ids=str)
 def test_eight_kills(layout: Layout, place: Path, unbroken: Callable[[Layout], Run], seed: str) -> None:
     run = Run(place, f"killed-{layout}", layout)
     kill_again_and_again(run, 8, seed)
