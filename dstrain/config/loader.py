@@ -214,7 +214,6 @@ def _finish(
     user's config file.
     """
     notes = list(notes)
-    chosen: dict[Path_, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -225,14 +224,7 @@ def _finish(
             notes.append(_deprecated(f"--set {key}", key))
             key = CONFIG_KEYS[key]
         for path, value in leaves({key: _parse_setting(key, text)}):
-            path = (*key.split("."), *path[1:])
-            if chosen.setdefault(path, value) != value:
-                raise DstrainError(
-                    f"{'.'.join(path)} is given two values, and only one counts",
-                    where=f"--set {key}",
-                    hint="remove all but one",
-                )
-            _put(values, origins, path, value, Origin("set", f"--set {key}"))
+            _put(values, origins, (*key.split("."), *path[1:]), value, Origin("set", f"--set {key}"))
     for key, value in flags.items():
         _put(values, origins, (key,), value, flag_origin(key))
     known = {key: value for key, value in values.items() if key in field_names()}

@@ -74,11 +74,8 @@ def test_flag_origin_is_spelled_as_the_user_typed_it() -> None:
     assert str(load_config(flags={"seq_len": 64}).origin("seq_len")) == "--seq-len"
 
 
-def test_a_key_that_is_set_twice_has_one_value() -> None:
-    assert load_config(settings=["steps=3", "steps=3"]).config.steps == 3
-    with pytest.raises(DstrainError, match="steps is given two values, and only one counts") as refused:
-        load_config(settings=["steps=3", "steps=4"])
-    assert refused.value.where == "--set steps"
+def test_the_last_set_wins() -> None:
+    assert load_config(settings=["steps=3", "steps=4"]).config.steps == 4
 
 
 def test_a_file_may_name_its_recipe(tmp_path: Path) -> None:

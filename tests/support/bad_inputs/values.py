@@ -293,13 +293,6 @@ VALUES = {
     "--set brackets in brackets": run(
         "--set", f"betas={'[' * 5000}", place="--set betas", reason="a list", hint="betas: [0.9, 0.95]"
     ),
-    "--set twice": run(
-        "--set", "lr=1e-3", "--set", "lr=2e-3", place="--set lr", reason="two values, and only one", hint="all but one"
-    ),
-    "--set twice, in a block": run(
-        "--set", "deepspeed={aio: {queue_depth: 8}}", "--set", "deepspeed.aio.queue_depth=9",
-        place="--set deepspeed.aio.queue_depth", reason="two values, and only one", hint="all but one"
-    ),
     "--set nothing": run("--set", "steps=", place="--set steps", reason="an integer", hint="optimizer steps"),
     "--set with a dot at the end": run(
         "--set", "deepspeed.=1", place="--set deepspeed.", reason="no key ''", hint="keys"
