@@ -107,7 +107,7 @@ class Adapter(BaseModel):
             raise ValueError("from: must name a folder")
         if self.init == "orthogonal" and self.base is not None:
             raise ValueError(
-                "PEFT makes no orthogonal values beside quantized weights: leave out init, or base"
+                "init: orthogonal is not made by PEFT beside quantized weights: leave out init, or base"
             )
         if self.target_parameters and self.type == "dora":
             raise ValueError("dora adapts linear layers alone: leave out target_parameters, or take lora")

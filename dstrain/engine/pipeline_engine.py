@@ -285,6 +285,7 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tables: dict[int, Table] = {}
+        self._trains = False
         # Not the head's: what its weight's gradient is made of is as wide as the vocabulary, and would wait as well.
         blocks = (layer for layer in self.module.children() if isinstance(layer, BlockLayer))
         self._of_blocks = frozenset(parameter for block in blocks for parameter in block.parameters())
@@ -328,12 +329,14 @@ class StagedEngine(_StagedMends, pipe_engine.PipelineEngine):  # type: ignore[mi
 
     def _exec_schedule(self, pipe_schedule: _TableSchedule) -> None:
         self._in_flight.clear()
+        self._trains = pipe_schedule.trains
         self._mailbox.begin(pipe_schedule.table, self._key)
         super()._exec_schedule(pipe_schedule)
         self._mailbox.end()
 
     def _key(self, micro_batch: int) -> Key:
-        return torch.is_grad_enabled(), *self.batch[micro_batch].input_ids.shape
+        # Not whether gradients are enabled now: in a hook of a backward pass they are not.
+        return self._trains, *self.batch[micro_batch].input_ids.shape
 
     def _run_forward(self, buffer_id: int, chunk: int) -> None:  # type: ignore[override]
         action = Action(FORWARD, chunk, buffer_id)

@@ -279,7 +279,7 @@ def _of_module(module: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor, 
             output = output if isinstance(output, Tensor) else output[0]
             stays = storage_of(output) in kept
             if keeps_inputs(module):
-                saved = alive.now + own - output.untyped_storage().nbytes() * (not stays)
+                saved = max(saved, alive.now + own - output.untyped_storage().nbytes() * (not stays))
                 keeps_input = True
             kept.clear()
             # What comes from the next layer is alive at first; the output is not, unless this layer keeps it.

@@ -38,7 +38,7 @@ _WRONG = [
     ("{rank_pattern: {'*q': 3}}", "is no regular expression"),
     ("{init: pissa}", "init: must be 'default', 'gaussian' or 'orthogonal'"),
     ("{init: orthogonal, r: 3}", "init: orthogonal needs an even r"),
-    ("{init: orthogonal, base: 4bit}", "PEFT makes no orthogonal values beside quantized weights"),
+    ("{init: orthogonal, base: 4bit}", "orthogonal is not made by PEFT beside quantized weights"),
     ("{base: 2bit}", "base: must be '4bit' or '8bit'"),
     ("{base: true}", "base: must be '4bit' or '8bit'"),
     ("{from: ''}", "from: must name a folder"),
