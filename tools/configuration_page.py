@@ -58,8 +58,8 @@ Later layers override earlier ones:
    recipe `quickstart` is used. With `init: pretrained` and no recipe named it is `fine-tune`, also below a file: its
    learning rate is one for pretrained weights;
 3. the file given with `--config`;
-4. `--set KEY=VALUE`, which reaches every key, `--set deepspeed.A.B=VALUE` included; two values for one key are an
-   error;
+4. `--set KEY=VALUE`, which reaches every key, `--set deepspeed.A.B=VALUE` included; of two values for one key
+   the last one counts;
 5. flags.
 
 DeepSpeed's JSON is composed by the plan. The file given with `--ds-config` is laid on top of it, and the keys below

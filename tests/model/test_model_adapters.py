@@ -60,7 +60,7 @@ def small(family: str) -> PretrainedConfig | None:
 
 
 COMPUTE_WITH_WEIGHTS = {
-    "4bit": ("falcon_mamba", "jamba", "mamba", "longcat_flash"),
+    "4bit": ("falcon_mamba", "jamba", "mamba", "longcat_flash", "dots3_note", "dots3_note_text"),
     "8bit": ("falcon_mamba", "jamba", "mamba", "dots3_note", "dots3_note_text"),
 }
 """Families that take the weight of a linear layer for itself, which transformers can't quantize either."""
@@ -106,7 +106,7 @@ def test_some_families_are_trained_as_by_peft_on_quantized_weights(base: str) ->
 @pytest.mark.full
 @pytest.mark.parametrize("base", ["4bit", "8bit"])
 def test_all_families_are_trained_as_by_peft_on_quantized_weights(base: str) -> None:
-    assert tried(families(), base) >= FLOOR - 5
+    assert tried(families(), base) >= FLOOR - 6
 
 
 @pytest.mark.parametrize(
