@@ -185,7 +185,7 @@ def _measure_model(model_file: Path, adapter: Adapter | None, events: Events) ->
     adapters = ""
     if adapter is not None:
         made_of.append(_version_of_peft())
-        # What the values are does not matter here.
+        # The values that they start from have no part in the shape.
         adapters = adapter.model_copy(update={"start": None}).model_dump_json()
     content = " ".join(map(str, made_of)) + f" {adapters}"
     key = hashlib.sha256(content.encode() + model_file.read_bytes()).hexdigest()[:24]

@@ -81,12 +81,12 @@ class Adapters:
         self._lora = lora = lora_config(adapter) if isinstance(adapter, Adapter) else _read_config(adapter)
         self.bits = _bits(config, adapter)
         self.quantized: tuple[str, ...] = ()
+        self.whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
         if self.bits is not None:
             import_bitsandbytes()
-            whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
-            self.quantized = quantized_modules(model, whole)
+            self.quantized = quantized_modules(model, self.whole)
             self._unquantized = linear_modules(model).difference(self.quantized)
-            if fixed := sorted(set(whole).intersection(self.quantized)):
+            if fixed := sorted(set(self.whole).intersection(self.quantized)):
                 raise DstrainError(
                     f"{fixed[0]} is quantized in the model's files, and can't be trained as a whole",
                     where="adapter.modules_to_save",
@@ -98,7 +98,6 @@ class Adapters:
             self.parameters = tuple(tuner.targeted_parameter_names)
             # For some families PEFT rewrites what was asked for.
             self._lora = tuner.peft_config[ADAPTER]
-            self.whole = tuple(_whole_modules(model, lora.modules_to_save or (), config.model_type))
             if self.whole:
                 _train_whole(model, self._lora)
         if isinstance(adapter, Adapter):

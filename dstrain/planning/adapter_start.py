@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ _READ = frozenset(
 )
 _CHANGE_THE_MODEL = ("pissa", "olora", "loftq", "corda")
 _HINT = "name a folder that PEFT's save_pretrained or `dstrain export` wrote"
-_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
 
 
 def follow_adapter(resolved: ResolvedConfig) -> ResolvedConfig:
@@ -69,7 +68,7 @@ def check_start(resolved: ResolvedConfig, shape: ModelShape) -> None:
         return
     path = Path(adapter.start) / ADAPTER_WEIGHTS
     hint = "the adapter is of another model, or its configuration and its weights do not belong together"
-    found = _shapes(path)
+    found = _sizes(path)
     wanted = {
         saved_name(name): number
         for layer in shape.layers
@@ -133,34 +132,20 @@ def _options(folder: Path, where: str) -> dict[str, Any]:
     }
 
 
-_NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "megatron.core")
-
-
-def _shapes(path: Path) -> dict[str, int]:
+def _sizes(path: Path) -> dict[str, int]:
     """How many values each tensor of a safetensors file has, by its name. Raises DstrainError."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DstrainError(f"{path.parent} has no {ADAPTER_WEIGHTS}", where=str(path), hint=_HINT)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _LARGEST_HEADER:
-                raise ValueError("its header is too large")
-            header: Mapping[str, Any] = json.loads(file.read(length))
-        found = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                number = 1
-                for size in entry["shape"]:
-                    number *= int(size)
-                found[name] = number
-    except FileNotFoundError:
-        raise DstrainError(f"{path.parent} has no {ADAPTER_WEIGHTS}", where=str(path), hint=_HINT) from None
-    except OSError as error:
+        with safe_open(path, framework="numpy") as opened:
+            names = opened.keys()
+            return {name: math.prod(opened.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        hint = "download or copy the adapter again"
         raise DstrainError(
-            f"the adapter's weights can't be read: {error.strerror}", where=str(path), hint=way_out(error)
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DstrainError(
-            f"the adapter's weights can't be read: {' '.join(str(error).split())}",
+            f"the adapter's weights can't be read: {error}",
             where=str(path),
-            hint="download or copy the adapter again",
+            hint=way_out(error, hint) if isinstance(error, OSError) else hint,
         ) from None
-    return found
